@@ -1,0 +1,1 @@
+"""The command line of qinit: parse, call the library, draw."""

@@ -1,0 +1,168 @@
+"""What a person sees: progress, the plan, the result. Plain lines when the output is no terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from qinit.plan import Plan
+    from qinit.report import Report
+    from qinit.runner import Event
+
+
+def size(nbytes: float) -> str:
+    """Format bytes in decimal units, as disks and the Hub count them."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+class Screen:
+    """Draws on stdout, or on stderr when stdout is kept for JSON."""
+
+    def __init__(self, quiet: bool = False, to_stderr: bool = False):
+        self._quiet = quiet
+        stream = sys.stderr if to_stderr else sys.stdout
+        # Piped output is for files and tools: no wrapping at 80 columns.
+        width = None if stream.isatty() else 160
+        self._console = Console(file=stream, highlight=False, soft_wrap=False, width=width)
+
+    def say(self, line: str) -> None:
+        if not self._quiet:
+            self._console.print(line, markup=False, soft_wrap=True)
+
+    def follow(self, plan: Plan, events: Iterator[Event]) -> Report:
+        """Draw a run's progress and its result; returns its report."""
+        from qinit.runner import Done, Finished, Working
+
+        for note in plan.notes:
+            self.say(f"note: {note}")
+        report = None
+        terminal = self._console.is_terminal and not self._quiet
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, disable=not terminal, transient=True) as progress:
+            task = progress.add_task("starting", total=plan.bytes_before)
+            done = 0
+            for event in events:
+                match event:
+                    case Working(name):
+                        progress.update(task, description=name)
+                    case Done(name, nbytes, row):
+                        done += nbytes
+                        progress.advance(task, nbytes)
+                        if row is not None and not terminal:
+                            share = f"{100 * done / plan.bytes_before:3.0f}%"
+                            result = "kept" if row.error is None else f"error {row.error_start:.4f} -> {row.error:.4f}"
+                            self.say(f"{share} {name}: {result}, {row.seconds:.2f} s")
+                    case Finished(result_report, directory):
+                        report = result_report
+                        self._result(report, directory)
+        assert report is not None
+        return report
+
+    def _result(self, report: Report, directory: Path) -> None:
+        from qinit.card import load_snippet
+
+        if self._quiet:
+            return
+        totals = report.totals
+        kept = f" (+ {totals['layers_kept']} kept)" if totals["layers_kept"] else ""
+        bits = f"{totals['bits_per_weight']:.3f} as stored"
+        if totals["bits_per_weight"] != totals["grid_bits_per_weight"]:
+            bits += f", {totals['grid_bits_per_weight']:.3f} on the grid"
+        after = f"{size(totals['base_bytes'])} base + {size(totals['adapter_bytes'])} adapter"
+        errors = f"{totals['error_start']:.4f} base alone -> {totals['error']:.4f} with the adapter"
+        self._table(
+            f"{report.model}: {report.recipe['bits']} bits, rank {report.recipe['rank']}, {report.recipe['method']}",
+            {
+                "layers": f"{totals['layers']}{kept}",
+                "bits per weight": bits,
+                "weights on disk": f"{size(totals['bytes_before'])} -> {after}",
+                "relative error": errors,
+                "time": f"{totals['seconds']:.1f} s",
+                "peak memory": size(totals["peak_memory_bytes"]),
+                "written to": str(directory),
+            },
+        )
+        self.say("Load it:")
+        for line in load_snippet(str(report.source["class"]), str(directory)):
+            self.say(f"    {line}")
+
+    def plan(self, plan: Plan, out: Path) -> None:
+        """Draw the plan of a dry run."""
+        if self._quiet:
+            return
+        table = Table("layer", "shape", "bits", "group", "rank", "before", "after", "kept because", box=None)
+        for layer in plan.layers:
+            module = layer.target.module
+            table.add_row(
+                module.name,
+                f"{module.out_features} x {module.in_features}",
+                "-" if layer.kept else str(layer.bits),
+                "-" if layer.kept else str(layer.group_size),
+                str(layer.rank),
+                size(layer.target.tensor.nbytes),
+                size(layer.bytes_after),
+                layer.kept or "",
+            )
+        self._console.print(table)
+        self._table(
+            f"plan for {plan.model_name}: method {plan.recipe.method}, format {plan.recipe.format}",
+            {
+                "layers": f"{len(plan.quantized)} quantized of {len(plan.architecture.linear)} linear",
+                "bits per weight": f"{plan.bits_per_weight:.3f} as stored",
+                "weights on disk": f"{size(plan.bytes_before)} -> {size(plan.base_bytes)} base "
+                f"+ {size(plan.adapter_bytes)} adapter",
+                "working memory": f"about {size(plan.working_bytes)} beside the libraries",
+                "would be written to": str(out),
+            },
+        )
+        for note in plan.notes:
+            self.say(f"note: {note}")
+
+    def _table(self, title: str, rows: dict[str, str]) -> None:
+        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self._console.print(table)
+
+    def json_report(self, report: Report, out: Path) -> None:
+        sys.stdout.write(json.dumps({"directory": str(out.resolve()), **asdict(report)}) + "\n")
+
+    def json_plan(self, plan: Plan, out: Path) -> None:
+        layers = [
+            {
+                "name": layer.target.name,
+                "shape": [layer.target.module.out_features, layer.target.module.in_features],
+                "bits": None if layer.kept else layer.bits,
+                "group_size": None if layer.kept else layer.group_size,
+                "rank": layer.rank,
+                "bytes_before": layer.target.tensor.nbytes,
+                "bytes_after": layer.bytes_after,
+                "kept": layer.kept,
+            }
+            for layer in plan.layers
+        ]
+        value = {
+            "directory": str(out.resolve()),
+            "recipe": plan.recipe.model_dump(),
+            "bits_per_weight": plan.bits_per_weight,
+            "bytes_before": plan.bytes_before,
+            "base_bytes": plan.base_bytes,
+            "adapter_bytes": plan.adapter_bytes,
+            "working_bytes": plan.working_bytes,
+            "notes": list(plan.notes),
+            "layers": layers,
+        }
+        sys.stdout.write(json.dumps(value) + "\n")

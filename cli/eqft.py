@@ -1,0 +1,160 @@
+"""`qinit eqft`: quantize a checkpoint and initialize its LoRA adapter."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+MODEL_PANEL, METHOD_PANEL, OUTPUT_PANEL, RUN_PANEL = "What to read", "How to quantize", "What to write", "Running"
+
+
+def eqft(
+    model: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads the annotation at run time
+        typer.Argument(help="A local directory or a Hub id. Left out: the embedded demo model.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A YAML file with these options by name; flags win over it.", rich_help_panel=MODEL_PANEL),
+    ] = None,
+    revision: Annotated[
+        Optional[str], typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL_PANEL)  # noqa: UP045
+    ] = None,
+    token: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Hub token; HF_TOKEN is used when left out. Never printed.", rich_help_panel=MODEL_PANEL),
+    ] = None,
+    bits: Annotated[
+        Optional[int], typer.Option(help="2, 3, 4 or 8. [default: 2]", rich_help_panel=METHOD_PANEL)  # noqa: UP045
+    ] = None,
+    rank: Annotated[
+        Optional[int], typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=METHOD_PANEL)  # noqa: UP045
+    ] = None,
+    iter: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--iter", help="Rounds of quantize and fit. [default: 5]", rich_help_panel=METHOD_PANEL),
+    ] = None,
+    group_size: Annotated[
+        Optional[int], typer.Option(help="Weights that share a scale. [default: 64]", rich_help_panel=METHOD_PANEL)  # noqa: UP045
+    ] = None,
+    target_modules: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="all-linear, names like q_proj,v_proj, or a regular expression for whole names. [default: all-linear]",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    exclude: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Names or a regular expression to leave out.", rich_help_panel=METHOD_PANEL),
+    ] = None,
+    lora_alpha: Annotated[
+        Optional[float], typer.Option(help="[default: the rank]", rich_help_panel=METHOD_PANEL)  # noqa: UP045
+    ] = None,
+    use_rslora: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            "--use-rslora/--no-use-rslora",
+            help="Scale the adapter by lora_alpha / sqrt(rank).",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option(help="[default: 0]", rich_help_panel=METHOD_PANEL)] = None,  # noqa: UP045
+    format: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="gptq (packed) or dense (16 bits, loads anywhere). [default: gptq]", rich_help_panel=OUTPUT_PANEL
+        ),
+    ] = None,
+    save_dir: Annotated[
+        Path, typer.Option(help="Where the run's directory is made.", rich_help_panel=OUTPUT_PANEL)
+    ] = Path("model_zoo/eqft"),
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="The run's directory itself, instead of a name under --save-dir.", rich_help_panel=OUTPUT_PANEL
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        Optional[str], typer.Option(help="[default: 5GB]", rich_help_panel=OUTPUT_PANEL)  # noqa: UP045
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run's directory.", rich_help_panel=OUTPUT_PANEL)
+    ] = False,
+    device: Annotated[
+        Optional[str], typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]", rich_help_panel=RUN_PANEL)  # noqa: UP045
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop; reads no weights.", rich_help_panel=RUN_PANEL)
+    ] = False,
+    json_output: Annotated[
+        bool,
+        typer.Option("--json", help="The result as JSON on stdout, all else on stderr.", rich_help_panel=RUN_PANEL),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.", rich_help_panel=RUN_PANEL)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=RUN_PANEL)] = False,
+) -> None:
+    """Quantize a checkpoint to 2, 3, 4 or 8 bits and write a LoRA adapter that repairs the quantization."""
+    from qinit_cli.draw import Screen
+
+    from qinit.demo import DEMO_NAME, DEMO_TITLE, demo_directory
+    from qinit.recipe import make_recipe
+
+    screen = Screen(quiet=quiet, to_stderr=json_output)
+    options = make_recipe(
+        recipe,
+        model=model,
+        revision=revision,
+        bits=bits,
+        rank=rank,
+        iter=iter,
+        group_size=group_size,
+        target_modules=target_modules,
+        exclude=exclude,
+        lora_alpha=lora_alpha,
+        use_rslora=use_rslora,
+        seed=seed,
+        format=format,
+        max_shard_size=max_shard_size,
+        device=device,
+    )
+    if options.model is None:
+        screen.say(f"No MODEL given: using {DEMO_TITLE}.")
+
+    from transformers.utils import logging
+
+    from qinit.hub import local_directory
+    from qinit.plan import make_plan
+    from qinit.runner import check_output, pick_device, run
+
+    logging.set_verbosity_error()
+    pick_device(options.device)
+    if options.model is None:
+        directory, name = demo_directory(), DEMO_NAME
+    else:
+        directory, name = local_directory(options.model, options.revision, token), options.model
+    plan = make_plan(options, directory, name)
+    if out is None:
+        short = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
+        out = save_dir / f"{short}-{options.bits}bit-{options.rank}rank"
+    if dry_run:
+        screen.plan(plan, out)
+        if json_output:
+            screen.json_plan(plan, out)
+        return
+    check_output(plan, out, overwrite)
+    report = screen.follow(plan, run(plan, out, overwrite=overwrite, command=_command(token)))
+    if json_output:
+        screen.json_report(report, out)
+
+
+def _command(token: str | None) -> str:
+    """Return the command as typed, without the token."""
+    words = ["qinit", *sys.argv[1:]]
+    if token:
+        words = [word.replace(token, "$HF_TOKEN") for word in words]
+    return shlex.join(words).replace("'$HF_TOKEN'", "$HF_TOKEN")

@@ -1,0 +1,63 @@
+"""The command table, and the one place where an error becomes a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from qinit_cli.eqft import eqft
+
+app = typer.Typer(
+    name="qinit",
+    help="Quantized bases and LoRA adapters that start fine-tuning close to full precision.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(eqft)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from qinit import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 an error inside qinit, 2 bad input, 130 interrupted."""
+    from qinit.errors import QinitError
+
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind", 130)
+    except QinitError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"inside qinit: {type(error).__name__}: {error} (run again with --debug and please report it)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""qinit: quantized bases and LoRA adapters that start fine-tuning close to full precision.
+
+from pathlib import Path
+import qinit
+
+recipe = qinit.make_recipe(bits=2, rank=16)
+plan = qinit.make_plan(recipe, Path("Qwen2.5-0.5B"), "Qwen2.5-0.5B")
+for event in qinit.run(plan, Path("out")):
+    ...
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qinit.errors import QinitError
+    from qinit.plan import Plan, make_plan
+    from qinit.recipe import Recipe, make_recipe
+    from qinit.runner import run
+    from qinit.solver import Solution, solve
+
+__version__ = "0.1.0"
+__all__ = ["Plan", "QinitError", "Recipe", "Solution", "make_plan", "make_recipe", "run", "solve"]
+
+_HOMES = {
+    "Plan": "plan",
+    "QinitError": "errors",
+    "Recipe": "recipe",
+    "Solution": "solver",
+    "make_plan": "plan",
+    "make_recipe": "recipe",
+    "run": "runner",
+    "solve": "solver",
+}
+
+
+def __getattr__(name: str) -> Any:  # lazily: torch takes a second to import
+    if name in _HOMES:
+        return getattr(import_module(f"qinit.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'qinit' has no attribute '{name}'")

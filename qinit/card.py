@@ -1,0 +1,101 @@
+"""The model card: README.md of a run's directory, with YAML front matter as the Hub reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qinit.adapter import ADAPTER_DIRECTORY
+from qinit.report import Report
+
+if TYPE_CHECKING:
+    from qinit.plan import Plan
+
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+}
+
+TEMPLATE = """\
+---
+{front}---
+
+# {title}
+
+`{model}` quantized to {bits} bits by [qinit]({format}, {bpw:.2f} bits per quantized weight as stored), with a LoRA adapter
+of rank {rank} in `{adapter}/` that already repairs the quantization: fine-tuning starts from base + adapter.
+
+## Load
+```python
+{snippet}
+```
+{requires}
+## Measured
+| | |
+|---|---|
+| quantized layers | {layers} ({kept} kept as they are) |
+| bits per weight as stored | {bpw:.3f} |
+| weights on disk | {before:.1f} MB before, {base:.1f} MB base + {adapter_mb:.1f} MB adapter after |
+| relative weight error, base alone | {error_start:.4f} |
+| relative weight error, base + adapter | {error:.4f} |
+{notes}
+## Recipe
+```yaml
+{recipe}```
+Command:
+```
+{command}
+```
+Per-layer figures, versions and the full recipe are in `qinit.json`.
+"""
+
+
+def load_snippet(class_name: str, directory: str) -> list[str]:
+    """Return the lines of Python that load base and adapter for training."""
+    auto = next((auto for end, auto in AUTO_CLASSES.items() if class_name.endswith(end)), "AutoModel")
+    return [
+        f"from transformers import {auto}; from peft import PeftModel",
+        f'base = {auto}.from_pretrained("{directory}", dtype="auto")',
+        f'model = PeftModel.from_pretrained(base, "{directory}", subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
+    ]
+
+
+def write_card(directory: Path, report: Report, plan: Plan) -> None:
+    """Write README.md into a run's directory."""
+    source = plan.checkpoint.card_metadata()
+    front: dict[str, Any] = {"base_model": report.model, "library_name": "peft"}
+    front["tags"] = ["qinit", report.recipe["method"], "lora", f"{report.recipe['bits']}-bit", report.recipe["format"]]
+    for key in ("license", "license_name", "license_link", "language", "pipeline_tag"):
+        if key in source:
+            front[key] = source[key]
+    totals = report.totals
+    title = f"{report.model.rstrip('/').split('/')[-1]}, {report.recipe['bits']} bits, rank {report.recipe['rank']}"
+    notes = "".join(f"\n- {note}" for note in report.notes)
+    requires = "Needs `pip install gptqmodel optimum` beside transformers and peft.\n"
+    text = TEMPLATE.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=title,
+        model=report.model,
+        bits=report.recipe["bits"],
+        format=report.recipe["format"],
+        rank=report.recipe["rank"],
+        adapter=ADAPTER_DIRECTORY,
+        snippet="\n".join(load_snippet(plan.architecture.class_name, ".")),
+        requires=requires if report.recipe["format"] == "gptq" else "",
+        layers=totals["layers"],
+        kept=totals["layers_kept"],
+        bpw=totals["bits_per_weight"],
+        before=totals["bytes_before"] / 1e6,
+        base=totals["base_bytes"] / 1e6,
+        adapter_mb=totals["adapter_bytes"] / 1e6,
+        error_start=totals["error_start"],
+        error=totals["error"],
+        notes=f"\nNotes:\n{notes}\n" if notes else "",
+        recipe=yaml.safe_dump(report.recipe, sort_keys=False),
+        command=report.command,
+    )
+    (directory / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,36 @@
+"""Errors that a user can cause and can fix. The command line prints them as one line and exits with 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QinitError(Exception):
+    """Base of all errors with a cause outside qinit. The message names what, where and what to do."""
+
+
+class CheckpointError(QinitError):
+    """The source checkpoint is missing, damaged or of a kind that qinit does not read."""
+
+
+class RecipeError(QinitError):
+    """An option or a recipe key is unknown or out of range, or two of them do not fit together."""
+
+
+class TargetError(QinitError):
+    """The modules to quantize cannot be found in the model."""
+
+
+class OutputError(QinitError):
+    """The result cannot be written where it was asked for."""
+
+
+class HubError(QinitError):
+    """The Hub refused, or cannot be reached."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the closest choice, or an empty string when none is close."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,46 @@
+"""What every storage format offers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from qinit.grids import Grid, Quantized
+from qinit.safetensors_io import TensorSpec
+
+if TYPE_CHECKING:
+    from qinit.targets import LinearModule, Target
+
+
+class Format(Protocol):
+    """A storage format. Stateless."""
+
+    name: str
+    mixed_bits: bool  # whether a stock loader reads different widths in one model
+
+    def cannot_hold(self, grid: str, bits: int, group_size: int) -> str | None:
+        """Return why this format holds no such grid at all, or None."""
+        ...
+
+    def cannot_hold_shape(self, module: LinearModule, group_size: int) -> str | None:
+        """Return why this format holds no matrix of this shape, or None."""
+        ...
+
+    def storage(self, target: Target) -> torch.dtype | None:
+        """Return the dtype that Q is rounded to when stored, or None when its codes are stored."""
+        ...
+
+    def specs(self, target: Target, bits: int, group_size: int) -> list[TensorSpec]:
+        """Return the tensors that take the place of the target's weight."""
+        ...
+
+    def encode(self, target: Target, quantized: Quantized, grid: Grid) -> dict[str, torch.Tensor]:
+        """Return those tensors, by name."""
+        ...
+
+    def quantization_config(
+        self, bits: int, group_size: int, quantized: list[str], kept: list[str]
+    ) -> dict[str, Any] | None:
+        """Return config.json's `quantization_config` for these module names, or None when there is none."""
+        ...

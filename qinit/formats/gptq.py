@@ -1,0 +1,127 @@
+"""GPTQ (gptq_v2): packed codes that transformers loads through gptqmodel and optimum.
+
+    X.qweight int32 [in*b/32, out]   a little-endian bit stream down each column
+    X.qzeros  int32 [in/g, out*b/32] the same along the outputs
+    X.scales  f16   [in/g, out]      W[n,k] = scales[k//g, n] * (q[k,n] - z[k//g, n])
+    X.g_idx   int32 [in]             k // g
+
+Version 2 stores z itself; version 1 stores z - 1 and spoils its neighbour when z = 0.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qinit.formats.packing import pack_rows
+from qinit.grids import Grid, Quantized
+from qinit.safetensors_io import TensorSpec
+
+if TYPE_CHECKING:
+    from qinit.targets import LinearModule, Target
+
+WORD = 32
+# Block names that optimum finds by itself, whether a base model or one with a head is loaded.
+KNOWN_BLOCKS = (
+    "transformer.h",
+    "model.decoder.layers",
+    "gpt_neox.layers",
+    "model.layers",
+    "h",
+    "decoder.layers",
+    "layers",
+)
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what gptqmodel's kernels accept
+
+
+class GptqFormat:
+    name = "gptq"
+    mixed_bits = False
+
+    def cannot_hold(self, grid: str, bits: int, group_size: int) -> str | None:
+        if grid != "int":
+            return f"holds integer grids only, not '{grid}'; use --format dense"
+        if group_size not in GROUP_SIZES:
+            return f"needs a group size of {', '.join(map(str, GROUP_SIZES))}, found {group_size}"
+        return None
+
+    def cannot_hold_shape(self, module: LinearModule, group_size: int) -> str | None:
+        if module.in_features % WORD or module.out_features % WORD:
+            return f"{module.out_features} x {module.in_features} is not divisible by {WORD}"
+        if module.in_features % group_size:
+            return f"{module.in_features} inputs are not divisible by the group size {group_size}"
+        return None
+
+    def storage(self, target: Target) -> torch.dtype | None:
+        return None
+
+    def specs(self, target: Target, bits: int, group_size: int) -> list[TensorSpec]:
+        out_features, in_features = target.module.out_features, target.module.in_features
+        groups = in_features // group_size
+        return [
+            TensorSpec(target.prefix + "qweight", torch.int32, (in_features * bits // WORD, out_features)),
+            TensorSpec(target.prefix + "qzeros", torch.int32, (groups, out_features * bits // WORD)),
+            TensorSpec(target.prefix + "scales", torch.float16, (groups, out_features)),
+            TensorSpec(target.prefix + "g_idx", torch.int32, (in_features,)),
+        ]
+
+    def encode(self, target: Target, quantized: Quantized, grid: Grid) -> dict[str, torch.Tensor]:
+        assert quantized.zeros is not None
+        codes, bits = quantized.codes.cpu(), quantized.bits
+        g_idx = torch.arange(codes.shape[1], dtype=torch.int32) // quantized.group_size
+        return {
+            target.prefix + "qweight": pack_rows(codes, bits).T.contiguous(),
+            target.prefix + "qzeros": pack_rows(quantized.zeros.cpu().T, bits),
+            target.prefix + "scales": quantized.scales.cpu().T.contiguous().half(),
+            target.prefix + "g_idx": g_idx,
+        }
+
+    def quantization_config(
+        self, bits: int, group_size: int, quantized: list[str], kept: list[str]
+    ) -> dict[str, Any] | None:
+        config: dict[str, Any] = {
+            "quant_method": "gptq",
+            "bits": bits,
+            "group_size": group_size,
+            "desc_act": False,
+            "sym": False,
+            "checkpoint_format": "gptq_v2",
+            "pack_dtype": "int32",
+            "lm_head": False,
+            "backend": "gptq_torch",  # without it a CPU may get a kernel that cannot train
+            "modules_in_block_to_quantize": [_selectors(quantized, kept)],
+            "meta": {"quantizer": ["qinit"]},
+        }
+        block = _block_name(quantized)
+        if block not in KNOWN_BLOCKS:
+            config["block_name_to_quantize"] = block
+        if kept:  # for GPTQModel.load and vLLM, which read this map and not the list above
+            config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}
+        return config
+
+
+def _block_name(names: list[str]) -> str:
+    """The dotted prefix that all names share up to the layer number: `model.layers`."""
+    shared = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1 or parts[0].isdigit():
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def _selectors(quantized: list[str], kept: list[str]) -> list[str]:
+    """Endings that select just the quantized modules: the loader matches names by `endswith`.
+
+    An ending below the layer number serves all layers; where it would catch a kept module, full names do.
+    """
+    selectors: dict[str, None] = {}
+    for name in quantized:
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        ending = "." + ".".join(parts[numbers[0] + 1 :]) if numbers else name
+        clash = any(other.endswith(ending) for other in kept)
+        selectors[name if clash else ending] = None
+    return list(selectors)

@@ -1,0 +1,87 @@
+"""What every grid offers, and the quantized matrix that it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+ROW_CHUNK_ELEMENTS = 1 << 18  # temporaries of this many floats stay in a core's cache
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """L = B A with B [out, r] and A [r, in], float32."""
+
+    B: torch.Tensor
+    A: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Q [out, in] as a grid holds it; groups run along the inputs, the last one may be short.
+
+    codes uint8 [out, in]; scales float32 [out, groups]; zeros uint8 [out, groups], None for a grid without.
+    """
+
+    bits: int
+    group_size: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+
+
+class Grid(Protocol):
+    """A set of values and the search for scales on it. Stateless."""
+
+    name: str
+    bits: tuple[int, ...]  # widths that the grid offers
+    searches: tuple[str, ...]  # scale searches that the grid offers
+
+    def quantize(
+        self,
+        weight: torch.Tensor,
+        low_rank: LowRank | None,
+        *,
+        bits: int,
+        group_size: int,
+        search: str,
+        previous: Quantized | None = None,
+    ) -> tuple[Quantized, torch.Tensor]:
+        """Round `weight - B A` [out, in] (float32) to the grid.
+
+        Returns the quantized matrix and the residual E = weight - Q (float32, [out, in]). `previous`, the
+        result for a nearby matrix, may be used to search around its scales only.
+        """
+        ...
+
+    def dequantize(self, quantized: Quantized) -> torch.Tensor:
+        """Return Q in float32, [out, in]."""
+        ...
+
+    def bits_per_weight(self, bits: int, group_size: int) -> float:
+        """Bits per weight that this grid's codes, scales and zeros take, packed."""
+        ...
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of rows that hold about ROW_CHUNK_ELEMENTS elements each."""
+    step = max(1, ROW_CHUNK_ELEMENTS // columns)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """View [rows, in] as [rows, groups, group_size], padding the last group with zeros."""
+    padding = -weight.shape[1] % group_size
+    if padding:
+        weight = torch.nn.functional.pad(weight, (0, padding))
+    return weight.reshape(weight.shape[0], -1, group_size)
+
+
+def target_rows(weight: torch.Tensor, low_rank: LowRank | None, rows: slice) -> torch.Tensor:
+    """Return the rows of `weight - B A`."""
+    part = weight[rows]
+    return part if low_rank is None else torch.addmm(part, low_rank.B[rows], low_rank.A, alpha=-1)

@@ -1,0 +1,149 @@
+"""The integer grid: W ~ s (q - z), q and z unsigned integers of `bits` bits, s float16, one pair per group.
+
+Scale search `mse`: for a zero point z and codes c = q - z, the least-squares scale is <x,c>/<c,c> and the
+error |x|^2 - <x,c>^2/<c,c>, so a candidate costs one pass over the group and no second one for its scale.
+The best of a set of clipping ratios and three zero points is then refined by alternating codes and scale.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qinit.grids.base import LowRank, Quantized, grouped, row_chunks, target_rows
+
+CANDIDATES = 24
+NEARBY = (0.84, 0.9, 0.95, 1.0, 1.05, 1.11, 1.2)  # times the previous scale, when there is one
+REFINEMENTS = 2
+# Least clipping ratio worth trying: with fewer levels, more of a group's range is better clipped.
+LEAST_RATIO = {2: 0.25, 3: 0.4, 4: 0.6, 8: 0.95}
+F16_MAX = 65504.0
+
+
+class IntegerGrid:
+    name = "int"
+    bits = (2, 3, 4, 8)
+    searches = ("minmax", "mse")
+
+    def quantize(
+        self,
+        weight: torch.Tensor,
+        low_rank: LowRank | None,
+        *,
+        bits: int,
+        group_size: int,
+        search: str,
+        previous: Quantized | None = None,
+    ) -> tuple[Quantized, torch.Tensor]:
+        ratios = _ratios(bits) if search == "mse" else torch.tensor([1.0])
+        warm = previous is not None and search == "mse"
+        if warm:
+            ratios = torch.tensor(NEARBY)
+        refinements = REFINEMENTS if search == "mse" else 0
+        arguments = (weight, low_rank, bits, group_size, ratios, refinements, previous if warm else None)
+        if weight.device.type == "cpu":
+            from qinit.grids.integer_cpu import quantize_cpu
+
+            return quantize_cpu(*arguments)
+        return quantize_torch(*arguments)
+
+    def dequantize(self, quantized: Quantized) -> torch.Tensor:
+        assert quantized.zeros is not None
+        result = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
+        for rows in row_chunks(*result.shape):
+            codes = grouped(quantized.codes[rows], quantized.group_size).float()
+            values = (codes - quantized.zeros[rows, :, None].float()) * quantized.scales[rows, :, None]
+            result[rows] = values.flatten(1)[:, : result.shape[1]]
+        return result
+
+    def bits_per_weight(self, bits: int, group_size: int) -> float:
+        return bits + (16 + bits) / group_size
+
+
+def _ratios(bits: int) -> torch.Tensor:
+    return torch.linspace(LEAST_RATIO[bits], 1.0, CANDIDATES)
+
+
+def quantize_torch(
+    weight: torch.Tensor,
+    low_rank: LowRank | None,
+    bits: int,
+    group_size: int,
+    ratios: torch.Tensor,
+    refinements: int,
+    previous: Quantized | None,
+) -> tuple[Quantized, torch.Tensor]:
+    """The search in plain torch, on any device: what CUDA runs, and the reference for the CPU kernel."""
+    rows, columns = weight.shape
+    groups = -(-columns // group_size)
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty((rows, groups), device=weight.device)
+    zeros = torch.empty((rows, groups), dtype=torch.uint8, device=weight.device)
+    residual = torch.empty_like(weight)
+    fit = _fit_groups_compiled() if weight.device.type == "cuda" else fit_groups
+    for part in row_chunks(rows, columns) if weight.device.type == "cpu" else [slice(0, rows)]:
+        x = grouped(target_rows(weight, low_rank, part), group_size)
+        start = None
+        if previous is not None:
+            assert previous.zeros is not None
+            start = (previous.scales[part], previous.zeros[part].float())
+        c, z, s = fit(x, 2**bits - 1, ratios.tolist(), refinements, start)
+        scales[part], zeros[part] = s, z.to(torch.uint8)
+        codes[part] = (c + z[..., None]).to(torch.uint8).flatten(1)[:, :columns]
+        residual[part] = weight[part] - (c * s[..., None]).flatten(1)[:, :columns]
+    return Quantized(bits, group_size, codes, scales, zeros), residual
+
+
+def _fit_groups_compiled():  # pragma: no cover - needs a GPU
+    global _compiled
+    if _compiled is None:
+        _compiled = torch.compile(fit_groups, dynamic=True)
+    return _compiled
+
+
+_compiled = None
+
+
+def fit_groups(
+    x: torch.Tensor,
+    levels: int,
+    ratios: list[float],
+    refinements: int,
+    start: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fit codes c [..., g], zero points z and scales s [...] to groups x [..., g]; `levels` is the top code.
+
+    `start` holds scales and zero points to search around; without it the ratios clip the group's range.
+    """
+    if start is None:
+        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+        base = (high - low) / levels
+        centre = torch.floor(-low / base.clamp(min=1e-30) + 0.5)
+    else:
+        base, centre = start
+    best_gain = torch.full_like(base, -1.0)
+    scale, zero = base.clone(), centre.clone()
+    for ratio in ratios:
+        rounded = torch.floor(x / (base * ratio).clamp(min=1e-30)[..., None] + 0.5)
+        for shift in (-1.0, 0.0, 1.0) if len(ratios) > 1 else (0.0,):
+            z = (centre + shift).clamp(0, levels)
+            c = torch.minimum(torch.maximum(rounded, -z[..., None]), levels - z[..., None])
+            xc, cc = (x * c).sum(-1), (c * c).sum(-1)
+            gain = xc * xc / cc.clamp(min=1.0)
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            scale = torch.where(better, xc / cc.clamp(min=1.0), scale)
+            zero = torch.where(better, z, zero)
+    if len(ratios) == 1:
+        scale = base
+    for _ in range(refinements):
+        c = _round_to(x, scale, zero, levels)
+        xc, cc = (x * c).sum(-1), (c * c).sum(-1)
+        scale = torch.where(cc > 0, xc / cc.clamp(min=1.0), scale)
+    scale = scale.clamp(max=F16_MAX).half().float()
+    scale = torch.where(scale > 0, scale, 1.0)
+    return _round_to(x, scale, zero, levels), zero, scale
+
+
+def _round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
+    rounded = torch.floor(x / scale.clamp(min=1e-30)[..., None] + 0.5)
+    return torch.minimum(torch.maximum(rounded, -zero[..., None]), levels - zero[..., None])

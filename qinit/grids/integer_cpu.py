@@ -1,0 +1,164 @@
+"""The integer grid's search as one fused CPU kernel (numba): subtract B A, search, round, take the residual.
+
+Every row is handled by one thread from start to end, so the result does not depend on the thread count.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+
+from qinit.grids.base import LowRank, Quantized
+from qinit.grids.integer import F16_MAX
+
+TINY = np.float32(1e-30)
+HALF = np.float32(0.5)
+
+
+def quantize_cpu(
+    weight: torch.Tensor,
+    low_rank: LowRank | None,
+    bits: int,
+    group_size: int,
+    ratios: torch.Tensor,
+    refinements: int,
+    previous: Quantized | None,
+) -> tuple[Quantized, torch.Tensor]:
+    """As `qinit.grids.integer.quantize_torch`, in about a tenth of its time."""
+    rows, columns = weight.shape
+    groups = -(-columns // group_size)
+    codes = torch.empty((rows, columns), dtype=torch.uint8)
+    scales, zeros = torch.empty((rows, groups)), torch.empty((rows, groups), dtype=torch.uint8)
+    residual = torch.empty((rows, columns))
+    if previous is not None:
+        assert previous.zeros is not None
+        scales.copy_(previous.scales)
+        zeros.copy_(previous.zeros)
+    B = np.empty((rows, 0), np.float32) if low_rank is None else low_rank.B.contiguous().numpy()
+    A = np.empty((0, columns), np.float32) if low_rank is None else low_rank.A.contiguous().numpy()
+    _kernel(
+        weight.contiguous().numpy(),
+        B,
+        A,
+        group_size,
+        np.float32(2**bits - 1),
+        ratios.numpy(),
+        refinements,
+        previous is not None,
+        codes.numpy(),
+        scales.numpy(),
+        zeros.numpy(),
+        residual.numpy(),
+    )
+    return Quantized(bits, group_size, codes, scales, zeros), residual
+
+
+@numba.njit(cache=True)
+def _to_f16(value):
+    """Round a positive float32 to the nearest float16: 11 bits, or multiples of 2^-24 below 2^-14."""
+    mantissa, exponent = math.frexp(value)
+    exponent = max(exponent, -13)
+    step = math.ldexp(1.0, exponent - 11)
+    return np.float32(min(np.rint(np.float64(value) / step) * step, F16_MAX))
+
+
+@numba.njit(fastmath=True, inline="always")
+def _sums(x, n, inverse, z, levels):
+    xc = np.float32(0.0)
+    cc = np.float32(0.0)
+    for k in range(n):
+        c = min(max(np.float32(math.floor(x[k] * inverse + HALF)), -z), levels - z)
+        xc += x[k] * c
+        cc += c * c
+    return xc, cc
+
+
+@numba.njit(fastmath=True, inline="always")
+def _sums3(x, n, inverse, z, levels):
+    """Sums for the zero points z - 1, z and z + 1 (not clipped to the range of codes) in one pass."""
+    a = np.float32(0.0)
+    aa = np.float32(0.0)
+    b = np.float32(0.0)
+    bb = np.float32(0.0)
+    d = np.float32(0.0)
+    dd = np.float32(0.0)
+    one = np.float32(1.0)
+    low = -z
+    high = levels - z
+    for k in range(n):
+        r = np.float32(math.floor(x[k] * inverse + HALF))
+        c = min(max(r, low + one), high + one)
+        a += x[k] * c
+        aa += c * c
+        c = min(max(r, low), high)
+        b += x[k] * c
+        bb += c * c
+        c = min(max(r, low - one), high - one)
+        d += x[k] * c
+        dd += c * c
+    return a, aa, b, bb, d, dd
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _kernel(weight, B, A, group_size, levels, ratios, refinements, warm, codes, scales, zeros, residual):
+    rows, columns = weight.shape
+    rank = B.shape[1]
+    one = np.float32(1.0)
+    for i in numba.prange(rows):
+        x = np.empty(group_size, np.float32)
+        for g in range(scales.shape[1]):
+            first = g * group_size
+            n = min(group_size, columns - first)
+            for k in range(n):
+                x[k] = weight[i, first + k]
+            for j in range(rank):
+                factor = B[i, j]
+                for k in range(n):
+                    x[k] -= factor * A[j, first + k]
+            if warm:
+                base = scales[i, g]
+                centre = np.float32(zeros[i, g])
+            else:
+                low = np.float32(0.0)
+                high = np.float32(0.0)
+                for k in range(n):
+                    low = min(low, x[k])
+                    high = max(high, x[k])
+                base = (high - low) / levels
+                centre = np.float32(math.floor(-low / max(base, TINY) + HALF))
+            scale = base
+            zero = centre
+            if ratios.shape[0] > 1:
+                best = np.float32(-1.0)
+                for t in range(ratios.shape[0]):
+                    inverse = one / max(base * ratios[t], TINY)
+                    a, aa, b, bb, d, dd = _sums3(x, n, inverse, centre, levels)
+                    if centre >= one and a * a > best * max(aa, one):
+                        best = a * a / max(aa, one)
+                        scale = a / max(aa, one)
+                        zero = centre - one
+                    if b * b > best * max(bb, one):
+                        best = b * b / max(bb, one)
+                        scale = b / max(bb, one)
+                        zero = centre
+                    if centre + one <= levels and d * d > best * max(dd, one):
+                        best = d * d / max(dd, one)
+                        scale = d / max(dd, one)
+                        zero = centre + one
+                for _ in range(refinements):
+                    xc, cc = _sums(x, n, one / max(scale, TINY), zero, levels)
+                    if cc > 0:
+                        scale = xc / cc
+            scale = _to_f16(scale)
+            if not scale > 0:
+                scale = one
+            inverse = one / scale
+            scales[i, g] = scale
+            zeros[i, g] = np.uint8(zero)
+            for k in range(n):
+                c = min(max(np.float32(math.floor(x[k] * inverse + HALF)), -zero), levels - zero)
+                codes[i, first + k] = np.uint8(c + zero)
+                residual[i, first + k] = weight[i, first + k] - scale * c

@@ -1,0 +1,45 @@
+"""The Hub: a model id becomes a local directory. The only module that uses the network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qinit.errors import CheckpointError, HubError
+
+# Other forms of the same weights, never fetched beside safetensors; "original/" holds Meta's.
+SKIPPED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.ot", "original/*"]
+
+
+def local_directory(model: str, revision: str | None = None, token: str | None = None) -> Path:
+    """Return `model` itself if it is a directory, else download that Hub id (or find it in the cache).
+
+    Raises CheckpointError for something that is neither, HubError for what the Hub answers.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"{model}: no such directory, and no Hub id (those look like 'Qwen/Qwen2.5-0.5B')")
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{model} at revision {revision}" if revision else model
+    try:
+        return Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=SKIPPED))
+    except errors.GatedRepoError:
+        raise HubError(f"{at}: access is gated; ask for it on its page and set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise HubError(f"{model}: the Hub has no revision '{revision}' of it") from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(
+            f"{at}: no such directory here and no such model on the Hub (a private one needs HF_TOKEN)"
+        ) from None
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{model}: no such directory, and no Hub id ({error})") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise HubError(
+            f"{at}: no such directory here, not in the local cache, and the Hub cannot be reached; "
+            "check the name and the network, or give a local directory"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no"
+        raise HubError(f"{at}: the Hub answered with status {status}; try again later") from None

@@ -1,0 +1,58 @@
+"""The best rank-r approximation of a matrix, by warm-started subspace iteration or by full SVD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qinit.grids import LowRank
+
+OVERSAMPLE = 8  # extra directions: the r wanted ones converge at the rate of the (r + 8)-th singular value
+COLD_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """Rank-r approximation B A, balanced: with U S V' the r leading triplets, B = U sqrt(S), A = sqrt(S) V'.
+
+    `basis` [in, r + oversampling] starts the next search; `captured` is the sum of the r squared singular values.
+    """
+
+    factors: LowRank
+    basis: torch.Tensor
+    captured: float
+
+
+def random_basis(columns: int, rank: int, seed: int, device: torch.device) -> torch.Tensor:
+    """A start for the first search, drawn on the CPU so that every device starts alike."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(columns, min(rank + OVERSAMPLE, columns), generator=generator).to(device)
+
+
+def subspace(matrix: torch.Tensor, rank: int, basis: torch.Tensor, steps: int = 1) -> Approximation:
+    """Approximate `matrix` [out, in] at `rank` by `steps` rounds of subspace iteration from `basis` [in, p].
+
+    Block power iteration with a Rayleigh-Ritz step (Halko, Martinsson, Tropp 2011, algorithm 4.4 and
+    section 5.1). One step from the basis of a nearby matrix is enough; from a random one use COLD_STEPS.
+    """
+    for step in range(steps):
+        range_basis = torch.linalg.qr(matrix @ basis).Q
+        basis = matrix.T @ range_basis
+        if step + 1 < steps:
+            basis = torch.linalg.qr(basis).Q
+    right, small = torch.linalg.qr(basis)  # basis = right small, so U'M = small' right'
+    U, S, Vh = torch.linalg.svd(small.T, full_matrices=False)
+    return _balanced(range_basis @ U, S, Vh @ right.T, rank, basis=right @ Vh.T)
+
+
+def full_svd(matrix: torch.Tensor, rank: int) -> Approximation:
+    """The exact truncated SVD (Eckart-Young): what the published methods use, and the tests' reference."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return _balanced(U, S, Vh, rank, basis=Vh[: rank + OVERSAMPLE].T)
+
+
+def _balanced(U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, rank: int, basis: torch.Tensor) -> Approximation:
+    root = S[:rank].sqrt()
+    factors = LowRank(B=U[:, :rank] * root, A=root[:, None] * Vh[:rank])
+    return Approximation(factors, basis, captured=float(S[:rank].double().square().sum()))

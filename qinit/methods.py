@@ -1,0 +1,48 @@
+"""The method table: every method is one row, a choice on each axis of the solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qinit.errors import RecipeError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row. `start` is what is fitted first; `refit` whether the low rank is fitted again to W - Q."""
+
+    name: str
+    source: str
+    grid: str
+    search: str
+    start: Literal["none", "quantize", "low-rank"]  # "none": no low rank at all, a plain LoRA start
+    iterations: int
+    refit: bool = True
+    keep_best: bool = False
+    svd: Literal["full", "subspace"] = "full"
+    iterations_fixed: bool = True  # False: the recipe's `iter` sets them
+
+
+METHODS = {
+    row.name: row
+    for row in (
+        Method("qlora", "Dettmers et al. 2023, arXiv:2305.14314", "nf", "absmax", "none", 1, refit=False),
+        Method("loftq", "Li et al. 2023, arXiv:2310.08659", "nf", "absmax", "quantize", 5),
+        Method("qpissa", "Meng et al. 2024, arXiv:2404.02948", "nf", "absmax", "low-rank", 1, refit=False),
+        Method(
+            *("eqft", "qinit", "int", "mse", "low-rank", 5),
+            keep_best=True,
+            svd="subspace",
+            iterations_fixed=False,
+        ),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    """Look a row up by name; raises RecipeError with a suggestion for an unknown one."""
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        raise RecipeError(f"method: no '{name}'{did_you_mean(name, METHODS)}; known are {known}")
+    return METHODS[name]

@@ -1,0 +1,153 @@
+"""The plan of a run, made from headers alone: every layer, every byte, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from qinit import adapter
+from qinit.checkpoint import Checkpoint
+from qinit.formats import FORMATS
+from qinit.grids import GRIDS
+from qinit.recipe import Recipe, parse_size
+from qinit.safetensors_io import StoredTensor, TensorSpec
+from qinit.solver import LayerSpec
+from qinit.targets import Architecture, Target, read_architecture, resolve_targets, select
+
+# Float32 weight, residual and one temporary of the same size, codes twice, the source and the packed result.
+PEAK_BYTES_PER_WEIGHT = 18
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One selected layer: quantized, or kept as it is for a reason (its adapter is then a plain LoRA start)."""
+
+    target: Target
+    bits: int
+    group_size: int
+    rank: int
+    kept: str | None
+    specs: tuple[TensorSpec, ...]  # what stands in the base for this layer's weight
+
+    @property
+    def weights(self) -> int:
+        return self.target.tensor.numel
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will read and write."""
+
+    recipe: Recipe
+    model_name: str
+    checkpoint: Checkpoint
+    architecture: Architecture
+    layers: tuple[LayerPlan, ...]
+
+    @cached_property
+    def quantized(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.kept is None)
+
+    @cached_property
+    def copied(self) -> tuple[StoredTensor, ...]:
+        """Tensors that go into the base unchanged."""
+        replaced = {layer.target.tensor.name for layer in self.quantized}
+        return tuple(t for name, t in self.checkpoint.tensors.items() if name not in replaced)
+
+    @cached_property
+    def base_specs(self) -> list[TensorSpec]:
+        """The base's tensors, in the checkpoint's order."""
+        layers = {layer.target.tensor.name: layer for layer in self.quantized}
+        specs: list[TensorSpec] = []
+        for name, tensor in self.checkpoint.tensors.items():
+            specs += layers[name].specs if name in layers else [TensorSpec(name, tensor.dtype, tensor.shape)]
+        return specs
+
+    @cached_property
+    def adapter_specs(self) -> list[TensorSpec]:
+        return [spec for layer in self.layers for spec in adapter.specs(layer.target.module, layer.rank)]
+
+    @property
+    def max_shard_bytes(self) -> int:
+        return parse_size(self.recipe.max_shard_size)
+
+    @property
+    def bytes_before(self) -> int:
+        return self.checkpoint.weight_bytes
+
+    @property
+    def base_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.base_specs)
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.adapter_specs)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight: codes, scales, zeros and group indices counted."""
+        stored = sum(layer.bytes_after for layer in self.quantized)
+        return 8 * stored / sum(layer.weights for layer in self.quantized)
+
+    @property
+    def grid_bits_per_weight(self) -> float:
+        """Bits per quantized weight that the grid needs; the same as stored, or far less when stored dense."""
+        grid = GRIDS[self.recipe.row.grid]
+        bits = sum(layer.weights * grid.bits_per_weight(layer.bits, layer.group_size) for layer in self.quantized)
+        return bits / sum(layer.weights for layer in self.quantized)
+
+    @property
+    def working_bytes(self) -> int:
+        """Estimated peak memory on top of the libraries' own: set by the largest layer, not by the model."""
+        return PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in self.quantized)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know: layers that are kept, ranks that were lowered."""
+        notes = [f"{layer.target.name} stays as it is: {layer.kept}" for layer in self.layers if layer.kept]
+        notes += [
+            f"{layer.target.name}: rank lowered from {self.recipe.rank} to {layer.rank}, all that its shape allows"
+            for layer in self.layers
+            if layer.rank != self.recipe.rank
+        ]
+        return tuple(notes)
+
+    def layer_spec(self, layer: LayerPlan) -> LayerSpec:
+        """Return what the solver is asked for this layer."""
+        storage = FORMATS[self.recipe.format].storage(layer.target)
+        method, iterations = self.recipe.row, self.recipe.iterations
+        return LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
+
+
+def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
+    """Open the checkpoint, choose its layers and lay out the output; reads headers and configuration only.
+
+    Raises CheckpointError and TargetError.
+    """
+    checkpoint = Checkpoint.open(directory)
+    architecture = read_architecture(directory, checkpoint.config)
+    targets = select(resolve_targets(checkpoint, architecture), recipe.target_modules, recipe.exclude)
+    layers = tuple(_plan_layer(recipe, target) for target in targets)
+    plan = Plan(recipe, model_name, checkpoint, architecture, layers)
+    if not plan.quantized:
+        from qinit.errors import TargetError
+
+        raise TargetError(
+            f"format {recipe.format} can hold none of the {len(layers)} chosen layers "
+            f"({plan.notes[0]}); use --format dense"
+        )
+    return plan
+
+
+def _plan_layer(recipe: Recipe, target: Target) -> LayerPlan:
+    module, fmt = target.module, FORMATS[recipe.format]
+    kept = fmt.cannot_hold_shape(module, recipe.group_size)
+    rank = min(recipe.rank, module.out_features, module.in_features)
+    same = TensorSpec(target.tensor.name, target.tensor.dtype, target.tensor.shape)
+    specs = (same,) if kept else tuple(fmt.specs(target, recipe.bits, recipe.group_size))
+    return LayerPlan(target, recipe.bits, recipe.group_size, rank, kept, specs)

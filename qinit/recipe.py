@@ -1,0 +1,141 @@
+"""A recipe: everything that decides what a run writes, checked once, and kept in its qinit.json."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qinit.errors import RecipeError, did_you_mean
+from qinit.formats import FORMATS
+from qinit.grids import GRIDS
+from qinit.methods import Method, get_method
+from qinit.targets import ALL_LINEAR
+
+Bits = Literal[2, 3, 4, 8]
+
+
+class Recipe(BaseModel):
+    """The options of one run. Fields have the names of the command line's options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    model: str | None = None  # None: the embedded demo model
+    revision: str | None = None
+    method: str = "eqft"
+    bits: Bits = 2
+    rank: int = Field(16, ge=1)
+    iter: int = Field(5, ge=1, le=100)
+    group_size: int = Field(64, ge=8)
+    format: str = "gptq"
+    lora_alpha: float | None = Field(None, gt=0)  # None: the rank
+    use_rslora: bool = False
+    target_modules: str = ALL_LINEAR
+    exclude: str | None = None
+    max_shard_size: str = "5GB"
+    device: str = "auto"
+    seed: int = Field(0, ge=0)
+
+    @field_validator("lora_alpha", mode="before")
+    @classmethod
+    def _whole_alpha_is_fine(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        name, _, index = value.partition(":")
+        if value not in ("auto", "cpu", "cuda") and not (name == "cuda" and index.isdigit()):
+            raise ValueError("expected auto, cpu, cuda or cuda:N")
+        return value
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _parsable_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Recipe:
+        method = get_method(self.method)
+        grid = GRIDS[method.grid]
+        if self.format not in FORMATS:
+            raise ValueError(
+                f"format: no '{self.format}'{did_you_mean(self.format, FORMATS)}; known are {', '.join(FORMATS)}"
+            )
+        if self.bits not in grid.bits:
+            raise ValueError(f"bits: method {self.method} offers {list(grid.bits)}, found {self.bits}")
+        problem = FORMATS[self.format].cannot_hold(method.grid, self.bits, self.group_size)
+        if problem:
+            raise ValueError(f"format: {self.format} {problem}")
+        return self
+
+    @property
+    def row(self) -> Method:
+        return get_method(self.method)
+
+    @property
+    def iterations(self) -> int:
+        return self.row.iterations if self.row.iterations_fixed else self.iter
+
+    @property
+    def alpha(self) -> float:
+        return float(self.rank) if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def lora_scale(self) -> float:
+        """s in W ~ Q + s B A: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA (arXiv:2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+def make_recipe(file: Path | None = None, **options: Any) -> Recipe:
+    """Build a recipe from a YAML file, if given, and from options; options that are not None win.
+
+    Raises RecipeError naming the key, what was expected and what was found.
+    """
+    values = _read_recipe(file) if file else {}
+    values.update({key: value for key, value in options.items() if value is not None})
+    where = f"{file}: " if file else ""
+    for key in values:
+        if key not in Recipe.model_fields:
+            known = ", ".join(Recipe.model_fields)
+            hint = did_you_mean(str(key), Recipe.model_fields)
+            raise RecipeError(f"{where}unknown recipe key '{key}'{hint}; known are {known}")
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        raise RecipeError(where + "; ".join(_one_line(e) for e in error.errors())) from None
+
+
+def _one_line(error: Any) -> str:
+    option = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error" and not option:
+        return str(error["ctx"]["error"])
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{option}: {message[0].lower() + message[1:]}, found {error['input']!r}"
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file}: expected `option: value` lines, found {type(values).__name__}")
+    return values
+
+
+def parse_size(text: str) -> int:
+    """Read `5GB`, `300MB`, `2GiB` as bytes (GB is 10^9, GiB 2^30); raises ValueError."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    upper = text.strip().upper()
+    for unit, factor in units.items():
+        number = upper.removesuffix(unit)
+        if number != upper and number.strip().isdigit() and int(number) > 0:
+            return int(number) * factor
+    raise ValueError("expected a size like 5GB or 300MiB")

@@ -1,0 +1,243 @@
+"""Safetensors, read and written by byte range, so that no more than one tensor is ever in memory.
+
+The safetensors package maps whole files (the pages count as resident memory) and writes whole files from
+memory. A run here reads one tensor at a time and knows the layout of its output before it starts, so the
+headers come first and every tensor goes straight to its place.
+Format: 8 bytes little-endian header length, JSON header, data (huggingface.co/docs/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qinit.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+CHUNK_BYTES = 16 << 20
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor that is stored or will be."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorSpec):
+    """A tensor's place: `offset` counts bytes from the start of `file`."""
+
+    file: Path
+    offset: int
+
+    def chunks(self, size: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
+        """Yield the raw data as flat uint8 tensors of at most `size` bytes (a multiple of every itemsize)."""
+        with open(self.file, "rb", buffering=0) as handle:
+            handle.seek(self.offset)
+            for start in range(0, self.nbytes, size):
+                buffer = torch.empty(min(size, self.nbytes - start), dtype=torch.uint8)
+                _read_into(handle, buffer, self)
+                yield buffer
+
+    def read(self) -> torch.Tensor:
+        """Read the whole tensor in its stored dtype."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        with open(self.file, "rb", buffering=0) as handle:
+            handle.seek(self.offset)
+            _read_into(handle, buffer, self)
+        return buffer.view(self.dtype).reshape(self.shape)
+
+
+def _read_into(handle: Any, buffer: torch.Tensor, tensor: StoredTensor) -> None:
+    view = memoryview(buffer.numpy())
+    while view:
+        got = handle.readinto(view)
+        if not got:
+            raise CheckpointError(
+                f"{tensor.file}: ends inside tensor '{tensor.name}'; the file changed or is truncated"
+            )
+        view = view[got:]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return result
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Read and check one file's header: sizes match shapes, data neither overlaps nor leaves the file.
+
+    Raises CheckpointError naming the file and the tensor.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        prefix = handle.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file}: not a whole safetensors file (header of {length} bytes in a file of {size}); "
+                "download or copy it again"
+            )
+        raw = handle.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        if not isinstance(header, dict):
+            raise ValueError("expected an object")
+        header.pop("__metadata__", None)
+        tensors = {name: _parse_entry(file, name, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: corrupt safetensors header ({error}); download or copy it again") from None
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            raise CheckpointError(f"{file}: tensor '{tensor.name}' overlaps another or leaves a gap before it")
+        end += tensor.nbytes
+    if end != size:
+        raise CheckpointError(
+            f"{file}: the header describes {end} bytes but the file has {size}; it is truncated or damaged, "
+            "download or copy it again"
+        )
+    return tensors
+
+
+def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"tensor '{name}' lacks dtype, shape or data_offsets") from None
+    if dtype not in DTYPES:
+        raise ValueError(f"tensor '{name}' has dtype {dtype!r}, known are {', '.join(DTYPES)}")
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not all(type(n) is int and 0 <= n < 2**60 for n in numbers):
+        raise ValueError(f"tensor '{name}' has a shape or offset that is no count")
+    tensor = StoredTensor(name, DTYPES[dtype], tuple(shape), file, data_start + begin)
+    if tensor.nbytes != end - begin:
+        raise ValueError(f"tensor '{name}' of shape {shape} takes {tensor.nbytes} bytes, not {end - begin}")
+    return tensor
+
+
+class SafetensorsWriter:
+    """Writes tensors of known names and shapes, in any order, into one file or into shards with an index.
+
+    Headers are written at once; `write` puts a tensor at its place; `close` checks that all came and writes
+    the index last. The files have their final names, so the directory itself should be a temporary one.
+    """
+
+    def __init__(self, directory: Path, specs: Iterable[TensorSpec], stem: str = "model", max_bytes: int = 1 << 62):
+        self._directory = directory
+        self._specs = list(specs)
+        self._shards = _split(self._specs, max_bytes)
+        self._stem = stem
+        self._places: dict[str, tuple[str, int, TensorSpec]] = {}
+        self._missing = {spec.name for spec in self._specs}
+        for number, shard in enumerate(self._shards, 1):
+            self._start_file(self._file_name(number), shard)
+
+    def _file_name(self, number: int) -> str:
+        if len(self._shards) == 1:
+            return f"{self._stem}.safetensors"
+        return f"{self._stem}-{number:05d}-of-{len(self._shards):05d}.safetensors"
+
+    def _start_file(self, file_name: str, shard: list[TensorSpec]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for spec in shard:
+            entry = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+            header[spec.name] = {**entry, "data_offsets": [offset, offset + spec.nbytes]}
+            offset += spec.nbytes
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        with open(self._directory / file_name, "xb") as handle:
+            handle.write(len(raw).to_bytes(8, "little") + raw)
+            handle.truncate(8 + len(raw) + offset)
+        place = 8 + len(raw)
+        for spec in shard:
+            self._places[spec.name] = (file_name, place, spec)
+            place += spec.nbytes
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor; its dtype and shape must be the announced ones."""
+        spec = self._places[name][2]
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+            raise ValueError(f"{name}: announced as {spec.dtype} {spec.shape}, got {tensor.dtype} {tensor.shape}")
+        self.write_chunks(name, [tensor.contiguous().reshape(-1).view(torch.uint8)])
+
+    def write_chunks(self, name: str, chunks: Iterable[torch.Tensor]) -> None:
+        """Write one tensor from its raw bytes, given as flat uint8 tensors."""
+        file_name, offset, spec = self._places[name]
+        written = 0
+        with open(self._directory / file_name, "r+b", buffering=0) as handle:
+            handle.seek(offset)
+            for chunk in chunks:
+                view = memoryview(chunk.numpy())
+                written += len(view)
+                while view:
+                    view = view[handle.write(view) :]
+        if written != spec.nbytes:
+            raise ValueError(f"{name}: announced as {spec.nbytes} bytes, got {written}")
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Flush to disk and, for several shards, write the index; raises ValueError if a tensor is missing."""
+        if self._missing:
+            raise ValueError(f"tensors announced but not written: {sorted(self._missing)[:5]}")
+        for file_name in {place[0] for place in self._places.values()}:
+            with open(self._directory / file_name, "rb") as handle:
+                os.fsync(handle.fileno())
+        if len(self._shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(spec.nbytes for spec in self._specs)},
+                "weight_map": {name: place[0] for name, place in self._places.items()},
+            }
+            path = self._directory / f"{self._stem}.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _split(specs: list[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+    """Fill shards in order; a tensor larger than a shard gets one of its own."""
+    shards: list[list[TensorSpec]] = [[]]
+    room = max_bytes
+    for spec in specs:
+        if spec.nbytes > room and shards[-1]:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(spec)
+        room -= spec.nbytes
+    return shards

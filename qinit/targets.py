@@ -1,0 +1,181 @@
+"""Which modules to quantize: taken from the architecture, then matched to the checkpoint's tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qinit.checkpoint import Checkpoint
+from qinit.errors import CheckpointError, TargetError, did_you_mean
+from qinit.safetensors_io import StoredTensor
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """A linear module of the architecture: W is [out_features, in_features]; Conv1D stores W transposed."""
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear module and the tensor that holds its weight."""
+
+    module: LinearModule
+    tensor: StoredTensor
+
+    @property
+    def name(self) -> str:
+        return self.module.name
+
+    @property
+    def prefix(self) -> str:
+        """The tensor name without `weight`: what a packed format's names start with."""
+        return self.tensor.name.removesuffix("weight")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The model's linear modules in order, its base-model prefix and the class that loads it."""
+
+    class_name: str
+    base_prefix: str
+    linear: tuple[LinearModule, ...]
+
+
+def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
+    """Build the model on the meta device (no memory, no weights) and list its linear modules.
+
+    Output heads and modules whose weight is tied to an embedding are left out.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    config_file = directory / "config.json"
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{config_file}: transformers {transformers.__version__} does not know this model "
+            f"(model_type {config.get('model_type')!r}): {reason}"
+        ) from error
+    try:
+        with init_empty_weights():
+            model = _model_class(transformers, config)._from_config(model_config)
+    except Exception as error:  # a config can break a constructor in any way
+        raise CheckpointError(
+            f"{config_file}: no model can be built from it ({type(error).__name__}: {error})"
+        ) from error
+    head = model.get_output_embeddings()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = []
+    for name, module in model.named_modules():
+        if module is head or not isinstance(module, (nn.Linear, Conv1D)) or id(module.weight) in embeddings:
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, columns = module.weight.shape
+        out_features, in_features = (columns, rows) if transposed else (rows, columns)
+        linear.append(LinearModule(name, out_features, in_features, transposed))
+    return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear))
+
+
+def _model_class(transformers: Any, config: dict[str, Any]) -> Any:
+    for name in config.get("architectures") or ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Target, ...]:
+    """Match every linear module to its tensor, with or without the base-model prefix.
+
+    Raises CheckpointError when a weight is missing or has another shape than the architecture says.
+    """
+    prefix = architecture.base_prefix + "."
+    targets = []
+    for module in architecture.linear:
+        names = [f"{module.name}.weight", f"{prefix}{module.name}.weight"]
+        if module.name.startswith(prefix):
+            names.append(f"{module.name.removeprefix(prefix)}.weight")
+        tensor = next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
+        if tensor is None:
+            raise CheckpointError(
+                f"{checkpoint.directory}: no weight for module '{module.name}' of {architecture.class_name} "
+                f"(looked for {', '.join(names)})"
+            )
+        expected = (module.out_features, module.in_features)
+        if module.transposed:
+            expected = expected[::-1]
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"{tensor.file}: tensor '{tensor.name}' has shape {list(tensor.shape)}, config.json says "
+                f"{list(expected)}; config and weights belong to different models"
+            )
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize not in (2, 4):
+            raise CheckpointError(
+                f"{tensor.file}: tensor '{tensor.name}' is {tensor.dtype}; qinit reads float32, float16 and bfloat16"
+            )
+        targets.append(Target(module, tensor))
+    return tuple(targets)
+
+
+def select(targets: Iterable[Target], wanted: str, exclude: str | None = None) -> tuple[Target, ...]:
+    """Choose targets: `all-linear`, comma-separated name endings (`q_proj,mlp.down_proj`), or a regular
+    expression that matches a whole module name; the same forms exclude.
+
+    Raises TargetError, listing what there is, when a part of the choice matches nothing.
+    """
+    targets = tuple(targets)
+    chosen = targets if wanted == ALL_LINEAR else _matching(targets, wanted, "--target-modules")
+    if exclude:
+        dropped = {target.name for target in _matching(targets, exclude, "--exclude")}
+        chosen = tuple(target for target in chosen if target.name not in dropped)
+    if not chosen:
+        raise TargetError(f"no linear module is left to quantize; the model has {_kinds(targets)}")
+    return chosen
+
+
+def _matching(targets: tuple[Target, ...], pattern: str, option: str) -> tuple[Target, ...]:
+    if re.fullmatch(r"[\w.,\- ]+", pattern):
+        matched: set[str] = set()
+        for ending in filter(None, (part.strip() for part in pattern.split(","))):
+            names = {t.name for t in targets if t.name == ending or t.name.endswith("." + ending)}
+            if not names:
+                kinds = {t.name.rsplit(".", 1)[-1] for t in targets}
+                raise TargetError(
+                    f"{option}: no linear module is named '{ending}'{did_you_mean(ending, kinds)}; "
+                    f"the model has {_kinds(targets)}"
+                )
+            matched |= names
+        return tuple(t for t in targets if t.name in matched)
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise TargetError(f"{option}: '{pattern}' is no valid regular expression ({error})") from None
+    found = tuple(t for t in targets if expression.fullmatch(t.name))
+    if not found:
+        raise TargetError(
+            f"{option}: '{pattern}' matches no whole module name (one is '{targets[0].name}'); "
+            f"the model has {_kinds(targets)}"
+        )
+    return found
+
+
+def _kinds(targets: tuple[Target, ...]) -> str:
+    counts: dict[str, int] = {}
+    for target in targets:
+        kind = target.name.rsplit(".", 1)[-1]
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{kind} ({count}x)" for kind, count in counts.items()) or "no linear modules"
