@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,58 +14,54 @@ MODEL_PANEL, METHOD_PANEL, OUTPUT_PANEL, RUN_PANEL = "What to read", "How to qua
 
 def eqft(
     model: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads the annotation at run time
+        str | None,
         typer.Argument(help="A local directory or a Hub id. Left out: the embedded demo model.", show_default=False),
     ] = None,
     recipe: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="A YAML file with these options by name; flags win over it.", rich_help_panel=MODEL_PANEL),
     ] = None,
     revision: Annotated[
-        Optional[str], typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL_PANEL)  # noqa: UP045
+        str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL_PANEL)
     ] = None,
     token: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Hub token; HF_TOKEN is used when left out. Never printed.", rich_help_panel=MODEL_PANEL),
     ] = None,
-    bits: Annotated[
-        Optional[int], typer.Option(help="2, 3, 4 or 8. [default: 2]", rich_help_panel=METHOD_PANEL)  # noqa: UP045
-    ] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [default: 2]", rich_help_panel=METHOD_PANEL)] = None,
     rank: Annotated[
-        Optional[int], typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=METHOD_PANEL)  # noqa: UP045
+        int | None, typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=METHOD_PANEL)
     ] = None,
     iter: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option("--iter", help="Rounds of quantize and fit. [default: 5]", rich_help_panel=METHOD_PANEL),
     ] = None,
     group_size: Annotated[
-        Optional[int], typer.Option(help="Weights that share a scale. [default: 64]", rich_help_panel=METHOD_PANEL)  # noqa: UP045
+        int | None, typer.Option(help="Weights that share a scale. [default: 64]", rich_help_panel=METHOD_PANEL)
     ] = None,
     target_modules: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="all-linear, names like q_proj,v_proj, or a regular expression for whole names. [default: all-linear]",
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,
     exclude: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Names or a regular expression to leave out.", rich_help_panel=METHOD_PANEL),
     ] = None,
-    lora_alpha: Annotated[
-        Optional[float], typer.Option(help="[default: the rank]", rich_help_panel=METHOD_PANEL)  # noqa: UP045
-    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="[default: the rank]", rich_help_panel=METHOD_PANEL)] = None,
     use_rslora: Annotated[
-        Optional[bool],  # noqa: UP045
+        bool | None,
         typer.Option(
             "--use-rslora/--no-use-rslora",
             help="Scale the adapter by lora_alpha / sqrt(rank).",
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,
-    seed: Annotated[Optional[int], typer.Option(help="[default: 0]", rich_help_panel=METHOD_PANEL)] = None,  # noqa: UP045
+    seed: Annotated[int | None, typer.Option(help="[default: 0]", rich_help_panel=METHOD_PANEL)] = None,
     format: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="gptq (packed) or dense (16 bits, loads anywhere). [default: gptq]", rich_help_panel=OUTPUT_PANEL
         ),
@@ -74,19 +70,15 @@ def eqft(
         Path, typer.Option(help="Where the run's directory is made.", rich_help_panel=OUTPUT_PANEL)
     ] = Path("model_zoo/eqft"),
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            help="The run's directory itself, instead of a name under --save-dir.", rich_help_panel=OUTPUT_PANEL
-        ),
+        Path | None,
+        typer.Option(help="The run's directory itself, not a name under --save-dir.", rich_help_panel=OUTPUT_PANEL),
     ] = None,
-    max_shard_size: Annotated[
-        Optional[str], typer.Option(help="[default: 5GB]", rich_help_panel=OUTPUT_PANEL)  # noqa: UP045
-    ] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="[default: 5GB]", rich_help_panel=OUTPUT_PANEL)] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run's directory.", rich_help_panel=OUTPUT_PANEL)
     ] = False,
     device: Annotated[
-        Optional[str], typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]", rich_help_panel=RUN_PANEL)  # noqa: UP045
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]", rich_help_panel=RUN_PANEL)
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop; reads no weights.", rich_help_panel=RUN_PANEL)

@@ -26,8 +26,8 @@ TEMPLATE = """\
 
 # {title}
 
-`{model}` quantized to {bits} bits by [qinit]({format}, {bpw:.2f} bits per quantized weight as stored), with a LoRA adapter
-of rank {rank} in `{adapter}/` that already repairs the quantization: fine-tuning starts from base + adapter.
+`{model}` quantized to {bits} bits by qinit ({format}, {bpw:.2f} bits per quantized weight as stored), with a
+LoRA adapter of rank {rank} in `{adapter}/` that already repairs the quantization: fine-tuning starts from both.
 
 ## Load
 ```python

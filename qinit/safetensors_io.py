@@ -67,7 +67,7 @@ class StoredTensor(TensorSpec):
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
         """Yield the raw data as flat uint8 tensors of at most `size` bytes (a multiple of every itemsize)."""
-        with open(self.file, "rb", buffering=0) as handle:
+        with self.file.open("rb", buffering=0) as handle:
             handle.seek(self.offset)
             for start in range(0, self.nbytes, size):
                 buffer = torch.empty(min(size, self.nbytes - start), dtype=torch.uint8)
@@ -77,14 +77,14 @@ class StoredTensor(TensorSpec):
     def read(self) -> torch.Tensor:
         """Read the whole tensor in its stored dtype."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        with open(self.file, "rb", buffering=0) as handle:
+        with self.file.open("rb", buffering=0) as handle:
             handle.seek(self.offset)
             _read_into(handle, buffer, self)
         return buffer.view(self.dtype).reshape(self.shape)
 
 
 def _read_into(handle: Any, buffer: torch.Tensor, tensor: StoredTensor) -> None:
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy().data)
     while view:
         got = handle.readinto(view)
         if not got:
@@ -107,7 +107,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError naming the file and the tensor.
     """
     size = file.stat().st_size
-    with open(file, "rb") as handle:
+    with file.open("rb") as handle:
         prefix = handle.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -184,7 +184,7 @@ class SafetensorsWriter:
             offset += spec.nbytes
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        with open(self._directory / file_name, "xb") as handle:
+        with (self._directory / file_name).open("xb") as handle:
             handle.write(len(raw).to_bytes(8, "little") + raw)
             handle.truncate(8 + len(raw) + offset)
         place = 8 + len(raw)
@@ -203,10 +203,10 @@ class SafetensorsWriter:
         """Write one tensor from its raw bytes, given as flat uint8 tensors."""
         file_name, offset, spec = self._places[name]
         written = 0
-        with open(self._directory / file_name, "r+b", buffering=0) as handle:
+        with (self._directory / file_name).open("r+b", buffering=0) as handle:
             handle.seek(offset)
             for chunk in chunks:
-                view = memoryview(chunk.numpy())
+                view = memoryview(chunk.numpy().data)
                 written += len(view)
                 while view:
                     view = view[handle.write(view) :]
@@ -219,7 +219,7 @@ class SafetensorsWriter:
         if self._missing:
             raise ValueError(f"tensors announced but not written: {sorted(self._missing)[:5]}")
         for file_name in {place[0] for place in self._places.values()}:
-            with open(self._directory / file_name, "rb") as handle:
+            with (self._directory / file_name).open("rb") as handle:
                 os.fsync(handle.fileno())
         if len(self._shards) > 1:
             index = {

@@ -7,6 +7,9 @@ The best of a set of clipping ratios and three zero points is then refined by al
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 
 from qinit.grids.base import LowRank, Quantized, grouped, row_chunks, target_rows
@@ -21,8 +24,8 @@ F16_MAX = 65504.0
 
 class IntegerGrid:
     name = "int"
-    bits = (2, 3, 4, 8)
-    searches = ("minmax", "mse")
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    searches: tuple[str, ...] = ("minmax", "mse")
 
     def quantize(
         self,
@@ -79,7 +82,7 @@ def quantize_torch(
     scales = torch.empty((rows, groups), device=weight.device)
     zeros = torch.empty((rows, groups), dtype=torch.uint8, device=weight.device)
     residual = torch.empty_like(weight)
-    fit = _fit_groups_compiled() if weight.device.type == "cuda" else fit_groups
+    fit = _compiled() if weight.device.type == "cuda" else fit_groups
     for part in row_chunks(rows, columns) if weight.device.type == "cpu" else [slice(0, rows)]:
         x = grouped(target_rows(weight, low_rank, part), group_size)
         start = None
@@ -93,14 +96,10 @@ def quantize_torch(
     return Quantized(bits, group_size, codes, scales, zeros), residual
 
 
-def _fit_groups_compiled():  # pragma: no cover - needs a GPU
-    global _compiled
-    if _compiled is None:
-        _compiled = torch.compile(fit_groups, dynamic=True)
-    return _compiled
-
-
-_compiled = None
+@cache
+def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """`fit_groups` fused by torch.compile: on a GPU eager torch would pass over memory once per candidate."""
+    return torch.compile(fit_groups, dynamic=True)
 
 
 def fit_groups(

@@ -59,7 +59,7 @@ def quantize_cpu(
 @numba.njit(cache=True)
 def _to_f16(value):
     """Round a positive float32 to the nearest float16: 11 bits, or multiples of 2^-24 below 2^-14."""
-    mantissa, exponent = math.frexp(value)
+    _, exponent = math.frexp(value)
     exponent = max(exponent, -13)
     step = math.ldexp(1.0, exponent - 11)
     return np.float32(min(np.rint(np.float64(value) / step) * step, F16_MAX))

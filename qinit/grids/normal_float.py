@@ -29,8 +29,8 @@ def levels(bits: int) -> torch.Tensor:
 
 class NormalFloatGrid:
     name = "nf"
-    bits = (2, 3, 4)
-    searches = ("absmax", "mse")
+    bits: tuple[int, ...] = (2, 3, 4)
+    searches: tuple[str, ...] = ("absmax", "mse")
 
     def quantize(
         self,
