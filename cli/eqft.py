@@ -28,21 +28,24 @@ def eqft(
         str | None,
         typer.Option(help="Hub token; HF_TOKEN is used when left out. Never printed.", rich_help_panel=MODEL_PANEL),
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. [default: 2]", rich_help_panel=METHOD_PANEL)] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="2, 3, 4 or 8.", show_default="2", rich_help_panel=METHOD_PANEL)
+    ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=METHOD_PANEL)
+        int | None, typer.Option(help="Rank of the adapter.", show_default="16", rich_help_panel=METHOD_PANEL)
     ] = None,
     iter: Annotated[
         int | None,
-        typer.Option("--iter", help="Rounds of quantize and fit. [default: 5]", rich_help_panel=METHOD_PANEL),
+        typer.Option("--iter", help="Rounds of quantize and fit.", show_default="5", rich_help_panel=METHOD_PANEL),
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale. [default: 64]", rich_help_panel=METHOD_PANEL)
+        int | None, typer.Option(help="Weights that share a scale.", show_default="64", rich_help_panel=METHOD_PANEL)
     ] = None,
     target_modules: Annotated[
         str | None,
         typer.Option(
-            help="all-linear, names like q_proj,v_proj, or a regular expression for whole names. [default: all-linear]",
+            help="all-linear, names like q_proj,v_proj, or a regular expression for whole names.",
+            show_default="all-linear",
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,
@@ -50,7 +53,7 @@ def eqft(
         str | None,
         typer.Option(help="Names or a regular expression to leave out.", rich_help_panel=METHOD_PANEL),
     ] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="[default: the rank]", rich_help_panel=METHOD_PANEL)] = None,
+    lora_alpha: Annotated[float | None, typer.Option(show_default="the rank", rich_help_panel=METHOD_PANEL)] = None,
     use_rslora: Annotated[
         bool | None,
         typer.Option(
@@ -59,11 +62,11 @@ def eqft(
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="[default: 0]", rich_help_panel=METHOD_PANEL)] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0", rich_help_panel=METHOD_PANEL)] = None,
     format: Annotated[
         str | None,
         typer.Option(
-            help="gptq (packed) or dense (16 bits, loads anywhere). [default: gptq]", rich_help_panel=OUTPUT_PANEL
+            help="gptq (packed) or dense (16 bits, loads anywhere).", show_default="gptq", rich_help_panel=OUTPUT_PANEL
         ),
     ] = None,
     save_dir: Annotated[
@@ -73,12 +76,12 @@ def eqft(
         Path | None,
         typer.Option(help="The run's directory itself, not a name under --save-dir.", rich_help_panel=OUTPUT_PANEL),
     ] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="[default: 5GB]", rich_help_panel=OUTPUT_PANEL)] = None,
+    max_shard_size: Annotated[str | None, typer.Option(show_default="5GB", rich_help_panel=OUTPUT_PANEL)] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run's directory.", rich_help_panel=OUTPUT_PANEL)
     ] = False,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]", rich_help_panel=RUN_PANEL)
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=RUN_PANEL)
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop; reads no weights.", rich_help_panel=RUN_PANEL)
