@@ -1,0 +1,86 @@
+"""Tiny random checkpoints, and a setting in which no test reaches the network.
+
+Use `from tests.conftest import make_checkpoint`. torch and transformers are imported on first use only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read by huggingface_hub when it is imported; a test that talks to a local stand-in lifts it for itself.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+    os.environ.pop(variable, None)
+
+SMALL = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GATED = {
+    **SMALL,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+# family: configuration class, model class, configuration
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", GATED),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GATED),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GATED, "head_dim": 32}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", GATED),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {**GATED, "head_dim": 32}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", GATED),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            **SMALL,
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+}
+
+
+def make_checkpoint(
+    directory: Path,
+    family: str = "llama",
+    dtype: str = "bfloat16",
+    *,
+    seed: int = 0,
+    model_class: str | None = None,
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Path:
+    """Save a tiny random model of a family into `directory` and return it.
+
+    `overrides` are configuration values; `model_class` saves another class than the causal LM, e.g. GPT2Model.
+    """
+    import torch
+    import transformers
+
+    config_class, causal_class, values = FAMILIES[family]
+    config = getattr(transformers, config_class)(**{**values, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_class or causal_class)(config)
+    model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
+    return directory
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> Path:
+    """A Llama of 2 layers, width 64, bfloat16, one safetensors file."""
+    return make_checkpoint(tmp_path / "tiny-llama")
