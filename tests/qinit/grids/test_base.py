@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from qinit.grids import GRIDS, LowRank
+from qinit.grids.base import ROW_CHUNK_ELEMENTS, grouped, row_chunks, target_rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(1, 1), (1, 3 * ROW_CHUNK_ELEMENTS), (10, ROW_CHUNK_ELEMENTS // 3), (5000, 64), (7, ROW_CHUNK_ELEMENTS)],
+)
+def test_row_chunks_cover_every_row_once_and_stay_small(rows, columns):
+    chunks = list(row_chunks(rows, columns))
+    assert [row for chunk in chunks for row in range(rows)[chunk]] == list(range(rows))
+    for chunk in chunks:
+        count = chunk.stop - chunk.start
+        assert count == 1 or count * columns <= ROW_CHUNK_ELEMENTS
+
+
+def test_groups_run_along_the_inputs_and_the_last_is_filled_with_zeros():
+    weight = torch.arange(10.0).reshape(2, 5)
+    expected = torch.tensor([[[0, 1], [2, 3], [4, 0]], [[5, 6], [7, 8], [9, 0]]], dtype=torch.float32)
+    assert torch.equal(grouped(weight, 2), expected)
+    assert grouped(weight, 5).shape == (2, 1, 5)
+    assert grouped(weight, 8).shape == (2, 1, 8)
+
+
+def test_target_rows_are_those_of_the_weight_without_the_low_rank():
+    generator = torch.Generator().manual_seed(0)
+    weight, B, A = (torch.randn(*shape, generator=generator) for shape in ((6, 8), (6, 2), (2, 8)))
+    rows = slice(2, 5)
+    torch.testing.assert_close(target_rows(weight, LowRank(B, A), rows), (weight - B @ A)[rows])
+    assert torch.equal(target_rows(weight, None, rows), weight[rows])
+
+
+@pytest.mark.parametrize(
+    ("grid", "bits", "search"),
+    [(name, bits, search) for name, grid in GRIDS.items() for bits in grid.bits for search in grid.searches],
+)
+def test_every_grid_keeps_the_promises_of_the_interface(grid, bits, search):
+    weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(bits))
+    kept = weight.clone()
+    quantized, residual = GRIDS[grid].quantize(weight, None, bits=bits, group_size=16, search=search)
+    assert torch.equal(weight, kept)  # the input is not written to
+    assert (quantized.bits, quantized.group_size) == (bits, 16)
+    assert quantized.codes.shape == (5, 40)
+    assert quantized.codes.dtype == torch.uint8
+    assert int(quantized.codes.max()) < 2**bits
+    assert quantized.scales.shape == (5, 3)  # 40 inputs: two whole groups and a short one
+    values = GRIDS[grid].dequantize(quantized)
+    assert values.dtype == residual.dtype == torch.float32
+    torch.testing.assert_close(residual, weight - values, rtol=0, atol=1e-6)
+    for row in values.split(16, dim=1):
+        assert all(len(group.unique()) <= 2**bits for group in row)
+    assert residual.norm() < weight.norm()
+
+
+def test_bits_per_weight_count_what_is_stored_beside_the_codes():
+    assert GRIDS["int"].bits_per_weight(2, 64) == 2 + (16 + 2) / 64  # a float16 scale and a zero of 2 bits
+    assert GRIDS["int"].bits_per_weight(4, 128) == 4 + (16 + 4) / 128
+    assert GRIDS["nf"].bits_per_weight(2, 64) == 2 + 32 / 64  # a float32 absmax

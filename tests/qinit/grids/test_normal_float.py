@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from qinit.grids import GRIDS, LowRank
+from qinit.grids.normal_float import levels
+
+NF = GRIDS["nf"]
+
+
+def published_levels(bits: int) -> np.ndarray:
+    """`create_normal_map` of QLoRA, as LoftQ generalises it: an asymmetric map with an exact zero."""
+    offset = 0.9677083
+    size = 2**bits
+    positive = norm.ppf(np.linspace(offset, 0.5, size // 2 + 1)[:-1])
+    negative = -norm.ppf(np.linspace(offset, 0.5, size // 2)[:-1])
+    values = np.sort(np.concatenate([positive, [0.0], negative]))
+    return values / values.max()
+
+
+def draw(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return 0.02 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_are_the_published_ones(bits):
+    found = levels(bits)
+    assert found.dtype == torch.float32
+    assert found.numel() == 2**bits
+    assert 0.0 in found.tolist()
+    assert (found.diff() > 0).all()
+    np.testing.assert_allclose(found.numpy(), published_levels(bits), rtol=0, atol=1e-7)
+
+
+def test_four_bits_are_bitsandbytes_nf4_code_by_code():
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight = draw(32, 256)
+    quantized, residual = NF.quantize(weight, None, bits=4, group_size=64, search="absmax")
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    their_codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).reshape(weight.shape)
+    assert torch.equal(state.absmax, quantized.scales.flatten())
+    # Both tables come from the same formula, theirs rounded to fewer digits, so that a value within that
+    # rounding of the middle between two levels may fall to either side.
+    table = levels(4)
+    middles = (table[1:] + table[:-1]) / 2
+    scaled = weight.reshape(-1, 64) / state.absmax[:, None]
+    tie = ((scaled[..., None] - middles).abs().amin(-1) < 1e-6).reshape(weight.shape)
+    assert torch.equal(quantized.codes[~tie], their_codes[~tie])
+    assert tie.float().mean() < 1e-3
+    theirs = functional.dequantize_4bit(packed, state)
+    ours = NF.dequantize(quantized)
+    torch.testing.assert_close(ours[~tie], theirs[~tie], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close((weight - theirs).norm(), residual.norm(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("columns", [64, 100, 40])
+def test_values_are_the_nearest_levels_times_the_block_s_scale(bits, columns, search):
+    weight = draw(7, columns)
+    quantized, residual = NF.quantize(weight, None, bits=bits, group_size=64, search=search)
+    scale = quantized.scales.repeat_interleave(64, 1)[:, :columns]
+    assert quantized.zeros is None
+    assert torch.equal(NF.dequantize(quantized), levels(bits)[quantized.codes.int()] * scale)
+    choices = levels(bits) * scale[..., None]
+    nearest = (weight[..., None] - choices).abs().amin(-1)
+    torch.testing.assert_close(residual.abs(), nearest, rtol=0, atol=1e-7)
+
+
+def test_absmax_scales_are_the_largest_magnitudes_of_the_blocks():
+    weight = draw(5, 100)
+    quantized, _ = NF.quantize(weight, None, bits=2, group_size=64, search="absmax")
+    expected = torch.stack([weight[:, :64].abs().amax(1), weight[:, 64:].abs().amax(1)], 1)
+    assert torch.equal(quantized.scales, expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_mse_search_is_no_worse_than_absmax(bits):
+    weight = draw(32, 256)
+    errors = {}
+    for search in ("absmax", "mse"):
+        _, residual = NF.quantize(weight, None, bits=bits, group_size=64, search=search)
+        errors[search] = residual.reshape(32, 4, 64).double().square().sum(-1)
+    assert (errors["mse"] <= errors["absmax"] * (1 + 1e-6)).all()
+    assert errors["mse"].sum() < 0.99 * errors["absmax"].sum()
+
+
+@pytest.mark.parametrize("search", ["absmax", "mse"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zeros_stay_zeros_and_positive_constants_are_exact(bits, search):
+    weight = torch.zeros(2, 128)
+    weight[0, :64] = 0.3
+    quantized, _ = NF.quantize(weight, None, bits=bits, group_size=64, search=search)
+    assert torch.isfinite(quantized.scales).all()
+    torch.testing.assert_close(NF.dequantize(quantized), weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (128, 1), (1, 1)])
+def test_single_rows_and_columns(shape):
+    weight = draw(*shape)
+    quantized, residual = NF.quantize(weight, None, bits=2, group_size=64, search="mse")
+    assert quantized.codes.shape == residual.shape == shape
+    assert residual.norm() < weight.norm()
+
+
+def test_the_low_rank_is_subtracted_before_rounding_but_not_from_the_residual():
+    weight = draw(16, 128)
+    low_rank = LowRank(draw(16, 3, seed=1) * 10, draw(3, 128, seed=2) * 10)
+    fused, residual = NF.quantize(weight, low_rank, bits=2, group_size=64, search="absmax")
+    plain, _ = NF.quantize(weight - low_rank.B @ low_rank.A, None, bits=2, group_size=64, search="absmax")
+    assert (fused.codes == plain.codes).float().mean() > 0.999
+    torch.testing.assert_close(fused.scales, plain.scales)
+    torch.testing.assert_close(residual, weight - NF.dequantize(fused), rtol=0, atol=1e-7)
