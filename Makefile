@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first target makes: only Python 3.11+ and make are needed.
+#   make PYTHON=python3.12 setup       another Python
+#   make TORCH="torch" setup           another torch, or pip options that lead to one
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+# Installed first and alone, so that nothing else decides which torch it is.
+PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet
+STAMP := .venv/.installed
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help setup lint test demo clean
+
+help:  ## Show the targets
+	@sed -n 's/^\([a-z]*\):.*##/\1	/p' Makefile | sort | awk -F'\t' '{printf "make %-8s%s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## Make .venv with qinit and what its development needs; again after pyproject.toml changed
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: qinit needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); make PYTHON=python3.12 setup" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot make virtual environments; install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	@echo "Installing into .venv; the first time takes some minutes."
+	$(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+lint: $(STAMP)  ## Style, formatting and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+# One thread each: the workers share the cores, and small matrices gain nothing from more.
+test: export OMP_NUM_THREADS = 1
+test: export NUMBA_NUM_THREADS = 1
+test: $(STAMP)  ## The tests
+	python -m pytest -n $(WORKERS)
+
+demo: $(STAMP)  ## Quantize the demo model to 2 bits, compare it with its peers, load it and train some steps
+	python benchmarks/demo.py
+
+clean:  ## Remove .venv and what the tools left
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
