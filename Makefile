@@ -5,10 +5,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
-# Installed first and alone, so that nothing else decides which torch it is.
-PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := .venv/.installed
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: help setup lint test demo clean
 
@@ -17,6 +16,7 @@ help:  ## Show the targets
 
 setup: $(STAMP)  ## Make .venv with qinit and what its development needs; again after pyproject.toml changed
 
+# torch goes first and alone, so that nothing else decides which one it is.
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.11 or newer" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -30,18 +30,18 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 lint: $(STAMP)  ## Style, formatting and types
-	ruff check .
-	ruff format --check .
-	mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # One thread each: the workers share the cores, and small matrices gain nothing from more.
 test: export OMP_NUM_THREADS = 1
 test: export NUMBA_NUM_THREADS = 1
 test: $(STAMP)  ## The tests
-	python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 demo: $(STAMP)  ## Quantize the demo model to 2 bits, compare it with its peers, load it and train some steps
-	python benchmarks/demo.py
+	$(BIN)/python benchmarks/demo.py
 
 clean:  ## Remove .venv and what the tools left
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
