@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qinit.grids import LowRank
+from qinit.lowrank import LowRank
 from qinit.recipe import Recipe
 from qinit.safetensors_io import TensorSpec
 from qinit.targets import Architecture, LinearModule

@@ -6,10 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from qinit.grids import LowRank
-
 OVERSAMPLE = 8  # extra directions: the r wanted ones converge at the rate of the (r + 8)-th singular value
 COLD_STEPS = 4
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """L = B A with B [out, r] and A [r, in], float32."""
+
+    B: torch.Tensor
+    A: torch.Tensor
 
 
 @dataclass(frozen=True)

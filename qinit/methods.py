@@ -20,6 +20,7 @@ class Method:
     iterations: int
     refit: bool = True
     keep_best: bool = False
+    relaxation: float = 1.0  # how far the target moves towards W - L each round; 1 is plain alternation
     svd: Literal["full", "subspace"] = "full"
     iterations_fixed: bool = True  # False: the recipe's `iter` sets them
 
@@ -33,6 +34,7 @@ METHODS = {
         Method(
             *("eqft", "qinit", "int", "mse", "low-rank", 5),
             keep_best=True,
+            relaxation=2.0,
             svd="subspace",
             iterations_fixed=False,
         ),

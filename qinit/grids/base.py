@@ -12,14 +12,6 @@ ROW_CHUNK_ELEMENTS = 1 << 18  # temporaries of this many floats stay in a core's
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """L = B A with B [out, r] and A [r, in], float32."""
-
-    B: torch.Tensor
-    A: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Quantized:
     """Q [out, in] as a grid holds it; groups run along the inputs, the last one may be short.
 
@@ -42,18 +34,19 @@ class Grid(Protocol):
 
     def quantize(
         self,
+        target: torch.Tensor,
         weight: torch.Tensor,
-        low_rank: LowRank | None,
         *,
         bits: int,
         group_size: int,
         search: str,
         previous: Quantized | None = None,
     ) -> tuple[Quantized, torch.Tensor]:
-        """Round `weight - B A` [out, in] (float32) to the grid.
+        """Round `target` [out, in] (float32) to the grid.
 
-        Returns the quantized matrix and the residual E = weight - Q (float32, [out, in]). `previous`, the
-        result for a nearby matrix, may be used to search around its scales only.
+        Returns the quantized matrix and the residual E = weight - Q (float32, [out, in]): what is left of
+        the layer's weight. `previous`, the result for a nearby target, may be used to search around its
+        scales only.
         """
         ...
 
@@ -79,9 +72,3 @@ def grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     if padding:
         weight = torch.nn.functional.pad(weight, (0, padding))
     return weight.reshape(weight.shape[0], -1, group_size)
-
-
-def target_rows(weight: torch.Tensor, low_rank: LowRank | None, rows: slice) -> torch.Tensor:
-    """Return the rows of `weight - B A`."""
-    part = weight[rows]
-    return part if low_rank is None else torch.addmm(part, low_rank.B[rows], low_rank.A, alpha=-1)

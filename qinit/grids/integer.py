@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from qinit.grids.base import LowRank, Quantized, grouped, row_chunks, target_rows
+from qinit.grids.base import Quantized, grouped, row_chunks
 
 CANDIDATES = 24
 NEARBY = (0.84, 0.9, 0.95, 1.0, 1.05, 1.11, 1.2)  # times the previous scale, when there is one
@@ -29,8 +29,8 @@ class IntegerGrid:
 
     def quantize(
         self,
+        target: torch.Tensor,
         weight: torch.Tensor,
-        low_rank: LowRank | None,
         *,
         bits: int,
         group_size: int,
@@ -42,7 +42,7 @@ class IntegerGrid:
         if warm:
             ratios = torch.tensor(NEARBY)
         refinements = REFINEMENTS if search == "mse" else 0
-        arguments = (weight, low_rank, bits, group_size, ratios, refinements, previous if warm else None)
+        arguments = (target, weight, bits, group_size, ratios, refinements, previous if warm else None)
         if weight.device.type == "cpu":
             from qinit.grids.integer_cpu import quantize_cpu
 
@@ -67,8 +67,8 @@ def _ratios(bits: int) -> torch.Tensor:
 
 
 def quantize_torch(
+    target: torch.Tensor,
     weight: torch.Tensor,
-    low_rank: LowRank | None,
     bits: int,
     group_size: int,
     ratios: torch.Tensor,
@@ -84,7 +84,7 @@ def quantize_torch(
     residual = torch.empty_like(weight)
     fit = _compiled() if weight.device.type == "cuda" else fit_groups
     for part in row_chunks(rows, columns) if weight.device.type == "cpu" else [slice(0, rows)]:
-        x = grouped(target_rows(weight, low_rank, part), group_size)
+        x = grouped(target[part], group_size)
         start = None
         if previous is not None:
             assert previous.zeros is not None

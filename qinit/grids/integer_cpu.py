@@ -1,4 +1,4 @@
-"""The integer grid's search as one fused CPU kernel (numba): subtract B A, search, round, take the residual.
+"""The integer grid's search as one fused CPU kernel (numba): search, round, take the residual.
 
 Every row is handled by one thread from start to end, so the result does not depend on the thread count.
 """
@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import torch
 
-from qinit.grids.base import LowRank, Quantized
+from qinit.grids.base import Quantized
 from qinit.grids.integer import F16_MAX
 
 TINY = np.float32(1e-30)
@@ -19,8 +19,8 @@ HALF = np.float32(0.5)
 
 
 def quantize_cpu(
+    target: torch.Tensor,
     weight: torch.Tensor,
-    low_rank: LowRank | None,
     bits: int,
     group_size: int,
     ratios: torch.Tensor,
@@ -37,12 +37,9 @@ def quantize_cpu(
         assert previous.zeros is not None
         scales.copy_(previous.scales)
         zeros.copy_(previous.zeros)
-    B = np.empty((rows, 0), np.float32) if low_rank is None else low_rank.B.contiguous().numpy()
-    A = np.empty((0, columns), np.float32) if low_rank is None else low_rank.A.contiguous().numpy()
     _kernel(
+        target.contiguous().numpy(),
         weight.contiguous().numpy(),
-        B,
-        A,
         group_size,
         np.float32(2**bits - 1),
         ratios.numpy(),
@@ -103,9 +100,8 @@ def _sums3(x, n, inverse, z, levels):
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def _kernel(weight, B, A, group_size, levels, ratios, refinements, warm, codes, scales, zeros, residual):
+def _kernel(target, weight, group_size, levels, ratios, refinements, warm, codes, scales, zeros, residual):
     rows, columns = weight.shape
-    rank = B.shape[1]
     one = np.float32(1.0)
     for i in numba.prange(rows):
         x = np.empty(group_size, np.float32)
@@ -113,11 +109,7 @@ def _kernel(weight, B, A, group_size, levels, ratios, refinements, warm, codes, 
             first = g * group_size
             n = min(group_size, columns - first)
             for k in range(n):
-                x[k] = weight[i, first + k]
-            for j in range(rank):
-                factor = B[i, j]
-                for k in range(n):
-                    x[k] -= factor * A[j, first + k]
+                x[k] = target[i, first + k]
             if warm:
                 base = scales[i, g]
                 centre = np.float32(zeros[i, g])

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from qinit.grids.base import LowRank, Quantized, grouped, row_chunks, target_rows
+from qinit.grids.base import Quantized, grouped, row_chunks
 
 OFFSET = 0.9677083  # the outermost quantile, from QLoRA's create_normal_map
 CANDIDATES = 24
@@ -34,8 +34,8 @@ class NormalFloatGrid:
 
     def quantize(
         self,
+        target: torch.Tensor,
         weight: torch.Tensor,
-        low_rank: LowRank | None,
         *,
         bits: int,
         group_size: int,
@@ -49,7 +49,7 @@ class NormalFloatGrid:
         scales = torch.empty((rows, -(-columns // group_size)), device=weight.device)
         residual = torch.empty_like(weight)
         for part in row_chunks(rows, columns):
-            x = grouped(target_rows(weight, low_rank, part), group_size)
+            x = grouped(target[part], group_size)
             scale = x.abs().amax(-1)
             if search == "mse":
                 scale = _best_scale(x, scale, table, middles)
