@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := .venv/.installed
 
 .PHONY: help setup lint test demo clean
+.DELETE_ON_ERROR:
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1	/p' Makefile | sort | awk -F'\t' '{printf "make %-8s%s\n", $$1, $$2}'
@@ -17,17 +18,19 @@ help:  ## Show the targets
 setup: $(STAMP)  ## Make .venv with qinit and what its development needs; again after pyproject.toml changed
 
 # torch goes first and alone, so that nothing else decides which one it is.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml | $(BIN)/python
+	@echo "Installing into .venv; the first time takes some minutes."
+	$(PIP) $(TORCH)
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.11 or newer" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: qinit needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); make PYTHON=python3.12 setup" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "error: $(PYTHON) cannot make virtual environments; install its venv module (Debian: python3-venv)" >&2; exit 1; }
-	@echo "Installing into .venv; the first time takes some minutes."
-	$(PYTHON) -m venv .venv
-	$(PIP) $(TORCH)
-	$(PIP) --editable ".[dev]"
-	@touch $@
+	$(PYTHON) -m venv --clear .venv
 
 lint: $(STAMP)  ## Style, formatting and types
 	$(BIN)/ruff check .
