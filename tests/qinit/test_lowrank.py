@@ -1,0 +1,137 @@
+from itertools import pairwise
+
+import pytest
+import torch
+
+from qinit.lowrank import COLD_STEPS, full_svd, random_basis, subspace
+
+SHAPES = [(48, 32), (32, 48), (64, 64), (200, 20), (20, 200)]
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def decaying(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """A matrix with singular values 1, 0.8, 0.64, ... as weights have, not the flat ones of noise."""
+    size = min(rows, columns)
+    U, V = torch.linalg.qr(draw(rows, size, seed=seed)).Q, torch.linalg.qr(draw(columns, size, seed=seed + 1)).Q
+    return U * 0.8 ** torch.arange(size) @ V.T
+
+
+def approximate(matrix, rank, steps=COLD_STEPS):
+    return subspace(matrix, rank, random_basis(matrix.shape[1], rank, 0, matrix.device), steps)
+
+
+def energy(matrix: torch.Tensor, rank: int) -> float:
+    """What Eckart-Young allows: the sum of the leading squared singular values, in float64."""
+    return float(torch.linalg.svdvals(matrix.double())[:rank].square().sum())
+
+
+def assert_balanced(approximation, captured):
+    """B^T B = A A^T = diag(S), S descending, and the sum of S^2 is the captured energy."""
+    B, A = approximation.factors.B, approximation.factors.A
+    left, right = B.T @ B, A @ A.T
+    largest = float(left.diagonal().max())
+    torch.testing.assert_close(left, torch.diag(left.diagonal()), rtol=0, atol=1e-5 * largest)
+    torch.testing.assert_close(left, right, rtol=0, atol=1e-5 * largest)
+    assert (left.diagonal().diff() <= 1e-5 * largest).all()
+    assert float(left.diagonal().square().sum()) == pytest.approx(captured, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_the_full_svd_captures_all_that_the_rank_allows(shape, rank):
+    matrix = draw(*shape)
+    approximation = full_svd(matrix, rank)
+    best = energy(matrix, rank)
+    assert approximation.captured == pytest.approx(best, rel=1e-5)
+    rest = (matrix - approximation.factors.B @ approximation.factors.A).double().square().sum()
+    assert float(rest) == pytest.approx(float(matrix.double().square().sum()) - best, rel=1e-4)
+    assert_balanced(approximation, best)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_the_subspace_iteration_captures_nearly_as_much(shape, rank):
+    for matrix, least in ((decaying(*shape), 0.9999), (draw(*shape), 0.97)):
+        approximation = approximate(matrix, rank)
+        assert approximation.factors.B.shape == (shape[0], rank)
+        assert approximation.factors.A.shape == (rank, shape[1])
+        best = energy(matrix, rank)
+        assert least * best <= approximation.captured <= best * (1 + 1e-5)
+        assert_balanced(approximation, approximation.captured)
+
+
+def test_captured_energy_is_what_the_product_takes_from_the_matrix():
+    matrix = draw(48, 32)
+    approximation = approximate(matrix, 4)
+    rest = (matrix - approximation.factors.B @ approximation.factors.A).double().square().sum()
+    assert float(rest) == pytest.approx(float(matrix.double().square().sum()) - approximation.captured, rel=1e-5)
+
+
+def test_more_steps_never_capture_less():
+    matrix = draw(64, 64)
+    captured = [approximate(matrix, 8, steps).captured for steps in (1, 2, 4, 8, 16)]
+    assert all(later >= earlier * (1 - 1e-6) for earlier, later in pairwise(captured))
+    assert captured[-1] >= 0.999 * energy(matrix, 8)
+
+
+def test_one_step_from_a_nearby_matrix_s_basis_is_enough():
+    matrix = decaying(96, 64)
+    nearby = matrix + 0.01 * draw(96, 64, seed=5) / 8
+    start = approximate(matrix, 8)
+    best = energy(nearby, 8)
+    warm = subspace(nearby, 8, start.basis, steps=1)
+    cold = approximate(nearby, 8, steps=1)
+    assert warm.captured >= 0.999 * best
+    assert warm.captured > cold.captured
+
+
+@pytest.mark.parametrize("method", [full_svd, approximate])
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8), (1, 16), (16, 1), (1, 1)])
+def test_at_full_rank_nothing_is_left(method, shape):
+    matrix = draw(*shape)
+    factors = method(matrix, min(shape)).factors
+    torch.testing.assert_close(factors.B @ factors.A, matrix, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", [full_svd, approximate])
+def test_a_matrix_of_lower_rank_is_reproduced(method):
+    matrix = draw(48, 3) @ draw(3, 32, seed=1)
+    approximation = method(matrix, 8)
+    factors = approximation.factors
+    assert torch.isfinite(factors.A).all()
+    assert torch.isfinite(factors.B).all()
+    torch.testing.assert_close(factors.B @ factors.A, matrix, rtol=0, atol=1e-4)
+    assert torch.isfinite(approximation.basis).all()
+
+
+@pytest.mark.parametrize("method", [full_svd, approximate])
+def test_a_zero_matrix_gives_zero_factors_and_a_usable_basis(method):
+    approximation = method(torch.zeros(48, 32), 4)
+    assert not (approximation.factors.B @ approximation.factors.A).any()
+    assert approximation.captured == 0
+    assert torch.isfinite(approximation.basis).all()
+
+
+def test_the_basis_of_a_zero_matrix_can_start_the_next_search():
+    basis = approximate(torch.zeros(48, 32), 4).basis
+    matrix = decaying(48, 32)
+    assert subspace(matrix, 4, basis, COLD_STEPS).captured >= 0.99 * energy(matrix, 4)
+
+
+def test_random_bases_depend_on_the_seed_alone():
+    one, same, other = (random_basis(64, 4, seed, torch.device("cpu")) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one.shape[0] == 64
+    assert one.shape[1] >= 4
+    assert random_basis(6, 16, 0, torch.device("cpu")).shape == (6, 6)
+
+
+def test_the_same_input_gives_the_same_bits():
+    matrix = draw(64, 48)
+    one, two = approximate(matrix, 8), approximate(matrix, 8)
+    assert torch.equal(one.factors.A, two.factors.A)
+    assert torch.equal(one.factors.B, two.factors.B)

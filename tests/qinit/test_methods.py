@@ -1,0 +1,39 @@
+import pytest
+
+from qinit.errors import RecipeError
+from qinit.grids import GRIDS
+from qinit.methods import METHODS, get_method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_row_names_a_grid_and_a_search_that_exist(name):
+    row = get_method(name)
+    assert row.name == name
+    assert row.search in GRIDS[row.grid].searches
+    assert row.iterations >= 1
+    assert row.source
+    assert row.start != "none" or not row.refit  # a plain LoRA start has nothing to fit
+
+
+def test_the_published_rows_say_what_their_papers_say():
+    assert {"qlora", "loftq", "qpissa", "eqft"} <= METHODS.keys()
+    loftq, qpissa, qlora = METHODS["loftq"], METHODS["qpissa"], METHODS["qlora"]
+    for row in (loftq, qpissa, qlora):
+        assert (row.grid, row.search, row.svd, row.iterations_fixed) == ("nf", "absmax", "full", True)
+        assert "arXiv" in row.source
+        assert not row.keep_best  # the papers use the last iterate
+    assert (loftq.start, loftq.iterations, loftq.refit) == ("quantize", 5, True)
+    assert (qpissa.start, qpissa.iterations, qpissa.refit) == ("low-rank", 1, False)
+    assert (qlora.start, qlora.refit) == ("none", False)
+
+
+def test_eqft_keeps_its_best_iterate_and_takes_its_iterations_from_the_recipe():
+    row = METHODS["eqft"]
+    assert row.keep_best
+    assert row.svd == "subspace"
+    assert not row.iterations_fixed
+
+
+def test_an_unknown_method_is_answered_with_the_nearest_name():
+    with pytest.raises(RecipeError, match=r"no 'loftqq' \(did you mean 'loftq'\?\).*eqft"):
+        get_method("loftqq")
