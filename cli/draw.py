@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,13 +37,14 @@ class Screen:
         stream = sys.stderr if to_stderr else sys.stdout
         # Piped output is for files and tools: no wrapping at 80 columns.
         width = None if stream.isatty() else 160
-        self._console = Console(file=stream, highlight=False, soft_wrap=False, width=width)
+        # Names and paths are shown as they are: "[x]" is no markup, ":x:" no emoji.
+        self._console = Console(file=stream, highlight=False, markup=False, emoji=False, width=width)
 
     def say(self, line: str) -> None:
         if not self._quiet:
-            self._console.print(line, markup=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
 
-    def follow(self, plan: Plan, events: Iterator[Event]) -> Report:
+    def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
         """Draw a run's progress and its result; returns its report."""
         from qinit.runner import Done, Finished, Working
 
@@ -50,8 +52,9 @@ class Screen:
             self.say(f"note: {note}")
         report = None
         terminal = self._console.is_terminal and not self._quiet
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self._console, disable=not terminal, transient=True) as progress:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        bar = Progress(*columns, console=self._console, disable=not terminal, transient=True)
+        with closing(events), bar as progress:  # closing: an interrupt here also ends the run and removes its files
             task = progress.add_task("starting", total=plan.bytes_before)
             done = 0
             for event in events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -120,13 +121,15 @@ def eqft(
     if options.model is None:
         screen.say(f"No MODEL given: using {DEMO_TITLE}.")
 
-    from transformers.utils import logging
+    for chatty in ("torchao", "torch.utils._pytree"):  # they warn on stderr while transformers imports them
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
     from qinit.hub import local_directory
     from qinit.plan import make_plan
     from qinit.runner import check_output, pick_device, run
 
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     pick_device(options.device)
     if options.model is None:
         directory, name = demo_directory(), DEMO_NAME
@@ -142,14 +145,18 @@ def eqft(
             screen.json_plan(plan, out)
         return
     check_output(plan, out, overwrite)
-    report = screen.follow(plan, run(plan, out, overwrite=overwrite, command=_command(token)))
+    report = screen.follow(plan, run(plan, out, overwrite=overwrite, command=_command(sys.argv[1:])))
     if json_output:
         screen.json_report(report, out)
 
 
-def _command(token: str | None) -> str:
+def _command(arguments: list[str]) -> str:
     """Return the command as typed, without the token."""
-    words = ["qinit", *sys.argv[1:]]
-    if token:
-        words = [word.replace(token, "$HF_TOKEN") for word in words]
-    return shlex.join(words).replace("'$HF_TOKEN'", "$HF_TOKEN")
+    words = ["qinit"]
+    for word in arguments:
+        if words[-1] == "--token":
+            word = "$HF_TOKEN"
+        elif word.startswith("--token="):
+            word = "--token=$HF_TOKEN"
+        words.append(word)
+    return " ".join(word if "$HF_TOKEN" in word else shlex.quote(word) for word in words)

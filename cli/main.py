@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 from qinit_cli.eqft import eqft
+
+INTERRUPTED = "interrupted; nothing was left behind"
 
 app = typer.Typer(
     name="qinit",
@@ -43,19 +46,23 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was left behind", 130)
+        _fail(INTERRUPTED, 130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what Typer makes of Ctrl-C, without a word
+            _fail(INTERRUPTED, 130)
+        raise
     except QinitError as error:
         if debug:
-            raise
+            traceback.print_exc()
         _fail(str(error), 2)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         _fail(f"inside qinit: {type(error).__name__}: {error} (run again with --debug and please report it)", 1)
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
 

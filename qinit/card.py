@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +57,12 @@ Per-layer figures, versions and the full recipe are in `qinit.json`.
 
 def load_snippet(class_name: str, directory: str) -> list[str]:
     """Return the lines of Python that load base and adapter for training."""
+    place = json.dumps(directory, ensure_ascii=False)  # quotes and backslashes as Python reads them
     auto = next((auto for end, auto in AUTO_CLASSES.items() if class_name.endswith(end)), "AutoModel")
     return [
         f"from transformers import {auto}; from peft import PeftModel",
-        f'base = {auto}.from_pretrained("{directory}", dtype="auto")',
-        f'model = PeftModel.from_pretrained(base, "{directory}", subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
+        f'base = {auto}.from_pretrained({place}, dtype="auto")',
+        f'model = PeftModel.from_pretrained(base, {place}, subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
     ]
 
 

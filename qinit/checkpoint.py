@@ -15,7 +15,10 @@ from qinit.safetensors_io import INDEX_NAME, StoredTensor, read_header
 
 SINGLE_NAME = "model.safetensors"
 # Never copied beside a quantized base: other forms of the same weights.
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
+WEIGHT_SUFFIXES = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ot", ".npz"),
+    *(".onnx", ".onnx_data", ".tflite"),
+}
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 
 
@@ -72,6 +75,8 @@ class Checkpoint:
                 continue
             if relative.parts in (("config.json",), ("README.md",), ("qinit.json",)):
                 continue  # written anew
+            if relative.name == "adapter_config.json":
+                continue  # an adapter without its weights; transformers would follow it away from this base
             if path.suffix != ".py" or "auto_map" in self.config:
                 yield relative
 
@@ -93,6 +98,8 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; {missing}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -131,13 +138,18 @@ def _weight_files(directory: Path) -> list[tuple[Path, list[str] | None]]:
     return [(directory / file_name, names) for file_name, names in sorted(by_file.items())]
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise CheckpointError with the count if a floating-point tensor holds NaN or Inf."""
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    """Return how many values are NaN or Inf."""
     # The sum is finite unless a value is not (or values near the type's limit add up): one cheap pass.
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise CheckpointError(
-                f"tensor '{name}' holds {bad} NaN or Inf of {tensor.numel()} values; "
-                "the checkpoint is damaged or was saved after a diverged run"
-            )
+    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return 0
+    return int((~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)).sum())
+
+
+def require_finite(tensor: StoredTensor, bad: int) -> None:
+    """Raise CheckpointError when `bad` of a tensor's values are NaN or Inf."""
+    if bad:
+        raise CheckpointError(
+            f"{tensor.file}: tensor '{tensor.name}' holds {bad} NaN or Inf among {tensor.numel} values; "
+            "the file is damaged or was saved after a diverged run"
+        )

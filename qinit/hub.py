@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from qinit.errors import CheckpointError, HubError
 
 # Other forms of the same weights, never fetched beside safetensors; "original/" holds Meta's.
-SKIPPED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.ot", "original/*"]
+SKIPPED = [
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.ot", "*.npz", "*.tflite"),
+    *("original/*", "consolidated*"),
+]
 
 
 def local_directory(model: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -18,13 +22,15 @@ def local_directory(model: str, revision: str | None = None, token: str | None =
     """
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).is_file():
+        raise CheckpointError(f"{model}: is a file; give the directory that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such directory, and no Hub id (those look like 'Qwen/Qwen2.5-0.5B')")
     from huggingface_hub import errors, snapshot_download
 
     at = f"{model} at revision {revision}" if revision else model
     try:
-        return Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=SKIPPED))
+        directory = Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=SKIPPED))
     except errors.GatedRepoError:
         raise HubError(f"{at}: access is gated; ask for it on its page and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
@@ -35,11 +41,25 @@ def local_directory(model: str, revision: str | None = None, token: str | None =
         ) from None
     except errors.HFValidationError as error:
         raise CheckpointError(f"{model}: no such directory, and no Hub id ({error})") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise HubError(f"{at}: the Hub answered with status {_status(error.__cause__)}; try again later") from None
         raise HubError(
             f"{at}: no such directory here, not in the local cache, and the Hub cannot be reached; "
             "check the name and the network, or give a local directory"
         ) from None
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no"
-        raise HubError(f"{at}: the Hub answered with status {status}; try again later") from None
+        raise HubError(f"{at}: the Hub answered with status {_status(error)}; try again later") from None
+    except (OSError, errors.HTTPError) as error:  # a broken connection, a full disk
+        reason = str(error).replace(token, "***") if token else str(error)
+        raise HubError(f"{at}: the download failed ({type(error).__name__}: {reason})") from None
+    if not any(directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{at}: the Hub has no safetensors weights of it, and pickle weights can run code when read; convert them "
+            "where you trust them: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(NEW_DIR)"
+        )
+    return directory
+
+
+def _status(error: Any) -> str:
+    return str(error.response.status_code) if error.response is not None else "unknown"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qinit import adapter
 from qinit.checkpoint import Checkpoint
+from qinit.errors import TargetError
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.recipe import Recipe, parse_size
@@ -135,8 +136,6 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
     layers = tuple(_plan_layer(recipe, target) for target in targets)
     plan = Plan(recipe, model_name, checkpoint, architecture, layers)
     if not plan.quantized:
-        from qinit.errors import TargetError
-
         raise TargetError(
             f"format {recipe.format} can hold none of the {len(layers)} chosen layers "
             f"({plan.notes[0]}); use --format dense"
@@ -148,6 +147,7 @@ def _plan_layer(recipe: Recipe, target: Target) -> LayerPlan:
     module, fmt = target.module, FORMATS[recipe.format]
     kept = fmt.cannot_hold_shape(module, recipe.group_size)
     rank = min(recipe.rank, module.out_features, module.in_features)
+    group_size = min(recipe.group_size, module.in_features)
     same = TensorSpec(target.tensor.name, target.tensor.dtype, target.tensor.shape)
-    specs = (same,) if kept else tuple(fmt.specs(target, recipe.bits, recipe.group_size))
-    return LayerPlan(target, recipe.bits, recipe.group_size, rank, kept, specs)
+    specs = (same,) if kept else tuple(fmt.specs(target, recipe.bits, group_size))
+    return LayerPlan(target, recipe.bits, group_size, rank, kept, specs)

@@ -31,7 +31,7 @@ class Recipe(BaseModel):
     iter: int = Field(5, ge=1, le=100)
     group_size: int = Field(64, ge=8)
     format: str = "gptq"
-    lora_alpha: float | None = Field(None, gt=0)  # None: the rank
+    lora_alpha: float | None = Field(None, gt=0, allow_inf_nan=False)  # None: the rank
     use_rslora: bool = False
     target_modules: str = ALL_LINEAR
     exclude: str | None = None
@@ -48,7 +48,7 @@ class Recipe(BaseModel):
     @classmethod
     def _known_device(cls, value: str) -> str:
         name, _, index = value.partition(":")
-        if value not in ("auto", "cpu", "cuda") and not (name == "cuda" and index.isdigit()):
+        if value not in ("auto", "cpu", "cuda") and not (name == "cuda" and index.isascii() and index.isdecimal()):
             raise ValueError("expected auto, cpu, cuda or cuda:N")
         return value
 
@@ -136,6 +136,6 @@ def parse_size(text: str) -> int:
     upper = text.strip().upper()
     for unit, factor in units.items():
         number = upper.removesuffix(unit)
-        if number != upper and number.strip().isdigit() and int(number) > 0:
+        if number != upper and number.strip().isdecimal() and int(number) > 0:
             return int(number) * factor
     raise ValueError("expected a size like 5GB or 300MiB")

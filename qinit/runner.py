@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from qinit import adapter
 from qinit.card import write_card
-from qinit.checkpoint import check_finite
+from qinit.checkpoint import count_nonfinite, require_finite
 from qinit.errors import OutputError, RecipeError
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
@@ -59,12 +59,13 @@ def pick_device(name: str) -> torch.device:
     """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`; raises RecipeError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
+    if name.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
+        index = int(name.partition(":")[2] or 0)  # torch.device wraps large ones around
+        if index >= count:
             raise RecipeError(f"device: no '{name}' here, torch sees {count} CUDA devices; use --device cpu or auto")
-    return device
+        return torch.device("cuda", index)
+    return torch.device(name)
 
 
 def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
@@ -90,7 +91,7 @@ def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
 
 
-def run(plan: Plan, out: Path, *, overwrite: bool = False, command: str = "") -> Iterator[Event]:
+def run(plan: Plan, out: Path, *, overwrite: bool = False, command: str = "") -> Generator[Event, None, None]:
     """Carry out a plan and put the result at `out`; yields events, the last one is Finished.
 
     Raises OutputError, CheckpointError (a damaged tensor) and RecipeError; then nothing is left at `out`.
@@ -138,7 +139,7 @@ def _solve_layer(
     solution = None
     if layer.kept is None:
         raw = target.tensor.read()
-        check_finite(target.tensor.name, raw)
+        require_finite(target.tensor, count_nonfinite(raw))
         weight = (raw.T if target.module.transposed else raw).to(device, torch.float32).contiguous()
         del raw
         solution = solve(weight, plan.layer_spec(layer), seed)
@@ -166,30 +167,46 @@ def _solve_layer(
 
 
 def _checked_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    bad = 0
     for chunk in tensor.chunks():
-        check_finite(tensor.name, chunk.view(tensor.dtype))
+        bad += count_nonfinite(chunk.view(tensor.dtype))
         yield chunk
+    require_finite(tensor, bad)
 
 
 @contextmanager
 def _placed(out: Path) -> Iterator[Path]:
     """Give a temporary directory beside `out`; rename it to `out` on success, remove it on any failure."""
-    partial = out.absolute().parent / f".{out.name}.partial"
-    replaced = out.absolute().parent / f".{out.name}.replaced"
+    final = out.resolve()  # `out` may be a link: what it points to is replaced, not the link
+    partial = final.with_name(f".{final.name}.partial")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.rename(replaced)
-        partial.rename(out.absolute())
-        shutil.rmtree(replaced, ignore_errors=True)
+        _swap(partial, final)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror or error}); nothing was left there") from error
+        where = f": {Path(error.filename).name}" if error.filename else ""
+        raise OutputError(
+            f"{out}: cannot be written ({error.strerror or error}{where}); nothing was left there"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, final: Path) -> None:
+    """Rename `partial` to `final`; an older `final` is put back if that fails, and removed if it succeeds."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    try:
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _copy_companions(plan: Plan, directory: Path) -> None:

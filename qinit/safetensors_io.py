@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class StoredTensor(TensorSpec):
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
         """Yield the raw data as flat uint8 tensors of at most `size` bytes (a multiple of every itemsize)."""
-        with self.file.open("rb", buffering=0) as handle:
+        with _open(self.file) as handle:
             handle.seek(self.offset)
             for start in range(0, self.nbytes, size):
                 buffer = torch.empty(min(size, self.nbytes - start), dtype=torch.uint8)
@@ -77,16 +78,28 @@ class StoredTensor(TensorSpec):
     def read(self) -> torch.Tensor:
         """Read the whole tensor in its stored dtype."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        with self.file.open("rb", buffering=0) as handle:
+        with _open(self.file) as handle:
             handle.seek(self.offset)
             _read_into(handle, buffer, self)
         return buffer.view(self.dtype).reshape(self.shape)
 
 
-def _read_into(handle: Any, buffer: torch.Tensor, tensor: StoredTensor) -> None:
+def _open(file: Path) -> FileIO:
+    try:
+        return file.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _read_into(handle: FileIO, buffer: torch.Tensor, tensor: StoredTensor) -> None:
     view = memoryview(buffer.numpy().data)
     while view:
-        got = handle.readinto(view)
+        try:
+            got = handle.readinto(view)
+        except OSError as error:
+            raise CheckpointError(
+                f"{tensor.file}: cannot be read in tensor '{tensor.name}' ({error.strerror})"
+            ) from error
         if not got:
             raise CheckpointError(
                 f"{tensor.file}: ends inside tensor '{tensor.name}'; the file changed or is truncated"
@@ -95,9 +108,11 @@ def _read_into(handle: Any, buffer: torch.Tensor, tensor: StoredTensor) -> None:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name stands there twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"'{name}' stands there twice")
+        result[name] = value
     return result
 
 
@@ -106,8 +121,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError naming the file and the tensor.
     """
-    size = file.stat().st_size
-    with file.open("rb") as handle:
+    with _open(file) as handle:
+        size = os.fstat(handle.fileno()).st_size
         prefix = handle.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -142,7 +157,7 @@ def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> StoredTe
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"tensor '{name}' lacks dtype, shape or data_offsets") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor '{name}' has dtype {dtype!r}, known are {', '.join(DTYPES)}")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(n) is int and 0 <= n < 2**60 for n in numbers):

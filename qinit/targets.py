@@ -63,8 +63,10 @@ def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
 
     config_file = directory / "config.json"
     try:
-        model_config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        model_config = transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a config can break its class in any way; code of its own is never run
         reason = str(error).split("\n")[0]
         raise CheckpointError(
             f"{config_file}: transformers {transformers.__version__} does not know this model "
@@ -72,7 +74,7 @@ def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
         ) from error
     try:
         with init_empty_weights():
-            model = _model_class(transformers, config)._from_config(model_config)
+            model = _build(transformers, config, model_config)
     except Exception as error:  # a config can break a constructor in any way
         raise CheckpointError(
             f"{config_file}: no model can be built from it ({type(error).__name__}: {error})"
@@ -90,12 +92,13 @@ def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
     return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear))
 
 
-def _model_class(transformers: Any, config: dict[str, Any]) -> Any:
+def _build(transformers: Any, config: dict[str, Any], model_config: Any) -> Any:
     for name in config.get("architectures") or ():
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    return transformers.AutoModelForCausalLM
+            model_class: Any = found
+            return model_class._from_config(model_config)
+    return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
 
 
 def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Target, ...]:
