@@ -1,0 +1,83 @@
+"""What the benchmarks share: run a method, load what it wrote with the stock loaders, measure the start."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from qinit.adapter import ADAPTER_DIRECTORY
+from qinit.evaluate import perplexity
+from qinit.methods import METHODS
+from qinit.plan import make_plan
+from qinit.recipe import make_recipe
+from qinit.report import Report
+from qinit.runner import Finished, run
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where fine-tuning would start: a report and the perplexity of base + adapter, as a trainer loads them."""
+
+    method: str
+    report: Report
+    perplexity: float
+    seconds: float
+
+
+def load_tokens(model: Path, text: str) -> torch.Tensor:
+    """Tokenize a text with a checkpoint's own tokenizer, without special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def load_for_training(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """Load base and adapter just as the model card says."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return PeftModel.from_pretrained(base, directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True)
+
+
+def quantize(model: Path, out: Path, method: str, **options: Any) -> Report:
+    """Run one method; peers on the normal-float grid are stored dense, as no packed format holds it."""
+    packed = METHODS[method].grid == "int"
+    recipe = make_recipe(model=str(model), method=method, **{"format": "gptq" if packed else "dense", **options})
+    *_, last = run(make_plan(recipe, model, model.name), out)
+    assert isinstance(last, Finished)
+    return last.report
+
+
+def measure_start(model: Path, tokens: torch.Tensor, window: int, method: str, **options: Any) -> Start:
+    """Quantize into a temporary directory, load with transformers and peft, and measure the perplexity."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "run"
+        started = time.perf_counter()
+        report = quantize(model, out, method, **options)
+        seconds = time.perf_counter() - started
+        value = perplexity(load_for_training(out, torch.float32), tokens, window)
+    return Start(method, report, value, seconds)
+
+
+def full_precision(model: Path, tokens: torch.Tensor, window: int) -> float:
+    """Perplexity of the source checkpoint."""
+    return perplexity(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokens, window)
+
+
+def show(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table that is wide enough to paste."""
+    table = Table(*header, title=title, title_justify="left", box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140, highlight=False).print(table)

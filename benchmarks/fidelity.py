@@ -1,0 +1,91 @@
+"""How close to full precision each method starts, at equal rank, on the same weights and text.
+
+    python benchmarks/fidelity.py                       the demo model and its held-out text
+    python benchmarks/fidelity.py --model DIR --text FILE [--window 512] [--bits 2,3,4] [--ranks 16,2]
+
+Every method goes through the whole path: written to disk, loaded with stock transformers + peft. The
+default ranks are 16 and 1 % of the model's width. Bits per weight count scales and zero points: for the
+normal-float peers as LoftQ and bitsandbytes keep them (float32 absmax per block), for qinit as stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from common import full_precision, load_tokens, measure_start, show
+
+from qinit.checkpoint import Checkpoint
+from qinit.demo import demo_directory, held_out_text
+
+METHODS = ("qlora", "loftq", "qpissa", "eqft")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--text", type=Path, default=None)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--bits", default="2,3,4")
+    parser.add_argument("--ranks", default=None)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
+    options = parser.parse_args()
+
+    model = options.model or demo_directory()
+    text = options.text.read_text(encoding="utf-8") if options.text else held_out_text()
+    tokens = load_tokens(model, text)
+    width = Checkpoint.open(model).config["hidden_size"]
+    ranks = [int(r) for r in options.ranks.split(",")] if options.ranks else [16, max(1, width // 100)]
+    reference = full_precision(model, tokens, options.window)
+    print(f"{model.name}: width {width}, {len(tokens)} tokens, full precision perplexity {reference:.3f}")
+    rows = []
+    for bits in map(int, options.bits.split(",")):
+        for rank in ranks:
+            loftq_excess = loftq_error = math.nan
+            for method in METHODS:
+                start = measure_start(
+                    model, tokens, options.window, method, bits=bits, rank=rank, group_size=options.group_size
+                )
+                totals = start.report.totals
+                excess = math.log(start.perplexity / reference)
+                if method == "loftq":
+                    loftq_excess, loftq_error = excess, totals["error"]
+                packed = totals[
+                    "bits_per_weight" if start.report.recipe["format"] == "gptq" else "grid_bits_per_weight"
+                ]
+                rows.append(
+                    {
+                        "bits": bits,
+                        "rank": rank,
+                        "method": method,
+                        "bits_per_weight": packed,
+                        "weight_error": totals["error"],
+                        "perplexity": start.perplexity,
+                        "excess_nats": excess,
+                        "error_to_loftq": totals["error"] / loftq_error,
+                        "excess_to_loftq": excess / loftq_excess,
+                    }
+                )
+    header = ["bits", "rank", "method", "bits/weight", "weight error", "perplexity", "excess (nats)"]
+    show(
+        f"start perplexity, full precision {reference:.3f}",
+        [*header, "error / LoftQ", "excess / LoftQ"],
+        [
+            [
+                *(str(row["bits"]), str(row["rank"]), row["method"], f"{row['bits_per_weight']:.3f}"),
+                *(f"{row['weight_error']:.4f}", f"{row['perplexity']:.3f}", f"{row['excess_nats']:.4f}"),
+                *(f"{row['error_to_loftq']:.3f}", f"{row['excess_to_loftq']:.3f}"),
+            ]
+            for row in rows
+        ],
+    )
+    if options.json:
+        result = {"model": model.name, "tokens": len(tokens), "full_precision": reference, "rows": rows}
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
