@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qinit.grids import GRIDS, LowRank
-from qinit.grids.base import ROW_CHUNK_ELEMENTS, grouped, row_chunks, target_rows
+from qinit.grids import GRIDS
+from qinit.grids.base import ROW_CHUNK_ELEMENTS, grouped, row_chunks
 
 
 @pytest.mark.parametrize(
@@ -25,14 +25,6 @@ def test_groups_run_along_the_inputs_and_the_last_is_filled_with_zeros():
     assert grouped(weight, 8).shape == (2, 1, 8)
 
 
-def test_target_rows_are_those_of_the_weight_without_the_low_rank():
-    generator = torch.Generator().manual_seed(0)
-    weight, B, A = (torch.randn(*shape, generator=generator) for shape in ((6, 8), (6, 2), (2, 8)))
-    rows = slice(2, 5)
-    torch.testing.assert_close(target_rows(weight, LowRank(B, A), rows), (weight - B @ A)[rows])
-    assert torch.equal(target_rows(weight, None, rows), weight[rows])
-
-
 @pytest.mark.parametrize(
     ("grid", "bits", "search"),
     [(name, bits, search) for name, grid in GRIDS.items() for bits in grid.bits for search in grid.searches],
@@ -40,7 +32,7 @@ def test_target_rows_are_those_of_the_weight_without_the_low_rank():
 def test_every_grid_keeps_the_promises_of_the_interface(grid, bits, search):
     weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(bits))
     kept = weight.clone()
-    quantized, residual = GRIDS[grid].quantize(weight, None, bits=bits, group_size=16, search=search)
+    quantized, residual = GRIDS[grid].quantize(weight, weight, bits=bits, group_size=16, search=search)
     assert torch.equal(weight, kept)  # the input is not written to
     assert (quantized.bits, quantized.group_size) == (bits, 16)
     assert quantized.codes.shape == (5, 40)
@@ -53,6 +45,18 @@ def test_every_grid_keeps_the_promises_of_the_interface(grid, bits, search):
     for row in values.split(16, dim=1):
         assert all(len(group.unique()) <= 2**bits for group in row)
     assert residual.norm() < weight.norm()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_target_is_rounded_and_the_residual_is_the_weight_s(grid):
+    generator = torch.Generator().manual_seed(0)
+    weight, target = torch.randn(4, 64, generator=generator), torch.randn(4, 64, generator=generator)
+    search = GRIDS[grid].searches[0]
+    quantized, residual = GRIDS[grid].quantize(target, weight, bits=2, group_size=32, search=search)
+    expected, _ = GRIDS[grid].quantize(target, target, bits=2, group_size=32, search=search)
+    assert torch.equal(quantized.codes, expected.codes)
+    assert torch.equal(quantized.scales, expected.scales)
+    torch.testing.assert_close(residual, weight - GRIDS[grid].dequantize(quantized), rtol=0, atol=1e-6)
 
 
 def test_bits_per_weight_count_what_is_stored_beside_the_codes():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from qinit.grids import GRIDS, LowRank
+from qinit.grids import GRIDS
 from qinit.grids.base import grouped
 
 INT = GRIDS["int"]
@@ -23,10 +23,8 @@ def draw(kind: str, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(0.02 * values).float()
 
 
-def quantize(weight, bits=2, group_size=64, search="mse", **options):
-    return INT.quantize(
-        weight, options.pop("low_rank", None), bits=bits, group_size=group_size, search=search, **options
-    )
+def quantize(weight, bits=2, group_size=64, search="mse", previous=None):
+    return INT.quantize(weight, weight, bits=bits, group_size=group_size, search=search, previous=previous)
 
 
 def group_errors(residual: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -193,18 +191,6 @@ def test_a_warm_search_does_not_write_to_the_previous_result():
     kept = [before.codes.clone(), before.scales.clone(), before.zeros.clone()]
     quantize(1.3 * weight, previous=before)
     assert all(torch.equal(a, b) for a, b in zip(kept, (before.codes, before.scales, before.zeros), strict=True))
-
-
-def test_the_low_rank_is_subtracted_before_rounding_but_not_from_the_residual():
-    weight = draw("normal", 16, 128)
-    generator = torch.Generator().manual_seed(0)
-    low_rank = LowRank(0.1 * torch.randn(16, 3, generator=generator), 0.1 * torch.randn(3, 128, generator=generator))
-    fused, residual = quantize(weight, low_rank=low_rank)
-    plain, rest = quantize(weight - low_rank.B @ low_rank.A)
-    assert (fused.codes == plain.codes).float().mean() > 0.999  # a last bit may turn a tie
-    torch.testing.assert_close(residual, weight - INT.dequantize(fused), rtol=0, atol=1e-6)
-    error = (residual - low_rank.B @ low_rank.A).norm()
-    torch.testing.assert_close(error, rest.norm(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("view", ["transposed", "strided"])

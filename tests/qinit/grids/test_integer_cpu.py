@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from qinit.grids import GRIDS, LowRank
+from qinit.grids import GRIDS
 from qinit.grids import integer_cpu as kernels
 from qinit.grids.integer import quantize_torch
 
@@ -12,16 +12,8 @@ BITS = (2, 3, 4, 8)
 SHAPES = [(37, 192, 64), (5, 100, 32), (3, 40, 64), (1, 64, 16)]  # rows, columns, group size
 
 
-def draw(rows: int, columns: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(rows).standard_t(4, size=(rows, columns))).float() * 0.02
-
-
-def low_rank_of(rows: int, columns: int) -> LowRank:
-    generator = torch.Generator().manual_seed(1)
-    scale = 0.05
-    return LowRank(
-        scale * torch.randn(rows, 4, generator=generator), scale * torch.randn(4, columns, generator=generator)
-    )
+def draw(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_t(4, size=(rows, columns))).float() * 0.02
 
 
 @pytest.fixture
@@ -36,13 +28,12 @@ def reference(monkeypatch):
     return quantize
 
 
-def assert_the_same_quantization(found, expected, low_rank=None):
+def assert_the_same_quantization(found, expected):
     (quantized, residual), (other, other_residual) = found, expected
-    part = 0 if low_rank is None else low_rank.B @ low_rank.A
     # The order of a float32 sum decides between candidates that are equally good to the last bit. At 8 bits
     # the error is about 1e-5 of the group's energy, so that many are.
     tolerance, least = (1e-3, 0.8) if quantized.bits == 8 else (1e-4, 0.97)
-    torch.testing.assert_close((residual - part).norm(), (other_residual - part).norm(), rtol=tolerance, atol=1e-12)
+    torch.testing.assert_close(residual.norm(), other_residual.norm(), rtol=tolerance, atol=1e-12)
     close = (quantized.scales - other.scales).abs() <= 2.0**-10 * other.scales
     assert (close & (quantized.zeros == other.zeros)).float().mean() >= least
     assert (quantized.codes == other.codes).float().mean() >= least
@@ -52,20 +43,19 @@ def assert_the_same_quantization(found, expected, low_rank=None):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
 def test_the_kernel_finds_what_the_torch_reference_finds(rows, columns, group_size, bits, search, reference):
-    weight, low_rank = draw(rows, columns), low_rank_of(rows, columns)
+    target, weight = draw(rows, columns), draw(rows, columns, seed=1)
     options = {"bits": bits, "group_size": group_size, "search": search}
-    assert_the_same_quantization(INT.quantize(weight, None, **options), reference(weight, None, **options))
-    found, expected = INT.quantize(weight, low_rank, **options), reference(weight, low_rank, **options)
-    assert_the_same_quantization(found, expected, low_rank)
+    for arguments in ((target, target), (target, weight)):
+        assert_the_same_quantization(INT.quantize(*arguments, **options), reference(*arguments, **options))
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_kernel_searches_around_a_previous_result_as_the_reference_does(bits, reference):
-    weight, low_rank = draw(37, 192), low_rank_of(37, 192)
+    weight = draw(37, 192)
     options = {"bits": bits, "group_size": 64, "search": "mse"}
-    previous, _ = INT.quantize(weight, None, **options)
-    found = INT.quantize(weight, low_rank, previous=previous, **options)
-    assert_the_same_quantization(found, reference(weight, low_rank, previous=previous, **options), low_rank)
+    options["previous"], _ = INT.quantize(weight, weight, **options)
+    moved = weight + 0.1 * draw(37, 192, seed=1)
+    assert_the_same_quantization(INT.quantize(moved, moved, **options), reference(moved, moved, **options))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -82,7 +72,8 @@ def test_the_kernel_searches_around_a_previous_result_as_the_reference_does(bits
 )
 def test_the_kernel_and_the_reference_agree_on_degenerate_groups(weight, bits, reference):
     options = {"bits": bits, "group_size": 64, "search": "mse"}
-    (quantized, residual), (other, expected) = INT.quantize(weight, None, **options), reference(weight, None, **options)
+    quantized, residual = INT.quantize(weight, weight, **options)
+    other, expected = reference(weight, weight, **options)
     values, others = INT.dequantize(quantized), INT.dequantize(other)
     torch.testing.assert_close(values, others, rtol=2.0**-10, atol=1e-12)
     torch.testing.assert_close(residual, weight - values, rtol=0, atol=1e-7)
@@ -92,13 +83,13 @@ def test_the_kernel_and_the_reference_agree_on_degenerate_groups(weight, bits, r
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
 @pytest.mark.parametrize("bits", BITS)
 def test_the_number_of_threads_changes_no_bit(bits):
-    weight, low_rank = draw(101, 192), low_rank_of(101, 192)
+    target, weight = draw(101, 192), draw(101, 192, seed=1)
     results = []
     before = numba.get_num_threads()
     try:
         for threads in (1, 2):
             numba.set_num_threads(threads)
-            results.append(INT.quantize(weight, low_rank, bits=bits, group_size=64, search="mse"))
+            results.append(INT.quantize(target, weight, bits=bits, group_size=64, search="mse"))
     finally:
         numba.set_num_threads(before)
     (one, residual), (two, other_residual) = results
@@ -110,8 +101,8 @@ def test_the_number_of_threads_changes_no_bit(bits):
 
 def test_a_row_s_result_does_not_depend_on_the_other_rows():
     weight = draw(9, 192)
-    together, _ = INT.quantize(weight, None, bits=2, group_size=64, search="mse")
-    alone, _ = INT.quantize(weight[4:5], None, bits=2, group_size=64, search="mse")
+    together, _ = INT.quantize(weight, weight, bits=2, group_size=64, search="mse")
+    alone, _ = INT.quantize(weight[4:5], weight[4:5], bits=2, group_size=64, search="mse")
     assert torch.equal(together.codes[4:5], alone.codes)
     assert torch.equal(together.scales[4:5], alone.scales)
 

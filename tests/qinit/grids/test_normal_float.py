@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from qinit.grids import GRIDS, LowRank
+from qinit.grids import GRIDS
 from qinit.grids.normal_float import levels
 
 NF = GRIDS["nf"]
@@ -36,7 +36,7 @@ def test_levels_are_the_published_ones(bits):
 def test_four_bits_are_bitsandbytes_nf4_code_by_code():
     functional = pytest.importorskip("bitsandbytes").functional
     weight = draw(32, 256)
-    quantized, residual = NF.quantize(weight, None, bits=4, group_size=64, search="absmax")
+    quantized, residual = NF.quantize(weight, weight, bits=4, group_size=64, search="absmax")
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     their_codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).reshape(weight.shape)
     assert torch.equal(state.absmax, quantized.scales.flatten())
@@ -59,7 +59,7 @@ def test_four_bits_are_bitsandbytes_nf4_code_by_code():
 @pytest.mark.parametrize("columns", [64, 100, 40])
 def test_values_are_the_nearest_levels_times_the_block_s_scale(bits, columns, search):
     weight = draw(7, columns)
-    quantized, residual = NF.quantize(weight, None, bits=bits, group_size=64, search=search)
+    quantized, residual = NF.quantize(weight, weight, bits=bits, group_size=64, search=search)
     scale = quantized.scales.repeat_interleave(64, 1)[:, :columns]
     assert quantized.zeros is None
     assert torch.equal(NF.dequantize(quantized), levels(bits)[quantized.codes.int()] * scale)
@@ -70,7 +70,7 @@ def test_values_are_the_nearest_levels_times_the_block_s_scale(bits, columns, se
 
 def test_absmax_scales_are_the_largest_magnitudes_of_the_blocks():
     weight = draw(5, 100)
-    quantized, _ = NF.quantize(weight, None, bits=2, group_size=64, search="absmax")
+    quantized, _ = NF.quantize(weight, weight, bits=2, group_size=64, search="absmax")
     expected = torch.stack([weight[:, :64].abs().amax(1), weight[:, 64:].abs().amax(1)], 1)
     assert torch.equal(quantized.scales, expected)
 
@@ -80,7 +80,7 @@ def test_the_mse_search_is_no_worse_than_absmax(bits):
     weight = draw(32, 256)
     errors = {}
     for search in ("absmax", "mse"):
-        _, residual = NF.quantize(weight, None, bits=bits, group_size=64, search=search)
+        _, residual = NF.quantize(weight, weight, bits=bits, group_size=64, search=search)
         errors[search] = residual.reshape(32, 4, 64).double().square().sum(-1)
     assert (errors["mse"] <= errors["absmax"] * (1 + 1e-6)).all()
     assert errors["mse"].sum() < 0.99 * errors["absmax"].sum()
@@ -91,7 +91,7 @@ def test_the_mse_search_is_no_worse_than_absmax(bits):
 def test_zeros_stay_zeros_and_positive_constants_are_exact(bits, search):
     weight = torch.zeros(2, 128)
     weight[0, :64] = 0.3
-    quantized, _ = NF.quantize(weight, None, bits=bits, group_size=64, search=search)
+    quantized, _ = NF.quantize(weight, weight, bits=bits, group_size=64, search=search)
     assert torch.isfinite(quantized.scales).all()
     torch.testing.assert_close(NF.dequantize(quantized), weight, rtol=1e-6, atol=0)
 
@@ -99,16 +99,6 @@ def test_zeros_stay_zeros_and_positive_constants_are_exact(bits, search):
 @pytest.mark.parametrize("shape", [(1, 128), (128, 1), (1, 1)])
 def test_single_rows_and_columns(shape):
     weight = draw(*shape)
-    quantized, residual = NF.quantize(weight, None, bits=2, group_size=64, search="mse")
+    quantized, residual = NF.quantize(weight, weight, bits=2, group_size=64, search="mse")
     assert quantized.codes.shape == residual.shape == shape
     assert residual.norm() < weight.norm()
-
-
-def test_the_low_rank_is_subtracted_before_rounding_but_not_from_the_residual():
-    weight = draw(16, 128)
-    low_rank = LowRank(draw(16, 3, seed=1) * 10, draw(3, 128, seed=2) * 10)
-    fused, residual = NF.quantize(weight, low_rank, bits=2, group_size=64, search="absmax")
-    plain, _ = NF.quantize(weight - low_rank.B @ low_rank.A, None, bits=2, group_size=64, search="absmax")
-    assert (fused.codes == plain.codes).float().mean() > 0.999
-    torch.testing.assert_close(fused.scales, plain.scales)
-    torch.testing.assert_close(residual, weight - NF.dequantize(fused), rtol=0, atol=1e-7)
