@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from qinit.formats import FORMATS
+from qinit.grids import GRIDS
+from qinit.safetensors_io import StoredTensor
+from qinit.targets import LinearModule, Target
+
+DENSE, INT = FORMATS["dense"], GRIDS["int"]
+
+
+def make_target(dtype=torch.bfloat16, transposed=False) -> Target:
+    shape = (40, 24) if transposed else (24, 40)
+    tensor = StoredTensor("model.x.weight", dtype, shape, Path("model.safetensors"), 0)
+    return Target(LinearModule("model.x", 24, 40, transposed), tensor)
+
+
+def quantized(grid="int", bits=2):
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    search = GRIDS[grid].searches[0]
+    return GRIDS[grid].quantize(weight, weight, bits=bits, group_size=16, search=search)[0]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_q_is_stored_in_the_checkpoint_s_dtype_and_orientation(grid, dtype, transposed):
+    target, q = make_target(dtype, transposed), quantized(grid)
+    stored = DENSE.encode(target, q, GRIDS[grid])
+    (spec,) = DENSE.specs(target, 2, 16)
+    assert [(spec.name, spec.dtype, spec.shape)] == [(n, t.dtype, t.shape) for n, t in stored.items()]
+    values = stored["model.x.weight"]
+    assert values.is_contiguous()
+    expected = GRIDS[grid].dequantize(q).to(DENSE.storage(target))
+    assert torch.equal(values.T if transposed else values, expected)
+
+
+def test_it_holds_every_grid_and_shape_and_needs_no_configuration():
+    for grid in GRIDS:
+        assert DENSE.cannot_hold(grid, 2, 7) is None
+    assert DENSE.cannot_hold_shape(LinearModule("x", 3, 5, transposed=False), 64) is None
+    assert DENSE.quantization_config(2, 64, ["model.x"], []) is None
+    assert DENSE.mixed_bits
