@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--ranks", default=None)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--format", default=None, help="for qinit's row; dense for widths that gptq cannot hold")
     parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
     options = parser.parse_args()
 
@@ -46,9 +47,10 @@ def main() -> None:
         for rank in ranks:
             loftq_excess = loftq_error = math.nan
             for method in METHODS:
-                start = measure_start(
-                    model, tokens, options.window, method, bits=bits, rank=rank, group_size=options.group_size
-                )
+                chosen = {"bits": bits, "rank": rank, "group_size": options.group_size}
+                if options.format:
+                    chosen["format"] = options.format
+                start = measure_start(model, tokens, options.window, method, **chosen)
                 totals = start.report.totals
                 excess = math.log(start.perplexity / reference)
                 if method == "loftq":

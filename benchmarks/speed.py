@@ -96,8 +96,9 @@ def main() -> None:
     square = torch.randn(3584, 3584)
     flops = 2 * 3584**3 / timed(lambda: square @ square, 3)[0]
     rows = [measure(size, options.repeats, flops) for size in options.sizes.split(",")]
+    bandwidth = rows[-1]["bandwidth"]
     show(
-        f"{torch.get_num_threads()} threads, product {flops / 1e9:.0f} GFLOP/s, copy {rows[-1]['bandwidth'] / 1e9:.0f} GB/s",
+        f"{torch.get_num_threads()} threads, product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s",
         [
             "size",
             "eqft s",

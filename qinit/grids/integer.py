@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ REFINEMENTS = 2
 # Least clipping ratio worth trying: with fewer levels, more of a group's range is better clipped.
 LEAST_RATIO = {2: 0.25, 3: 0.4, 4: 0.6, 8: 0.95}
 F16_MAX = 65504.0
+TINY = 1e-30
 
 
 class IntegerGrid:
@@ -82,24 +85,17 @@ def quantize_torch(
     scales = torch.empty((rows, groups), device=weight.device)
     zeros = torch.empty((rows, groups), dtype=torch.uint8, device=weight.device)
     residual = torch.empty_like(weight)
-    fit = _compiled() if weight.device.type == "cuda" else fit_groups
     for part in row_chunks(rows, columns) if weight.device.type == "cpu" else [slice(0, rows)]:
         x = grouped(target[part], group_size)
         start = None
         if previous is not None:
             assert previous.zeros is not None
             start = (previous.scales[part], previous.zeros[part].float())
-        c, z, s = fit(x, 2**bits - 1, ratios.tolist(), refinements, start)
+        c, z, s = fit_groups(x, 2**bits - 1, ratios.tolist(), refinements, start)
         scales[part], zeros[part] = s, z.to(torch.uint8)
         codes[part] = (c + z[..., None]).to(torch.uint8).flatten(1)[:, :columns]
         residual[part] = weight[part] - (c * s[..., None]).flatten(1)[:, :columns]
     return Quantized(bits, group_size, codes, scales, zeros), residual
-
-
-@cache
-def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """`fit_groups` fused by torch.compile: on a GPU eager torch would pass over memory once per candidate."""
-    return torch.compile(fit_groups, dynamic=True)
 
 
 def fit_groups(
@@ -113,36 +109,59 @@ def fit_groups(
 
     `start` holds scales and zero points to search around; without it the ratios clip the group's range.
     """
+    consider, refine = (_compiled(_consider), _compiled(_refine)) if x.is_cuda else (_consider, _refine)
     if start is None:
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
         base = (high - low) / levels
-        centre = torch.floor(-low / base.clamp(min=1e-30) + 0.5)
+        centre = torch.floor(-low / base.clamp(min=TINY) + 0.5)
     else:
         base, centre = start
-    best_gain = torch.full_like(base, -1.0)
-    scale, zero = base.clone(), centre.clone()
-    for ratio in ratios:
-        rounded = torch.floor(x / (base * ratio).clamp(min=1e-30)[..., None] + 0.5)
-        for shift in (-1.0, 0.0, 1.0) if len(ratios) > 1 else (0.0,):
-            z = (centre + shift).clamp(0, levels)
-            c = torch.minimum(torch.maximum(rounded, -z[..., None]), levels - z[..., None])
-            xc, cc = (x * c).sum(-1), (c * c).sum(-1)
-            gain = xc * xc / cc.clamp(min=1.0)
-            better = gain > best_gain
-            best_gain = torch.where(better, gain, best_gain)
-            scale = torch.where(better, xc / cc.clamp(min=1.0), scale)
-            zero = torch.where(better, z, zero)
-    if len(ratios) == 1:
-        scale = base
+    scale, zero = base, centre
+    if len(ratios) > 1:
+        gain = torch.full_like(base, -1.0)
+        for ratio in ratios:
+            gain, scale, zero = consider(x, base * ratio, centre, levels, gain, scale, zero)
     for _ in range(refinements):
-        c = _round_to(x, scale, zero, levels)
-        xc, cc = (x * c).sum(-1), (c * c).sum(-1)
-        scale = torch.where(cc > 0, xc / cc.clamp(min=1.0), scale)
+        scale = refine(x, scale, zero, levels)
     scale = scale.clamp(max=F16_MAX).half().float()
     scale = torch.where(scale > 0, scale, 1.0)
     return _round_to(x, scale, zero, levels), zero, scale
 
 
 def _round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
-    rounded = torch.floor(x / scale.clamp(min=1e-30)[..., None] + 0.5)
+    rounded = torch.floor(x / scale.clamp(min=TINY)[..., None] + 0.5)
     return torch.minimum(torch.maximum(rounded, -zero[..., None]), levels - zero[..., None])
+
+
+def _consider(
+    x: torch.Tensor,
+    tried: torch.Tensor,
+    centre: torch.Tensor,
+    levels: int,
+    gain: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Try one scale with three zero points; keep per group what gains most over the error of all zeros."""
+    for shift in (-1.0, 0.0, 1.0):
+        z = (centre + shift).clamp(0, levels)
+        c = _round_to(x, tried, z, levels)
+        xc, cc = (x * c).sum(-1), (c * c).sum(-1).clamp(min=1.0)
+        better = xc * xc / cc > gain
+        gain = torch.where(better, xc * xc / cc, gain)
+        scale = torch.where(better, xc / cc, scale)
+        zero = torch.where(better, z, zero)
+    return gain, scale, zero
+
+
+def _refine(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
+    """The least-squares scale for the codes that the given scale rounds to."""
+    c = _round_to(x, scale, zero, levels)
+    cc = (c * c).sum(-1)
+    return torch.where(cc > 0, (x * c).sum(-1) / cc.clamp(min=1.0), scale)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Fuse a step by torch.compile where triton is installed: one pass over x, not one per operation."""
+    return torch.compile(function, dynamic=True) if find_spec("triton") else function

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from qinit.grids.base import Quantized
+from qinit.grids import integer
 from qinit.grids.integer import F16_MAX
 
-TINY = np.float32(1e-30)
+TINY = np.float32(integer.TINY)
 HALF = np.float32(0.5)
 
 
