@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,34 +14,34 @@ if TYPE_CHECKING:
     from qinit.targets import LinearModule, Target
 
 
-class Format(Protocol):
-    """A storage format. Stateless."""
+class Format(ABC):
+    """A storage format. Stateless. The defaults hold any grid, bits and shape, as codes."""
 
     name: str
     mixed_bits: bool  # whether a stock loader reads different widths in one model
 
     def cannot_hold(self, grid: str, bits: int, group_size: int) -> str | None:
         """Return why this format holds no such grid at all, or None."""
-        ...
+        return None
 
     def cannot_hold_shape(self, module: LinearModule, group_size: int) -> str | None:
         """Return why this format holds no matrix of this shape, or None."""
-        ...
+        return None
 
     def storage(self, target: Target) -> torch.dtype | None:
         """Return the dtype that Q is rounded to when stored, or None when its codes are stored."""
-        ...
+        return None
 
+    @abstractmethod
     def specs(self, target: Target, bits: int, group_size: int) -> list[TensorSpec]:
         """Return the tensors that take the place of the target's weight."""
-        ...
 
+    @abstractmethod
     def encode(self, target: Target, quantized: Quantized, grid: Grid) -> dict[str, torch.Tensor]:
         """Return those tensors, by name."""
-        ...
 
     def quantization_config(
         self, bits: int, group_size: int, quantized: list[str], kept: list[str]
     ) -> dict[str, Any] | None:
         """Return config.json's `quantization_config` for these module names, or None when there is none."""
-        ...
+        return None

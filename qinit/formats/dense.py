@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from qinit.formats.base import Format
 from qinit.grids import Grid, Quantized
 from qinit.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
-    from qinit.targets import LinearModule, Target
+    from qinit.targets import Target
 
 
-class DenseFormat:
+class DenseFormat(Format):
     name = "dense"
     mixed_bits = True
-
-    def cannot_hold(self, grid: str, bits: int, group_size: int) -> str | None:
-        return None
-
-    def cannot_hold_shape(self, module: LinearModule, group_size: int) -> str | None:
-        return None
 
     def storage(self, target: Target) -> torch.dtype | None:
         return target.tensor.dtype
@@ -32,8 +27,3 @@ class DenseFormat:
     def encode(self, target: Target, quantized: Quantized, grid: Grid) -> dict[str, torch.Tensor]:
         values = grid.dequantize(quantized).to(target.tensor.dtype)
         return {target.tensor.name: values.T.contiguous() if target.module.transposed else values}
-
-    def quantization_config(
-        self, bits: int, group_size: int, quantized: list[str], kept: list[str]
-    ) -> dict[str, Any] | None:
-        return None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qinit.formats.base import Format
 from qinit.formats.packing import pack_rows
 from qinit.grids import Grid, Quantized
 from qinit.safetensors_io import TensorSpec
@@ -36,7 +37,7 @@ KNOWN_BLOCKS = (
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what gptqmodel's kernels accept
 
 
-class GptqFormat:
+class GptqFormat(Format):
     name = "gptq"
     mixed_bits = False
 
@@ -52,9 +53,6 @@ class GptqFormat:
             return f"{module.out_features} x {module.in_features} is not divisible by {WORD}"
         if module.in_features % group_size:
             return f"{module.in_features} inputs are not divisible by the group size {group_size}"
-        return None
-
-    def storage(self, target: Target) -> torch.dtype | None:
         return None
 
     def specs(self, target: Target, bits: int, group_size: int) -> list[TensorSpec]:
