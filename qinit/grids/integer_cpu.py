@@ -11,8 +11,8 @@ import numba
 import numpy as np
 import torch
 
-from qinit.grids.base import Quantized
 from qinit.grids import integer
+from qinit.grids.base import Quantized
 from qinit.grids.integer import F16_MAX
 
 TINY = np.float32(integer.TINY)
