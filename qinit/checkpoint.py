@@ -85,11 +85,11 @@ class Checkpoint:
         import yaml
 
         try:
-            _, front, _ = (self.directory / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+            before, front, _ = (self.directory / "README.md").read_text(encoding="utf-8").split("---\n", 2)
             metadata = yaml.safe_load(front)
         except (OSError, ValueError, yaml.YAMLError):
             return {}
-        return metadata if isinstance(metadata, dict) else {}
+        return metadata if not before and isinstance(metadata, dict) else {}
 
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
             f"(model_type {config.get('model_type')!r}): {reason}"
         ) from error
     try:
-        with init_empty_weights():
+        with init_empty_weights(include_buffers=True):  # without the flag, weights are allocated, then dropped
             model = _build(transformers, config, model_config)
     except Exception as error:  # a config can break a constructor in any way
         raise CheckpointError(

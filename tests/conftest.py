@@ -84,3 +84,20 @@ def make_checkpoint(
 def tiny_llama(tmp_path: Path) -> Path:
     """A Llama of 2 layers, width 64, bfloat16, one safetensors file."""
     return make_checkpoint(tmp_path / "tiny-llama")
+
+
+def quantize(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Any:
+    """Run qinit on a checkpoint, rank 4 and one round unless told otherwise; returns the report."""
+    from qinit.plan import make_plan
+    from qinit.recipe import make_recipe
+    from qinit.runner import Finished, run
+
+    recipe = make_recipe(**{"model": str(source), "rank": 4, "iter": 1, **options})
+    *_, last = run(make_plan(recipe, source, str(source)), out, overwrite=overwrite)
+    assert isinstance(last, Finished)
+    return last.report
+
+
+def weights_of(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of every safetensors file below a directory."""
+    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*.safetensors"))}

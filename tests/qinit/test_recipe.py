@@ -1,0 +1,162 @@
+import json
+import math
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qinit.errors import RecipeError
+from qinit.recipe import make_recipe, parse_size
+
+
+def write(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_the_defaults_are_the_documented_ones():
+    recipe = make_recipe()
+    assert (recipe.method, recipe.bits, recipe.rank, recipe.iter, recipe.group_size) == ("eqft", 2, 16, 5, 64)
+    assert (recipe.format, recipe.target_modules, recipe.device, recipe.max_shard_size) == (
+        *("gptq", "all-linear", "auto", "5GB"),
+    )
+    assert recipe.alpha == recipe.rank
+
+
+def test_a_file_sets_options_and_flags_win_over_it(tmp_path):
+    file = write(tmp_path, "bits: 3\nrank: 8\nlora_alpha: 32\nuse_rslora: true\n")
+    recipe = make_recipe(file, rank=4, seed=None)
+    assert (recipe.bits, recipe.rank, recipe.lora_alpha, recipe.use_rslora, recipe.seed) == (3, 4, 32.0, True, 0)
+
+
+def test_a_flag_that_is_false_wins_too(tmp_path):
+    assert make_recipe(write(tmp_path, "use_rslora: true\n"), use_rslora=False).use_rslora is False
+
+
+@given(
+    st.sampled_from([2, 3, 4, 8]),
+    st.integers(1, 10**6),
+    st.none() | st.floats(1e-3, 1e6),
+    st.booleans(),
+    st.none() | st.text(min_size=1, max_size=8),
+)
+def test_a_dumped_recipe_makes_the_same_recipe(bits, rank, lora_alpha, use_rslora, exclude):
+    recipe = make_recipe(bits=bits, rank=rank, lora_alpha=lora_alpha, use_rslora=use_rslora, exclude=exclude)
+    dumped = json.dumps(recipe.model_dump())
+    assert make_recipe(**json.loads(dumped)) == recipe
+
+
+def test_a_dumped_recipe_is_a_recipe_file(tmp_path):
+    recipe = make_recipe(bits=4, lora_alpha=7.5, exclude="o_proj", model="some/model")
+    assert make_recipe(write(tmp_path, yaml.safe_dump(recipe.model_dump()))) == recipe
+    assert make_recipe(write(tmp_path, json.dumps(recipe.model_dump()))) == recipe
+
+
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 2.0), (True, 8.0)])
+def test_the_lora_scale_is_pefts(use_rslora, scale):
+    recipe = make_recipe(rank=16, lora_alpha=32, use_rslora=use_rslora)
+    assert math.isclose(recipe.lora_scale, scale)
+
+
+@pytest.mark.parametrize("key", ["bit", "lora-alpha", "groupsize"])
+def test_an_unknown_key_is_named_with_the_closest_known_one(tmp_path, key):
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml: unknown recipe key '{key}' \(did you mean '\w+'\?\)"):
+        make_recipe(write(tmp_path, f"{key}: 2\n"))
+
+
+@pytest.mark.parametrize("key", ["1", "null", "token", "nonsense"])
+def test_an_unknown_key_without_a_close_one_lists_what_is_known(tmp_path, key):
+    with pytest.raises(RecipeError, match="known are model, revision, method, bits"):
+        make_recipe(write(tmp_path, f"{key}: hf_secret\n"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 5}, "bits: .*2, 3, 4 or 8, found 5"),
+        ({"bits": "2"}, "bits: .*found '2'"),
+        ({"rank": 0}, "rank: .*greater than or equal to 1, found 0"),
+        ({"rank": -3}, "rank: .*found -3"),
+        ({"rank": 1.5}, "rank: .*found 1.5"),
+        ({"rank": True}, "rank: .*found True"),
+        ({"iter": 0}, "iter: .*found 0"),
+        ({"iter": 101}, "iter: .*found 101"),
+        ({"group_size": 0}, "group_size: .*found 0"),
+        ({"group_size": 48}, "needs a group size of 16, 32, 64.*found 48"),
+        ({"lora_alpha": 0}, "lora_alpha: .*greater than 0, found 0"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: .*finite"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: "),
+        ({"seed": -1}, "seed: .*found -1"),
+        ({"format": "gtpq"}, r"format: no 'gtpq' \(did you mean 'gptq'\?\)"),
+        ({"method": "eqtf"}, r"method: no 'eqtf' \(did you mean 'eqft'\?\)"),
+        ({"method": "loftq"}, "gptq holds integer grids only.*use --format dense"),
+        ({"method": "loftq", "format": "dense", "bits": 8}, "bits: method loftq offers"),
+        ({"device": "gpu"}, "device: expected auto, cpu, cuda or cuda:N, found 'gpu'"),
+        ({"device": "cuda:x"}, "device: expected"),
+        ({"device": "cuda:"}, "device: expected"),
+        ({"max_shard_size": "5"}, "max_shard_size: expected a size like 5GB"),
+        ({"max_shard_size": "0GB"}, "max_shard_size: expected"),
+        ({"target_modules": 3}, "target_modules: .*found 3"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(options, message):
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bits: [2\n", "not valid YAML"),
+        ("a: b: c\n", "not valid YAML"),
+        ("? [a]\n: 1\n", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        ("", "expected `option: value` lines, found NoneType"),
+        ("- bits\n", "found list"),
+        ("bits: 5\n", r"recipe\.yaml: bits: "),
+    ],
+)
+def test_a_broken_file_is_one_line_that_names_it(tmp_path, text, message):
+    file = write(tmp_path, text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        make_recipe(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        make_recipe(tmp_path / "gone.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        make_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"model: \xe9\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        make_recipe(tmp_path / "latin.yaml")
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        make_recipe().bits = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("300mb", 300 * 10**6),
+        (" 2 GiB ", 2 << 30),
+        ("1KB", 1000),
+        ("1KiB", 1024),
+        ("7MiB", 7 << 20),
+    ],
+)
+def test_sizes_are_read_in_decimal_and_binary_units(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "1.5GB", "-1GB", "0MB", "5", "²GB", "5TBGB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="expected a size like 5GB"):
+        parse_size(text)
