@@ -16,8 +16,8 @@ import torch
 
 from qinit.grids.base import Quantized, grouped, row_chunks
 
-CANDIDATES = 24
-NEARBY = (0.84, 0.9, 0.95, 1.0, 1.05, 1.11, 1.2)  # times the previous scale, when there is one
+CANDIDATES = 16  # with the refinement below, 24 or 48 gain less than 0.1 % of the error
+NEARBY = (0.88, 0.95, 1.0, 1.06, 1.14)  # times the previous scale, when there is one
 REFINEMENTS = 2
 # Least clipping ratio worth trying: with fewer levels, more of a group's range is better clipped.
 LEAST_RATIO = {2: 0.25, 3: 0.4, 4: 0.6, 8: 0.95}
