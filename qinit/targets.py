@@ -17,12 +17,16 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class LinearModule:
-    """A linear module of the architecture: W is [out_features, in_features]; Conv1D stores W transposed."""
+    """A linear module of the architecture: W is [out_features, in_features]; Conv1D stores W transposed.
+
+    `set_by_parent`: the weight is initialized by an enclosing module, as GPT-2's c_proj is.
+    """
 
     name: str
     out_features: int
     in_features: int
     transposed: bool
+    set_by_parent: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
         ) from error
     head = model.get_output_embeddings()
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    set_by_parent = _set_by_parent(model)
     linear = []
     for name, module in model.named_modules():
         if module is head or not isinstance(module, (nn.Linear, Conv1D)) or id(module.weight) in embeddings:
@@ -88,7 +93,7 @@ def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
         transposed = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
         out_features, in_features = (columns, rows) if transposed else (rows, columns)
-        linear.append(LinearModule(name, out_features, in_features, transposed))
+        linear.append(LinearModule(name, out_features, in_features, transposed, id(module.weight) in set_by_parent))
     return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear))
 
 
@@ -99,6 +104,25 @@ def _build(transformers: Any, config: dict[str, Any], model_config: Any) -> Any:
             model_class: Any = found
             return model_class._from_config(model_config)
     return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+
+
+def _set_by_parent(model: Any) -> set[int]:
+    """Return the ids of parameters that an enclosing module's initialization writes to (on meta: for free)."""
+    import torch
+
+    found: set[int] = set()
+    for module in model.modules():
+        below = [p for child in module.children() for p in child.parameters()]
+        if not below or module is model:
+            continue
+        versions = [parameter._version for parameter in below]
+        try:
+            with torch.no_grad():
+                model._init_weights(module)
+        except Exception:  # code written for real tensors: it says nothing about this module then
+            continue
+        found.update(id(p) for p, version in zip(below, versions, strict=True) if p._version != version)
+    return found
 
 
 def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Target, ...]:

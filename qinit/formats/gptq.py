@@ -49,6 +49,8 @@ class GptqFormat(Format):
         return None
 
     def cannot_hold_shape(self, module: LinearModule, group_size: int) -> str | None:
+        if module.set_by_parent:  # transformers 5.23 writes to its `weight` at load, which packed modules lack
+            return "transformers sets this weight from its parent module while loading, so it cannot be packed"
         if module.in_features % WORD or module.out_features % WORD:
             return f"{module.out_features} x {module.in_features} is not divisible by {WORD}"
         if module.in_features % group_size:
