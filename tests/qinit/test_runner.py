@@ -1,0 +1,365 @@
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from qinit import runner
+from qinit.errors import CheckpointError, OutputError, RecipeError
+from qinit.plan import make_plan
+from qinit.recipe import make_recipe
+from qinit.runner import Done, Finished, Working, pick_device, run
+from qinit.safetensors_io import SafetensorsWriter, TensorSpec
+from tests.conftest import make_checkpoint, quantize, weights_of
+
+
+def start(source, out, overwrite=False, **options):
+    recipe = make_recipe(**{"rank": 4, "iter": 1, **options})
+    return run(make_plan(recipe, source, "name"), out, overwrite=overwrite)
+
+
+def everything(directory):
+    """All files and directories below, hidden ones too."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory in which only the output may appear."""
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+def edit_weights(source, change):
+    file = source / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+
+class TestWhatIsWritten:
+    def test_events_cover_every_tensor_and_end_with_the_report(self, tiny_llama, place):
+        *events, last = start(tiny_llama, place / "out")
+        assert isinstance(last, Finished)
+        assert events[0::2] == [Working(event.name, event.nbytes) for event in events[1::2]]
+        done = [event for event in events if isinstance(event, Done)]
+        assert sum(event.nbytes for event in done) == last.report.totals["bytes_before"]
+        assert tuple(event.row for event in done if event.row) == last.report.layers
+        assert len(last.report.layers) == 14
+
+    def test_untouched_tensors_are_copied_bit_by_bit(self, tiny_llama, place):
+        quantize(tiny_llama, place / "out")
+        before = safetensors.torch.load_file(tiny_llama / "model.safetensors")
+        after = safetensors.torch.load_file(place / "out/model.safetensors")
+        copied = before.keys() & after.keys()
+        assert copied == {name for name in before if "proj" not in name}
+        assert all(torch.equal(before[name], after[name]) for name in copied)
+
+    def test_tied_weights_stay_tied(self, tmp_path, place):
+        quantize(make_checkpoint(tmp_path / "m", tie_word_embeddings=True), place / "out", format="dense")
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(place / "out")
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    def test_companions_travel_and_weights_do_not(self, tiny_llama, place):
+        (tiny_llama / "tokenizer.json").write_text("{}")
+        (tiny_llama / "templates").mkdir()
+        (tiny_llama / "templates/tool.jinja").write_text("hi")
+        (tiny_llama / "pytorch_model.bin").write_bytes(b"x")
+        quantize(tiny_llama, place / "out")
+        assert everything(place / "out") == [
+            *("README.md", "config.json", "eqft_init", "eqft_init/adapter_config.json"),
+            *("eqft_init/adapter_model.safetensors", "generation_config.json", "model.safetensors", "qinit.json"),
+            *("templates", "templates/tool.jinja", "tokenizer.json"),
+        ]
+
+    def test_the_output_of_a_dense_run_can_be_the_source_of_another(self, tiny_llama, place):
+        quantize(tiny_llama, place / "one", format="dense", bits=8)
+        report = quantize(place / "one", place / "two")
+        assert report.totals["layers"] == 14
+
+    def test_shards_and_index_are_what_transformers_loads(self, tiny_llama, place):
+        quantize(tiny_llama, place / "one", format="dense")
+        quantize(tiny_llama, place / "many", format="dense", max_shard_size="40KB")
+        assert len(list((place / "many").glob("model-*-of-*.safetensors"))) > 3
+        from transformers import AutoModelForCausalLM
+
+        one, many = (AutoModelForCausalLM.from_pretrained(place / name).state_dict() for name in ("one", "many"))
+        assert one.keys() == many.keys()
+        assert all(torch.equal(one[name], many[name]) for name in one)
+
+    def test_a_layer_of_zeros_works(self, tiny_llama, place):
+        edit_weights(tiny_llama, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].zero_())
+        report = quantize(tiny_llama, place / "out", format="dense")
+        row = next(row for row in report.layers if row.name == "model.layers.0.mlp.up_proj")
+        assert row.error == row.error_start == 0
+        written = safetensors.torch.load_file(place / "out/model.safetensors")
+        assert not written["model.layers.0.mlp.up_proj.weight"].any()
+
+    def test_kept_layers_are_copied_and_get_a_fresh_adapter(self, tmp_path, place):
+        source = make_checkpoint(tmp_path / "m", intermediate_size=80)
+        report = quantize(source, place / "out")
+        assert report.totals["layers_kept"] == 6
+        name = "model.layers.0.mlp.up_proj"
+        before = safetensors.torch.load_file(source / "model.safetensors")
+        after = safetensors.torch.load_file(place / "out/model.safetensors")
+        factors = safetensors.torch.load_file(place / "out/eqft_init/adapter_model.safetensors")
+        assert torch.equal(before[name + ".weight"], after[name + ".weight"])
+        assert factors[f"base_model.model.{name}.lora_A.weight"].any()
+        assert not factors[f"base_model.model.{name}.lora_B.weight"].any()
+
+    def test_a_rank_above_a_matrix_is_written_as_a_rank_pattern(self, tiny_llama, place):
+        quantize(tiny_llama, place / "out", rank=48)
+        config = json.loads((place / "out/eqft_init/adapter_config.json").read_text())
+        assert config["r"] == 48
+        assert config["rank_pattern"]["model.layers.0.self_attn.k_proj"] == 32
+
+    def test_a_recipe_from_qinit_json_reproduces_the_run(self, tiny_llama, place):
+        quantize(tiny_llama, place / "one", bits=3, lora_alpha=32, use_rslora=True, exclude="o_proj", seed=5)
+        recipe = json.loads((place / "one/qinit.json").read_text())["recipe"]
+        quantize(tiny_llama, place / "two", **recipe)
+        assert weights_of(place / "one") == weights_of(place / "two")
+
+    def test_no_path_of_the_temporary_directory_is_left_in_any_file(self, tiny_llama, place):
+        quantize(tiny_llama, place / "out")
+        texts = [file.read_text() for file in (place / "out").rglob("*") if file.suffix in (".json", ".md")]
+        assert len(texts) == 5
+        assert not any("partial" in text for text in texts)
+
+
+class TestDeterminism:
+    @pytest.mark.parametrize("format", ["gptq", "dense"])
+    def test_the_same_input_gives_the_same_bytes(self, tiny_llama, place, format):
+        quantize(tiny_llama, place / "one", format=format, iter=3)
+        quantize(tiny_llama, place / "two", format=format, iter=3)
+        assert weights_of(place / "one") == weights_of(place / "two")
+        assert len(weights_of(place / "one")) == 2
+
+    def test_the_order_of_the_tensors_changes_no_layers_bytes(self, tmp_path, place):
+        source = make_checkpoint(tmp_path / "m")
+        tensors = dict(reversed(safetensors.torch.load_file(source / "model.safetensors").items()))
+        other = tmp_path / "reversed"
+        shutil.copytree(source, other, ignore=shutil.ignore_patterns("*.safetensors"))
+        writer = SafetensorsWriter(other, [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()])
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.close()
+        orders = [
+            [event.name for event in start(s, place / s.name) if isinstance(event, Done)] for s in (source, other)
+        ]
+        assert orders[0] == orders[1][::-1]
+        for file in ("model.safetensors", "eqft_init/adapter_model.safetensors"):
+            one, two = (safetensors.torch.load_file(place / run / file) for run in ("m", "reversed"))
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[name], two[name]) for name in one)
+
+    def test_a_layer_does_not_depend_on_which_others_are_quantized(self, tiny_llama, place):
+        quantize(tiny_llama, place / "all", format="dense")
+        quantize(tiny_llama, place / "some", format="dense", target_modules="up_proj")
+        name = "model.layers.1.mlp.up_proj.weight"
+        one, other = (safetensors.torch.load_file(place / run / "model.safetensors") for run in ("all", "some"))
+        assert torch.equal(one[name], other[name])
+
+    def test_the_seed_reaches_the_layers(self, tiny_llama, place):
+        quantize(tiny_llama, place / "one", seed=0)
+        quantize(tiny_llama, place / "two", seed=1)
+        assert weights_of(place / "one") != weights_of(place / "two")
+
+
+def fail_at_layer(monkeypatch, number, error):
+    """Let the `number`-th solve raise."""
+    calls = iter(range(1, 100))
+    real = runner.solve
+
+    def solve(*args):
+        if next(calls) == number:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(runner, "solve", solve)
+
+
+class TestFailure:
+    @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), MemoryError()])
+    def test_a_failed_run_leaves_nothing(self, tiny_llama, place, monkeypatch, error):
+        fail_at_layer(monkeypatch, 3, error)
+        with pytest.raises(type(error)):
+            quantize(tiny_llama, place / "out")
+        assert everything(place) == []
+
+    @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+    def test_a_failed_run_leaves_the_old_output_intact(self, tiny_llama, place, monkeypatch, error):
+        quantize(tiny_llama, place / "out")
+        before = {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()}
+        fail_at_layer(monkeypatch, 3, error)
+        with pytest.raises(type(error)):
+            quantize(tiny_llama, place / "out", overwrite=True, bits=3)
+        assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+    @pytest.mark.parametrize("steps", [1, 9, 42])
+    def test_a_run_that_is_given_up_leaves_nothing(self, tiny_llama, place, steps):
+        events = start(tiny_llama, place / "out")
+        for _ in range(steps):
+            next(events)
+        events.close()
+        assert everything(place) == []
+
+    def test_nothing_stands_at_the_final_name_before_the_end(self, tiny_llama, place):
+        for event in start(tiny_llama, place / "out"):
+            assert (place / "out").exists() == isinstance(event, Finished)
+
+    def test_a_partial_directory_of_a_killed_run_is_replaced(self, tiny_llama, place):
+        (place / ".out.partial").mkdir()
+        (place / ".out.partial/model.safetensors").write_text("old")
+        (place / ".out.partial/old.json").write_text("old")
+        quantize(tiny_llama, place / "out")
+        assert not (place / "out/old.json").exists()
+        assert names(place) == ["out"]
+
+    def test_a_failing_last_rename_puts_the_old_output_back(self, tiny_llama, place, monkeypatch):
+        quantize(tiny_llama, place / "out")
+        before = weights_of(place / "out")
+        real = Path.rename
+
+        def rename(self, target):
+            if self.name == ".out.partial":
+                raise OSError(errno.EIO, "Input/output error")
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        with pytest.raises(OutputError, match="Input/output error"):
+            quantize(tiny_llama, place / "out", overwrite=True, bits=3)
+        assert names(place) == ["out"]
+        assert weights_of(place / "out") == before
+
+    def test_a_killed_process_leaves_nothing_at_the_final_name(self, tiny_llama, place):
+        script = (
+            "import sys; from pathlib import Path; import qinit\n"
+            "plan = qinit.make_plan(qinit.make_recipe(rank=4, iter=1), Path(sys.argv[1]), 'x')\n"
+            "for number, event in enumerate(qinit.run(plan, Path(sys.argv[2]))):\n"
+            "    if number == 20: print('midway', flush=True); sys.stdin.read()\n"
+        )
+        command = [sys.executable, "-c", script, str(tiny_llama), str(place / "out")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
+            assert run.stdout.readline() == b"midway\n"
+            run.kill()
+            assert run.wait() == -signal.SIGKILL
+        assert names(place) == [".out.partial"]
+        quantize(tiny_llama, place / "out")
+        assert names(place) == ["out"]
+
+    def test_a_disk_that_fills_up_midway_is_one_clean_error(self, tiny_llama, place, monkeypatch):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(SafetensorsWriter, "write_chunks", full)
+        with pytest.raises(OutputError, match=r"No space left on device.*nothing was left"):
+            quantize(tiny_llama, place / "out")
+        assert everything(place) == []
+
+    @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+    def test_bad_values_name_the_tensor_and_their_number(self, tiny_llama, place, name):
+        edit_weights(tiny_llama, lambda tensors: tensors[name].view(-1)[:3].fill_(float("nan")))
+        with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor '{name}' holds 3 NaN or Inf among"):
+            quantize(tiny_llama, place / "out")
+        assert everything(place) == []
+
+    def test_bad_values_are_counted_over_the_chunks_of_a_large_tensor(self, tiny_llama, place, monkeypatch):
+        monkeypatch.setattr("qinit.safetensors_io.StoredTensor.chunks.__defaults__", (64,))
+        edit_weights(tiny_llama, lambda tensors: tensors["lm_head.weight"][::2, 0].fill_(float("inf")))
+        with pytest.raises(CheckpointError, match=r"'lm_head\.weight' holds 128 NaN or Inf among 16384"):
+            quantize(tiny_llama, place / "out")
+
+
+class TestPlace:
+    def test_an_existing_output_needs_overwrite(self, tiny_llama, place):
+        quantize(tiny_llama, place / "out")
+        with pytest.raises(OutputError, match="exists; pass --overwrite"):
+            quantize(tiny_llama, place / "out")
+
+    def test_overwrite_replaces_the_whole_directory(self, tiny_llama, place):
+        quantize(tiny_llama, place / "out")
+        (place / "out/extra").write_text("x")
+        quantize(tiny_llama, place / "out", overwrite=True, bits=3)
+        assert not (place / "out/extra").exists()
+        assert json.loads((place / "out/qinit.json").read_text())["recipe"]["bits"] == 3
+        assert names(place) == ["out"]
+
+    def test_overwrite_does_not_touch_what_qinit_did_not_write(self, tiny_llama, place):
+        (place / "thesis.tex").write_text("years of work")
+        with pytest.raises(OutputError, match=r"has no qinit\.json, so qinit did not write it"):
+            quantize(tiny_llama, place, overwrite=True)
+        assert everything(place) == ["thesis.tex"]
+
+    def test_a_file_is_not_replaced(self, tiny_llama, place):
+        (place / "out").write_text("x")
+        with pytest.raises(OutputError, match="is no directory"):
+            quantize(tiny_llama, place / "out", overwrite=True)
+
+    def test_an_empty_directory_is_taken(self, tiny_llama, place):
+        (place / "out").mkdir()
+        quantize(tiny_llama, place / "out")
+        assert (place / "out/qinit.json").is_file()
+
+    def test_what_a_link_points_to_is_replaced_and_the_link_stays(self, tiny_llama, place):
+        quantize(tiny_llama, place / "real")
+        (place / "link").symlink_to("real")
+        quantize(tiny_llama, place / "link", overwrite=True, bits=3)
+        assert names(place) == ["link", "real"]
+        assert (place / "link").is_symlink()
+        assert json.loads((place / "real/qinit.json").read_text())["recipe"]["bits"] == 3
+
+    def test_missing_parents_are_made(self, tiny_llama, place):
+        quantize(tiny_llama, place / "a/b/out")
+        assert (place / "a/b/out/qinit.json").is_file()
+
+    def test_below_a_file_nothing_can_be_written(self, tiny_llama, place):
+        (place / "file").write_text("x")
+        with pytest.raises(OutputError, match="cannot be written"):
+            quantize(tiny_llama, place / "file/out")
+
+    @pytest.mark.parametrize("where", [".", "..", "inner/out"])
+    def test_the_source_is_never_written_to(self, tiny_llama, where):
+        before = everything(tiny_llama.parent)
+        with pytest.raises(OutputError, match="is, holds or lies in the source"):
+            quantize(tiny_llama, tiny_llama / where, overwrite=True)
+        assert everything(tiny_llama.parent) == before
+
+    def test_too_little_space_is_seen_before_the_run(self, tiny_llama, place, monkeypatch):
+        usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(OutputError, match=r"needs 0\.00 GB, but only 0\.00 GB are free"):
+            quantize(tiny_llama, place / "out")
+        assert everything(place) == []
+
+
+class TestDevice:
+    def test_auto_and_cpu_are_always_there(self):
+        assert pick_device("cpu") == torch.device("cpu")
+        assert pick_device("auto").type in ("cpu", "cuda")
+
+    @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:300", "cuda:99999999999999999999"])
+    def test_a_device_that_is_not_there_is_an_error(self, monkeypatch, name):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(RecipeError, match=f"no '{name}' here, torch sees 0 CUDA devices; use --device cpu"):
+            pick_device(name)
+
+    def test_the_named_device_is_taken(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert pick_device("cuda:1") == torch.device("cuda", 1)
+        assert pick_device("cuda") == torch.device("cuda", 0)
+        with pytest.raises(RecipeError, match="torch sees 2"):
+            pick_device("cuda:2")
