@@ -1,0 +1,81 @@
+import ast
+
+import pytest
+import yaml
+
+from qinit.card import load_snippet
+from tests.conftest import make_checkpoint, quantize
+
+
+def front_matter(directory):
+    _, front, body = (directory / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_the_card_has_front_matter_figures_recipe_and_how_to_load(tiny_llama, tmp_path):
+    report = quantize(tiny_llama, tmp_path / "out", bits=3)
+    front, body = front_matter(tmp_path / "out")
+    assert front["base_model"] == str(tiny_llama)
+    assert front["library_name"] == "peft"
+    assert {"qinit", "eqft", "lora", "3-bit", "gptq"} <= set(front["tags"])
+    assert f"{report.totals['bits_per_weight']:.3f}" in body
+    assert f"{report.totals['error']:.4f}" in body
+    assert 'from_pretrained(base, ".", subfolder="eqft_init", is_trainable=True)' in body
+    assert "pip install gptqmodel optimum" in body
+    recipe = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert recipe == report.recipe
+
+
+def test_licence_and_language_come_from_the_sources_card(tiny_llama, tmp_path):
+    (tiny_llama / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ntags: [theirs]\n---\n# Theirs\n")
+    quantize(tiny_llama, tmp_path / "out")
+    front, body = front_matter(tmp_path / "out")
+    assert (front["license"], front["language"]) == ("mit", ["en"])
+    assert "theirs" not in front["tags"]
+    assert "Theirs" not in body
+
+
+def test_a_dense_base_needs_no_other_package(tiny_llama, tmp_path):
+    quantize(tiny_llama, tmp_path / "out", format="dense")
+    assert "gptqmodel" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_notes_stand_in_the_card(tmp_path):
+    quantize(make_checkpoint(tmp_path / "m", intermediate_size=80), tmp_path / "out")
+    assert "\n- model.layers.0.mlp.up_proj stays as it is: 80 x 64" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("class_name", "auto"),
+    [
+        ("LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM"),
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("BertForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("GPT2Model", "AutoModel"),
+    ],
+)
+def test_the_lines_to_load_use_the_class_of_the_model(class_name, auto):
+    lines = load_snippet(class_name, "out")
+    assert len(lines) == 3
+    assert lines[0].startswith(f"from transformers import {auto};")
+    assert lines[1].startswith(f"base = {auto}.from_pretrained(")
+
+
+@pytest.mark.parametrize("directory", ["out", 'a"b', "C:\\new", "modèle", "it's"])
+def test_the_lines_to_load_are_python_for_any_directory(directory):
+    tree = ast.parse("\n".join(load_snippet("LlamaForCausalLM", directory)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert len(calls) == 2
+    constants = [argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)]
+    assert constants == [directory, directory]
+
+
+def test_the_lines_to_load_do_load(tiny_llama, tmp_path, monkeypatch):
+    quantize(tiny_llama, tmp_path / "out", format="dense")
+    monkeypatch.chdir(tmp_path / "out")
+    _, body = front_matter(tmp_path / "out")
+    names = {}
+    exec(body.split("```python\n")[1].split("```")[0], names)
+    trainable = [name for name, value in names["model"].named_parameters() if value.requires_grad]
+    assert len(trainable) == 28
