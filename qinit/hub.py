@@ -43,13 +43,13 @@ def local_directory(model: str, revision: str | None = None, token: str | None =
         raise CheckpointError(f"{model}: no such directory, and no Hub id ({error})") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):
-            raise HubError(f"{at}: the Hub answered with status {_status(error.__cause__)}; try again later") from None
+            raise _refusal(at, error.__cause__) from None
         raise HubError(
             f"{at}: no such directory here, not in the local cache, and the Hub cannot be reached; "
             "check the name and the network, or give a local directory"
         ) from None
     except errors.HfHubHTTPError as error:
-        raise HubError(f"{at}: the Hub answered with status {_status(error)}; try again later") from None
+        raise _refusal(at, error) from None
     except (OSError, errors.HTTPError) as error:  # a broken connection, a full disk
         reason = str(error).replace(token, "***") if token else str(error)
         raise HubError(f"{at}: the download failed ({type(error).__name__}: {reason})") from None
@@ -61,5 +61,7 @@ def local_directory(model: str, revision: str | None = None, token: str | None =
     return directory
 
 
-def _status(error: Any) -> str:
-    return str(error.response.status_code) if error.response is not None else "unknown"
+def _refusal(at: str, error: Any) -> HubError:
+    status = error.response.status_code if error.response is not None else "unknown"
+    advice = "check HF_TOKEN or --token" if status in (401, 403) else "try again later"
+    return HubError(f"{at}: the Hub answered with status {status}; {advice}")

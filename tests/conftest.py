@@ -5,7 +5,11 @@ Use `from tests.conftest import make_checkpoint`. torch and transformers are imp
 
 from __future__ import annotations
 
+import json
 import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +105,95 @@ def quantize(source: Path, out: Path, *, overwrite: bool = False, **options: Any
 def weights_of(directory: Path) -> dict[str, bytes]:
     """Return the bytes of every safetensors file below a directory."""
     return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*.safetensors"))}
+
+
+class StandInHub:
+    """A Hub on this machine: serves the repositories in `repos` (id -> directory), each with one commit.
+
+    `status` (status code, X-Error-Code) overrides every answer; `requests` are the paths and tokens that were seen.
+    """
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Path] = {}
+        self.revisions = ["main", self.COMMIT]
+        self.status: tuple[int, str] | None = None
+        self.requests: list[tuple[str, str | None]] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fetched(self) -> set[str]:
+        """Return the names of the files that were asked for."""
+        return {path.split(f"/resolve/{self.COMMIT}/")[1] for path, _ in self.requests if "/resolve/" in path}
+
+    def answer(self, path: str) -> tuple[int, str, bytes]:
+        """Return status, error code and body for a path."""
+        if self.status:
+            return (*self.status, b"{}")
+        head, _, rest = path.removeprefix("/api/models").lstrip("/").partition("?")[0].partition("/")
+        name, _, rest = rest.partition("/")
+        repo = self.repos.get(f"{head}/{name}")
+        kind, _, rest = rest.partition("/")
+        revision, _, file = rest.partition("/")
+        if repo is None:
+            return 404, "RepoNotFound", b"{}"
+        if revision not in self.revisions:
+            return 404, "RevisionNotFound", b"{}"
+        if kind == "resolve":
+            return 200, "", (repo / file).read_bytes()
+        files = [path for path in sorted(repo.rglob("*")) if path.is_file()]
+        entries = [
+            {"type": "file", "path": str(f.relative_to(repo)), "size": f.stat().st_size, "oid": f"{i:040x}"}
+            for i, f in enumerate(files)
+        ]
+        info = {"id": f"{head}/{name}", "sha": self.COMMIT, "siblings": [{"rfilename": e["path"]} for e in entries]}
+        return 200, "", json.dumps(entries if kind == "tree" else info).encode()
+
+    def _handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.requests.append((self.path, self.headers.get("Authorization")))
+                status, error, body = hub.answer(self.path)
+                self.send_response(status)
+                for name, value in {
+                    "Content-Length": str(len(body)),
+                    "Content-Type": "application/json",
+                    "ETag": f'"{hash(self.path):x}"',
+                    "X-Repo-Commit": hub.COMMIT,
+                    "X-Error-Code": error,
+                }.items():
+                    if value:
+                        self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    """A local stand-in for the Hub, which huggingface_hub talks to as if it were the real one."""
+    from huggingface_hub import constants
+
+    stand_in = StandInHub()
+    monkeypatch.setattr(constants, "ENDPOINT", stand_in.endpoint)
+    template = stand_in.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    yield stand_in
+    stand_in.close()

@@ -1,0 +1,30 @@
+import pytest
+
+from qinit import demo
+
+HAS_WEIGHTS = (demo.demo_directory() / "model.safetensors").is_file()
+
+
+def test_the_demo_directory_is_a_package_that_ships_with_qinit():
+    assert (demo.demo_directory() / "__init__.py").is_file()
+
+
+@pytest.mark.skipif(not HAS_WEIGHTS, reason="the demo model is not trained yet")
+def test_the_demo_model_can_be_planned_and_is_small_enough_to_ship():
+    from qinit.plan import make_plan
+    from qinit.recipe import make_recipe
+
+    plan = make_plan(make_recipe(), demo.demo_directory(), demo.DEMO_NAME)
+    assert plan.checkpoint.weight_bytes <= 16e6
+    assert {layer.kept for layer in plan.layers} == {None}
+    assert {layer.target.tensor.dtype.itemsize for layer in plan.layers} == {2}
+    width = plan.checkpoint.config["hidden_size"]
+    assert width % 64 == 0
+
+
+@pytest.mark.skipif(not HAS_WEIGHTS, reason="the demo model is not trained yet")
+def test_the_held_out_text_fills_many_windows():
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(demo.demo_directory())(demo.held_out_text())["input_ids"]
+    assert len(tokens) > 20 * 512

@@ -1,0 +1,137 @@
+import pytest
+
+from qinit.checkpoint import Checkpoint
+from qinit.errors import CheckpointError, HubError
+from qinit.hub import local_directory
+from tests.conftest import make_checkpoint
+
+MODEL = "someone/tiny"
+
+
+@pytest.fixture
+def repo(tmp_path, hub):
+    directory = make_checkpoint(tmp_path / "repo", max_shard_size="50KB")
+    hub.repos[MODEL] = directory
+    return directory
+
+
+def test_a_directory_is_taken_as_it_is_without_asking_the_hub(tiny_llama, hub):
+    assert local_directory(str(tiny_llama)) == tiny_llama
+    assert hub.requests == []
+
+
+def test_a_directory_wins_over_a_hub_id_of_the_same_name(tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / MODEL).mkdir(parents=True)
+    assert str(local_directory(MODEL)) == MODEL
+    assert hub.requests == []
+
+
+def test_a_sharded_model_is_downloaded_whole_but_not_other_forms_of_its_weights(hub, repo):
+    left = [
+        "pytorch_model.bin",
+        "flax_model.msgpack",
+        "onnx/model.onnx_data",
+        "original/x.pth",
+        "consolidated.safetensors",
+    ]
+    for name in [*left, "tokenizer.json", "templates/tool.jinja"]:
+        (repo / name).parent.mkdir(exist_ok=True)
+        (repo / name).write_text("x")
+    directory = local_directory(MODEL)
+    carried = {str(path.relative_to(repo)) for path in repo.rglob("*") if path.is_file()} - set(left)
+    assert hub.fetched() == carried
+    assert {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} == carried
+    ours, theirs = Checkpoint.open(directory), Checkpoint.open(repo)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert len({tensor.file for tensor in ours.tensors.values()}) > 1
+    assert set(map(str, ours.companions())) >= {"tokenizer.json", "templates/tool.jinja"}
+
+
+def test_the_revision_is_what_is_downloaded(hub, repo):
+    hub.revisions.append("v2")
+    assert local_directory(MODEL, revision="v2").name == hub.COMMIT
+    assert any(path.endswith("/revision/v2") for path, _ in hub.requests)
+
+
+def test_what_is_in_the_cache_needs_no_hub(hub, repo, monkeypatch):
+    first = local_directory(MODEL)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert local_directory(MODEL) == first
+
+
+def test_the_token_goes_to_the_hub(hub, repo):
+    local_directory(MODEL, token="hf_secret")
+    assert {token for _, token in hub.requests} == {"Bearer hf_secret"}
+
+
+def test_a_model_with_pickle_weights_only_says_how_to_convert(hub, repo):
+    for file in repo.glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match=r"no safetensors weights.*save_pretrained"):
+        local_directory(MODEL)
+    assert not any(name.endswith(".bin") for name in hub.fetched())
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        ((404, "RepoNotFound"), "no such directory here and no such model on the Hub"),
+        ((404, "RevisionNotFound"), "the Hub has no revision 'v9' of it"),
+        ((403, "GatedRepo"), "access is gated"),
+        ((401, ""), "status 401; check HF_TOKEN"),
+        ((403, ""), "status 403; check HF_TOKEN"),
+        ((418, ""), "status 418; try again later"),
+    ],
+)
+def test_what_the_hub_refuses_is_named(hub, repo, status, message):
+    hub.status = status
+    with pytest.raises(HubError, match=message) as caught:
+        local_directory(MODEL, revision="v9", token="hf_secret")
+    assert MODEL in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_model_and_an_unknown_revision_are_told_apart(hub, repo):
+    with pytest.raises(HubError, match="someone/tiyn: no such directory here and no such model"):
+        local_directory("someone/tiyn")
+    with pytest.raises(HubError, match=r"someone/tiny: the Hub has no revision 'v9'"):
+        local_directory(MODEL, revision="v9")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error(hub, repo):
+    hub.close()
+    with pytest.raises(HubError, match=r"not in the local cache, and the Hub cannot be reached"):
+        local_directory(MODEL)
+
+
+def test_offline_and_not_in_the_cache_is_an_error(hub, repo, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"not in the local cache, and the Hub cannot be reached"):
+        local_directory(MODEL)
+    assert hub.requests == []
+
+
+def test_a_download_that_fails_midway_is_an_error_without_the_token(hub, repo, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("No space left on device while sending Bearer hf_secret")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(HubError, match=r"someone/tiny: the download failed \(OSError: No space left") as caught:
+        local_directory(MODEL, token="hf_secret")
+    assert "hf_secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "model", ["./gone", "/gone/model", "~/model", "a/b/c", "two words", "org/na--me", "org/x.git", "-x"]
+)
+def test_what_is_neither_a_directory_nor_an_id_never_reaches_the_hub(hub, model):
+    with pytest.raises(CheckpointError, match="no such directory, and no Hub id"):
+        local_directory(model)
+    assert hub.requests == []
+
+
+def test_a_file_is_not_a_model(hub, tiny_llama):
+    with pytest.raises(CheckpointError, match="is a file; give the directory"):
+        local_directory(str(tiny_llama / "model.safetensors"))
