@@ -26,9 +26,12 @@ def local_directory(model: str, revision: str | None = None, token: str | None =
         raise CheckpointError(f"{model}: is a file; give the directory that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such directory, and no Hub id (those look like 'Qwen/Qwen2.5-0.5B')")
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, get_token, snapshot_download
 
     at = f"{model} at revision {revision}" if revision else model
+    token = token.strip() if token else None
+    if not re.fullmatch("[!-~]*", token or get_token() or ""):  # it would end up in the HTTP client's own error
+        raise HubError(f"{at}: the Hub token holds characters that no token has; check HF_TOKEN or --token")
     try:
         directory = Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=SKIPPED))
     except errors.GatedRepoError:

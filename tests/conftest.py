@@ -197,3 +197,21 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     yield stand_in
     stand_in.close()
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Return a function that runs `qinit ARGUMENTS` in an empty directory: (exit code, stdout, stderr)."""
+    from qinit_cli import main
+
+    directory = tmp_path / "cwd"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["qinit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main.main()
+        return (int(stop.value.code or 0), *capsys.readouterr())
+
+    return call
