@@ -20,9 +20,13 @@ def local_directory(model: str, revision: str | None = None, token: str | None =
 
     Raises CheckpointError for something that is neither, HubError for what the Hub answers.
     """
-    if Path(model).is_dir():
+    try:
+        is_directory, is_file = Path(model).is_dir(), Path(model).is_file()
+    except OSError as error:
+        raise CheckpointError(f"{model}: cannot be looked at ({error.strerror})") from None
+    if is_directory:
         return Path(model)
-    if Path(model).is_file():
+    if is_file:
         raise CheckpointError(f"{model}: is a file; give the directory that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/", "~")):
         raise CheckpointError(f"{model}: no such directory, and no Hub id (those look like 'Qwen/Qwen2.5-0.5B')")

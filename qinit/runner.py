@@ -70,6 +70,13 @@ def pick_device(name: str) -> torch.device:
 
 def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
     """Raise OutputError if the result cannot go to `out`: it exists, holds something else, or lacks space."""
+    try:
+        _check_output(plan, out, overwrite)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be looked at ({error.strerror}); choose another place with --out") from None
+
+
+def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
     source = plan.checkpoint.directory.resolve()
     if out.resolve() == source or out.resolve() in source.parents or source in out.resolve().parents:
         raise OutputError(f"{out}: is, holds or lies in the source {source}; choose another place with --out")

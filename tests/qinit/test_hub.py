@@ -132,6 +132,11 @@ def test_what_is_neither_a_directory_nor_an_id_never_reaches_the_hub(hub, model)
     assert hub.requests == []
 
 
+def test_a_name_that_no_file_system_takes_is_an_error(hub):
+    with pytest.raises(CheckpointError, match=r"cannot be looked at .*too long"):
+        local_directory("x" * 300)
+
+
 def test_a_file_is_not_a_model(hub, tiny_llama):
     with pytest.raises(CheckpointError, match="is a file; give the directory"):
         local_directory(str(tiny_llama / "model.safetensors"))

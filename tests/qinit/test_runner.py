@@ -330,6 +330,10 @@ class TestPlace:
         with pytest.raises(OutputError, match="cannot be written"):
             quantize(tiny_llama, place / "file/out")
 
+    def test_a_name_that_no_file_system_takes_is_an_error(self, tiny_llama, place):
+        with pytest.raises(OutputError, match=r"cannot be looked at .*too long"):
+            quantize(tiny_llama, place / ("x" * 300))
+
     @pytest.mark.parametrize("where", [".", "..", "inner/out"])
     def test_the_source_is_never_written_to(self, tiny_llama, where):
         before = everything(tiny_llama.parent)
