@@ -84,7 +84,8 @@ def test_building_the_architecture_takes_no_memory_for_weights(tiny_llama):
     assert architecture.linear[-1].in_features == 1 << 22
 
 
-def test_code_in_a_checkpoint_is_never_run(tiny_llama, tmp_path):
+def test_code_in_a_checkpoint_is_never_run_nor_asked_about(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: "y")
     (tiny_llama / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     edit_config(tiny_llama, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
     with pytest.raises(CheckpointError, match="does not know this model"):
