@@ -1,8 +1,5 @@
 import pytest
 
-pytest.importorskip("gptqmodel", reason="pip install qinit[gptq]")
-pytest.importorskip("optimum", reason="pip install qinit[gptq]")
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _without_torch_compile():

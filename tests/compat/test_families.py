@@ -19,6 +19,9 @@ from tests.compat.stock import (
 )
 from tests.conftest import FAMILIES, make_checkpoint
 
+pytest.importorskip("gptqmodel", reason="pip install 'qinit[gptq]'")
+pytest.importorskip("optimum", reason="pip install 'qinit[gptq]'")
+
 FORMATS = ("gptq", "dense")
 # A GPTQ kernel computes s (q - z) in float16, once rounded; nothing else may differ from Q.
 GPTQ_ROUNDING = 2.0**-11

@@ -4,6 +4,9 @@ import torch
 from tests.compat.stock import dense_twin, load, load_adapter, logits, quantize
 from tests.conftest import make_checkpoint
 
+pytest.importorskip("gptqmodel", reason="pip install 'qinit[gptq]'")
+pytest.importorskip("optimum", reason="pip install 'qinit[gptq]'")
+
 TOKENS = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
