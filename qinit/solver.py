@@ -133,11 +133,13 @@ def residual_norm(residual: torch.Tensor, low_rank: LowRank | None) -> float:
     """Return the Frobenius norm of `residual - B A`, never holding that matrix whole."""
     if low_rank is None:
         return _norm(residual)
-    total = 0.0
-    for rows in row_chunks(*residual.shape):
-        total += _norm(torch.addmm(residual[rows], low_rank.B[rows], low_rank.A, alpha=-1)) ** 2
-    return total**0.5
+    parts = [
+        torch.linalg.vector_norm(torch.addmm(residual[rows], low_rank.B[rows], low_rank.A, alpha=-1), dim=1)
+        for rows in row_chunks(*residual.shape)
+    ]
+    return float(torch.cat(parts).double().norm())
 
 
 def _norm(matrix: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+    """Frobenius norm: float32 along a row, float64 over the rows, one pass and no copy."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().norm())

@@ -38,6 +38,8 @@ def quantize_cpu(
         assert previous.zeros is not None
         scales.copy_(previous.scales)
         zeros.copy_(previous.zeros)
+    # As many threads as torch uses: more would fight with whatever else the caller runs.
+    numba.set_num_threads(min(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads()))
     _kernel(
         target.contiguous().numpy(),
         weight.contiguous().numpy(),
