@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 DEMO_NAME = "demo"
-DEMO_TITLE = "the embedded demo model (Qwen2, 5.8M parameters, trained on Python documentation)"
+DEMO_TITLE = "the embedded demo model (Llama, 5.8M parameters, trained on Python documentation)"
 
 
 def demo_directory() -> Path:

@@ -1,4 +1,4 @@
-"""Train the embedded demo model from scratch: a 5.8M-parameter Qwen2 on Python documentation.
+"""Train the embedded demo model from scratch: 5.8M parameters on Python documentation.
 
     pip install torch transformers tokenizers
     python model_zoo/demo/train.py --wheels DIR      (DIR: where the pinned wheels are, or are put)
@@ -17,7 +17,14 @@ from pathlib import Path
 import corpus
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 END = "<|endoftext|>"
 VOCABULARY, WINDOW, BATCH = 4096, 512, 16
@@ -64,8 +71,40 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * min(1.0, (steps - step) / (steps - decay_from))
 
 
+def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
+    """The same function as a Llama with attention biases (the output projection's, which Qwen2 lacks, are zero).
+
+    AutoTokenizer gives every qwen2 checkpoint Qwen2's own pre-tokenizer, whatever its tokenizer.json says.
+    """
+    config = model.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=config.rope_parameters,
+            rms_norm_eps=config.rms_norm_eps,
+            tie_word_embeddings=True,
+            attention_bias=True,
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+    )
+    missing, unexpected = llama.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.endswith("o_proj.bias") for name in missing)
+    for layer in llama.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
+    return llama
+
+
 @torch.inference_mode()
-def held_out_loss(model: Qwen2ForCausalLM, stream: torch.Tensor) -> float:
+def held_out_loss(model: LlamaForCausalLM | Qwen2ForCausalLM, stream: torch.Tensor) -> float:
     """Mean next-token loss in nats over non-overlapping windows."""
     windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW).long()
     model.eval()
@@ -128,17 +167,17 @@ def main() -> None:
             print(f"{step} {time.time() - started:.0f}s train {loss:.3f} held out {loss_now:.4f}", flush=True)
             model.save_pretrained(options.wheels / "checkpoint")
 
-    model.to(torch.bfloat16)
-    model.generation_config = GenerationConfig(
+    demo = as_llama(model).to(torch.bfloat16)
+    demo.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=True,
     )
-    model.save_pretrained(options.out)
+    demo.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     (options.out / "heldout.txt").write_text("\n\n".join(held_out), encoding="utf-8")
-    final = held_out_loss(model.float(), held_out_stream)
+    final = held_out_loss(demo.float(), held_out_stream)
     figures = {
         "parameters": parameters,
         "steps": options.steps,
