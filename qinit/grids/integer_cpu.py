@@ -39,7 +39,7 @@ def quantize_cpu(
         scales.copy_(previous.scales)
         zeros.copy_(previous.zeros)
     # As many threads as torch uses: more would fight with whatever else the caller runs.
-    numba.set_num_threads(min(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads()))
+    numba.set_num_threads(min(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads()))  # type: ignore[attr-defined]
     _kernel(
         target.contiguous().numpy(),
         weight.contiguous().numpy(),
