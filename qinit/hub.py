@@ -25,6 +25,8 @@ def local_directory(model: str, revision: str | None = None, token: str | None =
     except OSError as error:
         raise CheckpointError(f"{model}: cannot be looked at ({error.strerror})") from None
     if is_directory:
+        if revision:
+            raise CheckpointError(f"{model}: is a local directory, which has no revision '{revision}'; leave it out")
         return Path(model)
     if is_file:
         raise CheckpointError(f"{model}: is a file; give the directory that holds config.json and the weights")

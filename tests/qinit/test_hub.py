@@ -140,3 +140,8 @@ def test_a_name_that_no_file_system_takes_is_an_error(hub):
 def test_a_file_is_not_a_model(hub, tiny_llama):
     with pytest.raises(CheckpointError, match="is a file; give the directory"):
         local_directory(str(tiny_llama / "model.safetensors"))
+
+
+def test_a_local_directory_has_no_revisions(tmp_path):
+    with pytest.raises(CheckpointError, match="no revision 'v2'"):
+        local_directory(str(tmp_path), revision="v2")
