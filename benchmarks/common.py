@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from qinit.adapter import ADAPTER_DIRECTORY
 from qinit.evaluate import perplexity
@@ -22,8 +26,10 @@ from qinit.recipe import make_recipe
 from qinit.report import Report
 from qinit.runner import Finished, run
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+logging.disable(logging.WARNING)  # other packages talk about themselves while they are imported
+warnings.filterwarnings("ignore", category=FutureWarning)
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,12 @@ def load_tokens(model: Path, text: str) -> torch.Tensor:
 
 
 def load_for_training(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
-    """Load base and adapter just as the model card says."""
+    """Load base and adapter just as the model card says, without the loaders' banners."""
     from peft import PeftModel
 
-    base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    return PeftModel.from_pretrained(base, directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        return PeftModel.from_pretrained(base, directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True)
 
 
 def quantize(model: Path, out: Path, method: str, **options: Any) -> Report:
