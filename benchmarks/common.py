@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -15,8 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from qinit.adapter import ADAPTER_DIRECTORY
 from qinit.evaluate import perplexity
@@ -26,10 +25,10 @@ from qinit.recipe import make_recipe
 from qinit.report import Report
 from qinit.runner import Finished, run
 
-logging.disable(logging.WARNING)  # other packages talk about themselves while they are imported
+# Other packages talk about themselves while they are imported, so transformers comes later, where it is used.
+logging.disable(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning)
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Start:
 
 def load_tokens(model: Path, text: str) -> torch.Tensor:
     """Tokenize a text with a checkpoint's own tokenizer, without special tokens."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
@@ -51,6 +52,7 @@ def load_tokens(model: Path, text: str) -> torch.Tensor:
 def load_for_training(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
     """Load base and adapter just as the model card says, without the loaders' banners."""
     from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
@@ -79,7 +81,11 @@ def measure_start(model: Path, tokens: torch.Tensor, window: int, method: str, *
 
 def full_precision(model: Path, tokens: torch.Tensor, window: int) -> float:
     """Perplexity of the source checkpoint."""
-    return perplexity(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokens, window)
+    from transformers import AutoModelForCausalLM
+
+    with redirect_stderr(StringIO()):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return perplexity(loaded, tokens, window)
 
 
 def show(title: str, header: list[str], rows: list[list[str]]) -> None:
