@@ -40,7 +40,8 @@ lint: $(STAMP)  ## Style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: export OMP_NUM_THREADS = 1  # the workers share the cores
+# The workers share the cores.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## The tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
