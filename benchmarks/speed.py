@@ -3,14 +3,14 @@
     python benchmarks/speed.py [--sizes 896x4864,3584x3584,3584x18944] [--repeats 3] [--json FILE]
 
 2 bits, group 64, rank 16, 5 iterations, float32 on the CPU, all in one process on one quiet machine; the
-median of the repeats (LoftQ on the largest size: one run). Matrices are random with a decaying spectrum, so
+median of the repeats (LoftQ above 10M weights: one run). Matrices are random with a decaying spectrum, so
 that the low rank has something to find.
 
 The floor below which this algorithm cannot run on a machine, per weight:
   bandwidth    round 1 reads W three times (start, target, kernel) and moves 29 bytes; each later round reads
                W and the target, writes target, codes and residual, and reads the residual for the two
                products: about 33 bytes; the end reads codes and residual again: about 30
-  arithmetic   the search: 24 ratios x 3 zero points in round 1, 7 x 3 after it, about 4 multiply-adds each
+  arithmetic   the search: 16 ratios x 3 zero points in round 1, 5 x 3 after it, about 4 multiply-adds each
                per weight; the products: 4 x 24 columns x 2 per round
 both divided by what a copy and a matrix product reach on the machine in the same run.
 """
@@ -33,7 +33,7 @@ from qinit.solver import LayerSpec, solve
 
 BITS, GROUP, RANK, ROUNDS = 2, 64, 16, 5
 FLOOR_BYTES = 29 + 33 * (ROUNDS - 1) + 30
-FLOOR_FLOPS = 2 * (4 * (24 * 3 + 7 * 3 * (ROUNDS - 1)) + 2 * 24 * (ROUNDS + 4 + 2) + 16 * (ROUNDS + 1))
+FLOOR_FLOPS = 2 * (4 * (16 * 3 + 5 * 3 * (ROUNDS - 1)) + 2 * 24 * (ROUNDS + 4 + 2) + 16 * (ROUNDS + 1))
 
 
 def timed(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
@@ -67,7 +67,7 @@ def measure(size: str, repeats: int, flops: float) -> dict[str, Any]:
     target = weight.clone()
     copy, _ = timed(lambda: target.copy_(weight), 5)
     eqft, ours = timed(lambda: solve(weight, spec("eqft")), repeats)
-    loftq, theirs = timed(lambda: solve(weight, spec("loftq")), 1 if weight.numel() > 3e7 else repeats)
+    loftq, theirs = timed(lambda: solve(weight, spec("loftq")), 1 if weight.numel() > 1e7 else repeats)
     nf4, _ = timed(lambda: bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4"), repeats)
     bandwidth = 8 * weight.numel() / copy
     floor = weight.numel() * max(FLOOR_BYTES / bandwidth, FLOOR_FLOPS / flops)
