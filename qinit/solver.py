@@ -65,6 +65,7 @@ def solve(weight: torch.Tensor, spec: LayerSpec, seed: int = 0) -> Solution:
         if approximation is not None:
             plain = round_number in (0, spec.iterations - 1)
             target = _moved(target, weight, approximation.factors, 1.0 if plain else method.relaxation)
+        residual = torch.empty(0)  # frees the last one before the next is made
         quantized, residual = grid.quantize(
             target,
             weight,
@@ -74,6 +75,7 @@ def solve(weight: torch.Tensor, spec: LayerSpec, seed: int = 0) -> Solution:
             previous=quantized,
         )
         if spec.storage not in (None, torch.float32):
+            del residual
             residual = _stored_residual(weight, quantized, spec)
         if method.refit:
             approximation = _fit(residual, spec, approximation, seed)
@@ -85,7 +87,7 @@ def solve(weight: torch.Tensor, spec: LayerSpec, seed: int = 0) -> Solution:
             best = (error, quantized, approximation)
     assert best is not None
     _, quantized, approximation = best
-    del target
+    del target, residual
     residual = _stored_residual(weight, quantized, spec)
     if method.refit and method.svd == "subspace" and approximation is not None:
         approximation = subspace(residual, spec.rank, approximation.basis, FINAL_STEPS)
@@ -122,7 +124,7 @@ def _fit(matrix: torch.Tensor, spec: LayerSpec, previous: Approximation | None, 
 def stored(quantized: Quantized, spec: LayerSpec) -> torch.Tensor:
     """Q in float32 exactly as a loader will see it."""
     values = GRIDS[spec.method.grid].dequantize(quantized)
-    return values if spec.storage is None else values.to(spec.storage).float()
+    return values if spec.storage is None else values.copy_(values.to(spec.storage))
 
 
 def _stored_residual(weight: torch.Tensor, quantized: Quantized, spec: LayerSpec) -> torch.Tensor:

@@ -38,8 +38,7 @@ def quantize_cpu(
         assert previous.zeros is not None
         scales.copy_(previous.scales)
         zeros.copy_(previous.zeros)
-    # As many threads as torch uses: more would fight with whatever else the caller runs.
-    numba.set_num_threads(min(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads()))  # type: ignore[attr-defined]
+    _use_as_many_threads_as_torch()
     _kernel(
         target.contiguous().numpy(),
         weight.contiguous().numpy(),
@@ -54,6 +53,14 @@ def quantize_cpu(
         residual.numpy(),
     )
     return Quantized(bits, group_size, codes, scales, zeros), residual
+
+
+def _use_as_many_threads_as_torch() -> None:
+    """More would fight with whatever else the caller runs. numba's first start resets OpenMP's count, which torch's
+    matrix products follow, and their last bits with it: put back, a layer's place in the run changes no byte."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(numba.config.NUMBA_NUM_THREADS, threads))  # type: ignore[attr-defined]
+    torch.set_num_threads(threads)
 
 
 @numba.njit(cache=True)

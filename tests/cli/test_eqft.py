@@ -51,14 +51,14 @@ class TestRun:
         options = {
             **{"bits": 4, "rank": 8, "iter": 2, "group_size": 32, "format": "dense", "lora_alpha": 12.0, "seed": 7},
             **{"target_modules": "q_proj,v_proj", "exclude": ".*layers.1.*", "max_shard_size": "1MB"},
-            **{"device": "cpu", "use_rslora": True, "revision": "main"},
+            **{"device": "cpu", "use_rslora": True},
         }
         flags = []
         for name, value in options.items():
             flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
         assert command("eqft", tiny_llama, *flags, "--out", "out")[0] == 0
         recipe = json.loads(Path("out/qinit.json").read_text())["recipe"]
-        assert recipe == {"model": str(tiny_llama), "method": "eqft", **options}
+        assert recipe == {"model": str(tiny_llama), "method": "eqft", "revision": None, **options}
         assert len(json.loads(Path("out/qinit.json").read_text())["layers"]) == 2
 
     def test_a_recipe_file_does_what_the_flags_do(self, command, tiny_llama):

@@ -85,13 +85,13 @@ def test_the_kernel_and_the_reference_agree_on_degenerate_groups(weight, bits, r
 def test_the_number_of_threads_changes_no_bit(bits):
     target, weight = draw(101, 192), draw(101, 192, seed=1)
     results = []
-    before = numba.get_num_threads()
+    before = torch.get_num_threads()
     try:
         for threads in (1, 2):
-            numba.set_num_threads(threads)
+            torch.set_num_threads(threads)  # the kernel follows it
             results.append(INT.quantize(target, weight, bits=bits, group_size=64, search="mse"))
     finally:
-        numba.set_num_threads(before)
+        torch.set_num_threads(before)
     (one, residual), (two, other_residual) = results
     assert torch.equal(one.codes, two.codes)
     assert torch.equal(one.scales, two.scales)
