@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from common import full_precision, load_tokens, measure_start, show
 
@@ -21,6 +22,24 @@ from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
 
 METHODS = ("qlora", "loftq", "qpissa", "eqft")
+
+
+def draw(result: dict[str, Any]) -> None:
+    """Print the table, with each row's ratios to LoftQ at the same bits and rank."""
+    loftq = {(row["bits"], row["rank"]): row for row in result["rows"] if row["method"] == "loftq"}
+    lines = []
+    for row in result["rows"]:
+        peer = loftq[row["bits"], row["rank"]]
+        lines.append(
+            [
+                *(str(row["bits"]), str(row["rank"]), row["method"], f"{row['bits_per_weight']:.3f}"),
+                *(f"{row['weight_error']:.4f}", f"{row['perplexity']:.3f}", f"{row['excess_nats']:.4f}"),
+                *(f"{row[key] / peer[key]:.3f}" for key in ("weight_error", "excess_nats")),
+            ]
+        )
+    header = ["bits", "rank", "method", "bits/weight", "weight error", "perplexity", "excess (nats)"]
+    title = f"start perplexity of {result['model']}, full precision {result['full_precision']:.3f}"
+    show(title, [*header, "error / LoftQ", "excess / LoftQ"], lines)
 
 
 def main() -> None:
@@ -45,7 +64,6 @@ def main() -> None:
     rows = []
     for bits in map(int, options.bits.split(",")):
         for rank in ranks:
-            loftq_excess = loftq_error = math.nan
             for method in METHODS:
                 chosen = {"bits": bits, "rank": rank, "group_size": options.group_size}
                 if options.format:
@@ -53,8 +71,6 @@ def main() -> None:
                 start = measure_start(model, tokens, options.window, method, **chosen)
                 totals = start.report.totals
                 excess = math.log(start.perplexity / reference)
-                if method == "loftq":
-                    loftq_excess, loftq_error = excess, totals["error"]
                 packed = totals[
                     "bits_per_weight" if start.report.recipe["format"] == "gptq" else "grid_bits_per_weight"
                 ]
@@ -67,25 +83,11 @@ def main() -> None:
                         "weight_error": totals["error"],
                         "perplexity": start.perplexity,
                         "excess_nats": excess,
-                        "error_to_loftq": totals["error"] / loftq_error,
-                        "excess_to_loftq": excess / loftq_excess,
                     }
                 )
-    header = ["bits", "rank", "method", "bits/weight", "weight error", "perplexity", "excess (nats)"]
-    show(
-        f"start perplexity, full precision {reference:.3f}",
-        [*header, "error / LoftQ", "excess / LoftQ"],
-        [
-            [
-                *(str(row["bits"]), str(row["rank"]), row["method"], f"{row['bits_per_weight']:.3f}"),
-                *(f"{row['weight_error']:.4f}", f"{row['perplexity']:.3f}", f"{row['excess_nats']:.4f}"),
-                *(f"{row['error_to_loftq']:.3f}", f"{row['excess_to_loftq']:.3f}"),
-            ]
-            for row in rows
-        ],
-    )
+    result = {"model": model.name, "tokens": len(tokens), "full_precision": reference, "rows": rows}
+    draw(result)
     if options.json:
-        result = {"model": model.name, "tokens": len(tokens), "full_precision": reference, "rows": rows}
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
