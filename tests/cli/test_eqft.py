@@ -155,9 +155,6 @@ class TestDemo:
         assert command("eqft", "--recipe", "again.yaml", "--out", "two")[0] == 0
         assert weights_of(Path("one")) == weights_of(Path("two"))
 
-    @pytest.mark.skipif(
-        not (demo.demo_directory() / "model.safetensors").is_file(), reason="the demo model is not trained yet"
-    )
     def test_the_embedded_model_is_quantized(self, command):
         code, out, err = command("eqft", "--bits", 2, "--rank", 16, "--iter", 1)
         assert (code, err) == (0, "")
