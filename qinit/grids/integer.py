@@ -40,12 +40,11 @@ class IntegerGrid:
         search: str,
         previous: Quantized | None = None,
     ) -> tuple[Quantized, torch.Tensor]:
-        ratios = _ratios(bits) if search == "mse" else torch.tensor([1.0])
-        warm = previous is not None and search == "mse"
-        if warm:
-            ratios = torch.tensor(NEARBY)
-        refinements = REFINEMENTS if search == "mse" else 0
-        arguments = (target, weight, bits, group_size, ratios, refinements, previous if warm else None)
+        if search != "mse":
+            ratios, refinements, previous = torch.tensor([1.0]), 0, None
+        else:
+            ratios, refinements = _ratios(bits) if previous is None else torch.tensor(NEARBY), REFINEMENTS
+        arguments = (target, weight, bits, group_size, ratios, refinements, previous)
         if weight.device.type == "cpu":
             from qinit.grids.integer_cpu import quantize_cpu
 
