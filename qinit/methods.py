@@ -18,6 +18,8 @@ class Method:
     search: str
     start: Literal["none", "quantize", "low-rank"]  # "none": no low rank at all, a plain LoRA start
     iterations: int
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    metric: Literal["weight", "diagonal", "activation", "fisher"] = "weight"  # all but "weight" need calibration
     refit: bool = True
     keep_best: bool = False
     relaxation: float = 1.0  # how far the target moves towards W - L each round; 1 is plain alternation

@@ -1,0 +1,25 @@
+"""What a layer sees while the model reads the calibration text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of one linear layer's inputs x, float32; `tokens` is how many were seen.
+
+    hessian [in, in]: E[x x'], x as the repaired model in front of the layer delivers it.
+    magnitude [in]: E|x|.
+    drift [out, in]: E[d x'], with d the difference at the layer's output between the original model and the
+    repaired one if this layer kept its weight: what is still to be made good. None: nothing upstream has changed.
+    fisher [out, in]: mean squared gradient of the loss, where the method asks for it.
+    """
+
+    hessian: torch.Tensor
+    magnitude: torch.Tensor
+    tokens: int
+    drift: torch.Tensor | None = None
+    fisher: torch.Tensor | None = None
