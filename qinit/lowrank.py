@@ -52,6 +52,44 @@ def subspace(matrix: torch.Tensor, rank: int, basis: torch.Tensor, steps: int = 
     return _balanced(range_basis @ U, S, Vh @ right.T, rank, basis=right @ Vh.T)
 
 
+def output_subspace(
+    residual: torch.Tensor, hessian: torch.Tensor, rank: int, basis: torch.Tensor, steps: int = 1
+) -> Approximation:
+    """The rank-r L that is best under tr((E - L) H (E - L)') for `residual` E [out, in] and `hessian` H [in, in].
+
+    L = U U' E with U the r leading eigenvectors of E H E', so no root, eigendecomposition or inverse of H is
+    needed; the same optimum as QERA's closed form (arXiv:2410.06040, theorem 2), singular H included. U is found
+    by `steps` rounds of subspace iteration from `basis` [out, p] and a Rayleigh-Ritz step. In the result, `basis`
+    is [out, p] and `captured` is the sum of the r eigenvalues: what L takes away from tr(E H E').
+    """
+    for _ in range(steps):
+        basis = torch.linalg.qr(residual @ (hessian @ (residual.T @ basis))).Q
+    image = residual.T @ basis
+    values, vectors = torch.linalg.eigh(_symmetric(image.T @ (hessian @ image)))
+    basis = basis @ vectors.flip(1)
+    U = basis[:, :rank]
+    rows, S, Vh = torch.linalg.svd(U.T @ residual, full_matrices=False)
+    captured = float(values.flip(0)[:rank].clamp(min=0).double().sum())
+    balanced = _balanced(U @ rows, S, Vh, rank, basis)
+    return Approximation(balanced.factors, basis, captured)
+
+
+def without(hessian: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Return H - H A' (A H A')^-1 A H: the part of H that no choice of B in B A can make good.
+
+    min over B of tr((E - B A) H (E - B A)') is tr(E P E') with this P (as in ProjQ), so codes that are rounded
+    under P leave to the adapter what it can repair. A [r, in] may have dependent rows.
+    """
+    image = hessian @ A.T
+    inner = _symmetric((A @ image).double())
+    inner.diagonal().add_(1e-6 * float(inner.diagonal().mean()) + 1e-30)
+    return torch.addmm(hessian, image, torch.linalg.solve(inner, image.T.double()).float(), alpha=-1)
+
+
+def _symmetric(matrix: torch.Tensor) -> torch.Tensor:
+    return (matrix + matrix.T) / 2
+
+
 def full_svd(matrix: torch.Tensor, rank: int) -> Approximation:
     """The exact truncated SVD (Eckart-Young): what the published methods use, and the tests' reference."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)

@@ -43,7 +43,7 @@ class IntegerGrid:
         if search != "mse":
             ratios, refinements, previous = torch.tensor([1.0]), 0, None
         else:
-            ratios, refinements = _ratios(bits) if previous is None else torch.tensor(NEARBY), REFINEMENTS
+            ratios, refinements = clip_ratios(bits) if previous is None else torch.tensor(NEARBY), REFINEMENTS
         arguments = (target, weight, bits, group_size, ratios, refinements, previous)
         if weight.device.type == "cpu":
             from qinit.grids.integer_cpu import quantize_cpu
@@ -64,7 +64,7 @@ class IntegerGrid:
         return bits + (16 + bits) / group_size
 
 
-def _ratios(bits: int) -> torch.Tensor:
+def clip_ratios(bits: int) -> torch.Tensor:
     return torch.linspace(LEAST_RATIO[bits], 1.0, CANDIDATES)
 
 

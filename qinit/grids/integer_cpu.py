@@ -38,7 +38,7 @@ def quantize_cpu(
         assert previous.zeros is not None
         scales.copy_(previous.scales)
         zeros.copy_(previous.zeros)
-    _use_as_many_threads_as_torch()
+    use_as_many_threads_as_torch()
     _kernel(
         target.contiguous().numpy(),
         weight.contiguous().numpy(),
@@ -55,7 +55,7 @@ def quantize_cpu(
     return Quantized(bits, group_size, codes, scales, zeros), residual
 
 
-def _use_as_many_threads_as_torch() -> None:
+def use_as_many_threads_as_torch() -> None:
     """More would fight with whatever else the caller runs. numba's first start resets OpenMP's count, which torch's
     matrix products follow, and their last bits with it: put back, a layer's place in the run changes no byte."""
     threads = torch.get_num_threads()
@@ -64,7 +64,7 @@ def _use_as_many_threads_as_torch() -> None:
 
 
 @numba.njit(cache=True)
-def _to_f16(value):
+def to_f16(value):
     """Round a positive float32 to the nearest float16: 11 bits, or multiples of 2^-24 below 2^-14."""
     _, exponent = math.frexp(value)
     exponent = max(exponent, -13)
@@ -154,7 +154,7 @@ def _kernel(target, weight, group_size, levels, ratios, refinements, warm, codes
                     xc, cc = _sums(x, n, one / max(scale, TINY), zero, levels)
                     if cc > 0:
                         scale = xc / cc
-            scale = _to_f16(scale)
+            scale = to_f16(scale)
             if not scale > 0:
                 scale = one
             inverse = one / scale

@@ -111,10 +111,10 @@ def test_a_row_s_result_does_not_depend_on_the_other_rows():
 def test_scales_are_rounded_to_float16_as_torch_does(exponent):
     mantissas = torch.linspace(1.0, 2.0, 257)[:-1]
     values = (mantissas * 2.0**exponent).tolist()
-    rounded = [float(kernels._to_f16(np.float32(value))) for value in values]
+    rounded = [float(kernels.to_f16(np.float32(value))) for value in values]
     assert rounded == torch.tensor(values).half().float().tolist()
 
 
 @pytest.mark.parametrize("value", [65519.0, 65520.0, 1e6, 3e38])
 def test_scales_beyond_float16_become_its_largest_number(value):
-    assert float(kernels._to_f16(np.float32(value))) == 65504.0
+    assert float(kernels.to_f16(np.float32(value))) == 65504.0

@@ -1,0 +1,92 @@
+"""The solver with calibration: Q and L that are close to W where the layer's inputs are, not everywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qinit.calibration.statistics import Statistics
+from qinit.grids import GRIDS, Quantized
+from qinit.lowrank import Approximation, output_subspace, random_basis, without
+from qinit.rounding import damped_cholesky, descend, round_gptq
+
+if TYPE_CHECKING:
+    from qinit.solver import LayerSpec
+
+COLD_STEPS = 8
+WARM_STEPS = 2
+FINAL_STEPS = 3
+CORRECTION = 0.75  # how much of the drift is made good; all of it fits the calibration text too closely
+CORRECTION_DAMPING = 0.1
+HESSIAN_DAMPING = 1e-3  # of the mean diagonal, at TOKENS_PER_INPUT or more; inputs that were never seen count too
+TOKENS_PER_INPUT = 8
+TRACE_ROWS = 256
+
+
+def alternate(
+    weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, seed: int
+) -> tuple[Quantized, Approximation, tuple[float, ...]]:
+    """Minimise tr((T - Q - L) H (T - Q - L)') over Q on the integer grid and L of rank r.
+
+    T is W, corrected for what the layers in front have left: see `corrected`. Low rank first: L is fitted to T,
+    and the rest is rounded with error feedback under the part of H that the adapter cannot repair (`without`).
+    Each round then sweeps over codes and scales under that part, and fits L again. No step raises the error, so
+    the last round is the best. Returns Q, L (fitted to Q as stored) and the error after each round relative to
+    tr(T H T'), measured on TRACE_ROWS rows.
+    """
+    method, grid = spec.method, GRIDS[spec.method.grid]
+    hessian = stable_hessian(statistics)
+    target = corrected(weight, statistics)
+    basis = random_basis(len(weight), spec.rank, seed, weight.device)
+    approximation = output_subspace(target, hessian, spec.rank, basis, COLD_STEPS)
+    quantized: Quantized | None = None
+    traced = slice(0, None, max(1, len(weight) // TRACE_ROWS))
+    whole = output_norm(target[traced], hessian)
+    trace = []
+    for round_number in range(spec.iterations):
+        factors = approximation.factors
+        rest = torch.addmm(target, factors.B, factors.A, alpha=-1)
+        options: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "search": method.search}
+        if method.rounding == "nearest":
+            quantized, residual = grid.quantize(rest, target, previous=quantized, **options)
+        else:
+            seen = without(hessian, factors.A)
+            if quantized is None:
+                quantized, residual = round_gptq(rest, seen, act_order=method.act_order, **options)
+            else:
+                residual = rest.sub_(grid.dequantize(quantized))
+            for _ in range(method.sweeps):
+                descend(quantized, residual, seen)
+            residual.addmm_(factors.B, factors.A)
+        if spec.storage not in (None, torch.float32):
+            residual = target - grid.dequantize(quantized).to(spec.storage).float()
+        steps = FINAL_STEPS if round_number + 1 == spec.iterations else WARM_STEPS
+        approximation = output_subspace(residual, hessian, spec.rank, approximation.basis, steps)
+        left = torch.addmm(residual[traced], approximation.factors.B[traced], approximation.factors.A, alpha=-1)
+        trace.append(output_norm(left, hessian) / whole if whole else 0.0)
+    assert quantized is not None
+    return quantized, approximation, tuple(trace)
+
+
+def stable_hessian(statistics: Statistics) -> torch.Tensor:
+    """Return H with a little of the identity added: more, the fewer tokens per input it comes from."""
+    hessian = statistics.hessian.clone()
+    scarcity = max(1.0, TOKENS_PER_INPUT * len(hessian) / max(statistics.tokens, 1))
+    hessian.diagonal().add_(HESSIAN_DAMPING * scarcity * float(hessian.diagonal().mean()))
+    return hessian
+
+
+def corrected(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    """Return T = W + c D (H + d I)^-1, D = E[d x'] the drift at the layer's output: the least-squares weight that
+    also makes good, by the share c, what the layers in front have left of their own error (as GPTAQ's asymmetric
+    calibration, arXiv:2504.02692, equation 6, here for the residual stream too)."""
+    if statistics.drift is None:
+        return weight
+    factor = damped_cholesky(statistics.hessian, CORRECTION_DAMPING)
+    return torch.add(weight, torch.cholesky_solve(statistics.drift.T, factor).T, alpha=CORRECTION)
+
+
+def output_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Return sqrt(tr(M H M')): the root mean square of the output that M [out, in] makes of the layer's inputs."""
+    return max(float(((matrix @ hessian) * matrix).sum(dtype=torch.float64)), 0.0) ** 0.5
