@@ -20,6 +20,10 @@ class Method:
     iterations: int
     rounding: Literal["nearest", "gptq"] = "nearest"
     metric: Literal["weight", "diagonal", "activation", "fisher"] = "weight"  # all but "weight" need calibration
+    split: Literal["balanced", "A", "B"] = "balanced"  # which factor starts with the singular values
+    preserve: bool = False  # some of the rank goes to the weight itself, before the rest is quantized
+    magr: bool = False  # outliers are shrunk before rounding, where the inputs allow it
+    ridge: float = 0.0  # times H's mean diagonal, added to H for the low-rank fit
     refit: bool = True
     keep_best: bool = False
     relaxation: float = 1.0  # how far the target moves towards W - L each round; 1 is plain alternation
@@ -33,6 +37,39 @@ METHODS = {
         Method("qlora", "Dettmers et al. 2023, arXiv:2305.14314", "nf", "absmax", "none", 1, refit=False),
         Method("loftq", "Li et al. 2023, arXiv:2310.08659", "nf", "absmax", "quantize", 5),
         Method("qpissa", "Meng et al. 2024, arXiv:2404.02948", "nf", "absmax", "low-rank", 1, refit=False),
+        Method(
+            *("lqer", "Zhang et al. 2024 (L2QER), arXiv:2402.02446", "int", "minmax", "quantize", 1),
+            metric="diagonal",
+            split="B",
+        ),
+        Method(
+            *("qera", "Zhang et al. 2024 (QERA-exact), arXiv:2410.06040", "int", "minmax", "quantize", 1),
+            metric="activation",
+            split="B",
+        ),
+        Method(
+            *("eora", "Liu et al. 2024, arXiv:2410.21271", "int", "minmax", "quantize", 1),
+            rounding="gptq",
+            metric="activation",
+        ),
+        Method(
+            *("cloq", "Deng et al. 2025, arXiv:2501.18475", "int", "minmax", "quantize", 1),
+            rounding="gptq",
+            metric="activation",
+            split="A",
+            magr=True,
+            ridge=0.01,
+        ),
+        Method(
+            *("srr", "Cho et al. 2026, arXiv:2602.02001", "int", "minmax", "quantize", 1),
+            metric="activation",
+            split="B",
+            preserve=True,
+        ),
+        Method(
+            *("lq-lora", "Guo et al. 2023, arXiv:2311.12023", "nf", "absmax", "low-rank", 100),
+            metric="fisher",
+        ),
         Method(
             *("eqft", "qinit", "int", "mse", "low-rank", 5),
             keep_best=True,

@@ -27,6 +27,26 @@ def test_the_published_rows_say_what_their_papers_say():
     assert (qlora.start, qlora.refit) == ("none", False)
 
 
+def test_the_calibrated_rows_say_what_their_papers_say():
+    axes = {
+        name: (row.grid, row.search, row.rounding, row.metric, row.split)
+        for name, row in METHODS.items()
+        if row.metric != "weight" and "arXiv" in row.source
+    }
+    assert axes == {
+        "lqer": ("int", "minmax", "nearest", "diagonal", "B"),
+        "qera": ("int", "minmax", "nearest", "activation", "B"),
+        "eora": ("int", "minmax", "gptq", "activation", "balanced"),
+        "cloq": ("int", "minmax", "gptq", "activation", "A"),
+        "srr": ("int", "minmax", "nearest", "activation", "B"),
+        "lq-lora": ("nf", "absmax", "nearest", "fisher", "balanced"),
+    }
+    assert [name for name in axes if METHODS[name].preserve] == ["srr"]
+    assert [name for name in axes if METHODS[name].magr] == ["cloq"]
+    assert {name: METHODS[name].ridge for name in axes if METHODS[name].ridge} == {"cloq": 0.01}
+    assert all(METHODS[name].iterations_fixed and not METHODS[name].keep_best for name in axes)
+
+
 def test_eqft_keeps_its_best_iterate_and_takes_its_iterations_from_the_recipe():
     row = METHODS["eqft"]
     assert row.keep_best
