@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 COLD_STEPS = 8
 WARM_STEPS = 2
 FINAL_STEPS = 3
+ROUNDING_DAMPING = 0.1  # what the adapter repairs is gone from H, so its smallest eigenvalues are zero
 CORRECTION = 0.75  # how much of the drift is made good; all of it fits the calibration text too closely
 CORRECTION_DAMPING = 0.1
 HESSIAN_DAMPING = 1e-3  # of the mean diagonal, at TOKENS_PER_INPUT or more; inputs that were never seen count too
@@ -38,7 +39,7 @@ def alternate(
     method, grid = spec.method, GRIDS[spec.method.grid]
     hessian = stable_hessian(statistics)
     target = corrected(weight, statistics)
-    basis = random_basis(len(weight), spec.rank, seed, weight.device)
+    basis = random_basis(weight.shape[1], spec.rank, seed, weight.device)
     approximation = output_subspace(target, hessian, spec.rank, basis, COLD_STEPS)
     quantized: Quantized | None = None
     traced = slice(0, None, max(1, len(weight) // TRACE_ROWS))
@@ -53,7 +54,9 @@ def alternate(
         else:
             seen = without(hessian, factors.A)
             if quantized is None:
-                quantized, residual = round_gptq(rest, seen, act_order=method.act_order, **options)
+                quantized, residual = round_gptq(
+                    rest, seen, damp=ROUNDING_DAMPING, act_order=method.act_order, **options
+                )
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
             for _ in range(method.sweeps):

@@ -22,6 +22,10 @@ class TargetError(QinitError):
     """The modules to quantize cannot be found in the model."""
 
 
+class CalibrationError(QinitError):
+    """The calibration samples are missing, too few or do not fit the model."""
+
+
 class OutputError(QinitError):
     """The result cannot be written where it was asked for."""
 

@@ -62,19 +62,19 @@ def output_subspace(
 
     L = U U' E with U the r leading eigenvectors of E H E', so no root, eigendecomposition or inverse of H is
     needed; the same optimum as QERA's closed form (arXiv:2410.06040, theorem 2), singular H included. U is found
-    by `steps` rounds of subspace iteration from `basis` [out, p] and a Rayleigh-Ritz step. In the result, `basis`
-    is [out, p] and `captured` is the sum of the r eigenvalues: what L takes away from tr(E H E').
+    by `steps` rounds of subspace iteration from `basis` [in, p] and a Rayleigh-Ritz step. In the result, `basis`
+    [in, p] starts the next search: after codes were chosen with the rows of A in view, what is left lies along
+    them. `captured` is the sum of the r eigenvalues: what L takes away from tr(E H E').
     """
     for _ in range(steps):
-        basis = torch.linalg.qr(residual @ (hessian @ (residual.T @ basis))).Q
-    image = residual.T @ basis
-    values, vectors = torch.linalg.eigh(_symmetric(image.T @ (hessian @ image)))
-    basis = basis @ vectors.flip(1)
-    U = basis[:, :rank]
-    rows, S, Vh = torch.linalg.svd(U.T @ residual, full_matrices=False)
+        outputs = torch.linalg.qr(residual @ (hessian @ basis)).Q
+        basis = residual.T @ outputs
+    values, vectors = torch.linalg.eigh(_symmetric(basis.T @ (hessian @ basis)))
+    vectors = vectors.flip(1)
+    rows, S, Vh = torch.linalg.svd((basis @ vectors[:, :rank]).T, full_matrices=False)
     captured = float(values.flip(0)[:rank].clamp(min=0).double().sum())
-    balanced = _balanced(U @ rows, S, Vh, rank, basis)
-    return Approximation(balanced.factors, basis, captured)
+    balanced = _balanced(outputs @ vectors[:, :rank] @ rows, S, Vh, rank, basis @ vectors)
+    return Approximation(balanced.factors, balanced.basis, captured)
 
 
 def without(hessian: torch.Tensor, A: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,8 @@ class Method:
     relaxation: float = 1.0  # how far the target moves towards W - L each round; 1 is plain alternation
     svd: Literal["full", "subspace"] = "full"
     iterations_fixed: bool = True  # False: the recipe's `iter` sets them
+    sweeps: int = 0  # of coordinate descent after each rounding
+    act_order: bool = False
 
 
 METHODS = {
@@ -77,6 +79,17 @@ METHODS = {
             svd="subspace",
             iterations_fixed=False,
         ),
+    )
+}
+# What a row becomes when there is calibration.
+CALIBRATED = {
+    "eqft": Method(
+        *("eqft", "qinit", "int", "mse", "low-rank", 2),
+        rounding="gptq",
+        metric="activation",
+        sweeps=1,
+        svd="subspace",
+        iterations_fixed=False,
     )
 }
 

@@ -64,7 +64,7 @@ def round_gptq(
     residual = torch.empty_like(x)
     step = _steps(target)[0]
     for part in reversed(column_blocks(columns, group_size)):
-        moved = x[:, part].contiguous()
+        moved = x[:, part].clone(memory_format=torch.contiguous_format)  # a view of it all would be x itself
         if part.stop < columns:
             moved = torch.addmm(moved, residual[:, part.stop :], feedback[part.stop :, part])
         block = Block(part, 2**bits - 1, group_size, ratios, refinements)

@@ -35,7 +35,13 @@ def feed_back_block(
         block.group_size,
         block.ratios.numpy(),
         block.refinements,
-        *(t.numpy() for t in (quantized.codes, quantized.scales, quantized.zeros, x, moved, residual, feedback)),
+        quantized.codes.numpy(),
+        quantized.scales.numpy(),
+        quantized.zeros.numpy(),
+        x.numpy(),
+        moved.numpy(),
+        residual.numpy(),
+        feedback.numpy(),
         weights.contiguous().numpy(),
         group_of.numpy(),
     )
@@ -51,7 +57,12 @@ def descend_block(
         block.columns.start,
         np.float32(block.levels),
         block.group_size,
-        *(t.numpy() for t in (quantized.codes, quantized.scales, quantized.zeros, gradient, residual, hessian)),
+        quantized.codes.numpy(),
+        quantized.scales.numpy(),
+        quantized.zeros.numpy(),
+        gradient.numpy(),
+        residual.numpy(),
+        hessian.numpy(),
     )
 
 

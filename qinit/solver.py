@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from qinit.calibrated import alternate, output_norm
+from qinit.calibration.statistics import Statistics
 from qinit.grids import GRIDS, Quantized
 from qinit.grids.base import row_chunks
 from qinit.lowrank import COLD_STEPS, Approximation, LowRank, full_svd, random_basis, subspace
 from qinit.methods import Method
 
+OUTPUT_ROWS = 512  # enough to know an output error to a few percent, and nearly free
 FINAL_STEPS = 2  # the last fit is what the trainer starts from: converge it
 
 
@@ -31,13 +34,16 @@ class LayerSpec:
 @dataclass(frozen=True)
 class Solution:
     """W ~ Q + L: Q [out, in] as codes, L = B A unscaled. Errors are Frobenius norms relative to W's;
-    `trace` has one per iteration, `quantized_error` is that of Q alone."""
+    `trace` has one per iteration, `quantized_error` is that of Q alone. With calibration, output errors are the root
+    mean squares of (W - Q - L) x and (W - Q) x relative to W x, and `trace` is in the method's own metric."""
 
     quantized: Quantized
     low_rank: LowRank | None
     error: float
     quantized_error: float
     trace: tuple[float, ...]
+    output_error: float | None = None
+    quantized_output_error: float | None = None
 
 
 def seed_of(name: str, seed: int) -> int:
@@ -45,14 +51,54 @@ def seed_of(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
-def solve(weight: torch.Tensor, spec: LayerSpec, seed: int = 0) -> Solution:
-    """Split `weight` [out, in] (float32) into a quantized and a rank-r part.
+def solve(weight: torch.Tensor, spec: LayerSpec, seed: int = 0, statistics: Statistics | None = None) -> Solution:
+    """Split `weight` [out, in] (float32) into a quantized and a rank-r part, as the method's row says.
+
+    `statistics` are needed by every row whose metric is not `weight`. The rank must not exceed min(out, in).
+    """
+    if spec.method.metric == "weight":
+        return _solve_for_weight(weight, spec, seed)
+    if statistics is None:
+        raise ValueError(f"method {spec.method.name} needs statistics of the layer's inputs")
+    if spec.method.iterations_fixed:
+        from qinit.peers import solve_peer
+
+        return solve_peer(weight, spec, statistics, seed)
+    quantized, approximation, trace = alternate(weight, spec, statistics, seed)
+    return _measured(weight, spec, quantized, approximation.factors, statistics, trace)
+
+
+def _measured(
+    weight: torch.Tensor,
+    spec: LayerSpec,
+    quantized: Quantized,
+    factors: LowRank,
+    statistics: Statistics,
+    trace: tuple[float, ...],
+) -> Solution:
+    """Measure a solution: exactly in the weights' norm, at the output on OUTPUT_ROWS rows spread over the layer."""
+    residual = _stored_residual(weight, quantized, spec)
+    rows = slice(0, None, max(1, len(weight) // OUTPUT_ROWS))
+    left = torch.addmm(residual[rows], factors.B[rows], factors.A, alpha=-1)
+    norm, output = _norm(weight), output_norm(weight[rows], statistics.hessian)
+    return Solution(
+        quantized,
+        factors,
+        error=residual_norm(residual, factors) / norm if norm else 0.0,
+        quantized_error=_norm(residual) / norm if norm else 0.0,
+        trace=trace,
+        output_error=output_norm(left, statistics.hessian) / output if output else 0.0,
+        quantized_output_error=output_norm(residual[rows], statistics.hessian) / output if output else 0.0,
+    )
+
+
+def _solve_for_weight(weight: torch.Tensor, spec: LayerSpec, seed: int) -> Solution:
+    """Minimise the Frobenius norm of W - Q - L.
 
     Alternates rounding a target X to the grid, Q = round(X), and fitting L to W - Q. Plain alternation
     (LoftQ, arXiv:2310.08659, algorithm 1) has X = W - L; it stalls once few codes change. Over-relaxed,
     X += w (W - L - X) with w = 2 moves to the mirror image of X at the set of reachable targets, and the
     same number of rounds ends at a lower error. The last round is always plain.
-    The rank must not exceed min(out, in).
     """
     method, grid = spec.method, GRIDS[spec.method.grid]
     norm = _norm(weight)

@@ -60,10 +60,29 @@ def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
 
     Output heads and modules whose weight is tied to an embedding are left out.
     """
-    import transformers
-    from accelerate import init_empty_weights
     from torch import nn
     from transformers.pytorch_utils import Conv1D
+
+    model = build_model(directory, config, include_buffers=True)  # without, buffers are allocated, then dropped
+    head = model.get_output_embeddings()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    set_by_parent = _set_by_parent(model)
+    linear = []
+    for name, module in model.named_modules():
+        if module is head or not isinstance(module, (nn.Linear, Conv1D)) or id(module.weight) in embeddings:
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, columns = module.weight.shape
+        out_features, in_features = (columns, rows) if transposed else (rows, columns)
+        linear.append(LinearModule(name, out_features, in_features, transposed, id(module.weight) in set_by_parent))
+    return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear))
+
+
+def build_model(directory: Path, config: dict[str, Any], *, include_buffers: bool) -> Any:
+    """Build the model on the meta device; buffers that are no weights (rotary frequencies) only exist without
+    `include_buffers`. Raises CheckpointError for a configuration that transformers cannot build."""
+    import transformers
+    from accelerate import init_empty_weights
 
     config_file = directory / "config.json"
     try:
@@ -77,24 +96,13 @@ def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
             f"(model_type {config.get('model_type')!r}): {reason}"
         ) from error
     try:
-        with init_empty_weights(include_buffers=True):  # without the flag, weights are allocated, then dropped
+        with init_empty_weights(include_buffers=include_buffers):
             model = _build(transformers, config, model_config)
     except Exception as error:  # a config can break a constructor in any way
         raise CheckpointError(
             f"{config_file}: no model can be built from it ({type(error).__name__}: {error})"
         ) from error
-    head = model.get_output_embeddings()
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    set_by_parent = _set_by_parent(model)
-    linear = []
-    for name, module in model.named_modules():
-        if module is head or not isinstance(module, (nn.Linear, Conv1D)) or id(module.weight) in embeddings:
-            continue
-        transposed = isinstance(module, Conv1D)
-        rows, columns = module.weight.shape
-        out_features, in_features = (columns, rows) if transposed else (rows, columns)
-        linear.append(LinearModule(name, out_features, in_features, transposed, id(module.weight) in set_by_parent))
-    return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear))
+    return model
 
 
 def _build(transformers: Any, config: dict[str, Any], model_config: Any) -> Any:
@@ -130,12 +138,9 @@ def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple
 
     Raises CheckpointError when a weight is missing or has another shape than the architecture says.
     """
-    prefix = architecture.base_prefix + "."
     targets = []
     for module in architecture.linear:
-        names = [f"{module.name}.weight", f"{prefix}{module.name}.weight"]
-        if module.name.startswith(prefix):
-            names.append(f"{module.name.removeprefix(prefix)}.weight")
+        names = possible_names(f"{module.name}.weight", architecture.base_prefix)
         tensor = next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
         if tensor is None:
             raise CheckpointError(
@@ -156,6 +161,15 @@ def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple
             )
         targets.append(Target(module, tensor))
     return tuple(targets)
+
+
+def possible_names(parameter: str, base_prefix: str) -> list[str]:
+    """Return the names that a checkpoint may give a parameter: with or without the base-model prefix."""
+    prefix = base_prefix + "."
+    names = [parameter, prefix + parameter]
+    if parameter.startswith(prefix):
+        names.append(parameter.removeprefix(prefix))
+    return names
 
 
 def select(targets: Iterable[Target], wanted: str, exclude: str | None = None) -> tuple[Target, ...]:

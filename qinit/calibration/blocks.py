@@ -1,0 +1,168 @@
+"""A model as a row of blocks of which only one has its weights in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qinit.checkpoint import count_nonfinite, require_finite
+from qinit.targets import build_model, possible_names
+
+if TYPE_CHECKING:
+    from qinit.plan import Plan
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class NotStreamable(Exception):  # noqa: N818
+    """The model is no single row of blocks, or its checkpoint does not hold them one by one."""
+
+
+class Stop(Exception):  # noqa: N818
+    """Ends a forward pass once it has delivered what it was started for."""
+
+
+class Call:
+    """How a model calls one of its blocks: all arguments but the hidden states."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.by_name = not args
+        self.args = args[1:]
+        self.kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+
+    def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the block on `hidden` [batch, length, width] and return its output, of the same shape."""
+        output = (
+            block(hidden_states=hidden, **self.kwargs) if self.by_name else block(hidden, *self.args, **self.kwargs)
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _Stub(nn.Module):
+    """Stands in for a block: keeps its arguments and returns the first block's hidden states."""
+
+    def __init__(self, real: nn.Module, kept: list[Arguments], count: int) -> None:
+        super().__init__()
+        self.__dict__["real"] = real  # not a submodule
+        self.kept, self.count = kept, count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["real"], name)  # such as attention_type, which some models ask a block for
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.kept.append((args, kwargs))
+        if len(self.kept) == self.count:
+            raise Stop
+        return _hidden(self.kept[0])
+
+
+def _hidden(arguments: Arguments) -> torch.Tensor:
+    args, kwargs = arguments
+    return args[0] if args else kwargs["hidden_states"]
+
+
+class Blocks:
+    """The row of blocks that holds the plan's layers, all on the meta device until one is loaded.
+
+    Raises NotStreamable when there is no such row.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        checkpoint = plan.checkpoint
+        self.model = build_model(checkpoint.directory, checkpoint.config, include_buffers=False).eval()
+        self.model.config.use_cache = False
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        self.path, self.blocks = _row_of_blocks(self.model, [layer.target.name for layer in plan.quantized])
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def prefix(self, index: int) -> str:
+        """Return the dotted name of a block, with a dot at its end."""
+        return f"{self.path}.{index}."
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Have what lies before the blocks (embeddings, positions) in memory; it is given back at the end."""
+        head = self.model.get_output_embeddings()
+        tied = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
+        skipped = {id(p) for p in head.parameters()} - tied if head is not None else set()
+        loaded = []
+        for name, parameter in list(self.model.named_parameters()):
+            if name.startswith(self.path + ".") or id(parameter) in skipped:
+                continue
+            value = self._read(name)
+            if value is not None:  # what is missing is never reached, or ends the pass with an error
+                _put(self.model, name, value)
+                loaded.append(name)
+        yield
+        for name in loaded:
+            _put(self.model, name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+
+    def calls(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
+        """Run a batch as far as the blocks; return the first one's hidden states and how each block is called."""
+        kept: list[Arguments] = []
+        real = list(self.blocks)
+        for index, block in enumerate(real):
+            self.blocks[index] = _Stub(block, kept, len(real))
+        try:
+            self.model(input_ids=tokens.to(self.device), attention_mask=None if mask is None else mask.to(self.device))
+        except Stop:
+            pass
+        except Exception as error:  # a model can do anything between its blocks
+            raise NotStreamable(f"the model does not run without its blocks ({error})") from error
+        finally:
+            for index, block in enumerate(real):
+                self.blocks[index] = block
+        if len(kept) != len(real):
+            raise NotStreamable(f"{len(kept)} of {len(real)} blocks were called")
+        return _hidden(kept[0]), [Call(*arguments) for arguments in kept]
+
+    def load(self, index: int) -> nn.Module:
+        """Return one block with its weights in float32 on the device."""
+        block = self.blocks[index]
+        for name, _ in list(block.named_parameters()):
+            value = self._read(self.prefix(index) + name)
+            if value is None:
+                raise NotStreamable(f"the checkpoint has no tensor {self.prefix(index) + name}")
+            _put(block, name, value)
+        return block
+
+    def unload(self, index: int) -> None:
+        """Give a block's memory back."""
+        for name, parameter in list(self.blocks[index].named_parameters()):
+            _put(self.blocks[index], name, torch.empty_like(parameter, device="meta"))
+
+    def _read(self, name: str) -> torch.Tensor | None:
+        tensors = self.plan.checkpoint.tensors
+        for candidate in possible_names(name, self.plan.architecture.base_prefix):
+            if candidate in tensors:
+                raw = tensors[candidate].read()
+                require_finite(tensors[candidate], count_nonfinite(raw))
+                return raw.to(self.device, torch.float32)
+        return None
+
+
+def _put(root: nn.Module, name: str, value: torch.Tensor) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, nn.Parameter(value, requires_grad=False))
+
+
+def _row_of_blocks(model: nn.Module, names: list[str]) -> tuple[str, nn.ModuleList]:
+    """Return the one module list whose members hold all of `names` that lie in a list at all."""
+    rows: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(row + ".") for row in rows)
+        if isinstance(module, nn.ModuleList) and not inside and any(name.startswith(path + ".") for name in names):
+            rows[path] = module
+    if len(rows) != 1:
+        raise NotStreamable(f"the layers lie in {len(rows)} rows of blocks" if rows else "the model has no blocks")
+    return next(iter(rows.items()))

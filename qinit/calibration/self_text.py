@@ -1,0 +1,126 @@
+"""Calibration text that the model writes itself: no data, and the distribution that the model has learned.
+
+As in LLM-QAT (arXiv:2305.17888, section 3.1), but sampled from the first token on, at temperature 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qinit.errors import CalibrationError
+
+MEMORY = 4 * 2**30  # bytes for the key-value caches and the logits of one batch
+LARGEST_BATCH = 64
+
+
+def write_text(
+    directory: Path, start: int, *, samples: int, length: int, seed: int, device: torch.device, memory: int = MEMORY
+) -> torch.Tensor:
+    """Return int64 ids [samples, length] on the CPU: `start`, then tokens sampled from the model's own distribution.
+
+    The model runs in the dtype that it is stored in. eos is a token like any other: text goes on behind it.
+    `memory` (bytes) bounds the batch; the text depends on it, and on nothing that a machine happens to have free.
+    The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
+    """
+    model = _load(directory).to(device)
+    size = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, memory)
+    batches = []
+    try:
+        with _seeded(seed, device):
+            for done in range(0, samples, size):
+                batches.append(_sample(model, start, min(size, samples - done), length).cpu())
+    except torch.OutOfMemoryError:
+        raise CalibrationError(
+            f"{directory}: {device} has too little memory for the model to write {size} texts of {length} tokens at "
+            "once; use a shorter length, another device, or a text file"
+        ) from None
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise CalibrationError(
+            f"{directory}: the model predicts NaN or Inf in {model.dtype}, so that it cannot write its own text; "
+            "its weights are damaged or do not fit that type"
+        ) from None
+    return torch.cat(batches)
+
+
+def batch_size(config: Any, length: int, itemsize: int, memory: int = MEMORY) -> int:
+    """Return how many texts of `length` tokens fit into `memory` bytes, from 1 to LARGEST_BATCH.
+
+    Counts the key-value cache in `itemsize` bytes per value and four float32 copies of a step's logits.
+    """
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or 0) // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = getattr(config, "num_hidden_layers", None) or 1
+    per_text = 2 * layers * kv_heads * width * length * itemsize + 4 * 4 * config.vocab_size
+    return max(1, min(LARGEST_BATCH, memory // per_text))
+
+
+@torch.inference_mode()
+def _sample(model: Any, start: int, count: int, length: int) -> torch.Tensor:
+    first = torch.full((count, 1), start, dtype=torch.int64, device=model.device)
+    if length == 1:
+        return first
+    return model.generate(input_ids=first, attention_mask=torch.ones_like(first), max_new_tokens=length - 1)
+
+
+def _load(directory: Path) -> Any:
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        with _no_progress_bar():
+            model, info = auto.from_pretrained(
+                directory,
+                dtype="auto",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a checkpoint can break its class in any way
+        reason = " ".join(str(error).split())[:300]
+        raise CalibrationError(
+            f"{directory}: the model cannot be loaded to write its own text ({type(error).__name__}: {reason}); "
+            "calibrate on a text file or on `random`"
+        ) from None
+    missing = sorted(info["missing_keys"])
+    if missing:  # they would be random, and so would be the text
+        raise CalibrationError(
+            f"{directory}: lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])}), so that "
+            "it cannot write its own text; calibrate on a text file or on `random`"
+        )
+    # Replaced as a whole: generate() fills what it is not told from here, e.g. a repetition penalty or eos.
+    model.generation_config = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    return model.eval()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generators of the CPU and of `device`, and put them back afterwards; other devices' are not touched."""
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

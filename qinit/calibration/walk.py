@@ -1,0 +1,353 @@
+"""Walks through a model block by block, measures what each layer sees, and lets later layers see the repair."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qinit.calibration.blocks import Blocks, Call, Stop
+from qinit.calibration.samples import Samples
+from qinit.calibration.statistics import Meter, Statistics
+from qinit.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from qinit.plan import LayerPlan, Plan
+
+BATCH_BYTES = 1 << 28  # of the widest activation of one batch
+CARRIED_SHARE = 0.25  # of the free memory; more hidden states than that are kept on disk
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """A pass over the calibration text is under way for `layers` of block `block` of `blocks`."""
+
+    block: int
+    blocks: int
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A layer, its weight [out, in] in float32 and what it has seen; None if the text never reached it."""
+
+    layer: LayerPlan
+    weight: torch.Tensor
+    statistics: Statistics | None
+
+
+@dataclass
+class _Group:
+    """Layers of one block that read the same input. `writes` says what a layer's output is added to: the block's
+    input (`input`), the block's output (`output`), or unknown (None)."""
+
+    layers: list[LayerPlan]
+    writes: dict[str, str | None] = field(default_factory=dict)
+
+
+class Walk:
+    """Iterate to get `Measuring` and `Seen` events; after each Seen, call `repair` with the weight that the
+    trainer will have. Layers outside of the row of blocks are not visited.
+
+    In mode `sequential` two models run side by side, the original and the repaired one, and every group of layers
+    is measured after the layers in front of it have been repaired. In mode `parallel` only the original runs, once.
+
+    Raises NotStreamable (from the constructor and the first step), CalibrationError for NaN or Inf activations.
+    """
+
+    def __init__(self, plan: Plan, samples: Samples, device: torch.device, mode: str, scratch: Path | None = None):
+        self.plan, self.samples, self.device = plan, samples, device
+        self.sequential = mode == "sequential"
+        self.blocks = Blocks(plan, device)
+        self.layers = {layer.target.name: layer for layer in plan.quantized}
+        widest = max(max(layer.target.module.in_features, layer.target.module.out_features) for layer in plan.quantized)
+        length = samples.tokens.shape[1]
+        self.batch = max(1, min(len(samples.tokens), BATCH_BYTES // (4 * widest * length)))
+        self.scratch = scratch
+        self.repaired: nn.Module | None = None
+        self.writes: dict[tuple[type, str], str | None] = {}
+        self.diverged = False  # whether anything has been repaired yet
+
+    def repair(self, layer: LayerPlan, weight: torch.Tensor) -> None:
+        """Put `weight` [out, in] in the layer's place for all that follows."""
+        self.diverged = True
+        if self.repaired is not None:
+            linear: Any = self.repaired.get_submodule(self._inner(layer.target.name))
+            linear.weight.data = _oriented(weight, layer)
+
+    def __iter__(self) -> Iterator[Measuring | Seen]:
+        with torch.no_grad(), tempfile.TemporaryDirectory(dir=self.scratch) as directory:
+            batches = list(self._batches())
+            original, calls = self._start(batches, Path(directory))
+            repaired = original.twin(Path(directory)) if self.sequential else original
+            for index in range(len(self.blocks)):
+                self.index = index
+                block = self.blocks.load(index)
+                self.repaired = copy.deepcopy(block) if self.sequential else None
+                try:
+                    yield from self._block(block, original, repaired, calls, batches)
+                    self._advance(original, block, calls, batches)
+                    if self.repaired is not None:
+                        self._advance(repaired, self.repaired, calls, batches)
+                finally:
+                    self.repaired = None
+                    self.blocks.unload(index)
+
+    def _block(
+        self, block: nn.Module, original: _Carried, repaired: _Carried, calls: _Calls, batches: list[_Batch]
+    ) -> Iterator[Measuring | Seen]:
+        names = [name for name in self.layers if name.startswith(self.blocks.prefix(self.index))]
+        if not names:
+            return
+        call, hidden = calls.of(batches[0], self.index), original.read(batches[0]).to(self.device)
+        groups, unreached = self._groups(block, call, hidden, names)
+        if self.sequential:
+            for group in groups:
+                yield Measuring(self.index, len(self.blocks), tuple(layer.target.name for layer in group.layers))
+                yield from self._measured(block, [group], original, repaired, calls, batches)
+        elif groups:
+            yield Measuring(self.index, len(self.blocks), tuple(names))
+            yield from self._measured(block, groups, original, repaired, calls, batches)
+        for layer in unreached:
+            yield Seen(layer, self._weight(block, layer), None)
+
+    def _measured(
+        self,
+        block: nn.Module,
+        groups: list[_Group],
+        original: _Carried,
+        repaired: _Carried,
+        calls: _Calls,
+        batches: list[_Batch],
+    ) -> Iterator[Seen]:
+        diverged = self.diverged and self.repaired is not None
+        running = self.repaired if diverged else block
+        assert running is not None
+        meters = [Meter(group.layers, self.device, drift=diverged) for group in groups]
+        wanted = {self._inner(layer.target.name) for group in groups for layer in group.layers}
+        whole = diverged and any(w == "output" for group in groups for w in group.writes.values())
+        for batch in batches:
+            call = calls.of(batch, self.index)
+            now = (repaired if diverged else original).read(batch).to(self.device)
+            inputs, outputs, end = _run(running, call, now, wanted, whole)
+            if diverged:
+                then = original.read(batch).to(self.device)
+                _, clean_outputs, clean_end = _run(block, call, then, wanted, whole)
+            for group, meter in zip(groups, meters, strict=True):
+                first = self._inner(group.layers[0].target.name)
+                if first not in inputs:
+                    continue
+                x = self._tokens(inputs[first], batch, group.layers[0].target.name)
+                differences: dict[str, torch.Tensor] = {}
+                if diverged and inputs[first].shape[:-1] == now.shape[:-1]:
+                    for layer in group.layers:
+                        inner, writes = self._inner(layer.target.name), group.writes.get(layer.target.name)
+                        difference = clean_outputs[inner] - outputs[inner]
+                        if writes == "output":
+                            difference = clean_end - end
+                        elif writes == "input":
+                            difference += then - now
+                        differences[layer.target.name] = batch.kept(difference)
+                meter.add(x, differences)
+        for group, meter in zip(groups, meters, strict=True):
+            for layer in group.layers:
+                yield Seen(layer, self._weight(block, layer), meter.statistics(layer))
+
+    def _tokens(self, activation: torch.Tensor, batch: _Batch, name: str) -> torch.Tensor:
+        """Return the rows of tokens that are no padding; raises CalibrationError for NaN or Inf."""
+        if not torch.isfinite(activation.sum()) and not bool(torch.isfinite(activation).all()):
+            where = ""
+            if len(activation) == batch.stop - batch.start:
+                bad = (~torch.isfinite(activation)).flatten(1).any(1).nonzero()[0]
+                where = f" in sample {batch.start + int(bad)}"
+            raise CalibrationError(
+                f"{name}: NaN or Inf at its input{where} of the calibration text ({self.samples.origin}); the model "
+                "overflows there: try other text, or --calibration none"
+            )
+        return batch.kept(activation)
+
+    def _groups(
+        self, block: nn.Module, call: Call, hidden: torch.Tensor, names: list[str]
+    ) -> tuple[list[_Group], list[LayerPlan]]:
+        """Find, by running the block once, which layers share an input, in the order in which they run."""
+        groups: list[_Group] = []
+        seen: list[torch.Tensor] = []
+        order: dict[str, torch.Tensor] = {}
+        wanted = {self._inner(name): name for name in names}
+
+        def keep(inner: str) -> Any:
+            return lambda _module, args: _keep_first(order, inner, args[0])
+
+        hooks = [block.get_submodule(inner).register_forward_pre_hook(keep(inner)) for inner in wanted]
+        call(block, hidden)
+        for hook in hooks:
+            hook.remove()
+        for inner, x in order.items():
+            name = wanted[inner]
+            shared = next((g for g, other in zip(groups, seen, strict=True) if other is x), None)
+            if shared is None:
+                shared = _Group([])
+                groups.append(shared)
+                seen.append(x)
+            shared.layers.append(self.layers[name])
+            if self.sequential and self.layers[name].target.module.out_features == hidden.shape[-1]:
+                kind = (type(block), inner)
+                if kind not in self.writes:
+                    self.writes[kind] = _writes(block, block.get_submodule(inner), call, hidden)
+                shared.writes[name] = self.writes[kind]
+        return groups, [self.layers[name] for inner, name in wanted.items() if inner not in order]
+
+    def _inner(self, name: str) -> str:
+        return name.removeprefix(self.blocks.prefix(self.index))
+
+    def _weight(self, block: nn.Module, layer: LayerPlan) -> torch.Tensor:
+        linear: Any = block.get_submodule(self._inner(layer.target.name))
+        return _oriented(linear.weight.data, layer)
+
+    def _batches(self) -> Iterator[_Batch]:
+        for start in range(0, len(self.samples.tokens), self.batch):
+            stop = min(start + self.batch, len(self.samples.tokens))
+            mask = None if self.samples.mask is None else self.samples.mask[start:stop]
+            yield _Batch(start, stop, mask)
+
+    def _start(self, batches: list[_Batch], directory: Path) -> tuple[_Carried, _Calls]:
+        calls = _Calls()
+        carried: _Carried | None = None
+        with self.blocks.surroundings():
+            for batch in batches:
+                mask = None if batch.mask is None else batch.mask.long()
+                hidden, found = self.blocks.calls(self.samples.tokens[batch.start : batch.stop], mask)
+                calls.add(batch, found)
+                if carried is None:
+                    shape = (len(self.samples.tokens), *hidden.shape[1:])
+                    carried = _Carried(shape, directory / "original", streams=2 if self.sequential else 1)
+                carried.write(batch, hidden)
+        assert carried is not None
+        return carried, calls
+
+    def _advance(self, carried: _Carried, block: nn.Module, calls: _Calls, batches: list[_Batch]) -> None:
+        for batch in batches:
+            carried.write(batch, calls.of(batch, self.index)(block, carried.read(batch).to(self.device)))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    start: int
+    stop: int
+    mask: torch.Tensor | None
+
+    def kept(self, activation: torch.Tensor) -> torch.Tensor:
+        """Return [tokens, width], without padding where the activation is laid out as the samples are."""
+        if self.mask is not None and activation.shape[:-1] == self.mask.shape:
+            return activation[self.mask.to(activation.device)]
+        return activation.reshape(-1, activation.shape[-1])
+
+
+class _Calls:
+    """How each block is called; without padding all batches of one size are called alike."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[tuple[int, int], list[Call]] = {}
+
+    def add(self, batch: _Batch, calls: list[Call]) -> None:
+        self.by_key.setdefault(self._key(batch), calls)
+
+    def of(self, batch: _Batch, index: int) -> Call:
+        return self.by_key[self._key(batch)][index]
+
+    def _key(self, batch: _Batch) -> tuple[int, int]:
+        return (batch.stop - batch.start, -1 if batch.mask is None else batch.start)
+
+
+class _Carried:
+    """Hidden states of all samples between two blocks, float32; on disk when they would take too much memory."""
+
+    def __init__(self, shape: tuple[int, ...], file: Path, streams: int) -> None:
+        self.streams = streams
+        size = 4 * torch.Size(shape).numel()
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if streams * size <= CARRIED_SHARE * available:
+            self.states = torch.empty(shape)
+        else:
+            flat = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
+            self.states = flat.view(shape)
+
+    def twin(self, directory: Path) -> _Carried:
+        """Return another store with the same contents."""
+        other = _Carried(tuple(self.states.shape), directory / "repaired", self.streams)
+        other.states.copy_(self.states)
+        return other
+
+    def read(self, batch: _Batch) -> torch.Tensor:
+        return self.states[batch.start : batch.stop]
+
+    def write(self, batch: _Batch, hidden: torch.Tensor) -> None:
+        self.states[batch.start : batch.stop].copy_(hidden)
+
+
+def _oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:
+    """Turn a weight between [out, in] and the module's own layout (the same but for Conv1D)."""
+    return weight.T.contiguous() if layer.target.module.transposed else weight
+
+
+def _keep_first(found: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    found.setdefault(name, value)
+
+
+def _run(
+    block: nn.Module, call: Call, hidden: torch.Tensor, wanted: set[str], whole: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    """Run a block and return the inputs and outputs of the `wanted` linears, and the block's output; unless the
+    `whole` block is asked for, the pass ends with the last of them and the output is empty."""
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            inputs[name], outputs[name] = args[0], output
+            if len(inputs) == len(wanted) and not whole:
+                raise Stop
+
+        return hook
+
+    hooks = [block.get_submodule(name).register_forward_hook(keep(name)) for name in sorted(wanted)]
+    try:
+        return inputs, outputs, call(block, hidden)
+    except Stop:
+        return inputs, outputs, torch.empty(0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _writes(block: nn.Module, linear: nn.Module, call: Call, hidden: torch.Tensor) -> str | None:
+    """Find out by experiment what a linear's output is added to.
+
+    `output`: a change of it arrives unchanged at the block's output. `input`: all that follows depends on its sum
+    with the block's input alone, so with the sum held, another input gives the same output.
+    """
+
+    def run(x: torch.Tensor, change: Any) -> torch.Tensor:
+        hook = linear.register_forward_hook(lambda _module, _args, output: change(output, x))
+        try:
+            return call(block, x)
+        finally:
+            hook.remove()
+
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.randn(hidden.shape, generator=generator).to(hidden.device) * hidden.std()
+    plain = run(hidden, lambda output, x: output)
+    if plain.shape != hidden.shape:
+        return None
+    shifted = run(hidden, lambda output, x: output + shift if output.shape == shift.shape else output)
+    if torch.allclose(shifted - plain, shift, atol=1e-3 * float(shift.std() + plain.std()), rtol=1e-3):
+        return "output"
+    one, other = (run(x, lambda output, x: shift - x if x.shape == output.shape else output) for x in (hidden, shift))
+    return "input" if torch.allclose(one, other, atol=1e-3 * float(one.std()), rtol=1e-3) else None
