@@ -24,7 +24,8 @@ from qinit.calibration.samples import Samples
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.lowrank import LowRank
 
-LEARNING_RATE = 0.01
+# Chosen on a 260K-parameter Llama at 2 bits by held-out loss and by the KL on fresh text that the model wrote.
+LEARNING_RATE = 0.015
 BATCH_TOKENS = 2048
 HIDDEN_WEIGHT = 4.0  # nats for a relative squared error of 1
 BETAS = (0.9, 0.99)

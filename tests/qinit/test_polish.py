@@ -188,7 +188,7 @@ def test_a_plain_lora_start_can_be_polished(llama):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(llama):
-    results = [run(*llama, tokens(), seed=seed, steps=10)[1].factors for seed in (3, 3, 4)]
+    results = [run(*llama, tokens(33), seed=seed, steps=20)[1].factors for seed in (3, 3, 4)]
     assert not same(results[0], llama[2])
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
