@@ -46,7 +46,8 @@ class Screen:
 
     def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
         """Draw a run's progress and its result; returns its report."""
-        from qinit.runner import Done, Finished, Working
+        from qinit.runner import Done, Finished, Measuring, Noted, Sampling, Working
+        from qinit.runner import Progress as Polishing
 
         for note in plan.notes:
             self.say(f"note: {note}")
@@ -59,6 +60,17 @@ class Screen:
             done = 0
             for event in events:
                 match event:
+                    case Sampling(source):
+                        text = "the model writes its calibration text" if source == "self" else f"reading {source}"
+                        progress.update(task, description=text)
+                    case Measuring(block, blocks, layers):
+                        progress.update(task, description=f"block {block + 1} of {blocks}: measuring {layers[0]}")
+                    case Noted(text):
+                        self.say(f"note: {text}")
+                    case Polishing(step, loss, held_out):
+                        progress.update(task, description=f"polish, step {step}: loss {loss:.4f}")
+                        if held_out is not None and not terminal:
+                            self.say(f"polish, step {step}: loss {loss:.4f}, held out {held_out:.4f}")
                     case Working(name):
                         progress.update(task, description=name)
                     case Done(name, nbytes, row):
@@ -67,6 +79,8 @@ class Screen:
                         if row is not None and not terminal:
                             share = f"{100 * done / plan.bytes_before:3.0f}%"
                             result = "kept" if row.error is None else f"error {row.error_start:.4f} -> {row.error:.4f}"
+                            if row.output_error is not None:
+                                result += f", of the output {row.output_error_start:.4f} -> {row.output_error:.4f}"
                             self.say(f"{share} {name}: {result}, {row.seconds:.2f} s")
                     case Finished(result_report, directory):
                         report = result_report
@@ -86,6 +100,12 @@ class Screen:
             bits += f", {totals['grid_bits_per_weight']:.3f} on the grid"
         after = f"{size(totals['base_bytes'])} base + {size(totals['adapter_bytes'])} adapter"
         errors = f"{totals['error_start']:.4f} base alone -> {totals['error']:.4f} with the adapter"
+        outputs = {}
+        if "output_error" in totals:
+            start, end = totals["output_error_start"], totals["output_error"]
+            outputs["of the outputs"] = f"{start:.4f} base alone -> {end:.4f} with the adapter"
+        if "calibration" in totals:
+            outputs["calibrated on"] = totals["calibration"]["text"]
         self._table(
             f"{report.model}: {report.recipe['bits']} bits, rank {report.recipe['rank']}, {report.recipe['method']}",
             {
@@ -93,6 +113,7 @@ class Screen:
                 "bits per weight": bits,
                 "weights on disk": f"{size(totals['bytes_before'])} -> {after}",
                 "relative error": errors,
+                **outputs,
                 "time": f"{totals['seconds']:.1f} s",
                 "peak memory": size(totals["peak_memory_bytes"]),
                 "written to": str(directory),

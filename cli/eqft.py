@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-MODEL_PANEL, METHOD_PANEL, OUTPUT_PANEL, RUN_PANEL = "What to read", "How to quantize", "What to write", "Running"
+MODEL_PANEL, METHOD_PANEL, DATA_PANEL = "What to read", "How to quantize", "Calibration"
+OUTPUT_PANEL, RUN_PANEL = "What to write", "Running"
 
 
 def eqft(
@@ -37,10 +38,64 @@ def eqft(
     ] = None,
     iter: Annotated[
         int | None,
-        typer.Option("--iter", help="Rounds of quantize and fit.", show_default="5", rich_help_panel=METHOD_PANEL),
+        typer.Option(
+            "--iter",
+            help="Rounds of quantize and fit.",
+            show_default="2, without calibration 5",
+            rich_help_panel=METHOD_PANEL,
+        ),
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale.", show_default="64", rich_help_panel=METHOD_PANEL)
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="What the layers are measured on: a text or JSONL file, self (text that the model writes), random "
+            "(random tokens), the id of a data set on the Hub, or none.",
+            show_default="auto: self where it takes minutes, else none",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(help="The field that holds the text.", show_default="text", rich_help_panel=DATA_PANEL),
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="Pieces of text.", show_default="128", rich_help_panel=DATA_PANEL)
+    ] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens in each piece.", show_default="512", rich_help_panel=DATA_PANEL)
+    ] = None,
+    calibration_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="sequential: later layers make good what earlier ones left; parallel: one pass, each for itself.",
+            show_default="sequential",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help="gptq (error feedback) or nearest.", show_default="gptq", rich_help_panel=DATA_PANEL),
+    ] = None,
+    act_order: Annotated[
+        bool | None,
+        typer.Option(
+            "--act-order/--no-act-order",
+            help="Round the columns with the largest inputs first.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    polish: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Then train all adapters together towards the full-precision model; needs it in memory.",
+            show_default="0",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None,
     target_modules: Annotated[
         str | None,
@@ -111,6 +166,14 @@ def eqft(
         group_size=group_size,
         target_modules=target_modules,
         exclude=exclude,
+        calibration=calibration,
+        text_field=text_field,
+        calibration_samples=calibration_samples,
+        calibration_length=calibration_length,
+        calibration_mode=calibration_mode,
+        rounding=rounding,
+        act_order=act_order,
+        polish=polish,
         lora_alpha=lora_alpha,
         use_rslora=use_rslora,
         seed=seed,
@@ -125,9 +188,10 @@ def eqft(
         logging.getLogger(chatty).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
+    from qinit.device import pick_device
     from qinit.hub import local_directory
     from qinit.plan import make_plan
-    from qinit.runner import check_output, pick_device, run
+    from qinit.runner import check_output, run
 
     transformers_logging.set_verbosity_error()
     pick_device(options.device)

@@ -43,7 +43,7 @@ LoRA adapter of rank {rank} in `{adapter}/` that already repairs the quantizatio
 | weights on disk | {before:.1f} MB before, {base:.1f} MB base + {adapter_mb:.1f} MB adapter after |
 | relative weight error, base alone | {error_start:.4f} |
 | relative weight error, base + adapter | {error:.4f} |
-{notes}
+{measured}{notes}
 ## Recipe
 ```yaml
 {recipe}```
@@ -64,6 +64,17 @@ def load_snippet(class_name: str, directory: str) -> list[str]:
         f'base = {auto}.from_pretrained({place}, dtype="auto")',
         f'model = PeftModel.from_pretrained(base, {place}, subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
     ]
+
+
+def _measured(totals: dict[str, Any]) -> dict[str, str]:
+    """Return the table's rows that only a calibrated run has."""
+    rows = {}
+    if "output_error" in totals:
+        rows["relative output error, base alone"] = f"{totals['output_error_start']:.4f}"
+        rows["relative output error, base + adapter"] = f"{totals['output_error']:.4f}"
+    if "calibration" in totals:
+        rows["calibrated on"] = totals["calibration"]["text"]
+    return rows
 
 
 def write_card(directory: Path, report: Report, plan: Plan) -> None:
@@ -96,6 +107,7 @@ def write_card(directory: Path, report: Report, plan: Plan) -> None:
         adapter_mb=totals["adapter_bytes"] / 1e6,
         error_start=totals["error_start"],
         error=totals["error"],
+        measured="".join(f"| {what} | {value} |\n" for what, value in _measured(totals).items()),
         notes=f"\nNotes:\n{notes}\n" if notes else "",
         recipe=yaml.safe_dump(report.recipe, sort_keys=False),
         command=report.command,

@@ -94,9 +94,9 @@ CALIBRATED = {
 }
 
 
-def get_method(name: str) -> Method:
+def get_method(name: str, *, calibrated: bool = False) -> Method:
     """Look a row up by name; raises RecipeError with a suggestion for an unknown one."""
     if name not in METHODS:
         known = ", ".join(METHODS)
         raise RecipeError(f"method: no '{name}'{did_you_mean(name, METHODS)}; known are {known}")
-    return METHODS[name]
+    return CALIBRATED[name] if calibrated and name in CALIBRATED else METHODS[name]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from qinit import adapter
 from qinit.checkpoint import Checkpoint
-from qinit.errors import TargetError
+from qinit.device import pick_device
+from qinit.errors import RecipeError, TargetError
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
+from qinit.methods import METHODS
 from qinit.recipe import Recipe, parse_size
 from qinit.safetensors_io import StoredTensor, TensorSpec
 from qinit.solver import LayerSpec
@@ -18,6 +20,7 @@ from qinit.targets import Architecture, Target, read_architecture, resolve_targe
 
 # Float32 weight, residual and one temporary of the same size, codes twice, the source and the packed result.
 PEAK_BYTES_PER_WEIGHT = 18
+HESSIANS = 4  # H itself, without what the adapter repairs, its Cholesky factor and one temporary
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Plan:
     checkpoint: Checkpoint
     architecture: Architecture
     layers: tuple[LayerPlan, ...]
+    calibration_reason: str = ""  # why `auto` became what it is
 
     @cached_property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -104,13 +108,33 @@ class Plan:
 
     @property
     def working_bytes(self) -> int:
-        """Estimated peak memory on top of the libraries' own: set by the largest layer, not by the model."""
-        return PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in self.quantized)
+        """Estimated peak memory on top of the libraries' own: set by the largest layer, not by the model; with
+        calibration by the largest block, its statistics and the text under way."""
+        solving = PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in self.quantized)
+        return solving + (self._measuring_bytes if self.recipe.calibrated else 0)
+
+    @property
+    def _measuring_bytes(self) -> int:
+        streams = 2 if self.recipe.calibration_mode == "sequential" else 1
+        blocks: dict[str, int] = {}
+        for layer in self.quantized:  # a block is what has the same first number in its name
+            parts = layer.target.name.split(".")
+            number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+            block = ".".join(parts[: number + 1])
+            blocks[block] = blocks.get(block, 0) + 4 * layer.weights
+        widest = max(layer.target.module.in_features for layer in self.quantized)
+        width = min(layer.target.module.in_features for layer in self.quantized)
+        tokens = self.recipe.calibration_samples * self.recipe.calibration_length
+        return streams * (max(blocks.values()) + 4 * width * tokens) + HESSIANS * 4 * widest**2
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a user should know: layers that are kept, ranks that were lowered."""
         notes = [f"{layer.target.name} stays as it is: {layer.kept}" for layer in self.layers if layer.kept]
+        if self.recipe.row.name == "eqft":
+            how = f"calibration {self.recipe.calibration}" if self.recipe.calibrated else "no calibration"
+            if self.calibration_reason:
+                notes.append(f"{how}: {self.calibration_reason}")
         notes += [
             f"{layer.target.name}: rank lowered from {self.recipe.rank} to {layer.rank}, all that its shape allows"
             for layer in self.layers
@@ -123,6 +147,12 @@ class Plan:
         storage = FORMATS[self.recipe.format].storage(layer.target)
         method, iterations = self.recipe.row, self.recipe.iterations
         return LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
+
+    def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
+        """Return the same for a layer that the calibration text never reaches."""
+        storage = FORMATS[self.recipe.format].storage(layer.target)
+        row = METHODS["eqft"]
+        return LayerSpec(row, layer.bits, layer.group_size, layer.rank, row.iterations, storage)
 
 
 def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
@@ -140,6 +170,26 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
             f"format {recipe.format} can hold none of the {len(layers)} chosen layers "
             f"({plan.notes[0]}); use --format dense"
         )
+    return _with_calibration(plan)
+
+
+def _with_calibration(plan: Plan) -> Plan:
+    """Decide `auto`, and check what was asked for before anything expensive happens."""
+    from qinit.calibration.choice import choose
+    from qinit.calibration.sources import check_source
+
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    if recipe.calibration == "auto":
+        chosen, reason = choose(plan, pick_device(recipe.device))
+        asked = {key: getattr(recipe, key) for key in ("rounding", "act_order", "polish") if getattr(recipe, key)}
+        if chosen == "none" and asked:
+            raise RecipeError(f"{', '.join(asked)}: needs calibration, and there is none: {reason}")
+        recipe = recipe.model_copy(update={"calibration": chosen})
+        plan = replace(plan, recipe=recipe, calibration_reason=reason)
+    if recipe.calibrated:
+        check_source(recipe.calibration, checkpoint.directory, checkpoint.config)
+    if recipe.row.metric != "weight" and not recipe.calibrated:
+        raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self or a text file")
     return plan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qinit.errors import RecipeError, did_you_mean
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.methods import Method, get_method
+from qinit.methods import CALIBRATED, Method, get_method
 from qinit.targets import ALL_LINEAR
 
 Bits = Literal[2, 3, 4, 8]
@@ -28,13 +29,21 @@ class Recipe(BaseModel):
     method: str = "eqft"
     bits: Bits = 2
     rank: int = Field(16, ge=1)
-    iter: int = Field(5, ge=1, le=100)
+    iter: int | None = Field(None, ge=1, le=100)  # None: as many as the method's row says
     group_size: int = Field(64, ge=8)
     format: str = "gptq"
     lora_alpha: float | None = Field(None, gt=0, allow_inf_nan=False)  # None: the rank
     use_rslora: bool = False
     target_modules: str = ALL_LINEAR
     exclude: str | None = None
+    calibration: str = "auto"  # decided by the plan; "none", or what `load_samples` takes
+    text_field: str | None = None
+    calibration_samples: int = Field(128, ge=1)
+    calibration_length: int = Field(512, ge=2)
+    calibration_mode: Literal["sequential", "parallel"] = "sequential"
+    rounding: Literal["gptq", "nearest"] | None = None  # None: the method's own
+    act_order: bool = False
+    polish: int = Field(0, ge=0)
     max_shard_size: str = "5GB"
     device: str = "auto"
     seed: int = Field(0, ge=0)
@@ -68,18 +77,41 @@ class Recipe(BaseModel):
             )
         if self.bits not in grid.bits:
             raise ValueError(f"bits: method {self.method} offers {list(grid.bits)}, found {self.bits}")
+        self._check_calibration(method)
         problem = FORMATS[self.format].cannot_hold(method.grid, self.bits, self.group_size)
         if problem:
             raise ValueError(f"format: {self.format} {problem}")
         return self
 
+    def _check_calibration(self, method: Method) -> None:
+        if method.metric != "weight" and self.calibration == "none":
+            raise ValueError(f"calibration: method {self.method} needs it (a text file, self, ...), found none")
+        takes = method.metric != "weight" or method.name in CALIBRATED
+        if self.calibrated and not takes:
+            raise ValueError(f"calibration: method {self.method} looks at weights alone; leave it out or give none")
+        if self.calibration == "none":
+            for option in ("text_field", "rounding", "act_order", "polish"):
+                if getattr(self, option):
+                    raise ValueError(f"{option}: needs calibration, which is none")
+        if self.text_field and self.calibration in ("self", "random"):
+            raise ValueError(f"text_field: there is no field to name in calibration {self.calibration}")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method measures what the layers see; `auto` is no yes yet."""
+        return self.calibration not in ("none", "auto")
+
     @property
     def row(self) -> Method:
-        return get_method(self.method)
+        """The method's row, with the recipe's own choice of rounding."""
+        row = get_method(self.method, calibrated=self.calibrated)
+        if row.iterations_fixed or not self.calibrated:
+            return row
+        return replace(row, rounding=self.rounding or row.rounding, act_order=self.act_order)
 
     @property
     def iterations(self) -> int:
-        return self.row.iterations if self.row.iterations_fixed else self.iter
+        return self.row.iterations if self.row.iterations_fixed or self.iter is None else self.iter
 
     @property
     def alpha(self) -> float:

@@ -17,7 +17,8 @@ PACKAGES = ("qinit", "torch", "transformers", "peft", "numba", "numpy")
 @dataclass(frozen=True)
 class LayerRow:
     """One layer's result. Errors are Frobenius norms relative to the weight's: `error_start` of Q alone
-    (what a trainer without the adapter would get), `error` of Q + s B A; None for a layer kept as it is."""
+    (what a trainer without the adapter would get), `error` of Q + s B A; None for a layer kept as it is. With
+    calibration, the output errors are the same relative to the layer's output, and `tokens` were seen."""
 
     name: str
     shape: tuple[int, int]
@@ -31,6 +32,9 @@ class LayerRow:
     trace: tuple[float, ...]
     seconds: float
     kept: str | None = None
+    output_error_start: float | None = None
+    output_error: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Report:
 
 def relative_error(rows: tuple[LayerRow, ...], field: str) -> float:
     """The root mean square over layers of a relative error, each weighted by its number of weights."""
-    measured = [(row.shape[0] * row.shape[1], getattr(row, field)) for row in rows if row.kept is None]
+    values = [(row.shape[0] * row.shape[1], getattr(row, field)) for row in rows if row.kept is None]
+    measured = [(count, value) for count, value in values if value is not None]
     total = sum(count for count, _ in measured)
     return (sum(count * value**2 for count, value in measured) / total) ** 0.5
 

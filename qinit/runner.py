@@ -10,21 +10,31 @@ import shutil
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qinit import adapter
+from qinit.calibration import Samples, Statistics
+from qinit.calibration.blocks import NotStreamable
+from qinit.calibration.sources import load_samples
+from qinit.calibration.walk import Measuring, Seen, Walk
+from qinit.calibration.whole import whole_model
 from qinit.card import write_card
 from qinit.checkpoint import count_nonfinite, require_finite
-from qinit.errors import OutputError, RecipeError
+from qinit.device import pick_device
+from qinit.errors import CalibrationError, OutputError
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
+from qinit.lowrank import LowRank
 from qinit.plan import LayerPlan, Plan
+from qinit.polish import Polished, Progress, polish
 from qinit.report import REPORT_NAME, LayerRow, Report, peak_memory_bytes, relative_error, versions
 from qinit.safetensors_io import SafetensorsWriter, StoredTensor
-from qinit.solver import seed_of, solve
+from qinit.solver import residual_norm, seed_of, solve, stored
 
 
 @dataclass(frozen=True)
@@ -52,20 +62,21 @@ class Finished:
     directory: Path
 
 
-Event = Working | Done | Finished
+@dataclass(frozen=True)
+class Sampling:
+    """The calibration text is being read or written."""
+
+    source: str
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`; raises RecipeError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(name.partition(":")[2] or 0)  # torch.device wraps large ones around
-        if index >= count:
-            raise RecipeError(f"device: no '{name}' here, torch sees {count} CUDA devices; use --device cpu or auto")
-        return torch.device("cuda", index)
-    return torch.device(name)
+@dataclass(frozen=True)
+class Noted:
+    """Something that a user should know has turned up; it is in the report too."""
+
+    text: str
+
+
+Event = Sampling | Measuring | Noted | Working | Done | Progress | Finished
 
 
 def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
@@ -106,58 +117,161 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, command: str = "") ->
     check_output(plan, out, overwrite)
     device = pick_device(plan.recipe.device)
     started = time.perf_counter()
-    rows: list[LayerRow] = []
     with _placed(out) as directory:
         _copy_companions(plan, directory)
         adapter_directory = directory / adapter.ADAPTER_DIRECTORY
         adapter_directory.mkdir()
-        base = SafetensorsWriter(directory, plan.base_specs, max_bytes=plan.max_shard_bytes)
-        factors = SafetensorsWriter(adapter_directory, plan.adapter_specs, stem=adapter.WEIGHTS_STEM)
-        by_tensor = {layer.target.tensor.name: layer for layer in plan.layers}
+        job = _Job(
+            plan,
+            device,
+            base=SafetensorsWriter(directory, plan.base_specs, max_bytes=plan.max_shard_bytes),
+            factors=SafetensorsWriter(adapter_directory, plan.adapter_specs, stem=adapter.WEIGHTS_STEM),
+        )
+        if plan.recipe.calibrated:
+            yield from _calibrated(job, directory)
         for name, tensor in plan.checkpoint.tensors.items():
+            layer = job.by_tensor.get(name)
+            if layer is not None and layer.target.name in job.rows:
+                continue
             yield Working(name, tensor.nbytes)
-            layer = by_tensor.get(name)
-            row = None
             if layer is None or layer.kept:
-                base.write_chunks(name, _checked_chunks(tensor))
-            if layer is not None:
-                row = _solve_layer(plan, layer, device, base, factors)
-                rows.append(row)
+                job.base.write_chunks(name, _checked_chunks(tensor))
+            row = None if layer is None else _solve_alone(job, layer)
             yield Done(name, tensor.nbytes, row)
-        base.close()
-        factors.close()
+        if plan.recipe.polish:
+            yield from _polished(job)
+        job.base.close()
+        job.factors.close()
         modules = [(layer.target.module, layer.rank) for layer in plan.layers]
         config = adapter.adapter_config(plan.recipe, plan.architecture, modules, str(out.resolve()))
         adapter.write_config(adapter_directory, config)
         _write_config(plan, directory)
-        report = _report(plan, tuple(rows), time.perf_counter() - started, command)
+        report = _report(job, time.perf_counter() - started, command)
         report.write(directory)
         write_card(directory, report, plan)
     yield Finished(report, out)
 
 
-def _solve_layer(
-    plan: Plan, layer: LayerPlan, device: torch.device, base: SafetensorsWriter, factors: SafetensorsWriter
-) -> LayerRow:
-    """Solve one layer and write both of its parts; a kept layer only gets a fresh adapter."""
-    started = time.perf_counter()
-    target, recipe = layer.target, plan.recipe
-    seed = seed_of(target.name, recipe.seed)
-    solution = None
+@dataclass
+class _Job:
+    """A run under way: where it writes to, and what is known so far. `held` keeps Q and L of every layer for the
+    polish, which needs them all at once."""
+
+    plan: Plan
+    device: torch.device
+    base: SafetensorsWriter
+    factors: SafetensorsWriter
+    rows: dict[str, LayerRow] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    held: dict[str, tuple[torch.Tensor, LowRank]] = field(default_factory=dict)
+    samples: Samples | None = None
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def by_tensor(self) -> dict[str, LayerPlan]:
+        return {layer.target.tensor.name: layer for layer in self.plan.layers}
+
+    def note(self, text: str) -> Noted:
+        self.notes.append(text)
+        return Noted(text)
+
+
+def _calibrated(job: _Job, directory: Path) -> Generator[Event, None, None]:
+    """Solve every layer that the calibration text reaches, as what it sees becomes known."""
+    plan, recipe = job.plan, job.plan.recipe
+    yield Sampling(recipe.calibration)
+    samples = load_samples(
+        recipe.calibration,
+        plan.checkpoint.directory,
+        plan.checkpoint.config,
+        samples=recipe.calibration_samples,
+        length=recipe.calibration_length,
+        seed=recipe.seed,
+        text_field=recipe.text_field,
+        device=job.device,
+    )
+    job.samples = samples
+    job.calibration = {"text": samples.origin, "tokens": samples.count}
+    widest = max(layer.target.module.in_features for layer in plan.quantized)
+    if samples.count < widest:
+        yield job.note(
+            f"calibration: {samples.count} tokens are fewer than the {widest} inputs of the widest layer, so H is "
+            f"singular and damped more; {8 * widest} or more are better"
+        )
+    for event in _walk(job, samples, directory):
+        if isinstance(event, Measuring):
+            yield event
+            continue
+        layer = event.layer
+        yield Working(layer.target.tensor.name, layer.target.tensor.nbytes)
+        if event.statistics is None:
+            yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
+        row, repaired = _solve_layer(job, layer, event.weight, event.statistics)
+        if event.repair is not None:
+            event.repair(layer, repaired)
+        yield Done(layer.target.tensor.name, layer.target.tensor.nbytes, row)
+    for layer in plan.quantized:
+        if layer.target.name not in job.rows:
+            yield job.note(f"{layer.target.name}: lies outside of the model's blocks, so solved without data")
+
+
+def _walk(job: _Job, samples: Samples, directory: Path) -> Iterator[Measuring | Seen]:
+    """Walk block by block, or take the whole model where that is not possible."""
+    plan = job.plan
+    if plan.recipe.row.metric != "fisher":
+        try:
+            yield from Walk(plan, samples, job.device, plan.recipe.calibration_mode, scratch=directory)
+            return
+        except NotStreamable as reason:
+            if job.rows:
+                raise CalibrationError(
+                    f"{plan.checkpoint.directory}: {reason}; use --calibration none or --calibration-mode parallel"
+                ) from None
+            job.notes.append(f"calibration with the whole model in memory: {reason}")
+    yield from whole_model(plan, samples, job.device)
+
+
+def _solve_alone(job: _Job, layer: LayerPlan) -> LayerRow:
+    """Read and solve one layer without data; a kept layer only gets a fresh adapter."""
+    weight = None
     if layer.kept is None:
-        raw = target.tensor.read()
-        require_finite(target.tensor, count_nonfinite(raw))
-        weight = (raw.T if target.module.transposed else raw).to(device, torch.float32).contiguous()
-        del raw
-        solution = solve(weight, plan.layer_spec(layer), seed)
-        del weight
-        grid = GRIDS[recipe.row.grid]
-        for name, tensor in FORMATS[recipe.format].encode(target, solution.quantized, grid).items():
-            base.write(name, tensor.cpu())
+        weight = _read_weight(layer, job.device)
+    row, _ = _solve_layer(job, layer, weight, None)
+    return row
+
+
+def _read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
+    target = layer.target
+    raw = target.tensor.read()
+    require_finite(target.tensor, count_nonfinite(raw))
+    return (raw.T if target.module.transposed else raw).to(device, torch.float32).contiguous()
+
+
+def _solve_layer(
+    job: _Job, layer: LayerPlan, weight: torch.Tensor | None, statistics: Statistics | None
+) -> tuple[LayerRow, torch.Tensor]:
+    """Solve one layer and write both of its parts; returns also Q + L, what the trainer will have."""
+    started = time.perf_counter()
+    target, recipe = layer.target, job.plan.recipe
+    seed = seed_of(target.name, recipe.seed)
+    solution, repaired = None, torch.empty(0)
+    if weight is not None:
+        without_data = recipe.calibrated and statistics is None
+        spec = job.plan.data_free_spec(layer) if without_data else job.plan.layer_spec(layer)
+        solution = solve(weight, spec, seed, statistics)
+        for name, tensor in FORMATS[recipe.format].encode(target, solution.quantized, GRIDS[spec.method.grid]).items():
+            job.base.write(name, tensor.cpu())
+        if recipe.calibrated:
+            repaired = stored(solution.quantized, spec)
+            if recipe.polish and solution.low_rank is not None:
+                job.held[target.name] = (repaired.clone(), solution.low_rank)
+            if solution.low_rank is not None:
+                repaired.addmm_(solution.low_rank.B, solution.low_rank.A)
     low_rank = solution.low_rank if solution else None
-    for name, tensor in adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed).items():
-        factors.write(name, tensor)
-    return LayerRow(
+    if target.name not in job.held:
+        for name, tensor in adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed).items():
+            job.factors.write(name, tensor)
+    row = LayerRow(
         name=target.name,
         shape=(target.module.out_features, target.module.in_features),
         bits=layer.bits if solution else None,
@@ -170,7 +284,55 @@ def _solve_layer(
         trace=solution.trace if solution else (),
         seconds=round(time.perf_counter() - started, 4),
         kept=layer.kept,
+        output_error_start=solution.quantized_output_error if solution else None,
+        output_error=solution.output_error if solution else None,
+        tokens=statistics.tokens if statistics is not None else None,
     )
+    job.rows[target.name] = row
+    return row, repaired
+
+
+def _polished(job: _Job) -> Generator[Event, None, None]:
+    """Polish all adapters together, write them, and measure the weight errors anew."""
+    plan, recipe = job.plan, job.plan.recipe
+    assert job.samples is not None
+    events = polish(
+        plan.checkpoint.directory,
+        plan.checkpoint.config,
+        {name: base for name, (base, _) in job.held.items()},
+        {name: low_rank for name, (_, low_rank) in job.held.items()},
+        job.samples,
+        steps=recipe.polish,
+        device=job.device,
+        seed=recipe.seed,
+    )
+    while True:
+        try:
+            yield next(events)
+        except StopIteration as stop:
+            result: Polished = stop.value
+            break
+    job.calibration["polish"] = {
+        "steps": result.steps,
+        "held_out_before": result.before,
+        "held_out_after": result.after,
+        "kept": result.kept,
+    }
+    if not result.kept:
+        yield job.note("polish: did not lower the held-out loss, so the adapters stay as they were")
+    layers = {layer.target.name: layer for layer in plan.quantized}
+    for name, low_rank in result.factors.items():
+        layer = layers[name]
+        seed = seed_of(name, recipe.seed)
+        encoded = adapter.encode(layer.target.module, low_rank, layer.rank, recipe.lora_scale, seed)
+        for key, tensor in encoded.items():
+            job.factors.write(key, tensor)
+        if result.kept:
+            weight = _read_weight(layer, job.device)
+            residual = job.held[name][0].neg().add_(weight)
+            error = residual_norm(residual, low_rank) / residual_norm(weight, None)
+            # What the layer's output was off by was measured before; the polish trades it between layers.
+            job.rows[name] = replace(job.rows[name], error=error, output_error=None)
 
 
 def _checked_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
@@ -236,8 +398,10 @@ def _write_config(plan: Plan, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _report(plan: Plan, rows: tuple[LayerRow, ...], seconds: float, command: str) -> Report:
-    totals = {
+def _report(job: _Job, seconds: float, command: str) -> Report:
+    plan = job.plan
+    rows = tuple(job.rows[layer.target.name] for layer in plan.layers)
+    totals: dict[str, Any] = {
         "layers": len(plan.quantized),
         "layers_kept": len(plan.layers) - len(plan.quantized),
         "quantized_weights": sum(layer.weights for layer in plan.quantized),
@@ -251,6 +415,11 @@ def _report(plan: Plan, rows: tuple[LayerRow, ...], seconds: float, command: str
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    if any(row.output_error is not None for row in rows):
+        totals["output_error_start"] = relative_error(rows, "output_error_start")
+        totals["output_error"] = relative_error(rows, "output_error")
+    if job.calibration:
+        totals["calibration"] = job.calibration
     source = {"model": plan.model_name, "revision": plan.recipe.revision, "class": plan.architecture.class_name}
     recipe = plan.recipe.model_dump()
-    return Report(plan.model_name, command, recipe, source, versions(), totals, plan.notes, rows)
+    return Report(plan.model_name, command, recipe, source, versions(), totals, (*plan.notes, *job.notes), rows)

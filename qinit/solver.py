@@ -63,7 +63,9 @@ def solve(weight: torch.Tensor, spec: LayerSpec, seed: int = 0, statistics: Stat
     if spec.method.iterations_fixed:
         from qinit.peers import solve_peer
 
-        return solve_peer(weight, spec, statistics, seed)
+        found = solve_peer(weight, spec, statistics, seed)
+        assert found.low_rank is not None
+        return _measured(weight, spec, found.quantized, found.low_rank, statistics, found.trace)
     quantized, approximation, trace = alternate(weight, spec, statistics, seed)
     return _measured(weight, spec, quantized, approximation.factors, statistics, trace)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,13 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Seen:
-    """A layer, its weight [out, in] in float32 and what it has seen; None if the text never reached it."""
+    """A layer, its weight [out, in] in float32 and what it has seen (None if the text never reached it). Where
+    `repair` is given, it is to be called with the layer and the weight that the trainer will have."""
 
     layer: LayerPlan
     weight: torch.Tensor
     statistics: Statistics | None
+    repair: Callable[[LayerPlan, torch.Tensor], None] | None = None
 
 
 @dataclass
@@ -53,8 +55,7 @@ class _Group:
 
 
 class Walk:
-    """Iterate to get `Measuring` and `Seen` events; after each Seen, call `repair` with the weight that the
-    trainer will have. Layers outside of the row of blocks are not visited.
+    """Iterate to get `Measuring` and `Seen` events. Layers outside of the row of blocks are not visited.
 
     In mode `sequential` two models run side by side, the original and the repaired one, and every group of layers
     is measured after the layers in front of it have been repaired. In mode `parallel` only the original runs, once.
@@ -67,9 +68,7 @@ class Walk:
         self.sequential = mode == "sequential"
         self.blocks = Blocks(plan, device)
         self.layers = {layer.target.name: layer for layer in plan.quantized}
-        widest = max(max(layer.target.module.in_features, layer.target.module.out_features) for layer in plan.quantized)
-        length = samples.tokens.shape[1]
-        self.batch = max(1, min(len(samples.tokens), BATCH_BYTES // (4 * widest * length)))
+        self.batch = batch_size(plan, samples)
         self.scratch = scratch
         self.repaired: nn.Module | None = None
         self.writes: dict[tuple[type, str], str | None] = {}
@@ -116,7 +115,7 @@ class Walk:
             yield Measuring(self.index, len(self.blocks), tuple(names))
             yield from self._measured(block, groups, original, repaired, calls, batches)
         for layer in unreached:
-            yield Seen(layer, self._weight(block, layer), None)
+            yield Seen(layer, self._weight(block, layer), None, self.repair)
 
     def _measured(
         self,
@@ -158,19 +157,11 @@ class Walk:
                 meter.add(x, differences)
         for group, meter in zip(groups, meters, strict=True):
             for layer in group.layers:
-                yield Seen(layer, self._weight(block, layer), meter.statistics(layer))
+                yield Seen(layer, self._weight(block, layer), meter.statistics(layer), self.repair)
 
     def _tokens(self, activation: torch.Tensor, batch: _Batch, name: str) -> torch.Tensor:
         """Return the rows of tokens that are no padding; raises CalibrationError for NaN or Inf."""
-        if not torch.isfinite(activation.sum()) and not bool(torch.isfinite(activation).all()):
-            where = ""
-            if len(activation) == batch.stop - batch.start:
-                bad = (~torch.isfinite(activation)).flatten(1).any(1).nonzero()[0]
-                where = f" in sample {batch.start + int(bad)}"
-            raise CalibrationError(
-                f"{name}: NaN or Inf at its input{where} of the calibration text ({self.samples.origin}); the model "
-                "overflows there: try other text, or --calibration none"
-            )
+        require_finite_input(activation, name, batch.start, self.samples)
         return batch.kept(activation)
 
     def _groups(
@@ -235,6 +226,28 @@ class Walk:
     def _advance(self, carried: _Carried, block: nn.Module, calls: _Calls, batches: list[_Batch]) -> None:
         for batch in batches:
             carried.write(batch, calls.of(batch, self.index)(block, carried.read(batch).to(self.device)))
+
+
+def batch_size(plan: Plan, samples: Samples) -> int:
+    """Return how many samples run at once, so that the widest activation takes BATCH_BYTES."""
+    modules = [layer.target.module for layer in plan.quantized]
+    widest = max(max(module.in_features, module.out_features) for module in modules)
+    return max(1, min(len(samples.tokens), BATCH_BYTES // (4 * widest * samples.tokens.shape[1])))
+
+
+def require_finite_input(activation: torch.Tensor, name: str, first: int, samples: Samples) -> None:
+    """Raise CalibrationError, naming layer and sample, when an activation [batch, ...] holds NaN or Inf; `first` is
+    the number of the batch's first sample."""
+    if torch.isfinite(activation.sum()) or bool(torch.isfinite(activation).all()):
+        return
+    where = ""
+    if activation.dim() > 2:
+        bad = (~torch.isfinite(activation)).flatten(1).any(1).nonzero()[0]
+        where = f" in sample {first + int(bad)}"
+    raise CalibrationError(
+        f"{name}: NaN or Inf at its input{where} of the calibration text ({samples.origin}); the model overflows "
+        "there: try other text, or --calibration none"
+    )
 
 
 @dataclass(frozen=True)

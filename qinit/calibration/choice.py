@@ -1,0 +1,102 @@
+"""Whether `--calibration auto` pays: an estimate of its time and memory, made before anything is read."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from qinit.calibration.facts import Facts
+from qinit.calibration.sources import sampling_cost
+
+if TYPE_CHECKING:
+    from qinit.plan import Plan
+
+LONGEST = 300.0  # seconds that `auto` may spend without being asked
+EFFICIENCY = 0.3  # of a matrix product's speed that a model reaches
+TOKEN_SECONDS = 4e-4  # per layer of the model and token written: what a step costs beside its arithmetic
+LARGEST_SHARE = 0.5  # of the free memory that a model may take for writing its text
+AUTO_SOURCE = "self"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds on this machine: to get the text (`writing`), to run the model over it and solve (`measuring`)."""
+
+    writing: float
+    measuring: float
+
+    @property
+    def seconds(self) -> float:
+        return self.writing + self.measuring
+
+
+def calibration_cost(plan: Plan, source: str, speed: float) -> Cost:
+    """Estimate from headers what calibration on `source` takes at `speed` floating-point operations per second."""
+    recipe = plan.recipe
+    facts = Facts.read(plan.checkpoint.directory, plan.checkpoint.config)
+    length = facts.clip(recipe.calibration_length)
+    tokens = recipe.calibration_samples * length
+    parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
+    weights = sum(layer.weights for layer in plan.quantized)
+    products = sum(layer.target.module.in_features**2 for layer in plan.quantized)
+    passes = 8 if recipe.calibration_mode == "sequential" else 2  # two models, up to each group of layers, and on
+    measuring = (2 * passes * weights + 2 * products) * tokens / (EFFICIENCY * speed)
+    writing = 0.0
+    if source == AUTO_SOURCE:
+        layers = len({layer.target.name.rsplit(".", 1)[0] for layer in plan.quantized})
+        writing = sampling_cost(parameters, recipe.calibration_samples, length) / (EFFICIENCY * speed)
+        writing += TOKEN_SECONDS * layers * length * -(-recipe.calibration_samples // 64)
+    return Cost(writing, measuring)
+
+
+def choose(plan: Plan, device: torch.device) -> tuple[str, str]:
+    """Decide `auto` for this plan and machine: the source (`self` or `none`) and the reason, for people."""
+    if plan.recipe.row.name != "eqft":
+        return "none", f"method {plan.recipe.method} takes none"
+    facts = Facts.read(plan.checkpoint.directory, plan.checkpoint.config)
+    if not facts.causal or facts.start is None:
+        return "none", "the model writes no text of its own; give --calibration FILE to start closer"
+    free = free_memory(device)
+    if plan.bytes_before > LARGEST_SHARE * free:
+        return "none", (
+            f"writing its own text takes {plan.bytes_before / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free; "
+            "give --calibration FILE to start closer"
+        )
+    cost = calibration_cost(plan, AUTO_SOURCE, measured_speed(device))
+    if cost.seconds > LONGEST:
+        return "none", (
+            f"on the model's own text it would take about {duration(cost.seconds)} here; give --calibration self to "
+            "have it all the same, or a file"
+        )
+    return AUTO_SOURCE, f"on text that the model writes itself, about {duration(cost.seconds)} here"
+
+
+def measured_speed(device: torch.device) -> float:
+    """Return this machine's speed in a matrix product, floating-point operations per second; takes some 0.1 s."""
+    size = 1024
+    matrix = torch.ones((size, size), device=device)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def duration(seconds: float) -> str:
+    """Say a time in one unit, to two digits."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{max(1, round(seconds))} s"

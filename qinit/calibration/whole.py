@@ -1,0 +1,100 @@
+"""Statistics from the whole model in memory: for models that are no single row of blocks, and for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qinit.calibration.samples import Samples
+from qinit.calibration.statistics import Meter, Statistics
+from qinit.calibration.walk import Measuring, Seen, batch_size, require_finite_input
+from qinit.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from qinit.plan import LayerPlan, Plan
+
+
+def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[Measuring | Seen]:
+    """Yield what a Walk does in mode `parallel`, from one pass of the whole model (float32) and all H matrices at once.
+
+    For a method whose metric is `fisher`, a backward pass per sample gives the mean squared gradient of the
+    next-token loss for every weight (LQ-LoRA, arXiv:2311.12023, section 3.3). Raises CalibrationError.
+    """
+    model = _load(plan).to(device)
+    names = tuple(layer.target.name for layer in plan.quantized)
+    yield Measuring(0, 1, names)
+    meters = {layer.target.name: Meter([layer], device, drift=False) for layer in plan.quantized}
+    mask: torch.Tensor | None = None
+    first = 0
+
+    def measure(name: str) -> Any:
+        def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].detach()
+            require_finite_input(x, name, first, samples)
+            aligned = mask is not None and x.shape[:-1] == mask.shape
+            meters[name].add(x[mask] if aligned else x.reshape(-1, x.shape[-1]), {})
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(measure(name)) for name in names]
+    size = batch_size(plan, samples)
+    with torch.no_grad():
+        for first in range(0, len(samples.tokens), size):
+            part = slice(first, first + size)
+            mask = None if samples.mask is None else samples.mask[part].to(device)
+            model(input_ids=samples.tokens[part].to(device), attention_mask=None if mask is None else mask.long())
+    for hook in hooks:
+        hook.remove()
+    fisher = _fisher(model, plan, samples, device) if plan.recipe.row.metric == "fisher" else {}
+    for layer in plan.quantized:
+        weight = model.get_submodule(layer.target.name).weight.data
+        statistics = meters.pop(layer.target.name).statistics(layer)
+        if statistics is not None and layer.target.name in fisher:
+            statistics = Statistics(
+                statistics.hessian, statistics.magnitude, statistics.tokens, fisher=fisher.pop(layer.target.name)
+            )
+        yield Seen(layer, _oriented(weight, layer), statistics)
+
+
+def _fisher(model: Any, plan: Plan, samples: Samples, device: torch.device) -> dict[str, torch.Tensor]:
+    modules = {layer.target.name: model.get_submodule(layer.target.name) for layer in plan.quantized}
+    model.requires_grad_(False)
+    squares = {}
+    for name, module in modules.items():
+        module.weight.requires_grad_(True)
+        squares[name] = torch.zeros_like(module.weight)
+    for index, row in enumerate(samples.tokens):
+        tokens = row if samples.mask is None else row[samples.mask[index]]
+        if len(tokens) < 2:
+            continue
+        tokens = tokens[None].to(device)
+        with torch.enable_grad():
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        for name, module in modules.items():
+            if module.weight.grad is not None:
+                squares[name].add_(module.weight.grad.square(), alpha=1 / len(samples.tokens))
+                module.weight.grad = None
+    by_name = {layer.target.name: layer for layer in plan.quantized}
+    return {name: _oriented(square, by_name[name]) for name, square in squares.items()}
+
+
+def _oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:
+    return weight.T.contiguous() if layer.target.module.transposed else weight
+
+
+def _load(plan: Plan) -> Any:
+    import transformers
+
+    model_class: Any = getattr(transformers, plan.architecture.class_name)
+    directory = plan.checkpoint.directory
+    try:
+        model = model_class.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    except Exception as error:  # a checkpoint can break its class in any way
+        reason = " ".join(str(error).split())[:300]
+        raise CalibrationError(
+            f"{directory}: the model cannot be loaded whole for calibration ({type(error).__name__}: {reason}); "
+            "use --calibration none"
+        ) from None
+    return model.eval()
