@@ -2,6 +2,7 @@
 
     python benchmarks/fidelity.py                       the demo model and its held-out text
     python benchmarks/fidelity.py --model DIR --text FILE [--window 512] [--bits 2,3,4] [--ranks 16,2]
+    python benchmarks/fidelity.py --calibration self --polish 120       and what a calibration text adds
 
 Every method goes through the whole path: written to disk, loaded with stock transformers + peft. The
 default ranks are 16 and 1 % of the model's width. Bits per weight count scales and zero points: for the
@@ -21,7 +22,19 @@ from common import full_precision, load_tokens, measure_start, show
 from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
 
-METHODS = ("qlora", "loftq", "qpissa", "eqft")
+DATA_FREE = ("qlora", "loftq", "qpissa", "eqft")
+CALIBRATED = ("lqer", "qera", "eora", "cloq", "srr", "eqft")
+
+
+def variants(calibration: str | None, polish: int) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return label, method and options of every row of the table."""
+    rows = [(name, name, {"calibration": "none"}) for name in DATA_FREE]
+    if calibration:
+        text = {"calibration": calibration}
+        rows += [(f"{name} + text", name, text) for name in CALIBRATED]
+        if polish:
+            rows.append((f"eqft + text + polish {polish}", "eqft", {**text, "polish": polish}))
+    return rows
 
 
 def draw(result: dict[str, Any]) -> None:
@@ -33,11 +46,12 @@ def draw(result: dict[str, Any]) -> None:
         lines.append(
             [
                 *(str(row["bits"]), str(row["rank"]), row["method"], f"{row['bits_per_weight']:.3f}"),
-                *(f"{row['weight_error']:.4f}", f"{row['perplexity']:.3f}", f"{row['excess_nats']:.4f}"),
+                *(f"{row['weight_error']:.4f}", f"{row['perplexity']:.3f}"),
+                *(f"{row['perplexity'] / result['full_precision']:.4f}", f"{row['excess_nats']:.4f}"),
                 *(f"{row[key] / peer[key]:.3f}" for key in ("weight_error", "excess_nats")),
             ]
         )
-    header = ["bits", "rank", "method", "bits/weight", "weight error", "perplexity", "excess (nats)"]
+    header = ["bits", "rank", "method", "bits/weight", "weight error", "perplexity", "x full", "excess (nats)"]
     title = f"start perplexity of {result['model']}, full precision {result['full_precision']:.3f}"
     show(title, [*header, "error / LoftQ", "excess / LoftQ"], lines)
 
@@ -51,6 +65,8 @@ def main() -> None:
     parser.add_argument("--ranks", default=None)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--format", default=None, help="for qinit's row; dense for widths that gptq cannot hold")
+    parser.add_argument("--calibration", default=None, help="also run the methods that measure what layers see")
+    parser.add_argument("--polish", type=int, default=0, help="with calibration: also eqft with so many steps")
     parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
     options = parser.parse_args()
 
@@ -64,8 +80,8 @@ def main() -> None:
     rows = []
     for bits in map(int, options.bits.split(",")):
         for rank in ranks:
-            for method in METHODS:
-                chosen = {"bits": bits, "rank": rank, "group_size": options.group_size}
+            for label, method, extra in variants(options.calibration, options.polish):
+                chosen = {"bits": bits, "rank": rank, "group_size": options.group_size, **extra}
                 if options.format:
                     chosen["format"] = options.format
                 start = measure_start(model, tokens, options.window, method, **chosen)
@@ -78,7 +94,7 @@ def main() -> None:
                     {
                         "bits": bits,
                         "rank": rank,
-                        "method": method,
+                        "method": label,
                         "bits_per_weight": packed,
                         "weight_error": totals["error"],
                         "perplexity": start.perplexity,

@@ -41,7 +41,7 @@ def eqft(
         typer.Option(
             "--iter",
             help="Rounds of quantize and fit.",
-            show_default="2, without calibration 5",
+            show_default="3, without calibration 5",
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,
@@ -209,7 +209,7 @@ def eqft(
             screen.json_plan(plan, out)
         return
     check_output(plan, out, overwrite)
-    report = screen.follow(plan, run(plan, out, overwrite=overwrite, command=_command(sys.argv[1:])))
+    report = screen.follow(plan, run(plan, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token))
     if json_output:
         screen.json_report(report, out)
 

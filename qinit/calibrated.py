@@ -22,7 +22,7 @@ CORRECTION = 0.75  # how much of the drift is made good; all of it fits the cali
 CORRECTION_DAMPING = 0.1
 HESSIAN_DAMPING = 1e-3  # of the mean diagonal, at TOKENS_PER_INPUT or more; inputs that were never seen count too
 TOKENS_PER_INPUT = 8
-TRACE_ROWS = 256
+TRACE_ROWS = 64
 
 
 def alternate(
@@ -32,8 +32,8 @@ def alternate(
 
     T is W, corrected for what the layers in front have left: see `corrected`. Low rank first: L is fitted to T,
     and the rest is rounded with error feedback under the part of H that the adapter cannot repair (`without`).
-    Each round then sweeps over codes and scales under that part, and fits L again. No step raises the error, so
-    the last round is the best. Returns Q, L (fitted to Q as stored) and the error after each round relative to
+    Each later round sweeps over codes and scales under that part, and every round fits L again. No step raises the
+    error, so the last round is the best. Returns Q, L (fitted to Q as stored) and the error after each round relative to
     tr(T H T'), measured on TRACE_ROWS rows.
     """
     method, grid = spec.method, GRIDS[spec.method.grid]
@@ -59,8 +59,8 @@ def alternate(
                 )
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
-            for _ in range(method.sweeps):
-                descend(quantized, residual, seen)
+                for _ in range(method.sweeps):
+                    descend(quantized, residual, seen)
             residual.addmm_(factors.B, factors.A)
         if spec.storage not in (None, torch.float32):
             residual = target - grid.dequantize(quantized).to(spec.storage).float()

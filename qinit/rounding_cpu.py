@@ -157,15 +157,15 @@ def _descend(first, levels, group_size, codes, scales, zeros, gradient, residual
                     change = (c - old) * scale
                     codes[i, first + k] = np.uint8(c + z)
                     residual[i, first + k] -= change
-                    for j in range(width):
+                    for j in range(start, width):  # what lies in front is done with
                         slope[j] -= change * hessian[k, j]
-            image[:] = ZERO
+            image[start:] = ZERO
             along = ZERO
             for k in range(start, stop):
                 c = np.float32(codes[i, first + k]) - z
                 along += c * slope[k]
                 if c != ZERO:
-                    for j in range(width):
+                    for j in range(start, width):
                         image[j] += c * hessian[k, j]
             curvature = ZERO
             for k in range(start, stop):
@@ -177,5 +177,5 @@ def _descend(first, levels, group_size, codes, scales, zeros, gradient, residual
                     scales[i, g] = new
                     for k in range(start, stop):
                         residual[i, first + k] -= change * (np.float32(codes[i, first + k]) - z)
-                    for j in range(width):
+                    for j in range(stop, width):
                         slope[j] -= change * image[j]

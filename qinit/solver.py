@@ -14,7 +14,7 @@ from qinit.grids.base import row_chunks
 from qinit.lowrank import COLD_STEPS, Approximation, LowRank, full_svd, random_basis, subspace
 from qinit.methods import Method
 
-OUTPUT_ROWS = 512  # enough to know an output error to a few percent, and nearly free
+OUTPUT_ROWS = 256  # enough to know an output error to a few percent, and nearly free
 FINAL_STEPS = 2  # the last fit is what the trainer starts from: converge it
 
 

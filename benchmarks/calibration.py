@@ -1,0 +1,168 @@
+"""Why calibrated eqft is what it is: what was tried, on a model's own text, and how close each variant starts.
+
+    python benchmarks/calibration.py [--model DIR --text FILE --window 512] [--bits 2] [--ranks 16,2] [--group-size 64]
+
+Each variant changes one thing about the row, is solved in memory and put in place of the weights. Perplexity is on the
+held-out text; KL is that of the next token between the model and its variant on fresh text that the model wrote
+(another seed), which is the finer measure. Variants that lost are made here by replacing parts of the solver, and are
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import load_tokens, show
+from transformers import AutoModelForCausalLM
+
+from qinit import calibrated
+from qinit.calibration.sources import load_samples
+from qinit.calibration.walk import Seen, Walk
+from qinit.checkpoint import Checkpoint
+from qinit.demo import demo_directory, held_out_text
+from qinit.evaluate import perplexity
+from qinit.grids import GRIDS
+from qinit.lowrank import Approximation, LowRank
+from qinit.methods import CALIBRATED, METHODS, Method
+from qinit.plan import make_plan
+from qinit.recipe import make_recipe
+from qinit.solver import LayerSpec, seed_of, solve
+
+EQFT = CALIBRATED["eqft"]
+OUTPUT_SUBSPACE = calibrated.output_subspace
+
+
+def quantize_first(residual: torch.Tensor, hessian: torch.Tensor, rank: int, basis: torch.Tensor, steps: int) -> Any:
+    """In place of the first fit: no adapter yet."""
+    if steps == calibrated.COLD_STEPS:
+        empty = LowRank(torch.zeros(len(residual), rank), torch.zeros(rank, residual.shape[1]))
+        return Approximation(empty, basis, 0.0)
+    return OUTPUT_SUBSPACE(residual, hessian, rank, basis, steps + calibrated.COLD_STEPS)
+
+
+# name: row, rounds, mode, what is replaced in the solver, text
+Variant = tuple[Method, int, str, dict[str, Any], str]
+ROUNDS = EQFT.iterations
+VARIANTS: dict[str, Variant] = {
+    "no text (data-free eqft)": (METHODS["eqft"], 5, "parallel", {}, "self"),
+    "random tokens": (EQFT, ROUNDS, "sequential", {}, "random"),
+    "eqft": (EQFT, ROUNDS, "sequential", {}, "self"),
+    "one pass, each layer for itself (parallel)": (EQFT, ROUNDS, "parallel", {}, "self"),
+    "sequential without correcting the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.0}, "self"),
+    "half of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.5}, "self"),
+    "all of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 1.0}, "self"),
+    "quantize first": (EQFT, ROUNDS, "sequential", {"output_subspace": quantize_first}, "self"),
+    "H with the adapter's directions": (EQFT, ROUNDS, "sequential", {"without": lambda h, _: h.clone()}, "self"),
+    "no coordinate descent": (replace(EQFT, sweeps=0), ROUNDS, "sequential", {}, "self"),
+    "nearest rounding": (replace(EQFT, rounding="nearest"), 5, "sequential", {}, "self"),
+    "act order": (replace(EQFT, act_order=True), ROUNDS, "sequential", {}, "self"),
+    "1 round": (EQFT, 1, "sequential", {}, "self"),
+    "2 rounds": (EQFT, 2, "sequential", {}, "self"),
+    "5 rounds": (EQFT, 5, "sequential", {}, "self"),
+    "damping .01 in the rounding": (EQFT, ROUNDS, "sequential", {"ROUNDING_DAMPING": 0.01}, "self"),
+    "damping .01 in H": (EQFT, ROUNDS, "sequential", {"HESSIAN_DAMPING": 0.01}, "self"),
+}
+
+
+@torch.inference_mode()
+def divergence(model: Any, tokens: torch.Tensor, reference: list[torch.Tensor]) -> float:
+    """Mean KL in nats of the model's next-token distribution from the reference's."""
+    total = 0.0
+    for batch, wanted in zip(tokens.split(8), reference, strict=True):
+        logits = model(input_ids=batch).logits.float().log_softmax(-1)
+        total += float((wanted.exp() * (wanted - logits)).sum())
+    return total / tokens.numel()
+
+
+def run(variant: Variant, directory: Path, options: Any, bits: int, rank: int, repair: Callable[..., None]) -> None:
+    """Solve every layer with a variant; `repair` gets each layer's name and Q + B A."""
+    row, rounds, mode, replaced, source = variant
+    recipe = make_recipe(
+        model=str(directory), bits=bits, rank=rank, group_size=options.group_size, format="dense", calibration=source
+    )
+    plan = make_plan(recipe, directory, directory.name)
+    samples = load_samples(
+        source, directory, plan.checkpoint.config, samples=options.samples, length=options.length, seed=0
+    )
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            stack.enter_context(patch.object(calibrated, name, value))
+        for event in Walk(plan, samples, torch.device("cpu"), mode):
+            if not isinstance(event, Seen):
+                continue
+            spec = LayerSpec(row, bits, event.layer.group_size, event.layer.rank, rounds)
+            name = event.layer.target.name
+            solution = solve(event.weight, spec, seed_of(name, 0), event.statistics)
+            assert solution.low_rank is not None
+            value = GRIDS[row.grid].dequantize(solution.quantized) + solution.low_rank.B @ solution.low_rank.A
+            assert event.repair is not None
+            event.repair(event.layer, value)
+            repair(name, value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--text", type=Path, default=None)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--bits", default="2")
+    parser.add_argument("--ranks", default=None)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    directory = options.model or demo_directory()
+    tokens = load_tokens(directory, options.text.read_text(encoding="utf-8") if options.text else held_out_text())
+    tokens = tokens[: 40 * options.window]
+    config = Checkpoint.open(directory).config
+    ranks = [int(r) for r in options.ranks.split(",")] if options.ranks else [16, max(1, config["hidden_size"] // 100)]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    fresh = load_samples("self", directory, config, samples=48, length=options.length, seed=777).tokens
+    with torch.inference_mode():
+        reference = [model(input_ids=batch).logits.float().log_softmax(-1) for batch in fresh.split(8)]
+    full = perplexity(model, tokens, options.window)
+
+    def repair(name: str, value: torch.Tensor) -> None:
+        linear: Any = model.get_submodule(name)
+        linear.weight.data = value.T if type(linear).__name__ == "Conv1D" else value
+
+    results = []
+    for bits in map(int, options.bits.split(",")):
+        for name, variant in VARIANTS.items():
+            line = [name]
+            for rank in ranks:
+                run(variant, directory, options, bits, rank, repair)
+                value, kl = perplexity(model, tokens, options.window), divergence(model, fresh, reference)
+                results.append({"bits": bits, "rank": rank, "variant": name, "perplexity": value, "kl": kl})
+                line += [f"{value:.3f}", f"{value / full:.4f}", f"{kl:.4f}"]
+            print(*line, flush=True)
+        rows = [
+            [
+                name,
+                *(
+                    f"{found[key] / (full if key == 'perplexity' else 1):.4f}"
+                    for found in results
+                    if (found["bits"], found["variant"]) == (bits, name)
+                    for key in ("perplexity", "kl")
+                ),
+            ]
+            for name in VARIANTS
+        ]
+        header = [f"{what}, rank {rank}" for rank in ranks for what in ("x full", "KL")]
+        show(f"{directory.name}, {bits} bits, full precision {full:.3f}", ["variant", *header], rows)
+    if options.json:
+        result = {"model": directory.name, "full_precision": full, "rows": results}
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
