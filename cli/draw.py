@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from qinit.report import Report
     from qinit.runner import Event
 
+METHOD_COLUMNS = {
+    **{"name": "method", "calibration": "calibration", "grid": "grid", "bits": "bits", "search": "scales"},
+    **{"rounding": "rounding", "metric": "metric", "schedule": "schedule", "source": "source"},
+}
+
 
 def size(nbytes: float) -> str:
     """Format bytes in decimal units, as disks and the Hub count them."""
@@ -27,6 +32,14 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} GB"
+
+
+def _calibration_words(plan: Plan) -> str:
+    recipe = plan.recipe
+    if not recipe.calibrated:
+        return "none"
+    size = f"{recipe.calibration_samples} samples of up to {recipe.calibration_length} tokens"
+    return f"{recipe.calibration}, {size}" + (f", then {recipe.polish} steps of polish" if recipe.polish else "")
 
 
 class Screen:
@@ -89,7 +102,7 @@ class Screen:
         return report
 
     def _result(self, report: Report, directory: Path) -> None:
-        from qinit.card import load_snippet
+        from qinit.card import load_snippet, polish_words
 
         if self._quiet:
             return
@@ -106,6 +119,8 @@ class Screen:
             outputs["of the outputs"] = f"{start:.4f} base alone -> {end:.4f} with the adapter"
         if "calibration" in totals:
             outputs["calibrated on"] = totals["calibration"]["text"]
+            if "polish" in totals["calibration"]:
+                outputs["polish"] = polish_words(totals["calibration"]["polish"])
         self._table(
             f"{report.model}: {report.recipe['bits']} bits, rank {report.recipe['rank']}, {report.recipe['method']}",
             {
@@ -148,12 +163,22 @@ class Screen:
                 "bits per weight": f"{plan.bits_per_weight:.3f} as stored",
                 "weights on disk": f"{size(plan.bytes_before)} -> {size(plan.base_bytes)} base "
                 f"+ {size(plan.adapter_bytes)} adapter",
+                "calibration": _calibration_words(plan),
                 "working memory": f"about {size(plan.working_bytes)} beside the libraries",
                 "would be written to": str(out),
             },
         )
         for note in plan.notes:
             self.say(f"note: {note}")
+
+    def methods(self, rows: list[dict[str, Any]]) -> None:
+        """Draw the method table."""
+        table = Table(*METHOD_COLUMNS.values(), box=None, pad_edge=False)
+        table.columns[0].no_wrap = table.columns[-1].no_wrap = True
+        for row in rows:
+            cells = {**row, "bits": ", ".join(map(str, row["bits"])), "schedule": "; ".join(row["schedule"])}
+            table.add_row(*(str(cells[key]) for key in METHOD_COLUMNS))
+        self._console.print(table)
 
     def _table(self, title: str, rows: dict[str, str]) -> None:
         table = Table(title=title, title_justify="left", show_header=False, box=None)

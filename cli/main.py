@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from qinit_cli.eqft import eqft
+from qinit_cli.methods import methods
 
 INTERRUPTED = "interrupted; nothing was left behind"
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(eqft)
+app.command()(methods)
 
 
 def _show_version(value: bool) -> None:

@@ -74,7 +74,15 @@ def _measured(totals: dict[str, Any]) -> dict[str, str]:
         rows["relative output error, base + adapter"] = f"{totals['output_error']:.4f}"
     if "calibration" in totals:
         rows["calibrated on"] = totals["calibration"]["text"]
+        if "polish" in totals["calibration"]:
+            rows["polish"] = polish_words(totals["calibration"]["polish"])
     return rows
+
+
+def polish_words(result: dict[str, Any]) -> str:
+    """Say what the polish did, from its part of the report."""
+    losses = f"held-out loss {result['held_out_before']:.4f} -> {result['held_out_after']:.4f}"
+    return f"{result['steps']} steps, {losses}" if result["kept"] else f"{result['steps']} steps, nothing gained"
 
 
 def write_card(directory: Path, report: Report, plan: Plan) -> None:

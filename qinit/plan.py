@@ -187,7 +187,7 @@ def _with_calibration(plan: Plan) -> Plan:
         recipe = recipe.model_copy(update={"calibration": chosen})
         plan = replace(plan, recipe=recipe, calibration_reason=reason)
     if recipe.calibrated:
-        check_source(recipe.calibration, checkpoint.directory, checkpoint.config)
+        check_source(recipe.calibration, checkpoint.directory, checkpoint.config, recipe.text_field)
     if recipe.row.metric != "weight" and not recipe.calibrated:
         raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self or a text file")
     return plan

@@ -93,7 +93,10 @@ class Recipe(BaseModel):
             for option in ("text_field", "rounding", "act_order", "polish"):
                 if getattr(self, option):
                     raise ValueError(f"{option}: needs calibration, which is none")
-        if self.text_field and self.calibration in ("self", "random"):
+        for option in ("rounding", "act_order"):
+            if getattr(self, option) and method.iterations_fixed:
+                raise ValueError(f"{option}: method {method.name} has its own; leave it out")
+        if self.text_field and self.calibration in ("auto", "self", "random"):
             raise ValueError(f"text_field: there is no field to name in calibration {self.calibration}")
 
     @property

@@ -109,10 +109,14 @@ def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
 
 
-def run(plan: Plan, out: Path, *, overwrite: bool = False, command: str = "") -> Generator[Event, None, None]:
+def run(
+    plan: Plan, out: Path, *, overwrite: bool = False, command: str = "", token: str | None = None
+) -> Generator[Event, None, None]:
     """Carry out a plan and put the result at `out`; yields events, the last one is Finished.
 
-    Raises OutputError, CheckpointError (a damaged tensor) and RecipeError; then nothing is left at `out`.
+    `token` opens a private data set for calibration on the Hub; it is written nowhere.
+    Raises OutputError, CheckpointError (a damaged tensor), CalibrationError, HubError and RecipeError; then nothing
+    is left at `out`.
     """
     check_output(plan, out, overwrite)
     device = pick_device(plan.recipe.device)
@@ -128,7 +132,7 @@ def run(plan: Plan, out: Path, *, overwrite: bool = False, command: str = "") ->
             factors=SafetensorsWriter(adapter_directory, plan.adapter_specs, stem=adapter.WEIGHTS_STEM),
         )
         if plan.recipe.calibrated:
-            yield from _calibrated(job, directory)
+            yield from _calibrated(job, directory, token)
         for name, tensor in plan.checkpoint.tensors.items():
             layer = job.by_tensor.get(name)
             if layer is not None and layer.target.name in job.rows:
@@ -176,7 +180,7 @@ class _Job:
         return Noted(text)
 
 
-def _calibrated(job: _Job, directory: Path) -> Generator[Event, None, None]:
+def _calibrated(job: _Job, directory: Path, token: str | None) -> Generator[Event, None, None]:
     """Solve every layer that the calibration text reaches, as what it sees becomes known."""
     plan, recipe = job.plan, job.plan.recipe
     yield Sampling(recipe.calibration)
@@ -188,6 +192,7 @@ def _calibrated(job: _Job, directory: Path) -> Generator[Event, None, None]:
         length=recipe.calibration_length,
         seed=recipe.seed,
         text_field=recipe.text_field,
+        token=token,
         device=job.device,
     )
     job.samples = samples
@@ -199,7 +204,7 @@ def _calibrated(job: _Job, directory: Path) -> Generator[Event, None, None]:
             f"singular and damped more; {8 * widest} or more are better"
         )
     for event in _walk(job, samples, directory):
-        if isinstance(event, Measuring):
+        if isinstance(event, Measuring | Noted):
             yield event
             continue
         layer = event.layer
@@ -215,7 +220,7 @@ def _calibrated(job: _Job, directory: Path) -> Generator[Event, None, None]:
             yield job.note(f"{layer.target.name}: lies outside of the model's blocks, so solved without data")
 
 
-def _walk(job: _Job, samples: Samples, directory: Path) -> Iterator[Measuring | Seen]:
+def _walk(job: _Job, samples: Samples, directory: Path) -> Iterator[Measuring | Noted | Seen]:
     """Walk block by block, or take the whole model where that is not possible."""
     plan = job.plan
     if plan.recipe.row.metric != "fisher":
@@ -227,7 +232,7 @@ def _walk(job: _Job, samples: Samples, directory: Path) -> Iterator[Measuring | 
                 raise CalibrationError(
                     f"{plan.checkpoint.directory}: {reason}; use --calibration none or --calibration-mode parallel"
                 ) from None
-            job.notes.append(f"calibration with the whole model in memory: {reason}")
+            yield job.note(f"calibration with the whole model in memory: {reason}")
     yield from whole_model(plan, samples, job.device)
 
 

@@ -44,6 +44,7 @@ def load_samples(
     Raises CalibrationError for a source that cannot be used, HubError for what the Hub answers.
     """
     kind = _kind(source)
+    _check_field(source, kind, text_field)
     facts = Facts.read(directory, config)
     length = facts.clip(length)
     if samples < 1 or length < 2:
@@ -75,9 +76,10 @@ def load_samples(
     return Samples(tokens, mask, f"{len(tokens)} texts of up to {tokens.shape[1]} tokens from {name}, seed {seed}")
 
 
-def check_source(source: str, directory: Path, config: dict[str, Any]) -> None:
+def check_source(source: str, directory: Path, config: dict[str, Any], text_field: str | None = None) -> None:
     """Raise what `load_samples` would, as far as it shows without the Hub, the weights and reading JSON."""
     kind = _kind(source)
+    _check_field(source, kind, text_field)
     facts = Facts.read(directory, config)
     if kind == "random":
         _ids_to_draw(facts)
@@ -118,6 +120,13 @@ def _kind(source: str) -> Literal["random", "self", "file", "hub"]:
         raise CalibrationError(f"{source}: no such file; {SOURCES}")
     parse_hub(source)
     return "hub"
+
+
+def _check_field(source: str, kind: str, text_field: str | None) -> None:
+    if text_field and (kind in ("random", "self") or (kind == "file" and not is_jsonl(Path(source)))):
+        raise CalibrationError(
+            f"{source}: has no field '{text_field}'; a text field is for JSONL (.jsonl or .json) and data sets"
+        )
 
 
 def _ids_to_draw(facts: Facts) -> torch.Tensor:
