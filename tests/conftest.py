@@ -20,6 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# gptqmodel compiles each layer's dequantize; PyTorch's own switch saves a minute of compiler.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # Threads that wait for others sleep: spinning makes tiny matrices 100 times slower where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
@@ -93,12 +95,12 @@ def tiny_llama(tmp_path: Path) -> Path:
 
 
 def quantize(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Any:
-    """Run qinit on a checkpoint, rank 4 and one round unless told otherwise; returns the report."""
+    """Run qinit on a checkpoint, rank 4, one round and no calibration unless told otherwise; returns the report."""
     from qinit.plan import make_plan
     from qinit.recipe import make_recipe
     from qinit.runner import Finished, run
 
-    recipe = make_recipe(**{"model": str(source), "rank": 4, "iter": 1, **options})
+    recipe = make_recipe(**{"model": str(source), "rank": 4, "iter": 1, "calibration": "none", **options})
     *_, last = run(make_plan(recipe, source, str(source)), out, overwrite=overwrite)
     assert isinstance(last, Finished)
     return last.report
@@ -203,12 +205,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Return a function that runs `qinit ARGUMENTS` in an empty directory: (exit code, stdout, stderr)."""
+    """Return a function that runs `qinit ARGUMENTS` in an empty directory: (exit code, stdout, stderr).
+
+    Calibration `auto` is none there, and fast; `qinit.calibration.choice.choose` is what a test may put back.
+    """
     from qinit_cli import main
 
     directory = tmp_path / "cwd"
     directory.mkdir()
     monkeypatch.chdir(directory)
+    monkeypatch.setattr("qinit.calibration.choice.choose", lambda plan, device: ("none", ""))
 
     def call(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["qinit", *map(str, arguments)])

@@ -18,7 +18,7 @@ def test_sizes_are_decimal(nbytes, text):
 
 
 def plan_of(directory, **options):
-    return make_plan(make_recipe(**{"rank": 4, "iter": 1, **options}), directory, "tiny")
+    return make_plan(make_recipe(**{"rank": 4, "iter": 1, "calibration": "none", **options}), directory, "tiny")
 
 
 def test_names_are_shown_as_they_are_without_markup_or_emoji(capsys):

@@ -15,6 +15,11 @@ from qinit.safetensors_io import INDEX_NAME, SafetensorsWriter, StoredTensor
 from tests.conftest import make_checkpoint, weights_of
 
 QUICK = ("--rank", 4, "--iter", 1)
+# What a recipe says of calibration when there is none.
+UNCALIBRATED = {
+    **{"calibration": "none", "text_field": None, "calibration_samples": 128, "calibration_length": 512},
+    **{"calibration_mode": "sequential", "rounding": None, "act_order": False, "polish": 0},
+}
 
 
 def run_directory(name):
@@ -58,7 +63,7 @@ class TestRun:
             flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
         assert command("eqft", tiny_llama, *flags, "--out", "out")[0] == 0
         recipe = json.loads(Path("out/qinit.json").read_text())["recipe"]
-        assert recipe == {"model": str(tiny_llama), "method": "eqft", "revision": None, **options}
+        assert recipe == {"model": str(tiny_llama), "method": "eqft", "revision": None, **UNCALIBRATED, **options}
         assert len(json.loads(Path("out/qinit.json").read_text())["layers"]) == 2
 
     def test_a_recipe_file_does_what_the_flags_do(self, command, tiny_llama):

@@ -88,7 +88,7 @@ def test_a_wrong_usage_is_2_without_a_traceback(command, arguments):
 
 def test_as_a_process_a_run_writes_plain_lines_and_nothing_to_stderr(tiny_llama, tmp_path):
     (tmp_path / "cwd").mkdir()
-    result = process("eqft", tiny_llama, "--rank", 4, "--iter", 1, cwd=tmp_path / "cwd")
+    result = process("eqft", tiny_llama, "--rank", 4, "--calibration", "none", cwd=tmp_path / "cwd")
     assert (result.returncode, result.stderr) == (0, "")
     assert "\x1b" not in result.stdout
     assert (tmp_path / "cwd/model_zoo/eqft/tiny-llama-2bit-4rank/qinit.json").is_file()

@@ -10,7 +10,7 @@ from tests.conftest import make_checkpoint, quantize
 
 
 def plan_of(directory, **options):
-    return make_plan(make_recipe(**{"rank": 4, **options}), directory, "name")
+    return make_plan(make_recipe(**{"rank": 4, "calibration": "none", **options}), directory, "name")
 
 
 @pytest.mark.parametrize("format", ["gptq", "dense"])

@@ -18,7 +18,7 @@ def write(tmp_path, text):
 
 def test_the_defaults_are_the_documented_ones():
     recipe = make_recipe()
-    assert (recipe.method, recipe.bits, recipe.rank, recipe.iter, recipe.group_size) == ("eqft", 2, 16, 5, 64)
+    assert (recipe.method, recipe.bits, recipe.rank, recipe.iter, recipe.group_size) == ("eqft", 2, 16, None, 64)
     assert (recipe.format, recipe.target_modules, recipe.device, recipe.max_shard_size) == (
         *("gptq", "all-linear", "auto", "5GB"),
     )
