@@ -1,0 +1,389 @@
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from qinit.calibration.choice import choose
+from qinit.safetensors_io import StoredTensor
+from tests.conftest import weights_of
+from tests.qinit.calibration.tiny import make_bert, make_reader, words
+
+QUICK = ("--rank", 4, "--calibration-samples", 6, "--calibration-length", 16, "--out", "out")
+TEXT = words(*(4 + i * 37 % 250 for i in range(400)))
+
+
+def make_encoder(tmp_path):
+    return make_bert(tmp_path / "bert", hidden_size=64, intermediate_size=64)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A Llama with a word tokenizer; no test changes it."""
+    return make_reader(tmp_path_factory.mktemp("models") / "llama", initializer_range=0.1)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """The same, for tests that damage it."""
+    return make_reader(tmp_path / "llama")
+
+
+@pytest.fixture
+def auto(command, monkeypatch):
+    """Let `auto` choose as it does for users; the machine is always fast and empty."""
+    monkeypatch.setattr("qinit.calibration.choice.choose", choose)
+    monkeypatch.setattr("qinit.calibration.choice.measured_speed", lambda device: 1e11)
+    monkeypatch.setattr("qinit.calibration.choice.free_memory", lambda device: 10**10)
+
+
+def report():
+    return json.loads(Path("out/qinit.json").read_text())
+
+
+def written():
+    """Names below the working directory, hidden ones too."""
+    return sorted(path.name for path in Path().iterdir())
+
+
+class TestSources:
+    def test_random_tokens(self, command, shared):
+        code, out, err = command("eqft", shared, *QUICK, "--calibration", "random")
+        assert (code, err) == (0, "")
+        found = report()
+        assert found["recipe"]["calibration"] == "random"
+        assert found["totals"]["calibration"] == {"text": "6 samples of 16 random tokens, seed 0", "tokens": 96}
+        assert {row["tokens"] for row in found["layers"]} == {96}
+        assert " calibrated on    6 samples of 16 random tokens, seed 0" in out
+        start, end = found["totals"]["output_error_start"], found["totals"]["output_error"]
+        assert f" of the outputs   {start:.4f} base alone -> {end:.4f} with the adapter" in out
+        assert end < start
+        row = found["layers"][0]
+        shown = f", of the output {row['output_error_start']:.4f} -> {row['output_error']:.4f}, "
+        assert any(row["name"] in line and shown in line for line in out.splitlines())
+
+    def test_the_models_own_text(self, command, shared):
+        code, out, err = command("eqft", shared, *QUICK, "--calibration", "self")
+        assert (code, err) == (0, "")
+        assert "calibrated on    6 texts of 16 tokens that the model wrote itself, seed 0" in out
+        assert report()["totals"]["calibration"]["tokens"] == 96
+
+    def test_a_text_file(self, command, shared):
+        Path("corpus.txt").write_text(TEXT)
+        code, out, err = command("eqft", shared, *QUICK, "--calibration", "corpus.txt")
+        assert (code, err) == (0, "")
+        assert "calibrated on    6 windows of 16 tokens from corpus.txt, seed 0" in out
+
+    def test_jsonl_with_a_field_of_another_name(self, command, shared):
+        rows = [{"body": TEXT[i : i + 60], "text": "w4"} for i in range(0, 1200, 60)]
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code, out, err = command("eqft", shared, *QUICK, "--calibration", "rows.jsonl", "--text-field", "body")
+        assert (code, err) == (0, "")
+        assert "calibrated on    6 windows of 16 tokens from rows.jsonl, seed 0" in out
+        with_body = weights_of(Path("out"))
+        assert command("eqft", shared, *QUICK, "--calibration", "rows.jsonl", "--overwrite")[0] == 0
+        assert weights_of(Path("out")) != with_body  # a text of w4 alone
+
+    def test_an_encoder_reads_padded_documents(self, command, tmp_path):
+        bert = make_encoder(tmp_path)
+        Path("corpus.txt").write_text("\n\n".join(words(*range(4 + i, 8 + 3 * i)) for i in range(6)))
+        code, out, err = command("eqft", bert, *QUICK, "--calibration", "corpus.txt")
+        assert (code, err) == (0, "")
+        assert "calibrated on    6 texts of up to 16 tokens from corpus.txt, seed 0" in out
+        assert report()["totals"]["calibration"]["tokens"] < 96  # padding does not count
+
+    def test_every_option_reaches_the_recipe_and_the_recipe_repeats_the_run(self, command, shared):
+        options = {
+            **{"calibration": "random", "calibration_samples": 4, "calibration_length": 8, "iter": 3, "rank": 4},
+            **{"calibration_mode": "parallel", "rounding": "nearest", "act_order": True, "polish": 2},
+        }
+        flags = []
+        for name, value in options.items():
+            flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
+        assert command("eqft", shared, *flags, "--out", "out")[0] == 0
+        recipe = report()["recipe"]
+        assert recipe == {**recipe, **options}
+        Path("again.yaml").write_text(yaml.safe_dump(recipe))
+        assert command("eqft", "--recipe", "again.yaml", "--out", "again")[0] == 0
+        assert weights_of(Path("out")) == weights_of(Path("again"))
+
+    def test_few_tokens_are_said_on_the_screen_in_the_report_and_in_the_card(self, command, shared):
+        note = (
+            "calibration: 96 tokens are fewer than the 128 inputs of the widest layer, so H is singular and damped "
+            "more; 1024 or more are better"
+        )
+        _, out, _ = command("eqft", shared, *QUICK, "--calibration", "random")
+        assert f"note: {note}\n" in out
+        assert note in report()["notes"]
+        assert f"- {note}\n" in Path("out/README.md").read_text()
+        _, out, _ = command(
+            "eqft", shared, *QUICK, "--calibration", "random", "--calibration-samples", 8, "--overwrite"
+        )
+        assert report()["totals"]["calibration"]["tokens"] == 128
+        assert "fewer than" not in out + "".join(report()["notes"])
+
+    def test_json_and_quiet_print_nothing_else(self, command, shared):
+        code, out, err = command("eqft", shared, *QUICK, "--calibration", "random", "--json", "--quiet")
+        assert (code, err) == (0, "")
+        assert json.loads(out)["totals"]["calibration"]["tokens"] == 96
+        code, out, err = command("eqft", shared, *QUICK, "--calibration", "self", "--quiet", "--overwrite")
+        assert (code, out, err) == (0, "", "")
+
+
+class TestPolish:
+    def test_it_runs_and_reports(self, command, shared):
+        options = ("--calibration-samples", 128, "--calibration-length", 32, "--calibration-mode", "parallel")
+        code, out, err = command("eqft", shared, *QUICK, "--calibration", "random", *options, "--polish", 5)
+        assert (code, err) == (0, "")
+        found = report()["totals"]["calibration"]["polish"]
+        assert found["kept"]
+        assert found["steps"] == 5
+        assert found["held_out_after"] < found["held_out_before"]
+        before, after = f"{found['held_out_before']:.4f}", f"{found['held_out_after']:.4f}"
+        assert f"polish, step 0: loss {before}, held out {before}\n" in out
+        assert f", held out {after}\n" in out
+        assert f" polish           5 steps, held-out loss {before} -> {after}" in out
+        assert f"| polish | 5 steps, held-out loss {before} -> {after} |\n" in Path("out/README.md").read_text()
+
+
+class TestPlan:
+    def test_auto_is_the_models_own_text_where_that_is_quick(self, command, shared, auto, monkeypatch):
+        def refuse(*_):
+            raise AssertionError("a weight was read")
+
+        monkeypatch.setattr(StoredTensor, "read", refuse)
+        code, out, err = command("eqft", shared, "--dry-run")
+        assert (code, err, written()) == (0, "", [])
+        assert "note: calibration self: on text that the model writes itself, about 1 s here\n" in out
+        row = next(line for line in out.splitlines() if line.startswith(" calibration "))
+        assert row.split(maxsplit=1)[1].strip() == "self, 128 samples of up to 512 tokens"
+
+    def test_auto_is_none_for_an_encoder(self, command, auto, tmp_path):
+        code, out, _ = command("eqft", make_encoder(tmp_path), "--dry-run")
+        assert code == 0
+        reason = "the model writes no text of its own; give --calibration FILE to start closer"
+        assert f"note: no calibration: {reason}\n" in out
+        assert ["calibration", "none"] in map(str.split, out.splitlines())
+
+    def test_auto_is_none_where_it_would_take_long(self, command, shared, auto, monkeypatch):
+        monkeypatch.setattr("qinit.calibration.choice.measured_speed", lambda device: 1e6)
+        _, out, _ = command("eqft", shared, "--dry-run")
+        assert "note: no calibration: on the model's own text it would take about" in out
+        assert "give --calibration self to have it all the same, or a file\n" in out
+
+    @pytest.mark.parametrize(("kind", "chosen", "said"), [("llama", "self", "writes itself"), ("bert", "none", "FILE")])
+    def test_json_has_the_choice_and_the_reason(self, command, shared, auto, tmp_path, kind, chosen, said):
+        model = shared if kind == "llama" else make_encoder(tmp_path)
+        code, out, _ = command("eqft", model, "--dry-run", "--json")
+        plan = json.loads(out)
+        assert code == 0
+        assert plan["recipe"]["calibration"] == chosen
+        assert [note for note in plan["notes"] if said in note and "calibration" in note]
+
+    def test_auto_carries_out_what_it_plans(self, command, shared, auto):
+        code, out, _ = command("eqft", shared, *QUICK)
+        assert code == 0
+        assert "note: calibration self: on text that the model writes itself" in out
+        assert report()["recipe"]["calibration"] == "self"
+        assert "that the model wrote itself" in report()["totals"]["calibration"]["text"]
+        assert "- calibration self: on text that the model writes itself" in Path("out/README.md").read_text()
+
+    def test_what_was_asked_for_has_no_reason_but_is_in_the_plan(self, command, shared, auto):
+        _, out, _ = command("eqft", shared, *QUICK, "--calibration", "random", "--polish", 7, "--dry-run")
+        assert "random, 6 samples of up to 16 tokens, then 7 steps of polish" in out
+        assert "note:" not in out
+
+
+# Bad input: files to write first, the options, and what the one line on stderr says.
+BAD_INPUT = {
+    "missing file": ({}, ["--calibration", "gone.txt"], "gone.txt: no such file; SOURCE may be a text file"),
+    "directory": ({}, ["--calibration", "."], ".: is a directory; give one text file or JSONL file"),
+    "empty file": ({"a.txt": ""}, ["--calibration", "a.txt"], "a.txt: holds no text (it is empty)"),
+    "blank file": ({"a.txt": " \n\n"}, ["--calibration", "a.txt"], "a.txt: holds no text"),
+    "blank rows": (
+        *({"a.jsonl": '{"text": " "}\n{"text": ""}\n'}, ["--calibration", "a.jsonl"]),
+        "a.jsonl: field 'text' holds no text in any of its rows",
+    ),
+    "broken JSONL": ({"a.jsonl": "{\n"}, ["--calibration", "a.jsonl"], "a.jsonl, line 1: not valid JSON"),
+    "unknown field": (
+        *({"a.jsonl": '{"body": "w4"}\n'}, ["--calibration", "a.jsonl", "--text-field", "boddy"]),
+        "a.jsonl, line 1: no field 'boddy' (did you mean 'body'?)",
+    ),
+    "field of self": (
+        *({}, ["--calibration", "self", "--text-field", "body"]),
+        "text_field: there is no field to name in calibration self",
+    ),
+    "field of auto": ({}, ["--text-field", "body"], "text_field: there is no field to name in calibration auto"),
+    "field of plain text": (
+        *({"a.txt": "w4 w5"}, ["--calibration", "a.txt", "--text-field", "body"]),
+        "a.txt: has no field 'body'; a text field is for JSONL (.jsonl or .json) and data sets",
+    ),
+    "mode": (
+        *({}, ["--calibration", "random", "--calibration-mode", "serial"]),
+        "calibration_mode: input should be 'sequential' or 'parallel', found 'serial'",
+    ),
+    "rounding": (
+        *({}, ["--calibration", "random", "--rounding", "up"]),
+        "rounding: input should be 'gptq' or 'nearest', found 'up'",
+    ),
+    "length": (
+        *({}, ["--calibration", "random", "--calibration-length", 1]),
+        "calibration_length: input should be greater than or equal to 2, found 1",
+    ),
+    "samples": (
+        *({}, ["--calibration", "random", "--calibration-samples", 0]),
+        "calibration_samples: input should be greater than or equal to 1, found 0",
+    ),
+    "negative polish": (
+        *({}, ["--calibration", "random", "--polish", -1]),
+        "polish: input should be greater than or equal to 0, found -1",
+    ),
+    "polish of one sample": (
+        *({}, ["--calibration", "random", "--polish", 3, "--calibration-samples", 1]),
+        "polish: 1 samples, at least 2 are needed",
+    ),
+    "polish without calibration": (
+        *({}, ["--calibration", "none", "--polish", 5]),
+        "polish: needs calibration, which is none",
+    ),
+    "rounding without calibration": (
+        *({}, ["--calibration", "none", "--rounding", "gptq"]),
+        "rounding: needs calibration, which is none",
+    ),
+    "order without calibration": (
+        *({}, ["--calibration", "none", "--act-order"]),
+        "act_order: needs calibration, which is none",
+    ),
+    "method that needs it": (
+        *({"r.yaml": "method: qera\ncalibration: none\n"}, ["--recipe", "r.yaml"]),
+        "r.yaml: calibration: method qera needs it (a text file, self, ...), found none",
+    ),
+    "method that needs it, auto": (
+        *({"r.yaml": "method: qera\n"}, ["--recipe", "r.yaml"]),
+        "calibration: method qera needs it; give --calibration self or a text file",
+    ),
+    "method that takes none": (
+        *({"r.yaml": "method: loftq\nformat: dense\n"}, ["--recipe", "r.yaml", "--calibration", "random"]),
+        "calibration: method loftq looks at weights alone; leave it out or give none",
+    ),
+    "polish of a method that takes none": (
+        *({"r.yaml": "method: loftq\nformat: dense\n"}, ["--recipe", "r.yaml", "--polish", 2]),
+        "polish: needs calibration, and there is none",
+    ),
+    "rounding of a method with its own": (
+        *({"r.yaml": "method: eora\n"}, ["--recipe", "r.yaml", "--calibration", "random", "--rounding", "nearest"]),
+        "rounding: method eora has its own; leave it out",
+    ),
+}
+# What only shows when the text is read.
+SEEN_LATE = {"broken JSONL", "blank rows", "unknown field", "polish of one sample"}
+
+
+def overflow(model):
+    """Make what the second block's layers read infinite."""
+    tensors = safetensors.torch.load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"].fill_(3e38)
+    safetensors.torch.save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_refused(result, message, left):
+    code, out, err = result
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert code == 2
+    assert "Load it" not in out
+    assert written() == left
+
+
+@pytest.mark.parametrize(("files", "options", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_line_and_leaves_nothing(command, shared, files, options, message):
+    for name, text in files.items():
+        Path(name).write_text(text)
+    assert_refused(command("eqft", shared, *QUICK, *options), message, sorted(files))
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_INPUT if name not in SEEN_LATE])
+def test_bad_input_is_seen_by_the_dry_run_too(command, shared, name):
+    files, options, message = BAD_INPUT[name]
+    for file, text in files.items():
+        Path(file).write_text(text)
+    assert_refused(command("eqft", shared, *QUICK, *options, "--dry-run"), message, sorted(files))
+
+
+def test_text_without_tokens(command, llama):
+    tokenizer = json.loads((llama / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "*"}, "content": " "}
+    (llama / "tokenizer.json").write_text(json.dumps(tokenizer))
+    Path("stars.txt").write_text("* * *\n")
+    result = command("eqft", llama, *QUICK, "--calibration", "stars.txt")
+    assert_refused(result, "stars.txt: the model's tokenizer makes no tokens of this text", ["stars.txt"])
+
+
+def test_a_text_for_a_model_without_a_tokenizer(command, tiny_llama):
+    Path("a.txt").write_text(TEXT)
+    result = command("eqft", tiny_llama, *QUICK, "--calibration", "a.txt")
+    assert_refused(result, "no tokenizer", ["a.txt"])
+
+
+def test_self_for_an_encoder(command, tmp_path):
+    bert = make_encoder(tmp_path)
+    result = command("eqft", bert, *QUICK, "--calibration", "self")
+    assert_refused(result, "`self` needs a causal language model", [])
+
+
+@pytest.mark.parametrize("asked", ["--polish=3", "--rounding=nearest", "--act-order"])
+def test_what_needs_calibration_where_auto_finds_none(command, auto, tmp_path, asked):
+    result = command("eqft", make_encoder(tmp_path), *QUICK, asked)
+    assert_refused(result, "needs calibration, and there is none: the model writes no text of its own", [])
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_a_model_that_overflows_halfway_leaves_nothing(command, tiny_llama, mode):
+    overflow(tiny_llama)
+    result = command("eqft", tiny_llama, *QUICK, "--calibration", "random", "--calibration-mode", mode)
+    assert_refused(result, "NaN or Inf at its input in sample ", [])
+    assert "model.layers.1." in result[2]
+    assert "%" in result[1]  # the first block had been solved
+
+
+def test_a_model_that_cannot_write_its_own_text_leaves_nothing(command, llama):
+    overflow(llama)
+    result = command("eqft", llama, *QUICK, "--calibration", "self")
+    assert_refused(result, "the model predicts NaN or Inf in torch.bfloat16", [])
+
+
+def test_an_interrupt_during_the_walk_leaves_nothing(command, shared, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qinit.calibration.walk.Meter.add", interrupt)
+    code, _, err = command("eqft", shared, *QUICK, "--calibration", "random")
+    assert (code, err, written()) == (130, "error: interrupted; nothing was left behind\n", [])
+
+
+def test_a_failing_polish_leaves_nothing(command, shared, monkeypatch):
+    monkeypatch.setattr("qinit.polish._terms", lambda *_: torch.zeros(()).fail)
+    code, _, err = command("eqft", shared, *QUICK, "--calibration", "random", "--polish", 2)
+    assert (code, written()) == (1, [])
+    assert err.startswith("error: inside qinit: AttributeError")
+
+
+class TestHub:
+    def test_the_token_reaches_the_data_set_and_nothing_that_is_written(self, command, shared, monkeypatch):
+        seen = []
+
+        def read_hub(source, text_field, token, **_):
+            seen.append((source, text_field, token))
+            return [TEXT]
+
+        monkeypatch.setattr("qinit.calibration.sources.read_hub", read_hub)
+        options = ("--calibration", "someone/texts", "--text-field", "body", "--token", "hf_secret", "--json")
+        code, out, err = command("eqft", shared, *QUICK, *options)
+        assert code == 0
+        assert seen == [("someone/texts", "body", "hf_secret")]
+        assert report()["totals"]["calibration"]["text"] == "6 windows of 16 tokens from someone/texts, seed 0"
+        texts = [file.read_text() for file in Path("out").rglob("*") if file.suffix in (".json", ".md")]
+        assert "hf_secret" not in "".join(texts) + out + err
