@@ -20,6 +20,7 @@ from qinit.targets import Architecture, Target, read_architecture, resolve_targe
 
 # Float32 weight, residual and one temporary of the same size, codes twice, the source and the packed result.
 PEAK_BYTES_PER_WEIGHT = 18
+FACTOR_COPIES = 5  # of the polish: the factors, gradients, two moments, the best iterate
 HESSIANS = 4  # H itself, without what the adapter repairs, its Cholesky factor and one temporary
 
 
@@ -109,9 +110,22 @@ class Plan:
     @property
     def working_bytes(self) -> int:
         """Estimated peak memory on top of the libraries' own: set by the largest layer, not by the model; with
-        calibration by the largest block, its statistics and the text under way."""
+        calibration by the largest block, its statistics and the text under way. A model that writes its own text is
+        in memory meanwhile, and a polish needs the source and Q of every layer at once, in float32."""
         solving = PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in self.quantized)
-        return solving + (self._measuring_bytes if self.recipe.calibrated else 0)
+        if not self.recipe.calibrated:
+            return solving
+        source = 4 * sum(tensor.numel for tensor in self.checkpoint.tensors.values())
+        held = 4 * sum(layer.weights for layer in self.quantized)
+        squares = 4 * sum(layer.target.module.in_features**2 for layer in self.quantized)
+        streamed = self.recipe.row.metric != "fisher"  # else a gradient and its square beside every weight
+        solving += self._measuring_bytes if streamed else source + 2 * held + squares
+        writing = self.bytes_before if self.recipe.calibration == "self" else 0
+        polishing = 0
+        if self.recipe.polish:
+            solving += held
+            polishing = source + held + FACTOR_COPIES * self.adapter_bytes
+        return max(writing, solving, polishing)
 
     @property
     def _measuring_bytes(self) -> int:

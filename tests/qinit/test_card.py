@@ -3,7 +3,7 @@ import ast
 import pytest
 import yaml
 
-from qinit.card import load_snippet
+from qinit.card import load_snippet, polish_words
 from tests.conftest import make_checkpoint, quantize
 
 
@@ -38,6 +38,27 @@ def test_licence_and_language_come_from_the_sources_card(tiny_llama, tmp_path):
 def test_a_dense_base_needs_no_other_package(tiny_llama, tmp_path):
     quantize(tiny_llama, tmp_path / "out", format="dense")
     assert "gptqmodel" not in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"), [(True, "30 steps, held-out loss 0.5000 -> 0.2500"), (False, "30 steps, not")]
+)
+def test_the_polish_is_said_in_words(kept, said):
+    result = {"steps": 30, "held_out_before": 0.5, "held_out_after": 0.25, "kept": kept}
+    assert polish_words(result).startswith(said)
+
+
+def test_a_calibrated_card_says_on_what_and_how_close_the_outputs_are(tiny_llama, tmp_path):
+    few = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16}
+    report = quantize(tiny_llama, tmp_path / "out", **few)
+    _, body = front_matter(tmp_path / "out")
+    table = dict(
+        line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith(("| rel", "| calibrated"))
+    )
+    assert table["calibrated on"] == "4 samples of 16 random tokens, seed 0"
+    assert table["relative output error, base + adapter"] == f"{report.totals['output_error']:.4f}"
+    recipe = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert recipe == {**report.recipe, **few}
 
 
 def test_notes_stand_in_the_card(tmp_path):

@@ -2,11 +2,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from qinit.errors import TargetError
+from qinit.calibration import choice
+from qinit.errors import CalibrationError, RecipeError, TargetError
+from qinit.methods import CALIBRATED, METHODS
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.safetensors_io import StoredTensor
 from tests.conftest import make_checkpoint, quantize
+from tests.qinit.calibration.tiny import make_bert, make_reader, words
 
 
 def plan_of(directory, **options):
@@ -89,3 +92,129 @@ def test_working_memory_depends_on_the_largest_layer_only(tmp_path):
     two, four = (plan_of(make_checkpoint(tmp_path / str(n), num_hidden_layers=n)) for n in (2, 4))
     assert two.working_bytes == four.working_bytes > 0
     assert two.bytes_before < four.bytes_before
+
+
+class TestAuto:
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch):
+        """A fast machine with 10 GB free, whatever this one is doing."""
+        monkeypatch.setattr(choice, "measured_speed", lambda device: 1e11)
+        monkeypatch.setattr(choice, "free_memory", lambda device: 10**10)
+
+    def test_a_small_language_model_writes_its_own_text(self, tiny_llama):
+        plan = plan_of(tiny_llama, calibration="auto")
+        assert plan.recipe.calibration == "self"
+        assert plan.notes == ("calibration self: on text that the model writes itself, about 1 s here",)
+        assert plan.layer_spec(plan.layers[0]).method == CALIBRATED["eqft"]
+
+    def test_what_was_chosen_is_asked_for_the_next_time(self, tiny_llama):
+        plan = plan_of(tiny_llama, calibration="auto", rounding="nearest", polish=2)
+        again = make_plan(make_recipe(**plan.recipe.model_dump()), tiny_llama, "name")
+        assert again.recipe == plan.recipe
+        assert again.notes == ()
+
+    def test_a_slow_machine_does_without(self, tiny_llama, monkeypatch):
+        monkeypatch.setattr(choice, "measured_speed", lambda device: 1e6)
+        plan = plan_of(tiny_llama, calibration="auto")
+        assert plan.recipe.calibration == "none"
+        assert plan.notes[0].startswith("no calibration: on the model's own text it would take about ")
+        assert plan.layer_spec(plan.layers[0]).method == METHODS["eqft"]
+
+    def test_a_full_machine_does_without(self, tiny_llama, monkeypatch):
+        monkeypatch.setattr(choice, "free_memory", lambda device: 10**5)
+        plan = plan_of(tiny_llama, calibration="auto")
+        assert plan.recipe.calibration == "none"
+        assert plan.notes[0].startswith("no calibration: writing its own text takes 0.0 GB of the 0.0 GB")
+
+    def test_an_encoder_does_without(self, tmp_path):
+        plan = plan_of(make_bert(tmp_path / "bert"), calibration="auto", format="dense")
+        assert plan.recipe.calibration == "none"
+        assert plan.notes == (
+            "no calibration: the model writes no text of its own; give --calibration FILE to start closer",
+        )
+
+    @pytest.mark.parametrize("method", ["qlora", "loftq", "qpissa"])
+    def test_a_method_that_takes_none_gets_none_without_a_word(self, tiny_llama, method):
+        plan = plan_of(tiny_llama, calibration="auto", method=method, format="dense")
+        assert (plan.recipe.calibration, plan.notes) == ("none", ())
+
+    @pytest.mark.parametrize("method", ["lqer", "qera", "eora", "cloq", "srr", "lq-lora"])
+    def test_a_method_that_needs_it_is_refused(self, tiny_llama, method):
+        with pytest.raises(RecipeError, match=f"method {method} needs it; give --calibration self or a text file"):
+            plan_of(tiny_llama, calibration="auto", method=method, format="dense")
+
+    @pytest.mark.parametrize("asked", [{"rounding": "gptq"}, {"act_order": True}, {"polish": 3}])
+    def test_what_needs_it_is_refused_where_there_is_none(self, tmp_path, asked):
+        with pytest.raises(RecipeError, match=f"{next(iter(asked))}: needs calibration, and there is none: the model"):
+            plan_of(make_bert(tmp_path / "bert"), calibration="auto", format="dense", **asked)
+
+
+class TestCalibration:
+    def test_what_was_asked_for_is_not_weighed(self, tiny_llama, monkeypatch):
+        monkeypatch.setattr(choice, "choose", None)
+        plan = plan_of(tiny_llama, calibration="random")
+        assert (plan.recipe.calibration, plan.notes) == ("random", ())
+
+    def test_planning_reads_no_weights(self, tmp_path, monkeypatch):
+        directory = make_reader(tmp_path / "m")
+        (tmp_path / "a.txt").write_text(words(4, 5))
+        monkeypatch.setattr(StoredTensor, "read", None)
+        for source in ("auto", "self", "random", tmp_path / "a.txt"):
+            assert len(plan_of(directory, calibration=str(source)).quantized) == 14
+
+    def test_a_missing_file_is_an_error_of_the_plan(self, tiny_llama):
+        with pytest.raises(CalibrationError, match=r"gone\.txt: no such file"):
+            plan_of(tiny_llama, calibration="gone.txt")
+
+    def test_a_text_field_is_for_rows(self, tmp_path):
+        directory = make_reader(tmp_path / "m")
+        for name in ("a.txt", "a.jsonl", "a.json"):
+            (tmp_path / name).write_text('{"body": "w4 w5"}\n')
+        with pytest.raises(CalibrationError, match=r"a\.txt: has no field 'body'; a text field is for JSONL"):
+            plan_of(directory, calibration=str(tmp_path / "a.txt"), text_field="body")
+        for name in ("a.jsonl", "a.json"):
+            plan = plan_of(directory, calibration=str(tmp_path / name), text_field="body")
+            assert plan.recipe.text_field == "body"
+
+    def test_a_layer_without_data_is_solved_by_the_row_without_calibration(self, tiny_llama):
+        plan = plan_of(tiny_llama, calibration="random", iter=9)
+        spec = plan.data_free_spec(plan.layers[0])
+        assert (spec.method, spec.iterations) == (METHODS["eqft"], METHODS["eqft"].iterations)
+        assert (spec.bits, spec.group_size, spec.rank, spec.storage) == (2, 64, 4, None)
+        assert plan.layer_spec(plan.layers[0]).iterations == 9
+
+    def test_working_memory_grows_with_the_text_the_mode_and_the_widest_layer(self, tmp_path, tiny_llama):
+        def needed(directory=tiny_llama, **options):
+            samples = {"calibration": "random", "calibration_samples": 8, "calibration_length": 16}
+            return plan_of(directory, **{**samples, **options}).working_bytes
+
+        plain = plan_of(tiny_llama).working_bytes
+        assert plain < needed(calibration_mode="parallel") < needed()
+        # Float32 hidden states of two models, width 64.
+        assert needed(calibration_samples=16) - needed() == 2 * 4 * 64 * 8 * 16
+        assert needed(calibration_length=32) == needed(calibration_samples=16)
+        assert needed(make_checkpoint(tmp_path / "wide", intermediate_size=256)) > needed()
+        assert needed(make_checkpoint(tmp_path / "deep", num_hidden_layers=4)) == needed()
+
+    def test_working_memory_counts_what_needs_the_whole_model(self, tiny_llama):
+        few = {"calibration_samples": 1, "calibration_length": 2}
+        plan = plan_of(tiny_llama, calibration="random", **few)
+        parameters, weights = plan.bytes_before // 2, sum(layer.weights for layer in plan.quantized)
+        assert plan_of(tiny_llama, calibration="self", **few).working_bytes == max(
+            plan.working_bytes, plan.bytes_before
+        )
+        polished = plan_of(tiny_llama, calibration="random", polish=1, **few).working_bytes
+        whole = 4 * parameters + 4 * weights + 5 * plan.adapter_bytes
+        assert polished == max(plan.working_bytes + 4 * weights, whole)  # Q of every layer is held until then
+        fisher = plan_of(tiny_llama, calibration="random", method="lq-lora", format="dense", **few).working_bytes
+        assert fisher > 4 * parameters + 8 * weights
+
+    def test_a_large_model_that_writes_its_own_text_is_in_memory_as_a_whole(self, tmp_path):
+        directory = make_checkpoint(tmp_path / "deep", num_hidden_layers=12)
+        few = {"calibration_samples": 1, "calibration_length": 2, "target_modules": "k_proj"}
+        plan = plan_of(directory, calibration="self", **few)
+        assert plan.working_bytes == plan.bytes_before > plan_of(directory, calibration="random", **few).working_bytes
+
+    def test_sizes_do_not_depend_on_it(self, tiny_llama):
+        plain, calibrated = plan_of(tiny_llama), plan_of(tiny_llama, calibration="random")
+        assert (plain.base_bytes, plain.adapter_bytes) == (calibrated.base_bytes, calibrated.adapter_bytes)

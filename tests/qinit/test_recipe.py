@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinit.errors import RecipeError
+from qinit.methods import CALIBRATED, METHODS
 from qinit.recipe import make_recipe, parse_size
 
 
@@ -23,6 +25,43 @@ def test_the_defaults_are_the_documented_ones():
         *("gptq", "all-linear", "auto", "5GB"),
     )
     assert recipe.alpha == recipe.rank
+    assert (recipe.calibration, recipe.text_field, recipe.calibration_samples, recipe.calibration_length) == (
+        *("auto", None, 128, 512),
+    )
+    assert (recipe.calibration_mode, recipe.rounding, recipe.act_order, recipe.polish) == ("sequential", None, False, 0)
+
+
+def test_auto_is_neither_yes_nor_no_yet():
+    recipe = make_recipe()
+    assert not recipe.calibrated
+    assert recipe.row is METHODS["eqft"]
+    assert not make_recipe(calibration="none").calibrated
+    assert make_recipe(calibration="self").calibrated
+    assert make_recipe(calibration="some/file.txt").calibrated
+
+
+def test_calibration_changes_eqfts_row_and_its_rounds():
+    calibrated = make_recipe(calibration="self")
+    assert calibrated.row == CALIBRATED["eqft"]
+    assert calibrated.iterations == CALIBRATED["eqft"].iterations
+    assert make_recipe(calibration="none").iterations == METHODS["eqft"].iterations
+    assert make_recipe(calibration="self", iter=7).iterations == make_recipe(calibration="none", iter=7).iterations == 7
+
+
+@pytest.mark.parametrize(("rounding", "found"), [(None, "gptq"), ("gptq", "gptq"), ("nearest", "nearest")])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_rounding_and_order_reach_the_row(rounding, found, act_order):
+    row = make_recipe(calibration="self", rounding=rounding, act_order=act_order).row
+    assert (row.rounding, row.act_order) == (found, act_order)
+    assert row == replace(CALIBRATED["eqft"], rounding=found, act_order=act_order)
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.metric != "weight"])
+def test_a_peers_row_is_its_own_with_calibration(method):
+    recipe = make_recipe(method=method, format="dense", calibration="self", iter=9)
+    assert recipe.row is METHODS[method]
+    assert recipe.iterations == METHODS[method].iterations
+    assert make_recipe(method=method, format="dense").calibration == "auto"  # the plan decides
 
 
 def test_a_file_sets_options_and_flags_win_over_it(tmp_path):
@@ -49,7 +88,8 @@ def test_a_dumped_recipe_makes_the_same_recipe(bits, rank, lora_alpha, use_rslor
 
 
 def test_a_dumped_recipe_is_a_recipe_file(tmp_path):
-    recipe = make_recipe(bits=4, lora_alpha=7.5, exclude="o_proj", model="some/model")
+    calibration = {"calibration": "a.jsonl", "text_field": "body", "rounding": "nearest", "polish": 3}
+    recipe = make_recipe(bits=4, lora_alpha=7.5, exclude="o_proj", model="some/model", **calibration)
     assert make_recipe(write(tmp_path, yaml.safe_dump(recipe.model_dump()))) == recipe
     assert make_recipe(write(tmp_path, json.dumps(recipe.model_dump()))) == recipe
 
@@ -99,6 +139,29 @@ def test_an_unknown_key_without_a_close_one_lists_what_is_known(tmp_path, key):
         ({"max_shard_size": "5"}, "max_shard_size: expected a size like 5GB"),
         ({"max_shard_size": "0GB"}, "max_shard_size: expected"),
         ({"target_modules": 3}, "target_modules: .*found 3"),
+        ({"calibration": 3}, "calibration: .*found 3"),
+        ({"calibration_samples": 0}, "calibration_samples: .*greater than or equal to 1, found 0"),
+        ({"calibration_samples": 2.5}, "calibration_samples: .*found 2.5"),
+        ({"calibration_length": 1}, "calibration_length: .*greater than or equal to 2, found 1"),
+        ({"calibration_mode": "both"}, "calibration_mode: .*'sequential' or 'parallel', found 'both'"),
+        ({"rounding": "up"}, "rounding: .*'gptq' or 'nearest', found 'up'"),
+        ({"act_order": 1}, "act_order: .*found 1"),
+        ({"polish": -1}, "polish: .*greater than or equal to 0, found -1"),
+        ({"polish": True}, "polish: .*found True"),
+        ({"calibration": "none", "text_field": "body"}, "text_field: needs calibration, which is none"),
+        ({"calibration": "none", "rounding": "nearest"}, "rounding: needs calibration, which is none"),
+        ({"calibration": "none", "act_order": True}, "act_order: needs calibration, which is none"),
+        ({"calibration": "none", "polish": 1}, "polish: needs calibration, which is none"),
+        ({"calibration": "self", "text_field": "body"}, "text_field: there is no field to name in calibration self"),
+        ({"calibration": "random", "text_field": "body"}, "no field to name in calibration random"),
+        ({"text_field": "body"}, "no field to name in calibration auto"),
+        ({"method": "qera", "calibration": "none"}, "calibration: method qera needs it .*, found none"),
+        *(
+            ({"method": name, "format": "dense", "calibration": "self"}, f"method {name} looks at weights alone")
+            for name in ("qlora", "loftq", "qpissa")
+        ),
+        ({"method": "eora", "calibration": "self", "rounding": "nearest"}, "rounding: method eora has its own"),
+        ({"method": "cloq", "calibration": "self", "act_order": True}, "act_order: method cloq has its own"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(options, message):

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,12 @@ def test_the_relative_error_weighs_layers_by_their_size():
 
 def test_kept_layers_do_not_count():
     assert relative_error((row((3, 10), 0.4), row((9, 9), None, kept="odd")), "error") == pytest.approx(0.4)
+
+
+def test_what_was_not_measured_does_not_count():
+    rows = (row((3, 10), 0.4), replace(row((9, 9), 0.6), output_error=0.2), replace(row((2, 9), 0.6), output_error=0.5))
+    expected = math.sqrt((81 * 0.2**2 + 18 * 0.5**2) / 99)
+    assert relative_error(rows, "output_error") == pytest.approx(expected)
 
 
 def test_the_report_is_json_with_every_part(tmp_path):
