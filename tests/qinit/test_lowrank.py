@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qinit.lowrank import COLD_STEPS, full_svd, random_basis, subspace
+from qinit.lowrank import COLD_STEPS, closed_form, full_svd, output_subspace, random_basis, subspace, without
 
 SHAPES = [(48, 32), (32, 48), (64, 64), (200, 20), (20, 200)]
 
@@ -135,3 +135,124 @@ def test_the_same_input_gives_the_same_bits():
     one, two = approximate(matrix, 8), approximate(matrix, 8)
     assert torch.equal(one.factors.A, two.factors.A)
     assert torch.equal(one.factors.B, two.factors.B)
+
+
+def second_moment(columns: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """H of inputs with a decaying spectrum; singular when there are fewer tokens than columns."""
+    x = draw(tokens, columns, seed=seed) * 0.95 ** torch.arange(columns) @ draw(columns, columns, seed=seed + 1)
+    return x.T @ x / tokens
+
+
+def output_error(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(M H M'), float64."""
+    matrix = matrix.double()
+    return float(((matrix @ hessian.double()) * matrix).sum())
+
+
+def fit_output(residual, hessian, rank, steps=12):
+    return output_subspace(residual, hessian, rank, random_basis(residual.shape[1], rank, 0, residual.device), steps)
+
+
+OUTPUT_SHAPES = [(48, 32), (32, 48), (64, 64), (100, 20), (20, 100), (6, 40)]
+
+
+@pytest.mark.parametrize("tokens", [7, 400])
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("shape", OUTPUT_SHAPES)
+def test_the_output_subspace_is_the_optimum_of_the_closed_form(shape, rank, tokens):
+    residual, hessian = decaying(*shape), second_moment(shape[1], tokens)
+    approximation = fit_output(residual, hessian, rank)
+    B, A = approximation.factors.B, approximation.factors.A
+    assert (B.shape, A.shape) == ((shape[0], rank), (rank, shape[1]))
+    best = closed_form(residual, hessian, rank)
+    found = output_error(residual - B @ A, hessian)
+    expected = output_error(residual - best.B @ best.A, hessian)
+    whole = output_error(residual, hessian)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-6 * whole)
+    assert approximation.captured == pytest.approx(whole - found, rel=1e-4)
+    # The same function of the inputs, too, not only as good a one.
+    torch.testing.assert_close(B @ A @ hessian, best.B @ best.A @ hessian, rtol=0, atol=0.02 * float(hessian.max()))
+
+
+@pytest.mark.parametrize("tokens", [7, 400])
+def test_the_output_factors_are_balanced(tokens):
+    factors = fit_output(decaying(48, 32), second_moment(32, tokens), 4).factors
+    left, right = factors.B.T @ factors.B, factors.A @ factors.A.T
+    torch.testing.assert_close(left, right, rtol=0, atol=1e-5 * float(left.max()))
+    torch.testing.assert_close(left, torch.diag(left.diagonal()), rtol=0, atol=1e-5 * float(left.max()))
+
+
+def test_under_the_identity_the_output_subspace_is_the_svd():
+    matrix = decaying(48, 32)
+    found, best = fit_output(matrix, torch.eye(32), 4), full_svd(matrix, 4)
+    assert found.captured == pytest.approx(best.captured, rel=1e-4)
+    torch.testing.assert_close(found.factors.B @ found.factors.A, best.factors.B @ best.factors.A, rtol=0, atol=2e-3)
+
+
+def test_more_steps_at_the_output_never_capture_less():
+    residual, hessian = draw(64, 48), second_moment(48, 400)
+    captured = [fit_output(residual, hessian, 6, steps).captured for steps in (1, 2, 4, 8, 16)]
+    assert all(later >= earlier * (1 - 1e-5) for earlier, later in pairwise(captured))
+
+
+def test_a_nearby_matrix_s_basis_starts_the_output_search_well():
+    residual, hessian = decaying(96, 64), second_moment(64, 500)
+    start = fit_output(residual, hessian, 6)
+    nearby = residual + 0.01 * draw(96, 64, seed=5) / 8
+    best = closed_form(nearby, hessian, 6)
+    most = output_error(nearby, hessian) - output_error(nearby - best.B @ best.A, hessian)
+    warm = output_subspace(nearby, hessian, 6, start.basis)
+    assert warm.captured >= 0.999 * most
+    assert warm.captured > fit_output(nearby, hessian, 6, steps=1).captured
+
+
+@pytest.mark.parametrize("zero", ["residual", "hessian"])
+def test_nothing_at_the_output_gives_finite_factors_and_a_usable_basis(zero):
+    residual, hessian = decaying(48, 32), second_moment(32, 400)
+    empty = output_subspace(
+        residual * (zero != "residual"), hessian * (zero != "hessian"), 4, random_basis(32, 4, 0, residual.device), 3
+    )
+    assert empty.captured == 0
+    assert all(torch.isfinite(part).all() for part in (empty.factors.A, empty.factors.B, empty.basis))
+    if zero == "residual":
+        assert not (empty.factors.B @ empty.factors.A).any()
+    again = output_subspace(residual, hessian, 4, empty.basis, 12)
+    assert again.captured == pytest.approx(fit_output(residual, hessian, 4).captured, rel=1e-3)
+
+
+class TestWithout:
+    hessian = second_moment(40, 300)
+    A = draw(5, 40, seed=3)
+
+    def test_it_is_the_error_after_the_best_b(self):
+        residual = draw(16, 40, seed=4)
+        H, A, E = self.hessian.double(), self.A.double(), residual.double()
+        best = E @ H @ A.T @ torch.linalg.inv(A @ H @ A.T)
+        least = output_error(E - best @ A, H)
+        assert output_error(residual, without(self.hessian, self.A)) == pytest.approx(least, rel=1e-3)
+        worse = best + 0.01 * draw(16, 5, seed=6)
+        assert output_error(E - worse @ A, H) > least
+
+    @pytest.mark.parametrize("tokens", [12, 300])
+    def test_both_parts_are_positive_semidefinite(self, tokens):
+        hessian = second_moment(40, tokens)
+        left = without(hessian, self.A)
+        slack = 1e-4 * float(hessian.diagonal().mean())
+        for part in (left, hessian - left):
+            assert float(torch.linalg.eigvalsh(part.double()).min()) >= -slack
+        torch.testing.assert_close(left, left.T, rtol=0, atol=slack)
+
+    def test_the_adapter_s_own_inputs_are_gone(self):
+        left = without(self.hessian, self.A) @ self.A.T
+        assert float(left.abs().max()) <= 1e-3 * float((self.hessian @ self.A.T).abs().max())
+
+    def test_dependent_and_zero_rows_change_nothing(self):
+        expected = without(self.hessian, self.A)
+        dependent = torch.cat([self.A, self.A[:2] + self.A[2:4], 2 * self.A[:1], torch.zeros(1, 40)])
+        atol = 2e-3 * float(self.hessian.diagonal().mean())
+        torch.testing.assert_close(without(self.hessian, dependent), expected, rtol=0, atol=atol)
+        assert torch.equal(without(self.hessian, torch.zeros(3, 40)), self.hessian)
+
+    def test_all_inputs_can_be_repaired_at_full_rank(self):
+        left = without(self.hessian, torch.linalg.qr(draw(40, 40, seed=8)).Q)
+        assert float(left.abs().max()) <= 1e-3 * float(self.hessian.diagonal().mean())

@@ -1,0 +1,255 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from qinit.calibrated import (
+    CORRECTION,
+    CORRECTION_DAMPING,
+    HESSIAN_DAMPING,
+    TOKENS_PER_INPUT,
+    alternate,
+    corrected,
+    output_norm,
+    stable_hessian,
+)
+from qinit.calibration.statistics import Statistics
+from qinit.errors import QinitError
+from qinit.methods import METHODS, get_method
+from qinit.solver import LayerSpec, solve, stored
+
+ROW = get_method("eqft", calibrated=True)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return 0.02 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def measured(columns: int, tokens: int = 2000, seed: int = 0, **options) -> Statistics:
+    """Statistics of inputs that are correlated and differ in size, as a layer's are."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) * 0.93 ** torch.arange(columns)
+    x = torch.randn(tokens, columns, generator=generator) @ mixing.T
+    x = x + 0.3 * torch.randn(tokens, columns, generator=generator)
+    x *= 1 + 4 * (torch.rand(columns, generator=generator) > 0.9)
+    return Statistics(x.T @ x / tokens, x.abs().mean(0), tokens, **options)
+
+
+def spec(bits=2, rank=8, group_size=64, iterations=ROW.iterations, storage=None, **changes) -> LayerSpec:
+    return LayerSpec(replace(ROW, **changes), bits, group_size, rank, iterations, storage)
+
+
+def data_free(bits=2, rank=8, storage=None) -> LayerSpec:
+    return LayerSpec(METHODS["eqft"], bits, 64, rank, METHODS["eqft"].iterations, storage)
+
+
+def true_output_error(weight, solution, layer_spec, hessian, *, adapter=True) -> float:
+    """|| (W - Q - BA) x || / || W x || from the returned parts alone, in float64."""
+    weight, hessian = weight.double(), hessian.double()
+    rest = weight - stored(solution.quantized, layer_spec).double()
+    if adapter:
+        rest = rest - solution.low_rank.B.double() @ solution.low_rank.A.double()
+    return float((((rest @ hessian) * rest).sum() / ((weight @ hessian) * weight).sum()).sqrt())
+
+
+def all_parts(solution) -> tuple[torch.Tensor, ...]:
+    quantized, low_rank = solution.quantized, solution.low_rank
+    return quantized.codes, quantized.scales, quantized.zeros, low_rank.B, low_rank.A
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rank", [1, 8, 32])
+def test_the_output_error_is_far_below_that_of_the_data_free_row(rank, bits):
+    weight, statistics = draw(96, 128), measured(128)
+    blind = true_output_error(weight, solve(weight, data_free(bits, rank)), data_free(bits, rank), statistics.hessian)
+    layer_spec = spec(bits, rank)
+    solution = solve(weight, layer_spec, statistics=statistics)
+    assert true_output_error(weight, solution, layer_spec, statistics.hessian) < 0.75 * blind
+
+
+@pytest.mark.parametrize("storage", [None, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_the_reported_errors_are_those_of_what_is_returned(rounding, bits, storage):
+    weight, statistics = draw(96, 128), measured(128)
+    layer_spec = spec(bits, storage=storage, rounding=rounding)
+    solution = solve(weight, layer_spec, statistics=statistics)
+    expected = true_output_error(weight, solution, layer_spec, statistics.hessian)
+    assert solution.output_error == pytest.approx(expected, rel=1e-4)
+    alone = true_output_error(weight, solution, layer_spec, statistics.hessian, adapter=False)
+    assert solution.quantized_output_error == pytest.approx(alone, rel=1e-4)
+    rest = weight - stored(solution.quantized, layer_spec)
+    assert solution.quantized_error == pytest.approx(float(rest.norm() / weight.norm()), rel=1e-5)
+    rest -= solution.low_rank.B @ solution.low_rank.A
+    assert solution.error == pytest.approx(float(rest.norm() / weight.norm()), rel=1e-5)
+    assert solution.output_error < solution.quantized_output_error
+
+
+def test_the_output_error_of_a_tall_layer_is_close_though_not_of_all_its_rows():
+    weight, statistics = draw(1100, 32), measured(32)
+    solution = solve(weight, spec(3), statistics=statistics)
+    expected = true_output_error(weight, solution, spec(3), statistics.hessian)
+    assert solution.output_error == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_no_round_raises_the_error(bits, act_order):
+    weight, statistics = draw(64, 192), measured(192)
+    solution = solve(weight, spec(bits, iterations=6, act_order=act_order), statistics=statistics)
+    assert len(solution.trace) == 6
+    assert all(later <= earlier * 1.002 for earlier, later in pairwise(solution.trace))
+    assert solution.trace[-1] < solution.trace[0]
+
+
+def test_the_trace_is_relative_to_the_target_under_the_stable_hessian():
+    weight, statistics = draw(48, 128), measured(128, tokens=200)
+    quantized, approximation, trace = alternate(weight, spec(), statistics, seed=0)
+    rest = weight - stored(quantized, spec()) - approximation.factors.B @ approximation.factors.A
+    hessian = stable_hessian(statistics)
+    assert trace[-1] == pytest.approx(output_norm(rest, hessian) / output_norm(weight, hessian), rel=1e-4)
+
+
+def test_the_low_rank_is_the_best_for_the_returned_quantization():
+    weight, statistics = draw(64, 128), measured(128)
+    solution = solve(weight, spec(), statistics=statistics)
+    rest = (weight - stored(solution.quantized, spec())).double()
+    hessian = stable_hessian(statistics).double()
+    eigenvalues = torch.linalg.eigvalsh(rest @ hessian @ rest.T).flip(0)
+    found = rest - solution.low_rank.B.double() @ solution.low_rank.A.double()
+    left = float(((found @ hessian) * found).sum())
+    assert float(eigenvalues[8:].sum()) * (1 - 1e-6) <= left <= 1.02 * float(eigenvalues[8:].sum())
+
+
+def test_error_feedback_is_better_than_rounding_to_nearest():
+    weight, statistics = draw(64, 192), measured(192)
+    errors = {
+        name: solve(weight, spec(3, rounding=name), statistics=statistics).output_error for name in ("gptq", "nearest")
+    }
+    assert errors["gptq"] < 0.85 * errors["nearest"]
+
+
+class TestDrift:
+    weight = draw(48, 96)
+    shift = draw(48, 96, seed=5)
+    clean = measured(96)
+
+    def drifting(self) -> Statistics:
+        """As if the inputs in front had lost what (W + shift) x would make good."""
+        return replace(self.clean, drift=self.shift @ self.clean.hessian)
+
+    def test_the_target_is_the_least_squares_one_by_a_share(self):
+        H, D = self.clean.hessian.double(), self.drifting().drift.double()
+        damped = H + CORRECTION_DAMPING * H.diagonal().mean() * torch.eye(96, dtype=torch.float64)
+        expected = self.weight + CORRECTION * D @ torch.linalg.inv(damped)
+        torch.testing.assert_close(corrected(self.weight, self.drifting()).double(), expected, rtol=0, atol=1e-5)
+
+    def test_without_drift_the_target_is_the_weight(self):
+        assert corrected(self.weight, self.clean) is self.weight
+        none = replace(self.clean, drift=torch.zeros(48, 96))
+        assert torch.equal(corrected(self.weight, none), self.weight)
+
+    def test_the_solution_moves_towards_what_makes_it_good(self):
+        layer_spec, H = spec(4, rank=16), self.clean.hessian
+        outputs = {}
+        for statistics in (self.clean, self.drifting()):
+            solution = solve(self.weight, layer_spec, statistics=statistics)
+            found = stored(solution.quantized, layer_spec) + solution.low_rank.B @ solution.low_rank.A
+            outputs[statistics.drift is None] = output_norm(self.weight + self.shift - found, H)
+        assert outputs[False] < 0.5 * outputs[True]
+
+    def test_the_weight_is_left_alone(self):
+        kept = self.weight.clone()
+        solve(self.weight, spec(), statistics=self.drifting())
+        solve(self.weight, spec(), statistics=self.clean)
+        assert torch.equal(self.weight, kept)
+
+
+class TestScarceStatistics:
+    @pytest.mark.parametrize("tokens", [1, 2, 40])
+    @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+    @pytest.mark.parametrize("drift", [False, True])
+    def test_fewer_tokens_than_inputs_still_give_a_solution(self, tokens, rounding, drift):
+        weight, statistics = draw(48, 128), measured(128, tokens)
+        if drift:
+            statistics = replace(statistics, drift=draw(48, 128, seed=3) @ statistics.hessian)
+        solution = solve(weight, spec(rounding=rounding), statistics=statistics)
+        assert all(torch.isfinite(part.float()).all() for part in all_parts(solution))
+        if not drift:
+            assert solution.error < 1.0  # what was never seen is rounded too, not thrown away
+            assert solution.output_error < solution.quantized_output_error
+
+    def test_the_fewer_the_tokens_the_more_of_the_identity_is_added(self):
+        statistics = measured(64, tokens=16)
+        mean = statistics.hessian.diagonal().mean()
+        for tokens, factor in ((10**6, 1), (TOKENS_PER_INPUT * 64, 1), (64, TOKENS_PER_INPUT), (16, 32), (0, 512)):
+            kept = statistics.hessian.clone()
+            added = stable_hessian(replace(statistics, tokens=tokens)) - statistics.hessian
+            torch.testing.assert_close(added, HESSIAN_DAMPING * factor * mean * torch.eye(64), rtol=0, atol=1e-4)
+            assert torch.equal(statistics.hessian, kept)
+
+    @pytest.mark.parametrize("drift", [False, True])
+    def test_inputs_that_are_always_zero_are_rounded_to_nearest(self, drift):
+        statistics = Statistics(torch.zeros(96, 96), torch.zeros(96), 100, torch.zeros(32, 96) if drift else None)
+        weight = draw(32, 96)
+        solution = solve(weight, spec(3), statistics=statistics)
+        assert all(torch.isfinite(part.float()).all() for part in all_parts(solution))
+        assert solution.output_error == solution.quantized_output_error == 0.0
+        assert solution.error < 0.4
+
+    def test_some_inputs_that_are_always_zero(self):
+        statistics = measured(96)
+        statistics.hessian[:40] = 0
+        statistics.hessian[:, :40] = 0
+        solution = solve(draw(32, 96), spec(3, group_size=32), statistics=statistics)
+        assert all(torch.isfinite(part.float()).all() for part in all_parts(solution))
+        assert solution.error < 0.6
+
+    def test_damaged_statistics_are_an_error(self):
+        statistics = measured(32)
+        statistics.hessian[0, 1] = statistics.hessian[1, 0] = 1e6
+        with pytest.raises(QinitError, match="indefinite"):
+            solve(draw(16, 32), spec(rank=2), statistics=statistics)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_storage_in_bfloat16_is_part_of_the_fit(rounding):
+    weight, statistics = draw(64, 128), measured(128)
+    dense = spec(8, rank=32, storage=torch.bfloat16, rounding=rounding)
+    aware = solve(weight, dense, statistics=statistics)
+    unaware = solve(weight, replace(dense, storage=None), statistics=statistics)
+    assert aware.output_error < true_output_error(weight, unaware, dense, statistics.hessian)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (1, 1), (3, 100), (40, 33)])
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_the_smallest_shapes_work_at_their_full_rank(shape, rounding):
+    weight, statistics = draw(*shape), measured(shape[1])
+    solution = solve(weight, spec(rank=min(shape), rounding=rounding), statistics=statistics)
+    assert solution.output_error < 1e-3
+
+
+def test_zero_weights_give_zero():
+    solution = solve(torch.zeros(16, 64), spec(rank=4), statistics=measured(64))
+    assert not stored(solution.quantized, spec()).any()
+    assert not (solution.low_rank.B @ solution.low_rank.A).any()
+    assert solution.error == solution.output_error == 0.0
+
+
+def test_the_same_call_gives_the_same_bits_and_seeds_hardly_matter():
+    weight, statistics = draw(64, 128), measured(128)
+    hessian, state = statistics.hessian.clone(), torch.get_rng_state()
+    one = solve(weight, spec(), seed=7, statistics=statistics)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    two = solve(weight, spec(), seed=7, statistics=statistics)
+    assert all(torch.equal(a, b) for a, b in zip(all_parts(one), all_parts(two), strict=True))
+    assert torch.equal(statistics.hessian, hessian)
+    others = [solve(weight, spec(), seed=seed, statistics=statistics).output_error for seed in range(4)]
+    assert max(others) <= 1.05 * min(others)
+
+
+def test_a_row_that_needs_statistics_says_so():
+    with pytest.raises(ValueError, match="needs statistics"):
+        solve(draw(16, 64), spec(rank=2))
