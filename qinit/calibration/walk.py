@@ -145,15 +145,17 @@ class Walk:
                     continue
                 x = self._tokens(inputs[first], batch, group.layers[0].target.name)
                 differences: dict[str, torch.Tensor] = {}
-                if diverged and inputs[first].shape[:-1] == now.shape[:-1]:
+                if diverged and len(_rows(inputs[first])) == len(_rows(now)):
                     for layer in group.layers:
                         inner, writes = self._inner(layer.target.name), group.writes.get(layer.target.name)
-                        difference = clean_outputs[inner] - outputs[inner]
+                        if inner not in clean_outputs or clean_outputs[inner].shape != outputs[inner].shape:
+                            continue  # an expert that sees other tokens in the two models
+                        difference = _rows(clean_outputs[inner] - outputs[inner])
                         if writes == "output":
-                            difference = clean_end - end
+                            difference = _rows(clean_end - end)
                         elif writes == "input":
-                            difference += then - now
-                        differences[layer.target.name] = batch.kept(difference)
+                            difference += _rows(then - now)
+                        differences[layer.target.name] = unpadded(difference, batch.mask)
                 meter.add(x, differences)
         for group, meter in zip(groups, meters, strict=True):
             for layer in group.layers:
@@ -162,7 +164,7 @@ class Walk:
     def _tokens(self, activation: torch.Tensor, batch: _Batch, name: str) -> torch.Tensor:
         """Return the rows of tokens that are no padding; raises CalibrationError for NaN or Inf."""
         require_finite_input(activation, name, batch.start, self.samples)
-        return batch.kept(activation)
+        return unpadded(activation, batch.mask)
 
     def _groups(
         self, block: nn.Module, call: Call, hidden: torch.Tensor, names: list[str]
@@ -235,6 +237,19 @@ def batch_size(plan: Plan, samples: Samples) -> int:
     return max(1, min(len(samples.tokens), BATCH_BYTES // (4 * widest * samples.tokens.shape[1])))
 
 
+def unpadded(activation: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return [tokens, width], without the padding where the activation has a row for every token of a batch with
+    `mask` [batch, length], be it [batch, length, width] or flat, as OPT's are."""
+    rows = _rows(activation)
+    if mask is not None and len(rows) == mask.numel():
+        return rows[mask.flatten().to(rows.device)]
+    return rows
+
+
+def _rows(activation: torch.Tensor) -> torch.Tensor:
+    return activation.reshape(-1, activation.shape[-1])
+
+
 def require_finite_input(activation: torch.Tensor, name: str, first: int, samples: Samples) -> None:
     """Raise CalibrationError, naming layer and sample, when an activation [batch, ...] holds NaN or Inf; `first` is
     the number of the batch's first sample."""
@@ -255,12 +270,6 @@ class _Batch:
     start: int
     stop: int
     mask: torch.Tensor | None
-
-    def kept(self, activation: torch.Tensor) -> torch.Tensor:
-        """Return [tokens, width], without padding where the activation is laid out as the samples are."""
-        if self.mask is not None and activation.shape[:-1] == self.mask.shape:
-            return activation[self.mask.to(activation.device)]
-        return activation.reshape(-1, activation.shape[-1])
 
 
 class _Calls:
@@ -357,10 +366,17 @@ def _writes(block: nn.Module, linear: nn.Module, call: Call, hidden: torch.Tenso
     generator = torch.Generator().manual_seed(0)
     shift = torch.randn(hidden.shape, generator=generator).to(hidden.device) * hidden.std()
     plain = run(hidden, lambda output, x: output)
-    if plain.shape != hidden.shape:
+    if plain.shape != hidden.shape or not torch.isfinite(plain).all():
         return None
-    shifted = run(hidden, lambda output, x: output + shift if output.shape == shift.shape else output)
+    shifted = run(hidden, lambda output, x: output + shift.view_as(output) if _alike(output, shift) else output)
     if torch.allclose(shifted - plain, shift, atol=1e-3 * float(shift.std() + plain.std()), rtol=1e-3):
         return "output"
-    one, other = (run(x, lambda output, x: shift - x if x.shape == output.shape else output) for x in (hidden, shift))
+    one, other = (
+        run(x, lambda output, x: (shift - x).view_as(output) if _alike(output, x) else output) for x in (hidden, shift)
+    )
     return "input" if torch.allclose(one, other, atol=1e-3 * float(one.std()), rtol=1e-3) else None
+
+
+def _alike(output: torch.Tensor, hidden: torch.Tensor) -> bool:
+    """Whether a linear's output has a row for every token, [batch, length, width] or flat."""
+    return output.shape[-1] == hidden.shape[-1] and output.numel() == hidden.numel()

@@ -9,7 +9,7 @@ import torch
 
 from qinit.calibration.samples import Samples
 from qinit.calibration.statistics import Meter, Statistics
-from qinit.calibration.walk import Measuring, Seen, batch_size, require_finite_input
+from qinit.calibration.walk import Measuring, Seen, batch_size, require_finite_input, unpadded
 from qinit.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[
         def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].detach()
             require_finite_input(x, name, first, samples)
-            aligned = mask is not None and x.shape[:-1] == mask.shape
-            meters[name].add(x[mask] if aligned else x.reshape(-1, x.shape[-1]), {})
+            meters[name].add(unpadded(x, mask), {})
 
         return hook
 
