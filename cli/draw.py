@@ -181,7 +181,8 @@ class Screen:
         self._console.print(table)
 
     def _table(self, title: str, rows: dict[str, str]) -> None:
-        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        self._console.print(title, style="italic", soft_wrap=True)  # a table's own title is wrapped at its width
+        table = Table(show_header=False, box=None)
         for name, value in rows.items():
             table.add_row(name, value)
         self._console.print(table)

@@ -194,6 +194,7 @@ def eqft(
     from qinit.runner import check_output, run
 
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     pick_device(options.device)
     if options.model is None:
         directory, name = demo_directory(), DEMO_NAME

@@ -195,6 +195,11 @@ def _calibrated(job: _Job, directory: Path, token: str | None) -> Generator[Even
         token=token,
         device=job.device,
     )
+    if recipe.polish and len(samples.tokens) < 2:  # it would say so itself, after everything else
+        raise CalibrationError(
+            "polish: needs at least 2 samples, one to learn from and one to check on, found "
+            f"{len(samples.tokens)} ({samples.origin}); give more or longer text"
+        )
     job.samples = samples
     job.calibration = {"text": samples.origin, "tokens": samples.count}
     widest = max(layer.target.module.in_features for layer in plan.quantized)

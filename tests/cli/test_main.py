@@ -94,6 +94,15 @@ def test_as_a_process_a_run_writes_plain_lines_and_nothing_to_stderr(tiny_llama,
     assert (tmp_path / "cwd/model_zoo/eqft/tiny-llama-2bit-4rank/qinit.json").is_file()
 
 
+def test_as_a_process_a_run_with_the_whole_model_in_memory_shows_no_bars_of_others(tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text("method: lq-lora\nformat: dense\nrank: 4\n")
+    options = ("--calibration", "self", "--calibration-samples", 2, "--calibration-length", 8, "--out", "out")
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    result = process("eqft", tiny_llama, "--recipe", "recipe.yaml", *options, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"{tiny_llama}: 2 bits, rank 4, lq-lora\n" in result.stdout  # however long the name is
+
+
 def test_as_a_process_an_unknown_hub_model_is_one_line(tmp_path, hub):
     result = process(
         *("eqft", "someone/tiny", "--token", "hf_secret", "--revision", "v2"),

@@ -68,6 +68,11 @@ def test_eqft_is_listed_with_and_without_calibration(command):
     ]
 
 
+def test_the_help_of_iter_says_the_rounds_of_the_table(command):
+    text = " ".join(command("eqft", "--help")[1].replace("│", " ").split())
+    assert f"{CALIBRATED['eqft'].iterations}, without calibration {METHODS['eqft'].iterations})" in text
+
+
 def test_a_new_row_of_the_table_is_listed(command, monkeypatch):
     monkeypatch.setitem(METHODS, "mine", replace(METHODS["loftq"], name="mine", grid="int", iterations=7))
     row = next(row for row in listed(command) if row["name"] == "mine")
