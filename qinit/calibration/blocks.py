@@ -96,16 +96,18 @@ class Blocks:
         tied = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
         skipped = {id(p) for p in head.parameters()} - tied if head is not None else set()
         loaded = []
-        for name, parameter in list(self.model.named_parameters()):
-            if name.startswith(self.path + ".") or id(parameter) in skipped:
-                continue
-            value = self._read(name)
-            if value is not None:  # what is missing is never reached, or ends the pass with an error
-                _put(self.model, name, value)
-                loaded.append(name)
-        yield
-        for name in loaded:
-            _put(self.model, name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+        try:
+            for name, parameter in list(self.model.named_parameters()):
+                if name.startswith(self.path + ".") or id(parameter) in skipped:
+                    continue
+                value = self._read(name)
+                if value is not None:  # what is missing is never reached, or ends the pass with an error
+                    _put(self.model, name, value)
+                    loaded.append(name)
+            yield
+        finally:
+            for name in loaded:
+                _put(self.model, name, torch.empty_like(self.model.get_parameter(name), device="meta"))
 
     def calls(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
         """Run a batch as far as the blocks; return the first one's hidden states and how each block is called."""

@@ -43,7 +43,7 @@ def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[
         for first in range(0, len(samples.tokens), size):
             part = slice(first, first + size)
             mask = None if samples.mask is None else samples.mask[part].to(device)
-            model(input_ids=samples.tokens[part].to(device), attention_mask=None if mask is None else mask.long())
+            _read(model, samples.tokens[part].to(device), mask, plan)
     for hook in hooks:
         hook.remove()
     fisher = _fisher(model, plan, samples, device) if plan.recipe.row.metric == "fisher" else {}
@@ -55,6 +55,22 @@ def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[
                 statistics.hessian, statistics.magnitude, statistics.tokens, fisher=fisher.pop(layer.target.name)
             )
         yield Seen(layer, _oriented(weight, layer), statistics)
+
+
+def _read(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None, plan: Plan) -> None:
+    inputs = {"input_ids": tokens, "attention_mask": None if mask is None else mask.long()}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    try:
+        model(**inputs)
+    except CalibrationError:
+        raise
+    except Exception as error:  # a model can ask for anything beside tokens
+        reason = " ".join(str(error).split())[:300]
+        raise CalibrationError(
+            f"{plan.checkpoint.directory}: the model does not run on token ids ({type(error).__name__}: {reason}); "
+            "use --calibration none"
+        ) from error
 
 
 def _fisher(model: Any, plan: Plan, samples: Samples, device: torch.device) -> dict[str, torch.Tensor]:
