@@ -26,15 +26,19 @@ DATA_FREE = ("qlora", "loftq", "qpissa", "eqft")
 CALIBRATED = ("lqer", "qera", "eora", "cloq", "srr", "eqft")
 
 
-def variants(calibration: str | None, polish: int) -> list[tuple[str, str, dict[str, Any]]]:
+def variants(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]]]:
     """Return label, method and options of every row of the table."""
     rows = [(name, name, {"calibration": "none"}) for name in DATA_FREE]
-    if calibration:
-        text = {"calibration": calibration}
+    if options.calibration:
+        text = {
+            "calibration": options.calibration,
+            "calibration_samples": options.samples,
+            "calibration_length": options.length,
+        }
         rows += [(f"{name} + text", name, text) for name in CALIBRATED]
-        if polish:
-            rows.append((f"eqft + text + polish {polish}", "eqft", {**text, "polish": polish}))
-    return rows
+        if options.polish:
+            rows.append((f"eqft + text + polish {options.polish}", "eqft", {**text, "polish": options.polish}))
+    return [row for row in rows if options.methods is None or row[1] in options.methods.split(",")]
 
 
 def draw(result: dict[str, Any]) -> None:
@@ -67,6 +71,9 @@ def main() -> None:
     parser.add_argument("--format", default=None, help="for qinit's row; dense for widths that gptq cannot hold")
     parser.add_argument("--calibration", default=None, help="also run the methods that measure what layers see")
     parser.add_argument("--polish", type=int, default=0, help="with calibration: also eqft with so many steps")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--methods", default=None, help="only these, e.g. loftq,eqft (loftq is what ratios are to)")
     parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
     options = parser.parse_args()
 
@@ -80,7 +87,7 @@ def main() -> None:
     rows = []
     for bits in map(int, options.bits.split(",")):
         for rank in ranks:
-            for label, method, extra in variants(options.calibration, options.polish):
+            for label, method, extra in variants(options):
                 chosen = {"bits": bits, "rank": rank, "group_size": options.group_size, **extra}
                 if options.format:
                     chosen["format"] = options.format

@@ -4,7 +4,7 @@
 
 Every start goes through the whole path: written to disk (dense, so that plain linear layers are trained), loaded with
 stock transformers + peft. `lora` is 16-bit LoRA on the full-precision model, PEFT's own start. AdamW without weight
-decay, warm-up over 10 steps and cosine decay, 8 windows of 256 tokens per step. The learning rates are chosen by the
+decay, warm-up over 10 steps and cosine decay, 8 windows of 128 tokens per step. The learning rates are chosen by the
 test text for every method alike; all of them are shown.
 """
 
@@ -24,11 +24,11 @@ from common import load_for_training, load_tokens, quantize, show
 from qinit.demo import demo_directory
 from qinit.evaluate import perplexity
 
-WINDOW, BATCH, WARM_UP = 256, 8, 10
+WINDOW, BATCH, WARM_UP = 128, 8, 10
 STARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "loftq": ("loftq", {"calibration": "none"}),
     "qpissa": ("qpissa", {"calibration": "none"}),
-    "eqft, no text": ("eqft", {"calibration": "none"}),
+    "eqft without text": ("eqft", {"calibration": "none"}),
     "cloq": ("cloq", {}),
     "eqft": ("eqft", {}),
     "eqft + polish": ("eqft", {"polish": 120}),
@@ -69,11 +69,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--test-windows", type=int, default=80)
+    parser.add_argument("--test-windows", type=int, default=160)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--calibration", default="self")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--learning-rates", default="0.003,0.01,0.03")
     parser.add_argument("--starts", default=",".join(STARTS))
@@ -90,7 +92,11 @@ def main() -> None:
             if name != "lora":
                 method, extra = STARTS[name]
                 chosen = {"bits": options.bits, "rank": options.rank, "group_size": options.group_size}
-                text = {"calibration": options.calibration}
+                text = {
+                    "calibration": options.calibration,
+                    "calibration_samples": options.samples,
+                    "calibration_length": options.length,
+                }
                 quantize(directory, out, method, **{**text, **chosen, **extra, "format": "dense"})
             row: dict[str, Any] = {"start_from": name, "ends": {}}
             for rate in rates:

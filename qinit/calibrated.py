@@ -20,8 +20,8 @@ FINAL_STEPS = 3
 ROUNDING_DAMPING = 0.1  # what the adapter repairs is gone from H, so its smallest eigenvalues are zero
 CORRECTION = 0.75  # how much of the drift is made good; all of it fits the calibration text too closely
 CORRECTION_DAMPING = 0.1
-HESSIAN_DAMPING = 1e-3  # of the mean diagonal, at TOKENS_PER_INPUT or more; inputs that were never seen count too
-TOKENS_PER_INPUT = 8
+HESSIAN_DAMPING = 0.3  # of the mean diagonal: what the text does not show still counts, in other domains too
+TOKENS_PER_INPUT = 1  # below, H is singular
 TRACE_ROWS = 64
 
 
@@ -33,8 +33,8 @@ def alternate(
     T is W, corrected for what the layers in front have left: see `corrected`. Low rank first: L is fitted to T,
     and the rest is rounded with error feedback under the part of H that the adapter cannot repair (`without`).
     Each later round sweeps over codes and scales under that part, and every round fits L again. No step raises the
-    error, so the last round is the best. Returns Q, L (fitted to Q as stored) and the error after each round relative to
-    tr(T H T'), measured on TRACE_ROWS rows.
+    error, so the last round is the best. Returns Q, L (fitted to Q as stored) and the error after each round relative
+    to tr(T H T'), measured on TRACE_ROWS rows.
     """
     method, grid = spec.method, GRIDS[spec.method.grid]
     hessian = stable_hessian(statistics)
