@@ -190,8 +190,9 @@ def eqft(
 
     from qinit.device import pick_device
     from qinit.hub import local_directory
+    from qinit.output import check_output
     from qinit.plan import make_plan
-    from qinit.runner import check_output, run
+    from qinit.runner import run
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

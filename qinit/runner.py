@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,13 +25,14 @@ from qinit.calibration.whole import whole_model
 from qinit.card import write_card
 from qinit.checkpoint import count_nonfinite, require_finite
 from qinit.device import pick_device
-from qinit.errors import CalibrationError, OutputError
+from qinit.errors import CalibrationError
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.lowrank import LowRank
+from qinit.output import check_output, placed
 from qinit.plan import LayerPlan, Plan
 from qinit.polish import Polished, Progress, polish
-from qinit.report import REPORT_NAME, LayerRow, Report, peak_memory_bytes, relative_error, versions
+from qinit.report import LayerRow, Report, peak_memory_bytes, relative_error, versions
 from qinit.safetensors_io import SafetensorsWriter, StoredTensor
 from qinit.solver import residual_norm, seed_of, solve, stored
 
@@ -79,36 +79,6 @@ class Noted:
 Event = Sampling | Measuring | Noted | Working | Done | Progress | Finished
 
 
-def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
-    """Raise OutputError if the result cannot go to `out`: it exists, holds something else, or lacks space."""
-    try:
-        _check_output(plan, out, overwrite)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be looked at ({error.strerror}); choose another place with --out") from None
-
-
-def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
-    source = plan.checkpoint.directory.resolve()
-    if out.resolve() == source or out.resolve() in source.parents or source in out.resolve().parents:
-        raise OutputError(f"{out}: is, holds or lies in the source {source}; choose another place with --out")
-    if out.exists():
-        if not out.is_dir():
-            raise OutputError(f"{out}: exists and is no directory; choose another place with --out")
-        if any(out.iterdir()):
-            if not overwrite:
-                raise OutputError(f"{out}: exists; pass --overwrite to replace it, or choose another place with --out")
-            if not (out / REPORT_NAME).is_file():
-                raise OutputError(
-                    f"{out}: exists and has no {REPORT_NAME}, so qinit did not write it and will not replace it; "
-                    "choose another place with --out"
-                )
-    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    needed = plan.base_bytes + plan.adapter_bytes
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
-
-
 def run(
     plan: Plan, out: Path, *, overwrite: bool = False, command: str = "", token: str | None = None
 ) -> Generator[Event, None, None]:
@@ -121,7 +91,7 @@ def run(
     check_output(plan, out, overwrite)
     device = pick_device(plan.recipe.device)
     started = time.perf_counter()
-    with _placed(out) as directory:
+    with placed(out) as directory:
         _copy_companions(plan, directory)
         adapter_directory = directory / adapter.ADAPTER_DIRECTORY
         adapter_directory.mkdir()
@@ -351,41 +321,6 @@ def _checked_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
         bad += count_nonfinite(chunk.view(tensor.dtype))
         yield chunk
     require_finite(tensor, bad)
-
-
-@contextmanager
-def _placed(out: Path) -> Iterator[Path]:
-    """Give a temporary directory beside `out`; rename it to `out` on success, remove it on any failure."""
-    final = out.resolve()  # `out` may be a link: what it points to is replaced, not the link
-    partial = final.with_name(f".{final.name}.partial")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        _swap(partial, final)
-    except OSError as error:
-        where = f": {Path(error.filename).name}" if error.filename else ""
-        raise OutputError(
-            f"{out}: cannot be written ({error.strerror or error}{where}); nothing was left there"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`; an older `final` is put back if that fails, and removed if it succeeds."""
-    replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    try:
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
-    except BaseException:
-        if replaced.exists() and not final.exists():
-            replaced.rename(final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _copy_companions(plan: Plan, directory: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qinit.checkpoint import count_nonfinite, require_finite
+from qinit.safetensors_io import StoredTensor
 from qinit.targets import build_model, possible_names
 
 if TYPE_CHECKING:
@@ -40,6 +41,17 @@ class Call:
             block(hidden_states=hidden, **self.kwargs) if self.by_name else block(hidden, *self.args, **self.kwargs)
         )
         return output[0] if isinstance(output, tuple) else output
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two arguments of a block are the same as far as can be seen: tensors, and what holds them."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(value, other[key]) for key, value in one.items())
+    return type(one) is type(other)
 
 
 class _Stub(nn.Module):
@@ -76,11 +88,17 @@ class Blocks:
         checkpoint = plan.checkpoint
         self.model = build_model(checkpoint.directory, checkpoint.config, include_buffers=False).eval()
         self.model.config.use_cache = False
-        for module in self.model.modules():
+        for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+                if buffer is not None:  # some are trained, such as Gemma 4's layer_scalar
+                    stored = self._read(f"{path}.{name}")
+                    module._buffers[name] = buffer.to(device) if stored is None else stored.to(buffer.dtype)
         self.path, self.blocks = _row_of_blocks(self.model, [layer.target.name for layer in plan.quantized])
+        if any(getattr(module, "is_kv_shared_layer", False) for module in self.blocks.modules()):
+            raise NotStreamable("some blocks use the keys and values of others")
+        for name, _ in self.blocks.named_parameters(remove_duplicate=False):
+            if self._find(f"{self.path}.{name}") is None:
+                raise NotStreamable(f"the checkpoint has no tensor {self.path}.{name}")
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -126,15 +144,17 @@ class Blocks:
                 self.blocks[index] = block
         if len(kept) != len(real):
             raise NotStreamable(f"{len(kept)} of {len(real)} blocks were called")
-        return _hidden(kept[0]), [Call(*arguments) for arguments in kept]
+        hidden = _hidden(kept[0])
+        if hidden.shape[:-1] != tokens.shape:
+            raise NotStreamable(f"the blocks take hidden states of shape {list(hidden.shape)}")
+        return hidden, [Call(*arguments) for arguments in kept]
 
     def load(self, index: int) -> nn.Module:
         """Return one block with its weights in float32 on the device."""
         block = self.blocks[index]
         for name, _ in list(block.named_parameters()):
             value = self._read(self.prefix(index) + name)
-            if value is None:
-                raise NotStreamable(f"the checkpoint has no tensor {self.prefix(index) + name}")
+            assert value is not None
             _put(block, name, value)
         return block
 
@@ -143,14 +163,18 @@ class Blocks:
         for name, parameter in list(self.blocks[index].named_parameters()):
             _put(self.blocks[index], name, torch.empty_like(parameter, device="meta"))
 
-    def _read(self, name: str) -> torch.Tensor | None:
+    def _find(self, name: str) -> StoredTensor | None:
         tensors = self.plan.checkpoint.tensors
-        for candidate in possible_names(name, self.plan.architecture.base_prefix):
-            if candidate in tensors:
-                raw = tensors[candidate].read()
-                require_finite(tensors[candidate], count_nonfinite(raw))
-                return raw.to(self.device, torch.float32)
-        return None
+        names = possible_names(name, self.plan.architecture.base_prefix)
+        return next((tensors[candidate] for candidate in names if candidate in tensors), None)
+
+    def _read(self, name: str) -> torch.Tensor | None:
+        tensor = self._find(name)
+        if tensor is None:
+            return None
+        raw = tensor.read()
+        require_finite(tensor, count_nonfinite(raw))
+        return raw.to(self.device, torch.float32)
 
 
 def _put(root: nn.Module, name: str, value: torch.Tensor) -> None:

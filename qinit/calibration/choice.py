@@ -15,7 +15,8 @@ from qinit.calibration.sources import sampling_cost
 if TYPE_CHECKING:
     from qinit.plan import Plan
 
-LONGEST = 300.0  # seconds that `auto` may spend without being asked
+LONGEST = 300.0  # seconds that `auto` may spend without being asked, on a machine of nominal speed:
+NOMINAL_SPEED = {"cpu": 1.5e11, "cuda": 5e13}  # so that a busy machine writes the same bytes as an idle one
 EFFICIENCY = 0.3  # of a matrix product's speed that a model reaches
 TOKEN_SECONDS = 4e-4  # per layer of the model and token written: what a step costs beside its arithmetic
 LARGEST_SHARE = 0.5  # of the free memory that a model may take for writing its text
@@ -66,13 +67,14 @@ def choose(plan: Plan, device: torch.device) -> tuple[str, str]:
             f"writing its own text takes {plan.bytes_before / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free; "
             "give --calibration FILE to start closer"
         )
-    cost = calibration_cost(plan, AUTO_SOURCE, measured_speed(device))
-    if cost.seconds > LONGEST:
+    nominal = calibration_cost(plan, AUTO_SOURCE, NOMINAL_SPEED[device.type]).seconds
+    here = duration(calibration_cost(plan, AUTO_SOURCE, measured_speed(device)).seconds)
+    if nominal > LONGEST:
         return "none", (
-            f"on the model's own text it would take about {duration(cost.seconds)} here; give --calibration self to "
-            "have it all the same, or a file"
+            f"on the model's own text it would take about {here} here; give --calibration self to have it all the "
+            "same, or a file"
         )
-    return AUTO_SOURCE, f"on text that the model writes itself, about {duration(cost.seconds)} here"
+    return AUTO_SOURCE, f"on text that the model writes itself, about {here} here"
 
 
 def measured_speed(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qinit.calibration.blocks import Blocks, Call, Stop
+from qinit.calibration.blocks import Blocks, Call, Stop, alike
 from qinit.calibration.samples import Samples
 from qinit.calibration.statistics import Meter, Statistics
 from qinit.errors import CalibrationError
@@ -273,19 +273,21 @@ class _Batch:
 
 
 class _Calls:
-    """How each block is called; without padding all batches of one size are called alike."""
+    """How each block is called: mostly alike for all batches of one size, but not with padding, nor where a block
+    also gets something made of the tokens (Gemma 4's per-layer inputs)."""
 
     def __init__(self) -> None:
-        self.by_key: dict[tuple[int, int], list[Call]] = {}
+        self.by_size: dict[int, list[Call]] = {}
+        self.own: dict[int, list[Call]] = {}
 
     def add(self, batch: _Batch, calls: list[Call]) -> None:
-        self.by_key.setdefault(self._key(batch), calls)
+        first = self.by_size.setdefault(batch.stop - batch.start, calls)
+        pairs = zip(calls, first, strict=True)
+        if not all(alike(call.args, other.args) and alike(call.kwargs, other.kwargs) for call, other in pairs):
+            self.own[batch.start] = calls
 
     def of(self, batch: _Batch, index: int) -> Call:
-        return self.by_key[self._key(batch)][index]
-
-    def _key(self, batch: _Batch) -> tuple[int, int]:
-        return (batch.stop - batch.start, -1 if batch.mask is None else batch.start)
+        return self.own.get(batch.start, self.by_size[batch.stop - batch.start])[index]
 
 
 class _Carried:

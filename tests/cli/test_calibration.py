@@ -6,6 +6,7 @@ import safetensors.torch
 import torch
 import yaml
 
+from qinit.calibration import choice
 from qinit.calibration.choice import choose
 from qinit.safetensors_io import StoredTensor
 from tests.conftest import weights_of
@@ -168,7 +169,7 @@ class TestPlan:
         assert ["calibration", "none"] in map(str.split, out.splitlines())
 
     def test_auto_is_none_where_it_would_take_long(self, command, shared, auto, monkeypatch):
-        monkeypatch.setattr("qinit.calibration.choice.measured_speed", lambda device: 1e6)
+        monkeypatch.setitem(choice.NOMINAL_SPEED, "cpu", 1e6)
         _, out, _ = command("eqft", shared, "--dry-run")
         assert "note: no calibration: on the model's own text it would take about" in out
         assert "give --calibration self to have it all the same, or a file\n" in out

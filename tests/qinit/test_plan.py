@@ -113,8 +113,8 @@ class TestAuto:
         assert again.recipe == plan.recipe
         assert again.notes == ()
 
-    def test_a_slow_machine_does_without(self, tiny_llama, monkeypatch):
-        monkeypatch.setattr(choice, "measured_speed", lambda device: 1e6)
+    def test_what_takes_long_is_not_done_unasked(self, tiny_llama, monkeypatch):
+        monkeypatch.setitem(choice.NOMINAL_SPEED, "cpu", 1e6)
         plan = plan_of(tiny_llama, calibration="auto")
         assert plan.recipe.calibration == "none"
         assert plan.notes[0].startswith("no calibration: on the model's own text it would take about ")

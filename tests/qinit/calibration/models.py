@@ -17,6 +17,15 @@ SMALL_LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads"
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**SMALL, **SMALL_LAYERS, "use_parallel_residual": True}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**GATED, "head_dim": 32, "sliding_window": 8}),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            **{**GATED, "head_dim": 32, "global_head_dim": 32, "sliding_window": 8, "num_kv_shared_layers": 0},
+            **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 256},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "bert": ("BertConfig", "BertForMaskedLM", {**SMALL, **SMALL_LAYERS, "max_position_embeddings": 64}),
     "t5": (
         "T5Config",

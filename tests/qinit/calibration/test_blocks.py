@@ -106,6 +106,13 @@ class TestMemory:
         assert all(one is other for one, other in zip(blocks.blocks, real, strict=True))
 
 
+def test_trained_buffers_come_from_the_checkpoint(tmp_path):
+    source = make(tmp_path / "m", "gemma4")
+    edit(source, lambda tensors: tensors["model.layers.1.layer_scalar"].fill_(0.25))
+    block = Blocks(plan_of(source), CPU).load(1)
+    assert block.layer_scalar.item() == 0.25
+
+
 class TestNotStreamable:
     def test_an_encoder_and_a_decoder_are_two_rows(self, tmp_path):
         with pytest.raises(NotStreamable, match="2 rows of blocks"):
@@ -119,10 +126,18 @@ class TestNotStreamable:
     def test_a_tensor_that_the_checkpoint_lacks(self, tmp_path):
         source = make(tmp_path / "m", "llama")
         edit(source, lambda tensors: tensors.pop("model.layers.1.input_layernorm.weight"))
-        blocks = Blocks(plan_of(source), CPU)
-        blocks.load(0)
         with pytest.raises(NotStreamable, match=r"no tensor model\.layers\.1\.input_layernorm\.weight"):
-            blocks.load(1)
+            Blocks(plan_of(source), CPU)
+        options = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "format": "dense"}
+        report = quantize(source, tmp_path / "out", group_size=32, **options)
+        assert any("whole model in memory: the checkpoint has no tensor" in note for note in report.notes)
+
+    def test_blocks_that_share_keys_and_values(self, tmp_path):
+        source = make(
+            tmp_path / "m", "gemma4", num_hidden_layers=3, num_kv_shared_layers=1, layer_types=["full_attention"] * 3
+        )
+        with pytest.raises(NotStreamable, match="keys and values of others"):
+            Blocks(plan_of(source), CPU)
 
     def test_a_missing_embedding(self, tmp_path):
         source = make(tmp_path / "m", "llama")

@@ -21,7 +21,7 @@ from tests.qinit.calibration.models import (
 )
 
 CPU = torch.device("cpu")
-ALL = (*FAMILIES, "gpt_neox", "gemma2", "bert")
+ALL = (*FAMILIES, "gpt_neox", "gemma2", "gemma4", "bert")
 # What a block's layers write to, by the end of their name; all others: unknown.
 WRITES = {
     **{name: {"o_proj": "input", "down_proj": "output"} for name in FAMILIES},
@@ -29,6 +29,7 @@ WRITES = {
     "gpt2": {"attn.c_proj": "input", "mlp.c_proj": "output"},
     "gpt_neox": {"attention.dense": "output", "mlp.dense_4h_to_h": "output"},
     "gemma2": {},
+    "gemma4": {},
     "bert": {"attention.output.dense": "input"},
 }
 OUTSIDE = ("cls.predictions.transform.dense",)  # of the row of blocks
