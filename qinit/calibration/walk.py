@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from qinit.calibration.blocks import Blocks, Call, Stop, alike
+from qinit.calibration.choice import free_memory
 from qinit.calibration.samples import Samples
 from qinit.calibration.statistics import Meter, Statistics
 from qinit.errors import CalibrationError
@@ -296,8 +296,7 @@ class _Carried:
     def __init__(self, shape: tuple[int, ...], file: Path, streams: int) -> None:
         self.streams = streams
         size = 4 * torch.Size(shape).numel()
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if streams * size <= CARRIED_SHARE * available:
+        if streams * size <= CARRIED_SHARE * free_memory(torch.device("cpu")):
             self.states = torch.empty(shape)
         else:
             flat = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)

@@ -32,7 +32,7 @@ WRITES = {
     "gemma4": {},
     "bert": {"attention.output.dense": "input"},
 }
-OUTSIDE = ("cls.predictions.transform.dense",)  # of the row of blocks
+OUTSIDE = ("cls.predictions.transform.dense", "model.per_layer_model_projection")  # of the row of blocks
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ class TestLayersThatAreNotVisited:
     def test_layers_outside_of_the_row_of_blocks_are_left_out(self, plan):
         names = [layer.target.name for layer in plan("bert").quantized]
         seen = parallel(plan("bert"), random_samples())
-        assert set(names) - set(seen) == set(OUTSIDE)
+        assert set(names) - set(seen) == {"cls.predictions.transform.dense"}
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
