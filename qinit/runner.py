@@ -25,7 +25,7 @@ from qinit.calibration.whole import whole_model
 from qinit.card import write_card
 from qinit.checkpoint import count_nonfinite, require_finite
 from qinit.device import pick_device
-from qinit.errors import CalibrationError
+from qinit.errors import CalibrationError, CheckpointError
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.lowrank import LowRank
@@ -238,7 +238,13 @@ def _solve_layer(
     if weight is not None:
         without_data = recipe.calibrated and statistics is None
         spec = job.plan.data_free_spec(layer) if without_data else job.plan.layer_spec(layer)
-        solution = solve(weight, spec, seed, statistics)
+        try:
+            solution = solve(weight, spec, seed, statistics)
+        except torch.linalg.LinAlgError as error:
+            raise CheckpointError(
+                f"{target.tensor.file}: tensor '{target.tensor.name}' cannot be decomposed; its values go up to "
+                f"{float(weight.abs().max()):.1e}, squares of which overflow in float32: is the file damaged?"
+            ) from error
         for name, tensor in FORMATS[recipe.format].encode(target, solution.quantized, GRIDS[spec.method.grid]).items():
             job.base.write(name, tensor.cpu())
         if recipe.calibrated:
