@@ -188,6 +188,7 @@ def eqft(
         logging.getLogger(chatty).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
+    from qinit.calibration.choice import expected
     from qinit.device import pick_device
     from qinit.hub import local_directory
     from qinit.output import check_output
@@ -196,7 +197,7 @@ def eqft(
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    pick_device(options.device)
+    chosen_device = pick_device(options.device)
     if options.model is None:
         directory, name = demo_directory(), DEMO_NAME
     else:
@@ -205,6 +206,8 @@ def eqft(
     if out is None:
         short = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
         out = save_dir / f"{short}-{options.bits}bit-{options.rank}rank"
+    for line in expected(plan, chosen_device):
+        screen.say(f"note: {line}")
     if dry_run:
         screen.plan(plan, out)
         if json_output:

@@ -12,6 +12,7 @@ import torch
 
 from qinit.calibration.facts import Facts
 from qinit.calibration.sources import sampling_cost
+from qinit.polish import BATCH_TOKENS, polish_flops
 
 if TYPE_CHECKING:
     from qinit.plan import Plan
@@ -76,6 +77,23 @@ def choose(plan: Plan, device: torch.device) -> tuple[str, str]:
             "same, or a file"
         )
     return AUTO_SOURCE, f"on text that the model writes itself, about {here} here"
+
+
+def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
+    """Say what calibration and polish will take on this machine, a line each; nothing for a plan without."""
+    if not plan.recipe.calibrated:
+        return ()
+    speed = measured_speed(device)
+    cost = calibration_cost(plan, plan.recipe.calibration, speed)
+    writing = f", {duration(cost.writing)} of it to write the text" if cost.writing else ""
+    lines = [f"calibration takes about {duration(cost.seconds)} here{writing}"]
+    if plan.recipe.polish:
+        parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
+        seconds = polish_flops(parameters, BATCH_TOKENS, plan.recipe.polish) / (EFFICIENCY * speed)
+        lines.append(
+            f"{plan.recipe.polish} steps of polish take about {duration(seconds)} here, with the whole model in memory"
+        )
+    return tuple(lines)
 
 
 def measured_speed(device: torch.device) -> float:

@@ -92,9 +92,10 @@ class Walk:
                 self.repaired = copy.deepcopy(block) if self.sequential else None
                 try:
                     yield from self._block(block, original, repaired, calls, batches)
-                    self._advance(original, block, calls, batches)
-                    if self.repaired is not None:
-                        self._advance(repaired, self.repaired, calls, batches)
+                    if index + 1 < len(self.blocks):
+                        self._advance(original, block, calls, batches)
+                        if self.repaired is not None:
+                            self._advance(repaired, self.repaired, calls, batches)
                 finally:
                     self.repaired = None
                     self.blocks.unload(index)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qinit.calibration import choice
-from qinit.calibration.choice import calibration_cost, choose, duration, free_memory, measured_speed
+from qinit.calibration.choice import calibration_cost, choose, duration, expected, free_memory, measured_speed
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from tests.qinit.calibration.models import make
@@ -150,3 +150,22 @@ def test_what_the_system_caches_of_files_counts_as_free(monkeypatch):
     assert free_memory(CPU) == 70 * 1024
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "nothing\n")
     assert free_memory(CPU) > 1e6
+
+
+class TestExpected:
+    def test_nothing_is_said_without_calibration(self, llama):
+        assert expected(plan_of(llama, calibration="none"), CPU) == ()
+
+    def test_the_text_and_the_polish_are_told_apart(self, llama, monkeypatch):
+        monkeypatch.setattr(choice, "measured_speed", lambda device: 1e7)
+        lines = expected(plan_of(llama, calibration="self", polish=50), CPU)
+        assert len(lines) == 2
+        assert "of it to write the text" in lines[0]
+        assert lines[1].startswith("50 steps of polish take about ")
+        (line,) = expected(plan_of(llama, calibration="random"), CPU)
+        assert "write the text" not in line
+
+    def test_more_steps_take_longer(self, llama, monkeypatch):
+        monkeypatch.setattr(choice, "measured_speed", lambda device: 1e7)
+        few, many = (expected(plan_of(llama, calibration="random", polish=n), CPU)[1] for n in (10, 1000))
+        assert few.removeprefix("10") != many.removeprefix("1000")
