@@ -148,6 +148,15 @@ def test_scales_are_found_for_the_inputs_that_matter():
     assert ((x - scale[:, None] * code)[:, 1].abs() < 2e-3 * x[:, 1].abs()).all()
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_rounding_finds_its_scales_for_the_inputs_that_matter(act_order):
+    target, sizes = draw(32, 32), torch.full((32,), 1e-4)
+    sizes[5::8] = 4.0
+    options = {"bits": 3, "group_size": 8, "search": "mse", "act_order": act_order}
+    _, residual = round_gptq(target, torch.diag(sizes), damp=1e-5, **options)
+    assert residual[:, 5::8].abs().mean() < 0.02 * residual.abs().mean()
+
+
 def test_blocks_are_whole_groups():
     for columns, group_size in ((512, 64), (300, 96), (300, 192), (40, 64), (128, 128), (130, 8)):
         blocks = column_blocks(columns, group_size)
