@@ -92,6 +92,7 @@ def main() -> None:
                 if options.format:
                     chosen["format"] = options.format
                 start = measure_start(model, tokens, options.window, method, **chosen)
+                print(f"{bits} bits, rank {rank}, {label}: {start.perplexity:.3f}", flush=True)
                 totals = start.report.totals
                 excess = math.log(start.perplexity / reference)
                 packed = totals[
