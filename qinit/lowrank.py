@@ -73,8 +73,11 @@ def output_subspace(
     vectors = vectors.flip(1)
     rows, S, Vh = torch.linalg.svd((basis @ vectors[:, :rank]).T, full_matrices=False)
     captured = float(values.flip(0)[:rank].clamp(min=0).double().sum())
-    balanced = _balanced(outputs @ vectors[:, :rank] @ rows, S, Vh, rank, basis @ vectors)
-    return Approximation(balanced.factors, balanced.basis, captured)
+    # Equal norms, A with orthogonal rows of one length, so that a step of training moves all r directions alike: on two
+    # models it ended 0.3 to 0.9 % lower than from B = U sqrt(S), A = sqrt(S) V', where the leading ones run ahead.
+    size = float(S.double().square().mean()) ** 0.25 or 1.0
+    factors = LowRank(B=outputs @ (vectors[:, :rank] @ rows * (S / size)), A=size * Vh)
+    return Approximation(factors, basis @ vectors, captured)
 
 
 def without(hessian: torch.Tensor, A: torch.Tensor) -> torch.Tensor:

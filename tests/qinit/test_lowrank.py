@@ -175,11 +175,19 @@ def test_the_output_subspace_is_the_optimum_of_the_closed_form(shape, rank, toke
 
 
 @pytest.mark.parametrize("tokens", [7, 400])
-def test_the_output_factors_are_balanced(tokens):
+def test_the_output_factors_have_equal_norms_and_rows_of_one_length(tokens):
     factors = fit_output(decaying(48, 32), second_moment(32, tokens), 4).factors
     left, right = factors.B.T @ factors.B, factors.A @ factors.A.T
-    torch.testing.assert_close(left, right, rtol=0, atol=1e-5 * float(left.max()))
+    assert float(left.trace()) == pytest.approx(float(right.trace()), rel=1e-4)
     torch.testing.assert_close(left, torch.diag(left.diagonal()), rtol=0, atol=1e-5 * float(left.max()))
+    torch.testing.assert_close(right, right[0, 0] * torch.eye(4), rtol=0, atol=1e-5 * float(right[0, 0]))
+    assert (left.diagonal().diff() < 0).all()
+
+
+def test_the_output_factors_of_nothing_are_finite():
+    factors = fit_output(torch.zeros(48, 32), second_moment(32, 400), 4).factors
+    assert not factors.B.any()
+    assert torch.isfinite(factors.A).all()
 
 
 def test_under_the_identity_the_output_subspace_is_the_svd():
