@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--text", type=Path, default=None)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=None, help="no more than so many windows of the text")
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--ranks", default=None)
     parser.add_argument("--group-size", type=int, default=64)
@@ -79,7 +80,7 @@ def main() -> None:
 
     model = options.model or demo_directory()
     text = options.text.read_text(encoding="utf-8") if options.text else held_out_text()
-    tokens = load_tokens(model, text)
+    tokens = load_tokens(model, text)[: options.windows and options.windows * options.window]
     width = Checkpoint.open(model).config["hidden_size"]
     ranks = [int(r) for r in options.ranks.split(",")] if options.ranks else [16, max(1, width // 100)]
     reference = full_precision(model, tokens, options.window)

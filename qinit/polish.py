@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from qinit.calibration.samples import Samples
+from qinit.calibration.self_text import no_progress_bar
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.lowrank import LowRank
 
@@ -307,7 +307,7 @@ def _load(directory: Path, config: dict[str, Any]) -> Any:
             if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
                 model_class = found
                 break
-        with _no_progress_bar():
+        with no_progress_bar():
             model = model_class.from_pretrained(
                 directory, config=model_config, dtype=torch.float32, local_files_only=True
             )
@@ -317,16 +317,3 @@ def _load(directory: Path, config: dict[str, Any]) -> Any:
             f"{directory}: the source cannot be loaded for the polish ({type(error).__name__}: {reason})"
         ) from error
     return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -75,7 +75,7 @@ def _load(directory: Path) -> Any:
 
     auto: Any = transformers.AutoModelForCausalLM
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, info = auto.from_pretrained(
                 directory,
                 dtype="auto",
@@ -114,7 +114,8 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bar for loading weights off the screen."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
