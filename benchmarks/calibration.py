@@ -57,7 +57,7 @@ VARIANTS: dict[str, Variant] = {
     "eqft": (EQFT, ROUNDS, "sequential", {}, "self"),
     "one pass, each layer for itself (parallel)": (EQFT, ROUNDS, "parallel", {}, "self"),
     "sequential without correcting the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.0}, "self"),
-    "half of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.5}, "self"),
+    "three quarters of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.75}, "self"),
     "all of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 1.0}, "self"),
     "quantize first": (EQFT, ROUNDS, "sequential", {"output_subspace": quantize_first}, "self"),
     "H with the adapter's directions": (EQFT, ROUNDS, "sequential", {"without": lambda h, _: h.clone()}, "self"),
@@ -68,7 +68,8 @@ VARIANTS: dict[str, Variant] = {
     "2 rounds": (EQFT, 2, "sequential", {}, "self"),
     "5 rounds": (EQFT, 5, "sequential", {}, "self"),
     "damping .01 in the rounding": (EQFT, ROUNDS, "sequential", {"ROUNDING_DAMPING": 0.01}, "self"),
-    "damping .01 in H": (EQFT, ROUNDS, "sequential", {"HESSIAN_DAMPING": 0.01}, "self"),
+    "H with .001 of the identity": (EQFT, ROUNDS, "sequential", {"HESSIAN_DAMPING": 0.001}, "self"),
+    "H with .3 of the identity": (EQFT, ROUNDS, "sequential", {"HESSIAN_DAMPING": 0.3}, "self"),
 }
 
 
