@@ -46,7 +46,7 @@ test: $(STAMP)  ## The tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 demo: $(STAMP)  ## Quantize the demo model to 2 bits, compare it with its peers, load it and train some steps
-	$(BIN)/qinit eqft --bits 2 --rank 16 --overwrite
+	$(BIN)/qinit eqft --bits 2 --rank 16 --calibration-samples 64 --calibration-length 256 --overwrite
 	$(BIN)/python benchmarks/demo.py model_zoo/eqft/demo-2bit-16rank
 
 clean:  ## Remove .venv and what the tools left

@@ -80,8 +80,8 @@ def round_gptq(
 def descend(quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor) -> None:
     """One sweep of coordinate descent on tr(E H E'), in place; `residual` is E = X - Q [out, in].
 
-    Each code goes to its best value, all others held; after a group's codes, its scale does. Neither step can
-    raise the error, but for the scale's rounding to float16.
+    Each code goes to its best value, all others held; after a group's codes, its scale does. Neither step raises
+    the error.
     """
     step = _steps(residual)[1]
     for part in column_blocks(residual.shape[1], quantized.group_size):
@@ -242,7 +242,9 @@ def descend_block_torch(
         slope = (codes * gradient[:, start:stop]).sum(1)
         new = torch.where(curvature > 0, scale + slope / curvature.clamp(min=TINY), scale)
         new = new.clamp(max=F16_MAX).half().float()
-        change = torch.where(new > 0, new - scale, 0.0)
+        change = new - scale
+        better = (new > 0) & (change * (2 * slope - change * curvature) > 0)  # rounded to float16, still better
+        change = torch.where(better, change, 0.0)
         quantized.scales[:, group] = scale + change
         residual[:, first + start : first + stop] -= change[:, None] * codes
         gradient -= change[:, None] * image

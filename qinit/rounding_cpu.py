@@ -172,8 +172,8 @@ def _descend(first, levels, group_size, codes, scales, zeros, gradient, residual
                 curvature += (np.float32(codes[i, first + k]) - z) * image[k]
             if curvature > ZERO and scale + along / curvature > ZERO:
                 new = to_f16(scale + along / curvature)
-                if new > ZERO:
-                    change = new - scale
+                change = new - scale
+                if new > ZERO and change * (along + along - change * curvature) > ZERO:  # rounded, still better
                     scales[i, g] = new
                     for k in range(start, stop):
                         residual[i, first + k] -= change * (np.float32(codes[i, first + k]) - z)

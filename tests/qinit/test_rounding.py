@@ -261,7 +261,7 @@ def test_a_sweep_never_raises_the_error(seed, bits, rows, columns, group_size, t
     for _ in range(3):
         descend(quantized, residual, hessian)
         errors.append(error(residual, hessian))
-    slack = 1e-6 * error(target, hessian)  # float32
+    slack = 1e-6 * error(target, hessian) + 1e-11 * errors[0]  # float32, of the target and of a wild start
     assert all(later <= earlier * (1 + 1e-4) + slack for earlier, later in pairwise(errors))
     torch.testing.assert_close(residual, rest(target, quantized), rtol=0, atol=1e-5 * max(largest, 2 * 0.02 * size))
     assert torch.equal(quantized.scales, quantized.scales.half().float())
