@@ -164,9 +164,8 @@ class Plan:
 
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return the same for a layer that the calibration text never reaches."""
-        storage = FORMATS[self.recipe.format].storage(layer.target)
         row = METHODS["eqft"]
-        return LayerSpec(row, layer.bits, layer.group_size, layer.rank, row.iterations, storage)
+        return replace(self.layer_spec(layer), method=row, iterations=row.iterations)
 
 
 def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:

@@ -23,6 +23,7 @@ from qinit.calibration.samples import Samples
 from qinit.calibration.self_text import no_progress_bar
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.lowrank import LowRank
+from qinit.targets import named_class
 
 # Chosen on a 260K-parameter Llama at 2 bits by held-out loss and by the KL on fresh text that the model wrote.
 LEARNING_RATE = 0.015
@@ -301,12 +302,7 @@ def _load(directory: Path, config: dict[str, Any]) -> Any:
             for key, value in vars(part).items():
                 if "drop" in key and isinstance(value, float):
                     setattr(part, key, 0.0)
-        model_class: Any = transformers.AutoModelForCausalLM
-        for name in config.get("architectures") or ():
-            found = getattr(transformers, str(name), None)
-            if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-                model_class = found
-                break
+        model_class = named_class(config) or transformers.AutoModelForCausalLM
         with no_progress_bar():
             model = model_class.from_pretrained(
                 directory, config=model_config, dtype=torch.float32, local_files_only=True

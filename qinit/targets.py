@@ -97,7 +97,11 @@ def build_model(directory: Path, config: dict[str, Any], *, include_buffers: boo
         ) from error
     try:
         with init_empty_weights(include_buffers=include_buffers):
-            model = _build(transformers, config, model_config)
+            model_class = named_class(config)
+            if model_class is not None:
+                model = model_class._from_config(model_config)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     except Exception as error:  # a config can break a constructor in any way
         raise CheckpointError(
             f"{config_file}: no model can be built from it ({type(error).__name__}: {error})"
@@ -105,13 +109,15 @@ def build_model(directory: Path, config: dict[str, Any], *, include_buffers: boo
     return model
 
 
-def _build(transformers: Any, config: dict[str, Any], model_config: Any) -> Any:
+def named_class(config: dict[str, Any]) -> Any | None:
+    """Return the first of the configuration's architectures that transformers has, None if it has none of them."""
+    import transformers
+
     for name in config.get("architectures") or ():
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            model_class: Any = found
-            return model_class._from_config(model_config)
-    return transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+            return found
+    return None
 
 
 def _set_by_parent(model: Any) -> set[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qinit.calibration.facts import Facts
+from qinit.calibration.self_text import LARGEST_BATCH
 from qinit.calibration.sources import sampling_cost
 from qinit.polish import BATCH_TOKENS, polish_flops
 
@@ -52,7 +53,7 @@ def calibration_cost(plan: Plan, source: str, speed: float) -> Cost:
     if source == AUTO_SOURCE:
         layers = len({layer.target.name.rsplit(".", 1)[0] for layer in plan.quantized})
         writing = sampling_cost(parameters, recipe.calibration_samples, length) / (EFFICIENCY * speed)
-        writing += TOKEN_SECONDS * layers * length * -(-recipe.calibration_samples // 64)
+        writing += TOKEN_SECONDS * layers * length * -(-recipe.calibration_samples // LARGEST_BATCH)
     return Cost(writing, measuring)
 
 

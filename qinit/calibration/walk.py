@@ -79,7 +79,7 @@ class Walk:
         self.diverged = True
         if self.repaired is not None:
             linear: Any = self.repaired.get_submodule(self._inner(layer.target.name))
-            linear.weight.data = _oriented(weight, layer)
+            linear.weight.data = oriented(weight, layer)
 
     def __iter__(self) -> Iterator[Measuring | Seen]:
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=self.scratch) as directory:
@@ -203,7 +203,7 @@ class Walk:
 
     def _weight(self, block: nn.Module, layer: LayerPlan) -> torch.Tensor:
         linear: Any = block.get_submodule(self._inner(layer.target.name))
-        return _oriented(linear.weight.data, layer)
+        return oriented(linear.weight.data, layer)
 
     def _batches(self) -> Iterator[_Batch]:
         for start in range(0, len(self.samples.tokens), self.batch):
@@ -316,7 +316,7 @@ class _Carried:
         self.states[batch.start : batch.stop].copy_(hidden)
 
 
-def _oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:
+def oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:
     """Turn a weight between [out, in] and the module's own layout (the same but for Conv1D)."""
     return weight.T.contiguous() if layer.target.module.transposed else weight
 

@@ -9,11 +9,11 @@ import torch
 
 from qinit.calibration.samples import Samples
 from qinit.calibration.statistics import Meter, Statistics
-from qinit.calibration.walk import Measuring, Seen, batch_size, require_finite_input, unpadded
+from qinit.calibration.walk import Measuring, Seen, batch_size, oriented, require_finite_input, unpadded
 from qinit.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from qinit.plan import LayerPlan, Plan
+    from qinit.plan import Plan
 
 
 def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[Measuring | Seen]:
@@ -54,7 +54,7 @@ def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[
             statistics = Statistics(
                 statistics.hessian, statistics.magnitude, statistics.tokens, fisher=fisher.pop(layer.target.name)
             )
-        yield Seen(layer, _oriented(weight, layer), statistics)
+        yield Seen(layer, oriented(weight, layer), statistics)
 
 
 def _read(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None, plan: Plan) -> None:
@@ -92,11 +92,7 @@ def _fisher(model: Any, plan: Plan, samples: Samples, device: torch.device) -> d
                 squares[name].add_(module.weight.grad.square(), alpha=1 / len(samples.tokens))
                 module.weight.grad = None
     by_name = {layer.target.name: layer for layer in plan.quantized}
-    return {name: _oriented(square, by_name[name]) for name, square in squares.items()}
-
-
-def _oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:
-    return weight.T.contiguous() if layer.target.module.transposed else weight
+    return {name: oriented(square, by_name[name]) for name, square in squares.items()}
 
 
 def _load(plan: Plan) -> Any:
