@@ -30,7 +30,7 @@ from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.grids import GRIDS
-from qinit.lowrank import Approximation, LowRank
+from qinit.lowrank import COLD_STEPS, Approximation, LowRank
 from qinit.methods import CALIBRATED, METHODS, Method
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
@@ -42,10 +42,10 @@ OUTPUT_SUBSPACE = calibrated.output_subspace
 
 def quantize_first(residual: torch.Tensor, hessian: torch.Tensor, rank: int, basis: torch.Tensor, steps: int) -> Any:
     """In place of the first fit: no adapter yet."""
-    if steps == calibrated.COLD_STEPS:
+    if steps == COLD_STEPS:
         empty = LowRank(torch.zeros(len(residual), rank), torch.zeros(rank, residual.shape[1]))
         return Approximation(empty, basis, 0.0)
-    return OUTPUT_SUBSPACE(residual, hessian, rank, basis, steps + calibrated.COLD_STEPS)
+    return OUTPUT_SUBSPACE(residual, hessian, rank, basis, steps + COLD_STEPS)
 
 
 # name: row, rounds, mode, what is replaced in the solver, text
@@ -61,11 +61,12 @@ VARIANTS: dict[str, Variant] = {
     "all of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 1.0}, "self"),
     "quantize first": (EQFT, ROUNDS, "sequential", {"output_subspace": quantize_first}, "self"),
     "H with the adapter's directions": (EQFT, ROUNDS, "sequential", {"without": lambda h, _: h.clone()}, "self"),
-    "no coordinate descent": (replace(EQFT, sweeps=0), ROUNDS, "sequential", {}, "self"),
+    "no coordinate descent": (replace(EQFT, passes=0), ROUNDS, "sequential", {}, "self"),
+    "one pass of it over each block": (replace(EQFT, passes=1), ROUNDS, "sequential", {}, "self"),
     "nearest rounding": (replace(EQFT, rounding="nearest"), 5, "sequential", {}, "self"),
     "act order": (replace(EQFT, act_order=True), ROUNDS, "sequential", {}, "self"),
     "1 round": (EQFT, 1, "sequential", {}, "self"),
-    "2 rounds": (EQFT, 2, "sequential", {}, "self"),
+    "3 rounds": (EQFT, 3, "sequential", {}, "self"),
     "5 rounds": (EQFT, 5, "sequential", {}, "self"),
     "damping .01 in the rounding": (EQFT, ROUNDS, "sequential", {"ROUNDING_DAMPING": 0.01}, "self"),
     "H with .001 of the identity": (EQFT, ROUNDS, "sequential", {"HESSIAN_DAMPING": 0.001}, "self"),
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--bits", default="2")
     parser.add_argument("--ranks", default=None)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--variants", default=None, help="only these, separated by semicolons")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--json", type=Path, default=None)
@@ -136,12 +138,13 @@ def main() -> None:
         linear: Any = model.get_submodule(name)
         linear.weight.data = value.T if type(linear).__name__ == "Conv1D" else value
 
+    chosen = options.variants.split(";") if options.variants else list(VARIANTS)
     results = []
     for bits in map(int, options.bits.split(",")):
-        for name, variant in VARIANTS.items():
+        for name in chosen:
             line = [name]
             for rank in ranks:
-                run(variant, directory, options, bits, rank, repair)
+                run(VARIANTS[name], directory, options, bits, rank, repair)
                 value, kl = perplexity(model, tokens, options.window), divergence(model, fresh, reference)
                 results.append({"bits": bits, "rank": rank, "variant": name, "perplexity": value, "kl": kl})
                 line += [f"{value:.3f}", f"{value / full:.4f}", f"{kl:.4f}"]
@@ -156,7 +159,7 @@ def main() -> None:
                     for key in ("perplexity", "kl")
                 ),
             ]
-            for name in VARIANTS
+            for name in chosen
         ]
         header = [f"{what}, rank {rank}" for rank in ranks for what in ("x full", "KL")]
         show(f"{directory.name}, {bits} bits, full precision {full:.3f}", ["variant", *header], rows)

@@ -41,7 +41,7 @@ def eqft(
         typer.Option(
             "--iter",
             help="Rounds of quantize and fit.",
-            show_default="3, without calibration 5",
+            show_default="2, without calibration 5",
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,

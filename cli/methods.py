@@ -61,8 +61,8 @@ def _schedule(row: Method) -> list[str]:
         first = "part of the rank for W first" if row.preserve else "quantize first"
         words.append("low rank first" if row.start == "low-rank" else first)
         words.append(count if row.iterations_fixed else f"{count} (--iter)")
-    if row.sweeps:
-        words.append("coordinate descent in later rounds")
+    if row.passes:
+        words.append("coordinate descent on codes and scales")
     if row.relaxation != 1:
         words.append(f"over-relaxed by {row.relaxation:g}")
     if row.refit and row.iterations > 1:

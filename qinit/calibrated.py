@@ -8,13 +8,12 @@ import torch
 
 from qinit.calibration.statistics import Statistics
 from qinit.grids import GRIDS, Quantized
-from qinit.lowrank import Approximation, output_subspace, random_basis, without
+from qinit.lowrank import COLD_STEPS, Approximation, output_subspace, random_basis, without
 from qinit.rounding import damped_cholesky, descend, round_gptq
 
 if TYPE_CHECKING:
     from qinit.solver import LayerSpec
 
-COLD_STEPS = 8
 WARM_STEPS = 2
 FINAL_STEPS = 3
 ROUNDING_DAMPING = 0.1  # what the adapter repairs is gone from H, so its smallest eigenvalues are zero
@@ -55,12 +54,12 @@ def alternate(
             seen = without(hessian, factors.A)
             if quantized is None:
                 quantized, residual = round_gptq(
-                    rest, seen, damp=ROUNDING_DAMPING, act_order=method.act_order, **options
+                    rest, seen, damp=ROUNDING_DAMPING, act_order=method.act_order, passes=method.passes, **options
                 )
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
-                for _ in range(method.sweeps):
-                    descend(quantized, residual, seen)
+                if method.passes:
+                    descend(quantized, residual, seen, method.passes)
             residual.addmm_(factors.B, factors.A)
         if spec.storage not in (None, torch.float32):
             residual = target - grid.dequantize(quantized).to(spec.storage).float()
@@ -87,7 +86,8 @@ def corrected(weight: torch.Tensor, statistics: Statistics) -> torch.Tensor:
     if statistics.drift is None:
         return weight
     factor = damped_cholesky(statistics.hessian, CORRECTION_DAMPING)
-    return torch.add(weight, torch.cholesky_solve(statistics.drift.T, factor).T, alpha=CORRECTION)
+    half = torch.linalg.solve_triangular(factor.T, statistics.drift, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False).mul_(CORRECTION).add_(weight)
 
 
 def output_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:

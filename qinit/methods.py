@@ -29,7 +29,7 @@ class Method:
     relaxation: float = 1.0  # how far the target moves towards W - L each round; 1 is plain alternation
     svd: Literal["full", "subspace"] = "full"
     iterations_fixed: bool = True  # False: the recipe's `iter` sets them
-    sweeps: int = 0  # of coordinate descent in each round after the first
+    passes: int = 0  # of coordinate descent over each block of columns: as it is rounded, and in each later round
     act_order: bool = False
 
 
@@ -84,10 +84,10 @@ METHODS = {
 # What a row becomes when there is calibration.
 CALIBRATED = {
     "eqft": Method(
-        *("eqft", "qinit", "int", "mse", "low-rank", 3),
+        *("eqft", "qinit", "int", "mse", "low-rank", 2),
         rounding="gptq",
         metric="activation",
-        sweeps=1,
+        passes=2,
         svd="subspace",
         iterations_fixed=False,
     )

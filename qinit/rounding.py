@@ -21,13 +21,15 @@ BLOCK = 128  # columns, or one group if that is more
 
 @dataclass(frozen=True)
 class Block:
-    """The columns that a step works on, and how it searches scales (ratios empty: they are given)."""
+    """The columns that a step works on, how it searches scales (ratios empty: they are given) and how often it passes
+    over them."""
 
     columns: slice
     levels: int
     group_size: int
     ratios: torch.Tensor
     refinements: int
+    passes: int
 
 
 def round_gptq(
@@ -39,6 +41,7 @@ def round_gptq(
     search: str,
     damp: float = DAMPING,
     act_order: bool = False,
+    passes: int = 0,
 ) -> tuple[Quantized, torch.Tensor]:
     """Round `target` X [out, in] with error feedback under `hessian` [in, in]; return Q and the residual X - Q.
 
@@ -47,6 +50,8 @@ def round_gptq(
     sum_k D_k |(E L)_k|^2; so, from the last column to the first, Q_k = round(X_k + sum_{j>k} E_j L_jk).
     A group's scale is found when the group is reached, for what the feedback has made of it, weighted by D. With
     `act_order` columns are taken by falling H_kk, and scales are found beforehand, weighted by the diagonal of H.
+    So many `passes` of coordinate descent go over a block before the next is reached, on its codes and scales under
+    its own part of that sum, the columns behind it held (not with `act_order`, whose blocks cut through groups).
     Raises QinitError if no damping makes H positive definite.
     """
     columns = target.shape[1]
@@ -62,14 +67,18 @@ def round_gptq(
     conditional = feedback.diagonal().square()
     feedback.div_(feedback.diagonal().clone())
     residual = torch.empty_like(x)
-    step = _steps(target)[0]
+    step, descend_step = _steps(target)
     for part in reversed(column_blocks(columns, group_size)):
         moved = x[:, part].clone(memory_format=torch.contiguous_format)  # a view of it all would be x itself
         if part.stop < columns:
             moved = torch.addmm(moved, residual[:, part.stop :], feedback[part.stop :, part])
-        block = Block(part, 2**bits - 1, group_size, ratios, refinements)
-        weights = conditional[part] / conditional[part].mean()
-        step(block, quantized, x, moved, residual, feedback[part, part].contiguous(), weights, group_of[part])
+        block = Block(part, 2**bits - 1, group_size, ratios, refinements, passes)
+        weights, own = conditional[part] / conditional[part].mean(), feedback[part, part].contiguous()
+        step(block, quantized, x, moved, residual, own, weights, group_of[part])
+        if passes and order is None:
+            scaled = own * conditional[part]
+            image = moved.sub_(x[:, part]).add_(residual[:, part])  # (E L)'s block: moved is X + E L - E
+            descend_step(block, quantized, image @ scaled.T, residual, own @ scaled.T)
     if order is not None:
         back = torch.argsort(order)
         quantized = replace(quantized, codes=quantized.codes[:, back].contiguous())
@@ -77,16 +86,16 @@ def round_gptq(
     return quantized, residual
 
 
-def descend(quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor) -> None:
+def descend(quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:
     """One sweep of coordinate descent on tr(E H E'), in place; `residual` is E = X - Q [out, in].
 
-    Each code goes to its best value, all others held; after a group's codes, its scale does. Neither step raises
-    the error.
+    Block by block, with so many `passes` over each: every code goes to its best value, all others held; after a group's
+    codes, its scale does. Neither step raises the error.
     """
     step = _steps(residual)[1]
     for part in column_blocks(residual.shape[1], quantized.group_size):
         gradient = residual @ hessian[:, part]
-        block = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0)
+        block = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0, passes)
         step(block, quantized, gradient, residual, hessian[part, part].contiguous())
 
 
@@ -219,11 +228,11 @@ def feed_back_block_torch(
 def descend_block_torch(
     block: Block, quantized: Quantized, gradient: torch.Tensor, residual: torch.Tensor, hessian: torch.Tensor
 ) -> None:
-    """Sweep over one block; `gradient` [out, b] is (E H)'s block, hessian [b, b] is H's."""
+    """Pass over one block; `gradient` [out, b] is (E H)'s block, hessian [b, b] is H's."""
     assert quantized.zeros is not None
     first, width = block.columns.start, gradient.shape[1]
-    for start in range(0, width, block.group_size):
-        stop = min(start + block.group_size, width)
+    groups = [(start, min(start + block.group_size, width)) for start in range(0, width, block.group_size)]
+    for start, stop in groups * block.passes:
         group = (first + start) // block.group_size
         scale, zero = quantized.scales[:, group].clone(), quantized.zeros[:, group].float()
         for k in range(start, stop):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numba
 import numpy as np
 import torch
@@ -57,6 +55,7 @@ def descend_block(
         block.columns.start,
         np.float32(block.levels),
         block.group_size,
+        block.passes,
         quantized.codes.numpy(),
         quantized.scales.numpy(),
         quantized.zeros.numpy(),
@@ -71,7 +70,7 @@ def _sums(x, h, n, inverse, z, levels):
     xc = ZERO
     cc = ZERO
     for k in range(n):
-        c = min(max(np.float32(math.floor(x[k] * inverse + HALF)), -z), levels - z)
+        c = min(max(np.floor(x[k] * inverse + HALF), -z), levels - z)
         xc += h[k] * x[k] * c
         cc += h[k] * c * c
     return xc, cc
@@ -85,7 +84,7 @@ def _fit(x, h, n, levels, ratios, refinements):
         low = min(low, x[k])
         high = max(high, x[k])
     base = (high - low) / levels
-    centre = np.float32(math.floor(-low / max(base, TINY) + HALF))
+    centre = np.floor(-low / max(base, TINY) + HALF)
     gain = ZERO
     scale = base
     zero = centre
@@ -127,7 +126,7 @@ def _feed_back(
                 zeros[i, g] = np.uint8(zero)
             scale = scales[i, g]
             z = np.float32(zeros[i, g])
-            c = min(max(np.float32(math.floor(m[k] / scale + HALF)), -z), levels - z)
+            c = min(max(np.floor(m[k] / scale + HALF), -z), levels - z)
             error = x[i, first + k] - scale * c
             codes[i, first + k] = np.uint8(c + z)
             residual[i, first + k] = error
@@ -135,41 +134,64 @@ def _feed_back(
                 m[j] += error * feedback[k, j]
 
 
+@numba.njit(fastmath=True, inline="always")
+def _image(codes, z, hessian, image):
+    """Write codes @ hessian, four rows at a time; the codes are behind an offset of z."""
+    n, width = hessian.shape
+    for j in range(width):
+        image[j] = ZERO
+    for k in range(0, n - 3, 4):
+        c0 = np.float32(codes[k]) - z
+        c1 = np.float32(codes[k + 1]) - z
+        c2 = np.float32(codes[k + 2]) - z
+        c3 = np.float32(codes[k + 3]) - z
+        for j in range(width):
+            image[j] += c0 * hessian[k, j] + c1 * hessian[k + 1, j] + c2 * hessian[k + 2, j] + c3 * hessian[k + 3, j]
+    for k in range(n - n % 4, n):
+        c = np.float32(codes[k]) - z
+        for j in range(width):
+            image[j] += c * hessian[k, j]
+
+
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def _descend(first, levels, group_size, codes, scales, zeros, gradient, residual, hessian):
+def _descend(first, levels, group_size, passes, codes, scales, zeros, gradient, residual, hessian):
     rows, width = gradient.shape
+    inverse = np.empty(width, np.float32)
+    for k in range(width):
+        inverse[k] = ONE / hessian[k, k] if hessian[k, k] > ZERO else ZERO
+    groups = (width + group_size - 1) // group_size
     for i in numba.prange(rows):
         slope = gradient[i]
-        image = np.empty(width, np.float32)
-        for start in range(0, width, group_size):
+        images = np.empty((groups, width), np.float32)  # of each group's codes under H, without the scale
+        for group in range(groups):
+            part = slice(group * group_size, min((group + 1) * group_size, width))
+            z = np.float32(zeros[i, first // group_size + group])
+            _image(codes[i, first + part.start : first + part.stop], z, hessian[part], images[group])
+        for turn in range(passes * groups):
+            image = images[turn % groups]
+            g = first // group_size + turn % groups
+            start = turn % groups * group_size
             stop = min(start + group_size, width)
-            g = (first + start) // group_size
             scale = scales[i, g]
+            upscale = ONE / scale
             z = np.float32(zeros[i, g])
+            along = ZERO
+            curvature = ZERO
             for k in range(start, stop):
-                curvature = hessian[k, k]
-                if not curvature > ZERO:
-                    continue
                 old = np.float32(codes[i, first + k]) - z
-                c = np.float32(math.floor(old + slope[k] / (curvature * scale) + HALF))
+                c = np.floor(old + slope[k] * inverse[k] * upscale + HALF)
                 c = min(max(c, -z), levels - z)
                 if c != old:
-                    change = (c - old) * scale
+                    change = c - old
                     codes[i, first + k] = np.uint8(c + z)
-                    residual[i, first + k] -= change
-                    for j in range(start, width):  # what lies in front is done with
-                        slope[j] -= change * hessian[k, j]
-            image[start:] = ZERO
-            along = ZERO
+                    residual[i, first + k] -= change * scale
+                    for j in range(width):
+                        slope[j] -= change * scale * hessian[k, j]
+                        image[j] += change * hessian[k, j]
             for k in range(start, stop):
                 c = np.float32(codes[i, first + k]) - z
                 along += c * slope[k]
-                if c != ZERO:
-                    for j in range(start, width):
-                        image[j] += c * hessian[k, j]
-            curvature = ZERO
-            for k in range(start, stop):
-                curvature += (np.float32(codes[i, first + k]) - z) * image[k]
+                curvature += c * image[k]
             if curvature > ZERO and scale + along / curvature > ZERO:
                 new = to_f16(scale + along / curvature)
                 change = new - scale
@@ -177,5 +199,5 @@ def _descend(first, levels, group_size, codes, scales, zeros, gradient, residual
                     scales[i, g] = new
                     for k in range(start, stop):
                         residual[i, first + k] -= change * (np.float32(codes[i, first + k]) - z)
-                    for j in range(stop, width):
+                    for j in range(width):
                         slope[j] -= change * image[j]

@@ -77,7 +77,7 @@ def _sums(x, n, inverse, z, levels):
     xc = np.float32(0.0)
     cc = np.float32(0.0)
     for k in range(n):
-        c = min(max(np.float32(math.floor(x[k] * inverse + HALF)), -z), levels - z)
+        c = min(max(np.floor(x[k] * inverse + HALF), -z), levels - z)
         xc += x[k] * c
         cc += c * c
     return xc, cc
@@ -96,7 +96,7 @@ def _sums3(x, n, inverse, z, levels):
     low = -z
     high = levels - z
     for k in range(n):
-        r = np.float32(math.floor(x[k] * inverse + HALF))
+        r = np.floor(x[k] * inverse + HALF)
         c = min(max(r, low + one), high + one)
         a += x[k] * c
         aa += c * c
@@ -130,7 +130,7 @@ def _kernel(target, weight, group_size, levels, ratios, refinements, warm, codes
                     low = min(low, x[k])
                     high = max(high, x[k])
                 base = (high - low) / levels
-                centre = np.float32(math.floor(-low / max(base, TINY) + HALF))
+                centre = np.floor(-low / max(base, TINY) + HALF)
             scale = base
             zero = centre
             if ratios.shape[0] > 1:
@@ -161,6 +161,6 @@ def _kernel(target, weight, group_size, levels, ratios, refinements, warm, codes
             scales[i, g] = scale
             zeros[i, g] = np.uint8(zero)
             for k in range(n):
-                c = min(max(np.float32(math.floor(x[k] * inverse + HALF)), -zero), levels - zero)
+                c = min(max(np.floor(x[k] * inverse + HALF), -zero), levels - zero)
                 codes[i, first + k] = np.uint8(c + zero)
                 residual[i, first + k] = weight[i, first + k] - scale * c

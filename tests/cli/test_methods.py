@@ -64,7 +64,7 @@ def test_eqft_is_listed_with_and_without_calibration(command):
     assert without["schedule"] == ["low rank first", "5 rounds (--iter)", "over-relaxed by 2", "best round kept"]
     assert with_it["schedule"] == [
         *("low rank first", f"{CALIBRATED['eqft'].iterations} rounds (--iter)"),
-        *("coordinate descent in later rounds", "last round kept"),
+        *("coordinate descent on codes and scales", "last round kept"),
     ]
 
 

@@ -244,8 +244,9 @@ class TestDegenerate:
     tokens=st.sampled_from([1, 7, 400]),
     start=st.sampled_from(["nearest", "gptq", "random"]),
     size=st.sampled_from([1.0, 1e-3, 100.0]),
+    passes=st.integers(1, 3),
 )
-def test_a_sweep_never_raises_the_error(seed, bits, rows, columns, group_size, tokens, start, size):
+def test_a_sweep_never_raises_the_error(seed, bits, rows, columns, group_size, tokens, start, size, passes):
     target, hessian = size * draw(rows, columns, seed=seed), correlated(columns, tokens, seed)
     options = {"bits": bits, "group_size": group_size, "search": "mse"}
     if start == "gptq":
@@ -259,7 +260,7 @@ def test_a_sweep_never_raises_the_error(seed, bits, rows, columns, group_size, t
     largest = float(residual.abs().max())  # what the sweeps take off it leaves float32's rounding behind
     errors = [error(residual, hessian)]
     for _ in range(3):
-        descend(quantized, residual, hessian)
+        descend(quantized, residual, hessian, passes)
         errors.append(error(residual, hessian))
     slack = 1e-6 * error(target, hessian) + 1e-11 * errors[0]  # float32, of the target and of a wild start
     assert all(later <= earlier * (1 + 1e-4) + slack for earlier, later in pairwise(errors))
@@ -267,6 +268,27 @@ def test_a_sweep_never_raises_the_error(seed, bits, rows, columns, group_size, t
     assert torch.equal(quantized.scales, quantized.scales.half().float())
     assert (quantized.scales > 0).all()
     assert int(quantized.codes.max()) < 2**bits
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
+def test_passes_over_each_block_lower_the_error_that_the_feedback_leaves(rows, columns, group_size, bits):
+    target, hessian = draw(rows, columns), correlated(columns)
+    options = {"bits": bits, "group_size": group_size, "search": "mse"}
+    errors = [error(round_gptq(target, hessian, passes=passes, **options)[1], hessian) for passes in (0, 1, 2)]
+    assert errors[1] < 0.99 * errors[0]
+    assert errors[2] < 1.01 * errors[1]  # on each block alone never higher; the sum of blocks may differ a little
+
+
+def test_passes_over_the_only_block_are_passes_under_the_whole_hessian():
+    """With one block nothing lies in front, and its own part of the sum is all of tr(E H E')."""
+    target, hessian = draw(16, 128), correlated(128)
+    options = {"bits": 2, "group_size": 64, "search": "mse", "damp": 1e-9}
+    inside, inside_residual = round_gptq(target, hessian, passes=2, **options)
+    after, after_residual = round_gptq(target, hessian, **options)
+    descend(after, after_residual, hessian, 2)
+    assert (inside.codes == after.codes).float().mean() > 0.99
+    assert error(inside_residual, hessian) == pytest.approx(error(after_residual, hessian), rel=5e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
