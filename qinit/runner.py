@@ -339,11 +339,11 @@ def _copy_companions(plan: Plan, directory: Path) -> None:
 def _write_config(plan: Plan, directory: Path) -> None:
     import json
 
-    quantized = [layer.target.name for layer in plan.quantized]
-    kept = [module.name for module in plan.architecture.linear if module.name not in set(quantized)]
+    widths = {layer.target.name: layer.bits for layer in plan.quantized}
+    kept = [module.name for module in plan.architecture.linear if module.name not in widths]
     config = dict(plan.checkpoint.config)
     fmt = FORMATS[plan.recipe.format]
-    quantization = fmt.quantization_config(plan.recipe.bits, plan.recipe.group_size, quantized, kept)
+    quantization = fmt.quantization_config(widths, plan.recipe.group_size, kept)
     if quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -40,8 +40,9 @@ class Format(ABC):
     def encode(self, target: Target, quantized: Quantized, grid: Grid) -> dict[str, torch.Tensor]:
         """Return those tensors, by name."""
 
-    def quantization_config(
-        self, bits: int, group_size: int, quantized: list[str], kept: list[str]
-    ) -> dict[str, Any] | None:
-        """Return config.json's `quantization_config` for these module names, or None when there is none."""
+    def quantization_config(self, widths: dict[str, int], group_size: int, kept: list[str]) -> dict[str, Any] | None:
+        """Return config.json's `quantization_config`, or None when there is none.
+
+        `widths` are the bits of the quantized modules by name, in the model's order; `kept` are the other modules.
+        """
         return None

@@ -11,6 +11,7 @@ Version 2 stores z itself; version 1 stores z - 1 and spoils its neighbour when 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,9 +79,10 @@ class GptqFormat(Format):
             target.prefix + "g_idx": g_idx,
         }
 
-    def quantization_config(
-        self, bits: int, group_size: int, quantized: list[str], kept: list[str]
-    ) -> dict[str, Any] | None:
+    def quantization_config(self, widths: dict[str, int], group_size: int, kept: list[str]) -> dict[str, Any] | None:
+        quantized = list(widths)
+        counts = Counter(widths.values())
+        bits = min(counts, key=lambda width: (-counts[width], width))  # the most frequent, the smaller on a tie
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": bits,
@@ -97,8 +99,11 @@ class GptqFormat(Format):
         block = _block_name(quantized)
         if block not in KNOWN_BLOCKS:
             config["block_name_to_quantize"] = block
-        if kept:  # for GPTQModel.load and vLLM, which read this map and not the list above
-            config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}
+        # For GPTQModel.load and vLLM, which read this map and not the list above.
+        dynamic: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in kept}
+        dynamic |= {f"+:^{re.escape(name)}$": {"bits": width} for name, width in widths.items() if width != bits}
+        if dynamic:
+            config["dynamic"] = dynamic
         return config
 
 

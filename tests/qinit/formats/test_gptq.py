@@ -128,7 +128,7 @@ LAYERS = [f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q_proj
 )
 def test_the_selectors_choose_exactly_the_quantized_modules(kept):
     quantized = [name for name in LAYERS if name not in kept]
-    config = GPTQ.quantization_config(2, 64, quantized, kept)
+    config = GPTQ.quantization_config(dict.fromkeys(quantized, 2), 64, kept)
     assert selected(config, LAYERS) == quantized
     skipped = [pattern.removeprefix("-:") for pattern in config.get("dynamic", {})]
     assert [name for name in LAYERS if any(re.match(pattern, name) for pattern in skipped)] == sorted(
@@ -139,12 +139,12 @@ def test_the_selectors_choose_exactly_the_quantized_modules(kept):
 def test_a_selector_of_one_name_does_not_catch_another_that_ends_alike():
     quantized = ["model.layers.0.mlp.proj"]
     kept = ["model.layers.0.mlp.up_proj", "model.layers.0.deep.mlp.proj"]
-    config = GPTQ.quantization_config(2, 64, quantized, kept)
+    config = GPTQ.quantization_config(dict.fromkeys(quantized, 2), 64, kept)
     assert selected(config, quantized + kept) == quantized
 
 
 def test_the_config_says_what_the_loader_has_to_know():
-    config = GPTQ.quantization_config(3, 128, LAYERS, [])
+    config = GPTQ.quantization_config(dict.fromkeys(LAYERS, 3), 128, [])
     expected = {
         "quant_method": "gptq",
         "bits": 3,
@@ -169,4 +169,4 @@ def test_the_config_says_what_the_loader_has_to_know():
     ],
 )
 def test_a_block_that_the_loader_does_not_know_is_named(names, block):
-    assert GPTQ.quantization_config(2, 64, names, []).get("block_name_to_quantize") == block
+    assert GPTQ.quantization_config(dict.fromkeys(names, 2), 64, []).get("block_name_to_quantize") == block
