@@ -180,6 +180,30 @@ class Screen:
             table.add_row(*(str(cells[key]) for key in METHOD_COLUMNS))
         self._console.print(table)
 
+    def report(self, report: Report) -> None:
+        """Draw a run's report: a line for each module type, then the totals."""
+        from qinit.pictures import NO_FRONT, Grid, bits_words, heading, pareto_front, summary
+        from qinit.report import average
+
+        if self._quiet:
+            return
+        fields = ["error_start", "error"]
+        columns = ["module type", "layers", "bits", "error, base alone", "with the adapter"]
+        if average(report.layers, "output_error") is not None:
+            fields += ["output_error_start", "output_error"]
+            columns += ["of the output, base alone", "with the adapter"]
+        table = Table(*columns, box=None, pad_edge=False)
+        grid = Grid(report.layers)
+        for kind in grid.kinds:
+            rows = [row for cell in grid.of_kind(kind) for row in cell.rows]
+            errors = [average(rows, field) for field in fields]
+            cells = ["-" if error is None else f"{error:.4f}" for error in errors]
+            table.add_row(kind, str(len(rows)), bits_words(rows), *cells)
+        self._console.print(table)
+        self._table(heading(report), summary(report))
+        if pareto_front(report) is None:
+            self.say(f"note: {NO_FRONT}")
+
     def _table(self, title: str, rows: dict[str, str]) -> None:
         self._console.print(title, style="italic", soft_wrap=True)  # a table's own title is wrapped at its width
         table = Table(show_header=False, box=None)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from qinit_cli.eqft import eqft
 from qinit_cli.methods import methods
+from qinit_cli.report import report
 
 INTERRUPTED = "interrupted; nothing was left behind"
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(eqft)
 app.command()(methods)
+app.command()(report)
 
 
 def _show_version(value: bool) -> None:

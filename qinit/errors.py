@@ -30,6 +30,10 @@ class OutputError(QinitError):
     """The result cannot be written where it was asked for."""
 
 
+class ReportError(QinitError):
+    """A run's report is missing or damaged, or cannot be drawn here."""
+
+
 class HubError(QinitError):
     """The Hub refused, or cannot be reached."""
 

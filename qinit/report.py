@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+from qinit.errors import ReportError
 
 REPORT_NAME = "qinit.json"
 PACKAGES = ("qinit", "torch", "transformers", "peft", "numba", "numpy")
@@ -56,6 +60,29 @@ class Report:
     def write(self, directory: Path) -> None:
         (directory / REPORT_NAME).write_text(self.to_json(), encoding="utf-8")
 
+    @classmethod
+    def read(cls, directory: Path) -> Report:
+        """Read the report in a run's directory; keys of a later qinit are passed over. Raises ReportError."""
+        from pydantic import TypeAdapter, ValidationError
+
+        path, remedy = directory / REPORT_NAME, "pass the directory that `qinit eqft` wrote"
+        try:
+            report = TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+        except FileNotFoundError:
+            what = "no such file" if directory.is_dir() else "no such directory"
+            raise ReportError(f"{path if directory.is_dir() else directory}: {what}; {remedy}") from None
+        except OSError as error:
+            raise ReportError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            if first["type"] == "json_invalid":
+                raise ReportError(f"{path}: not JSON ({first['ctx']['error']}); run `qinit eqft` again") from None
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise ReportError(f"{path}: not a report of qinit ({where}: {first['msg']}); {remedy}") from None
+        if not report.layers:
+            raise ReportError(f"{path}: not a report of qinit (it has no layers); {remedy}")
+        return report
+
 
 def relative_error(rows: tuple[LayerRow, ...], field: str) -> float:
     """The root mean square over layers of a relative error, each weighted by its number of weights."""
@@ -63,6 +90,48 @@ def relative_error(rows: tuple[LayerRow, ...], field: str) -> float:
     measured = [(count, value) for count, value in values if value is not None]
     total = sum(count for count, _ in measured)
     return (sum(count * value**2 for count, value in measured) / total) ** 0.5
+
+
+def places(names: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Return each layer's module type and layer number: model.layers.3.mlp.up_proj is mlp.up_proj in layer 3.
+
+    The first number counts layers; later ones (experts) become `*`. Without any, the type is the whole name.
+    """
+    split = [_split(name) for name in names]
+    before = sorted({parts for parts, number, _ in split if number is not None})
+    ends = zip(before[0], before[-1], strict=False) if before else ()  # sorted: what these two share, all do
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
+    found: list[tuple[str, int | None]] = []
+    for name, (prefix, number, rest) in zip(names, split, strict=True):
+        if number is None:
+            found.append((name, None))
+        elif len(before) == 1 and rest:
+            found.append((".".join(rest), number))
+        else:
+            found.append((".".join((*prefix[shared:], "*", *rest)), number))
+    return found
+
+
+def _split(name: str) -> tuple[tuple[str, ...], int | None, tuple[str, ...]]:
+    """Return what stands before the first number of a name, the number, and what comes after it."""
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdecimal() and part.isascii() and len(part) < 10:
+            rest = ("*" if word.isdecimal() else word for word in parts[index + 1 :])
+            return tuple(parts[:index]), int(part), tuple(rest)
+    return (name,), None, ()
+
+
+def average(rows: Sequence[LayerRow], field: str) -> float | None:
+    """Return the rows' relative error as `relative_error` has it, None where nothing was measured."""
+    measured = any(row.kept is None and getattr(row, field) is not None for row in rows)
+    return relative_error(tuple(rows), field) if measured else None
+
+
+def mean_bits(rows: Sequence[LayerRow]) -> float | None:
+    """Return the rows' mean width, each weighted by its number of weights; None where all were kept."""
+    pairs = [(row.shape[0] * row.shape[1], row.bits) for row in rows if row.bits is not None]
+    return sum(count * bits for count, bits in pairs) / sum(count for count, _ in pairs) if pairs else None
 
 
 def versions() -> dict[str, str]:
