@@ -7,6 +7,7 @@ recipe = qinit.make_recipe(bits=2, rank=16)
 plan = qinit.make_plan(recipe, Path("Qwen2.5-0.5B"), "Qwen2.5-0.5B")
 for event in qinit.run(plan, Path("out")):
     ...
+model = qinit.load("out", trainable=True)
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qinit.errors import QinitError
+    from qinit.loading import load
     from qinit.plan import Plan, make_plan
     from qinit.recipe import Recipe, make_recipe
     from qinit.runner import run
     from qinit.solver import Solution, solve
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "QinitError", "Recipe", "Solution", "make_plan", "make_recipe", "run", "solve"]
+__all__ = ["Plan", "QinitError", "Recipe", "Solution", "load", "make_plan", "make_recipe", "run", "solve"]
 
 _HOMES = {
     "Plan": "plan",
     "QinitError": "errors",
     "Recipe": "recipe",
     "Solution": "solver",
+    "load": "loading",
     "make_plan": "plan",
     "make_recipe": "recipe",
     "run": "runner",

@@ -1,0 +1,179 @@
+"""Loads what qinit wrote, base and adapter, as a transformers model that stock PEFT trains."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qinit.adapter import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
+from qinit.checkpoint import read_json
+from qinit.errors import CheckpointError
+from qinit.report import REPORT_NAME
+
+MIXED_METHOD = "qinit_mixed_gptq"  # the name that transformers knows the quantizer for mixed widths by
+
+
+def load(
+    directory: str | Path,
+    *,
+    adapter: bool = True,
+    trainable: bool = False,
+    dtype: Any = "auto",
+    device: str | None = None,
+) -> Any:
+    """Load a directory that qinit wrote: dense, GPTQ with one width or GPTQ with a width per layer.
+
+    Returns a PeftModel, whose adapter alone is trained if `trainable`; without `adapter` the base, a model of the
+    checkpoint's own transformers class. What stock transformers and PEFT load is loaded by them alone. For mixed
+    widths, which transformers' GPTQConfig drops, stock `from_pretrained` runs with a quantizer that differs from its
+    own in one thing: each packed layer is made in the width that config.json's `dynamic` gives it.
+
+    `dtype` is what transformers takes; "auto" is the checkpoint's. `device` is auto, cpu, cuda or cuda:N; without it
+    the CPU. Memory: GPTQ stays packed (a training step keeps each layer's dequantized weight for the backward pass
+    unless gradient checkpointing is on), dense takes 16 bits or more per weight; the adapter is float32.
+
+    Raises CheckpointError if the directory or its adapter is missing, damaged or not qinit's, or if a package that it
+    needs is not installed, and RecipeError if the device is not there.
+    """
+    import transformers
+
+    place = Path(directory)
+    class_name, config = _read(place)
+    if adapter:
+        _require_adapter(place)
+    options: dict[str, Any] = {}
+    if device is not None:
+        from qinit.device import pick_device
+
+        options["device_map"] = {"": pick_device(device)}
+    if "quantization_config" in config:
+        _require_packages(place)
+        if _is_mixed(config["quantization_config"]):
+            _register_mixed()
+            options["config"] = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+            options["config"].quantization_config = {**config["quantization_config"], "quant_method": MIXED_METHOD}
+    model = _load_base(place, class_name, dtype, options)
+    if not adapter:
+        return model
+    from peft import PeftModel
+
+    if device is not None:
+        return PeftModel.from_pretrained(
+            model, str(place), subfolder=ADAPTER_DIRECTORY, is_trainable=trainable, torch_device=str(model.device)
+        )
+    return PeftModel.from_pretrained(model, str(place), subfolder=ADAPTER_DIRECTORY, is_trainable=trainable)
+
+
+def width_of(name: str, quantization: dict[str, Any]) -> int:
+    """Return the bits of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that matches the
+    name from its start decides, else the base's bits."""
+    for pattern, override in (quantization.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+            return int(override.get("bits", quantization["bits"]))
+    return int(quantization["bits"])
+
+
+def _is_mixed(quantization: dict[str, Any]) -> bool:
+    overrides = (quantization.get("dynamic") or {}).values()
+    return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
+
+
+def _read(directory: Path) -> tuple[str, dict[str, Any]]:
+    """Return the class of a run's model and its config.json; raises CheckpointError."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give the one that qinit wrote")
+    advice = "qinit.load reads directories that qinit wrote; transformers' from_pretrained reads others"
+    report = read_json(directory / REPORT_NAME, advice)
+    source = report.get("source")
+    class_name = source.get("class") if isinstance(source, dict) else None
+    if not isinstance(class_name, str):
+        raise CheckpointError(f"{directory / REPORT_NAME}: names no model class under source, so not qinit's; {advice}")
+    return class_name, read_json(directory / "config.json", "the directory is incomplete; run qinit again")
+
+
+def _require_adapter(directory: Path) -> None:
+    for name in (CONFIG_NAME, f"{WEIGHTS_STEM}.safetensors"):
+        file = directory / ADAPTER_DIRECTORY / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: not found; load the base alone with adapter=False")
+
+
+def _require_packages(directory: Path) -> None:
+    missing = [package for package in ("gptqmodel", "optimum") if find_spec(package) is None]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: packed as GPTQ, which needs {' and '.join(missing)}; "
+            'pip install "gptqmodel>=7.6,<7.7" "optimum>=2.3"'
+        )
+
+
+def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, Any]) -> Any:
+    import transformers
+
+    model_class = getattr(transformers, class_name, None)
+    if model_class is None:
+        raise CheckpointError(
+            f"{directory}: transformers {transformers.__version__} has no {class_name}; install the version that "
+            f"{REPORT_NAME} names under versions"
+        )
+    try:
+        model, info = model_class.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # a damaged directory can break its class in any way
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{directory}: cannot be loaded ({type(error).__name__}: {reason})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # they would be random
+        raise CheckpointError(f"{directory}: lacks {len(missing)} weights of {class_name} ({', '.join(missing[:3])})")
+    return model
+
+
+@cache
+def _register_mixed() -> None:
+    """Tell transformers, once and under a name of its own, of GPTQ with a width per layer."""
+    from optimum.gptq import GPTQQuantizer
+    from transformers import GPTQConfig
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    class MixedConfig(GPTQConfig):
+        def __init__(self, dynamic: dict[str, dict[str, int]], quant_method: Any, **options: Any) -> None:
+            super().__init__(**options)
+            self.quant_method = quant_method  # by which transformers finds the quantizer
+            self.dynamic = dynamic
+
+    class MixedLayers(GPTQQuantizer):
+        bits: int
+        quantization: dict[str, Any]
+
+        def _replace_by_quant_layers(self, module: Any, names: Any, name: str = "") -> None:
+            if name:  # on the way down, within one width
+                super()._replace_by_quant_layers(module, names, name)
+                return
+            base = self.bits
+            widths = {target: width_of(target, self.quantization) for target in names}
+            for self.bits in sorted(set(widths.values())):
+                alike = {target for target, bits in widths.items() if bits == self.bits}
+                super()._replace_by_quant_layers(module, alike)
+            self.bits = base
+
+    class MixedQuantizer(GptqHfQuantizer):
+        def __init__(self, quantization_config: Any, **options: Any) -> None:
+            super().__init__(quantization_config, **options)
+            # From here on it is GPTQ to everyone, PEFT included, and is saved as such.
+            quantization_config.quant_method = QuantizationMethod.GPTQ
+            self.optimum_quantizer = MixedLayers.from_dict(quantization_config.to_dict_optimum())
+            self.optimum_quantizer.quantization = quantization_config.to_dict()
+
+    register_quantization_config(MIXED_METHOD)(MixedConfig)
+    register_quantizer(MIXED_METHOD)(MixedQuantizer)
