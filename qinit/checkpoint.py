@@ -47,7 +47,7 @@ class Checkpoint:
                 "give the full-precision model that it was made from"
             )
         tensors: dict[str, StoredTensor] = {}
-        for file, expected in _weight_files(directory):
+        for file, expected in weight_files(directory):
             found = read_header(file)
             for name in expected or ():
                 if name not in found:
@@ -107,12 +107,24 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
     return value
 
 
-def _weight_files(directory: Path) -> list[tuple[Path, list[str] | None]]:
+def weight_files(directory: Path) -> list[tuple[Path, list[str] | None]]:
     """Return each weight file with the tensors expected in it (None: all); the same order of preference
-    as transformers: a single file before an index."""
-    single, index = directory / SINGLE_NAME, directory / INDEX_NAME
-    if single.is_file():
-        return [(single, None)]
+    as transformers: a single file before an index. Raises CheckpointError when one is missing."""
+    if (directory / SINGLE_NAME).is_file():
+        return [(directory / SINGLE_NAME, None)]
+    by_file = indexed_files(directory)
+    for file_name, names in by_file.items():
+        if not (directory / file_name).is_file():
+            raise CheckpointError(
+                f"{directory / file_name}: missing, but {INDEX_NAME} places {len(names)} tensors there; "
+                "the download may be incomplete"
+            )
+    return [(directory / file_name, names) for file_name, names in sorted(by_file.items())]
+
+
+def indexed_files(directory: Path) -> dict[str, list[str]]:
+    """Return the names of the weight files that the index lists, each with its tensors; the files may be missing."""
+    index = directory / INDEX_NAME
     if not index.is_file():
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLE_SUFFIXES)
         if pickles:
@@ -129,13 +141,7 @@ def _weight_files(directory: Path) -> list[tuple[Path, list[str] | None]]:
         if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
             raise CheckpointError(f"{index}: '{name}' is placed in {file_name!r}, which is no plain file name")
         by_file.setdefault(file_name, []).append(name)
-    for file_name, names in by_file.items():
-        if not (directory / file_name).is_file():
-            raise CheckpointError(
-                f"{directory / file_name}: missing, but {INDEX_NAME} places {len(names)} tensors there; "
-                "the download may be incomplete"
-            )
-    return [(directory / file_name, names) for file_name, names in sorted(by_file.items())]
+    return by_file
 
 
 def count_nonfinite(tensor: torch.Tensor) -> int:

@@ -24,6 +24,7 @@ from qinit.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 CHUNK_BYTES = 16 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+HEADER_ONLY = "qinit_header_only"  # in a header's metadata: the data is elsewhere
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -75,6 +76,14 @@ class StoredTensor(TensorSpec):
                 _read_into(handle, buffer, self)
                 yield buffer
 
+    def first_bytes(self, count: int) -> bytes:
+        """Read the first `count` bytes of its data, or all if it has fewer."""
+        buffer = torch.empty(min(count, self.nbytes), dtype=torch.uint8)
+        with _open(self.file) as handle:
+            handle.seek(self.offset)
+            _read_into(handle, buffer, self)
+        return buffer.numpy().tobytes()
+
     def read(self) -> torch.Tensor:
         """Read the whole tensor in its stored dtype."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
@@ -102,7 +111,8 @@ def _read_into(handle: FileIO, buffer: torch.Tensor, tensor: StoredTensor) -> No
             ) from error
         if not got:
             raise CheckpointError(
-                f"{tensor.file}: ends inside tensor '{tensor.name}'; the file changed or is truncated"
+                f"{tensor.file}: ends inside tensor '{tensor.name}'; the file changed, is truncated or "
+                "holds a header only, for a plan"
             )
         view = view[got:]
 
@@ -119,7 +129,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Read and check one file's header: sizes match shapes, data neither overlaps nor leaves the file.
 
-    Raises CheckpointError naming the file and the tensor.
+    A file of `write_header_only` passes too. Raises CheckpointError naming the file and the tensor.
     """
     with _open(file) as handle:
         size = os.fstat(handle.fileno()).st_size
@@ -135,7 +145,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         header = json.loads(raw, object_pairs_hook=_unique_keys)
         if not isinstance(header, dict):
             raise ValueError("expected an object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         tensors = {name: _parse_entry(file, name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: corrupt safetensors header ({error}); download or copy it again") from None
@@ -144,6 +154,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if tensor.offset != end:
             raise CheckpointError(f"{file}: tensor '{tensor.name}' overlaps another or leaves a gap before it")
         end += tensor.nbytes
+    if isinstance(metadata, dict) and HEADER_ONLY in metadata:
+        end = 8 + length
     if end != size:
         raise CheckpointError(
             f"{file}: the header describes {end} bytes but the file has {size}; it is truncated or damaged, "
@@ -166,6 +178,14 @@ def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> StoredTe
     if tensor.nbytes != end - begin:
         raise ValueError(f"tensor '{name}' of shape {shape} takes {tensor.nbytes} bytes, not {end - begin}")
     return tensor
+
+
+def write_header_only(file: Path, header: dict[str, Any]) -> None:
+    """Write a file that ends where its data would start: enough for a plan, and no loader reads a tensor from it."""
+    metadata = header.get("__metadata__")
+    metadata = {**(metadata if isinstance(metadata, dict) else {}), HEADER_ONLY: "true"}
+    raw = json.dumps({**header, "__metadata__": metadata}).encode()
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw)
 
 
 class SafetensorsWriter:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -114,7 +116,8 @@ def weights_of(directory: Path) -> dict[str, bytes]:
 class StandInHub:
     """A Hub on this machine: serves the repositories in `repos` (id -> directory), each with one commit.
 
-    `status` (status code, X-Error-Code) overrides every answer; `requests` are the paths and tokens that were seen.
+    `status` (status code, X-Error-Code) overrides every answer; `requests` are the paths and tokens that were seen,
+    `served` counts each file's bytes. What is in `cut` ends after 8 bytes of its body.
     """
 
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -124,6 +127,8 @@ class StandInHub:
         self.revisions = ["main", self.COMMIT]
         self.status: tuple[int, str] | None = None
         self.requests: list[tuple[str, str | None]] = []
+        self.served: Counter[str] = Counter()
+        self.cut: set[str] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
@@ -166,8 +171,12 @@ class StandInHub:
             def do_GET(self) -> None:
                 hub.requests.append((self.path, self.headers.get("Authorization")))
                 status, error, body = hub.answer(self.path)
+                name = self.path.rpartition("/")[2]
+                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                if asked and status == 200:
+                    status, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
                 self.send_response(status)
-                for name, value in {
+                for field, value in {
                     "Content-Length": str(len(body)),
                     "Content-Type": "application/json",
                     "ETag": f'"{hash(self.path):x}"',
@@ -175,10 +184,12 @@ class StandInHub:
                     "X-Error-Code": error,
                 }.items():
                     if value:
-                        self.send_header(name, value)
+                        self.send_header(field, value)
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(body)
+                    hub.served[name] += len(body)
+                    self.wfile.write(body[:8] if name in hub.cut else body)
+                    self.close_connection = name in hub.cut
 
             do_HEAD = do_GET  # noqa: N815
 
