@@ -56,15 +56,7 @@ def load(
             options["config"] = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
             options["config"].quantization_config = {**config["quantization_config"], "quant_method": MIXED_METHOD}
     model = _load_base(place, class_name, dtype, options)
-    if not adapter:
-        return model
-    from peft import PeftModel
-
-    if device is not None:
-        return PeftModel.from_pretrained(
-            model, str(place), subfolder=ADAPTER_DIRECTORY, is_trainable=trainable, torch_device=str(model.device)
-        )
-    return PeftModel.from_pretrained(model, str(place), subfolder=ADAPTER_DIRECTORY, is_trainable=trainable)
+    return _load_adapter(model, place, trainable, on_device=device is not None) if adapter else model
 
 
 def width_of(name: str, quantization: dict[str, Any]) -> int:
@@ -129,12 +121,29 @@ def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, 
             **options,
         )
     except Exception as error:  # a damaged directory can break its class in any way
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{directory}: cannot be loaded ({type(error).__name__}: {reason})") from error
+        raise CheckpointError(f"{directory}: cannot be loaded ({_reason(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:  # they would be random
         raise CheckpointError(f"{directory}: lacks {len(missing)} weights of {class_name} ({', '.join(missing[:3])})")
     return model
+
+
+def _load_adapter(model: Any, directory: Path, trainable: bool, on_device: bool) -> Any:
+    from peft import PeftModel
+
+    options: dict[str, Any] = {"torch_device": str(model.device)} if on_device else {}  # else PEFT prefers a GPU on its way
+    try:
+        return PeftModel.from_pretrained(
+            model, str(directory), subfolder=ADAPTER_DIRECTORY, is_trainable=trainable, **options
+        )
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"{directory / ADAPTER_DIRECTORY}: the adapter cannot be loaded ({_reason(error)})"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @cache

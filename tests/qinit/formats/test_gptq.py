@@ -160,6 +160,41 @@ def test_the_config_says_what_the_loader_has_to_know():
     assert "block_name_to_quantize" not in config  # model.layers is found by itself
 
 
+MIXED = {name: (2, 3, 4, 2)[i % 4] for i, name in enumerate(LAYERS)} | {LAYERS[11]: 8}
+
+
+def test_the_most_frequent_width_is_the_base_and_the_others_are_listed_by_name():
+    config = GPTQ.quantization_config(MIXED, 64, ["model.layers.0.mlp.gate_proj"])
+    assert config["bits"] == 2
+    assert config["dynamic"].pop(r"-:^model\.layers\.0\.mlp\.gate_proj$") == {}
+    expected = {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in MIXED.items() if bits != 2}
+    assert config["dynamic"] == expected
+    one_width = GPTQ.quantization_config(dict.fromkeys(MIXED, 2), 64, ["model.layers.0.mlp.gate_proj"])
+    assert config | {"dynamic": None} == one_width | {"dynamic": None}
+
+
+@pytest.mark.parametrize(
+    ("widths", "base"), [((3, 2, 2, 3), 2), ((8, 4), 4), ((4, 8, 8), 8), ((2, 4, 3, 3, 4), 3), ((3,), 3)]
+)
+def test_of_equally_frequent_widths_the_smaller_is_the_base(widths, base):
+    assert GPTQ.quantization_config(dict(zip(LAYERS, widths, strict=False)), 64, [])["bits"] == base
+
+
+def test_gptqmodel_reads_the_width_of_every_module():
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.quantization.config import dynamic_get
+
+    # Names of which one begins with another, or which a dot that is not escaped would catch.
+    alike = {"model.layers.1.mlp.up_proj_2": 8, "xmodel.layers.1.mlp.up_proj": 2, "model.layers.1.mlp_up_proj": 3}
+    widths = MIXED | alike
+    kept = ["model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj"]
+    config = GPTQ.quantization_config(widths, 64, kept)
+    dynamic = config["dynamic"]
+    assert {name: dynamic_get(dynamic, name, "bits", config["bits"]) for name in widths} == widths
+    assert all(dynamic_get(dynamic, name) is False for name in kept)
+    assert dynamic_get(dynamic, "model.layers.100.mlp.gate_proj") is None
+
+
 @pytest.mark.parametrize(
     ("names", "block"),
     [
