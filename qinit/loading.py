@@ -131,7 +131,9 @@ def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, 
 def _load_adapter(model: Any, directory: Path, trainable: bool, on_device: bool) -> Any:
     from peft import PeftModel
 
-    options: dict[str, Any] = {"torch_device": str(model.device)} if on_device else {}  # else PEFT prefers a GPU on its way
+    options: dict[str, Any] = (
+        {"torch_device": str(model.device)} if on_device else {}
+    )  # else PEFT prefers a GPU on its way
     try:
         return PeftModel.from_pretrained(
             model, str(directory), subfolder=ADAPTER_DIRECTORY, is_trainable=trainable, **options
