@@ -56,7 +56,7 @@ def load(
             options["config"] = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
             options["config"].quantization_config = {**config["quantization_config"], "quant_method": MIXED_METHOD}
     model = _load_base(place, class_name, dtype, options)
-    return _load_adapter(model, place, trainable, on_device=device is not None) if adapter else model
+    return _load_adapter(model, place, trainable) if adapter else model
 
 
 def width_of(name: str, quantization: dict[str, Any]) -> int:
@@ -128,15 +128,16 @@ def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, 
     return model
 
 
-def _load_adapter(model: Any, directory: Path, trainable: bool, on_device: bool) -> Any:
+def _load_adapter(model: Any, directory: Path, trainable: bool) -> Any:
     from peft import PeftModel
 
-    options: dict[str, Any] = (
-        {"torch_device": str(model.device)} if on_device else {}
-    )  # else PEFT prefers a GPU on its way
     try:
         return PeftModel.from_pretrained(
-            model, str(directory), subfolder=ADAPTER_DIRECTORY, is_trainable=trainable, **options
+            model,
+            str(directory),
+            subfolder=ADAPTER_DIRECTORY,
+            is_trainable=trainable,
+            torch_device=str(model.device),  # else it reads the file on a GPU where there is one
         )
     except Exception as error:  # as above
         raise CheckpointError(
