@@ -42,6 +42,21 @@ def _calibration_words(plan: Plan) -> str:
     return f"{recipe.calibration}, {size}" + (f", then {recipe.polish} steps of polish" if recipe.polish else "")
 
 
+def _allocation_words(plan: Plan) -> list[str]:
+    """Say how the widths were given to the layers."""
+    counts: dict[int, int] = {}
+    for layer in plan.quantized:
+        counts[layer.bits] = counts.get(layer.bits, 0) + 1
+    shares = ", ".join(f"{bits} bits: {count} layers" for bits, count in sorted(counts.items()))
+    words = [f"widths: {shares}; {plan.grid_bits_per_weight:.3f} bits per weight with scales and zero points"]
+    if plan.allocation is not None and plan.allocation.chosen is not None:
+        ends = ", ".join(f"{nats:.3f} at {bits:.2f}" for bits, nats in plan.allocation.uniform)
+        words.append(
+            f"predicted loss: {plan.allocation.chosen[1]:.3f} nats over full precision (one width: {ends} bits)"
+        )
+    return words
+
+
 class Screen:
     """Draws on stdout, or on stderr when stdout is kept for JSON."""
 
@@ -59,7 +74,7 @@ class Screen:
 
     def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
         """Draw a run's progress and its result; returns its report."""
-        from qinit.runner import Done, Finished, Measuring, Noted, Sampling, Working
+        from qinit.runner import Allotted, Done, Finished, Measuring, Noted, Sampling, Working
         from qinit.runner import Progress as Polishing
 
         for note in plan.notes:
@@ -78,6 +93,9 @@ class Screen:
                         progress.update(task, description=text)
                     case Measuring(block, blocks, layers):
                         progress.update(task, description=f"block {block + 1} of {blocks}: measuring {layers[0]}")
+                    case Allotted(allotted):
+                        for line in _allocation_words(allotted):
+                            self.say(line)
                     case Noted(text):
                         self.say(f"note: {text}")
                     case Polishing(step, loss, held_out):
@@ -122,7 +140,7 @@ class Screen:
             if "polish" in totals["calibration"]:
                 outputs["polish"] = polish_words(totals["calibration"]["polish"])
         self._table(
-            f"{report.model}: {report.recipe['bits']} bits, rank {report.recipe['rank']}, {report.recipe['method']}",
+            f"{report.model}: {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}, {report.recipe['method']}",
             {
                 "layers": f"{totals['layers']}{kept}",
                 "bits per weight": bits,
@@ -156,6 +174,9 @@ class Screen:
                 layer.kept or "",
             )
         self._console.print(table)
+        if plan.recipe.mixed:
+            for line in _allocation_words(plan):
+                self.say(line)
         self._table(
             f"plan for {plan.model_name}: method {plan.recipe.method}, format {plan.recipe.format}",
             {

@@ -8,7 +8,7 @@ import traceback
 from typing import Annotated
 
 import typer
-from qinit_cli.eqft import eqft
+from qinit_cli.eqft import eqft, meqft, plan
 from qinit_cli.methods import methods
 from qinit_cli.report import report
 
@@ -22,6 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(eqft)
+app.command()(meqft)
+app.command()(plan)
 app.command()(methods)
 app.command()(report)
 

@@ -89,19 +89,25 @@ def write_card(directory: Path, report: Report, plan: Plan) -> None:
     """Write README.md into a run's directory."""
     source = plan.checkpoint.card_metadata()
     front: dict[str, Any] = {"base_model": report.model, "library_name": "peft"}
-    front["tags"] = ["qinit", report.recipe["method"], "lora", f"{report.recipe['bits']}-bit", report.recipe["format"]]
+    front["tags"] = [
+        "qinit",
+        report.recipe["method"],
+        "lora",
+        f"{report.totals['nominal_bits']:g}-bit",
+        report.recipe["format"],
+    ]
     for key in ("license", "license_name", "license_link", "language", "pipeline_tag"):
         if key in source:
             front[key] = source[key]
     totals = report.totals
-    title = f"{report.model.rstrip('/').split('/')[-1]}, {report.recipe['bits']} bits, rank {report.recipe['rank']}"
+    title = f"{report.model.rstrip('/').split('/')[-1]}, {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}"
     notes = "".join(f"\n- {note}" for note in report.notes)
     requires = "Needs `pip install gptqmodel optimum` beside transformers and peft.\n"
     text = TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=title,
         model=report.model,
-        bits=report.recipe["bits"],
+        bits=f"{totals['nominal_bits']:g}",
         format=report.recipe["format"],
         rank=report.recipe["rank"],
         adapter=ADAPTER_DIRECTORY,

@@ -38,6 +38,11 @@ def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
                     f"{out}: exists and has no {REPORT_NAME}, so qinit did not write it and will not replace it; "
                     "choose another place with --out"
                 )
+    check_space(plan, out)
+
+
+def check_space(plan: Plan, out: Path) -> None:
+    """Raise OutputError if the disk that holds `out` has no room for the result."""
     existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
     needed = plan.base_bytes + plan.adapter_bytes
     free = shutil.disk_usage(existing).free

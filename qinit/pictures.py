@@ -24,7 +24,8 @@ BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072b2", "#d55e00", "#009e73", "#e69f0
 KEPT = "#dcdcdc"
 WIDTHS = "viridis"
 PANELS = (("weight", "error_start", "error"), ("output", "output_error_start", "output_error"))
-LABELLED, TICKS, LONGEST = 48, 24, 44  # columns with their width written in, tick labels on an axis, a label's length
+LABELLED, CROWDED = 48, 400  # more columns get no widths written in, more layers no lines between their dots
+LONGEST, NARROW = 44, 28  # characters of a module type beside the axis, and under it
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,12 @@ def bits_words(rows: Sequence[LayerRow]) -> str:
     return f"{words} (+ {kept} kept)" if kept else words
 
 
-def heading(report: Report) -> str:
-    """Name the run: model, width, rank, method."""
+def heading(report: Report, length: int = 200) -> str:
+    """Name the run: model (in at most `length` characters), width, rank, method."""
     bits = report.totals.get("bits_per_weight")
     words = [f"{bits:.3f} bits per weight as stored"] if isinstance(bits, int | float) else []
     words += [f"rank {report.recipe['rank']}"] if "rank" in report.recipe else []
-    return f"{_short(report.model, 80)}: {', '.join([*words, str(report.recipe.get('method', ''))]).rstrip(', ')}"
+    return f"{_short(report.model, length)}: {', '.join([*words, str(report.recipe.get('method', ''))]).rstrip(', ')}"
 
 
 def write_pictures(report: Report, directory: Path) -> tuple[Path, Path]:
@@ -184,10 +185,12 @@ def png(report: Report) -> bytes:
     grid, front = Grid(report.layers), pareto_front(report)
     panels = [panel for panel in PANELS if average(report.layers, panel[2]) is not None]
     height = min(max(0.3 * len(grid.kinds), 0.6), 60)
-    heights = [height + 0.9, *[3.1] * len(panels), *[3.9] * (front is not None)]
+    heights = [height + 0.9]
+    heights += [4.1 if _steep(_spans(grid, panel[2])) else 3.1 for panel in panels]
+    heights += [3.9] * (front is not None)
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
     figure = Figure(figsize=(12, sum(heights) + 0.5), dpi=130, layout=layout)
-    figure.suptitle(heading(report), fontsize=13, fontweight="bold", parse_math=False)
+    figure.suptitle(heading(report, 48), fontsize=12.5, fontweight="bold", parse_math=False)
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _png_bits(figure, axes[0], grid)
     for axis, panel in zip(axes[1:], panels, strict=False):
@@ -222,7 +225,7 @@ def _png_bits(figure: Any, axis: Any, grid: Grid) -> None:
                 colour = "white" if dark else "black"
                 axis.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7.5, color=colour)
     axis.set_ylim(len(grid.kinds), 0)
-    shown = _thinned(len(grid.columns))
+    shown = _numbers_shown(grid)
     axis.set_xticks([x + 0.5 for x in shown], [grid.columns[x] for x in shown], fontsize=8)
     shown = _thinned(len(grid.kinds), 220)
     names = [_short(grid.kinds[y]) for y in shown]
@@ -235,17 +238,18 @@ def _png_bits(figure: Any, axis: Any, grid: Grid) -> None:
 
 
 def _png_errors(axis: Any, grid: Grid, panel: tuple[str, str, str]) -> None:
-    (what, start, end), spans = panel, _spans(grid)
-    for field, name, colour, marker, face in (
-        (start, "base alone", VERMILLION, "o", "white"),
-        (end, "with the adapter", BLUE, "o", BLUE),
+    (what, start, end), spans = panel, _spans(grid, panel[2])
+    for field, name, colour, face in (
+        (start, "base alone", VERMILLION, "white"),
+        (end, "with the adapter", BLUE, BLUE),
     ):
         for index, (kind, left) in enumerate(spans):
             cells = grid.of_kind(kind)
             values = [average(cell.rows, field) for cell in cells]
             heights = [math.nan if value is None else value for value in values]
             label = None if index else name
-            style = {"marker": marker, "markerfacecolor": face, "markersize": _marker(grid), "linewidth": 1.1}
+            style = {"marker": "o", "markerfacecolor": face, "markersize": _marker(grid), "linewidth": 1.1}
+            style |= {"linestyle": "none"} if len(grid.cells) > CROWDED else {}
             axis.plot(range(left, left + len(cells)), heights, color=colour, label=label, **style)
     edges = [left - (1 + _space(grid)) / 2 for _, left in spans[1:]]
     if len(edges) <= 60:
@@ -253,8 +257,8 @@ def _png_errors(axis: Any, grid: Grid, panel: tuple[str, str, str]) -> None:
             axis.axvline(edge, color=KEPT, linewidth=0.8, zorder=0)
     shown = _thinned(len(spans))
     centres = [left + (len(grid.of_kind(kind)) - 1) / 2 for kind, left in spans]
-    labels = [_short(spans[index][0]) for index in shown]
-    steep = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if sum(map(len, labels)) > 130 else {}
+    labels = [_short(spans[index][0], NARROW) for index in shown]
+    steep = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if _steep(spans) else {}
     axis.set_xticks([centres[index] for index in shown], labels, fontsize=8, parse_math=False, **steep)
     axis.tick_params(axis="x", length=0)
     axis.set_xlim(-1, spans[-1][1] + len(grid.of_kind(spans[-1][0])))
@@ -263,7 +267,7 @@ def _png_errors(axis: Any, grid: Grid, panel: tuple[str, str, str]) -> None:
     axis.set_ylabel(_error_unit(what))
     axis.set_title(_errors_title(what), loc="left", fontsize=11)
     _png_clean(axis)
-    axis.legend(loc="upper left", bbox_to_anchor=(0.72, 1.14), ncols=2, frameon=False, fontsize=9, borderaxespad=0)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
 
 
 def _png_front(axis: Any, front: Front) -> None:
@@ -290,6 +294,13 @@ def _png_clean(axis: Any) -> None:
     axis.set_axisbelow(True)
 
 
+# No button that sends the chart to a server or selects points, and no address to send it to.
+CONFIG = {
+    "displaylogo": False,
+    "responsive": True,
+    "plotlyServerURL": "",
+    "modeBarButtonsToRemove": ["sendChartToCloud", "select2d", "lasso2d"],
+}
 HEAD = """\
 <!doctype html>
 <html lang="en">
@@ -335,8 +346,7 @@ def page(report: Report) -> str:
         figure.update_layout(
             template="plotly_white", font_family="system-ui, sans-serif", title_x=0, title_xref="paper"
         )
-        options = {"config": {"displaylogo": False, "responsive": True}, "div_id": name, "full_html": False}
-        parts.append(figure.to_html(include_plotlyjs=index == 0, **options))
+        parts.append(figure.to_html(include_plotlyjs=index == 0, full_html=False, div_id=name, config=CONFIG))
     parts += [f"<p>{escape(note)}</p>" for note in (*([] if front else [f"{NO_FRONT}."]), *report.notes)]
     return "\n".join((*parts, "</body>", "</html>", ""))
 
@@ -379,20 +389,22 @@ def _page_bits(go: Any, grid: Grid) -> Any:
     common |= {"hovertemplate": "%{customdata}<extra></extra>", "hoverongaps": False}
     if len(grid.columns) <= LABELLED:
         common |= {"texttemplate": "%{text}", "textfont_size": 10}
-    ticks = {"tickvals": [math.log2(bits) for bits in _widths(grid)], "ticktext": [str(bits) for bits in _widths(grid)]}
+    bar = {"title": "bits", "thickness": 14, "lenmode": "pixels", "len": min(max(24 * len(down), 110), 250)}
+    bar |= {"y": 1, "yanchor": "top"}
+    bar |= {"tickvals": [math.log2(bits) for bits in _widths(grid)], "ticktext": [str(bits) for bits in _widths(grid)]}
     figure = go.Figure()
     flat = {"colorscale": [[0, KEPT], [1, KEPT]], "showscale": False}
     for kept, style in (
         (True, flat),
         (
             False,
-            {"colorscale": WIDTHS, "zmin": low, "zmax": high, "colorbar": {"title": "bits", "thickness": 14, **ticks}},
+            {"colorscale": WIDTHS, "zmin": low, "zmax": high, "colorbar": bar},
         ),
     ):
         values = [[None if value != value else value for value in line] for line in _matrix(grid, kept=kept)]
         if any(value is not None for line in values for value in line):
             figure.add_heatmap(z=values, **style, **common)
-    shown = _thinned(len(grid.columns))
+    shown = _numbers_shown(grid)
     figure.update_xaxes(
         title="layer number",
         tickvals=shown,
@@ -410,13 +422,14 @@ def _page_bits(go: Any, grid: Grid) -> Any:
         zeroline=False,
         automargin=True,
     )
-    height = 150 + min(max(24 * len(down), 60), 6000)
-    return figure.update_layout(title=_bits_title(grid), height=height, margin={"t": 60, "b": 60})
+    inside = min(max(24 * len(down), 60), 6000)
+    return figure.update_layout(title=_bits_title(grid), height=inside + 120, margin={"t": 60, "b": 60})
 
 
 def _page_errors(go: Any, grid: Grid, panel: tuple[str, str, str]) -> Any:
-    (what, start, end), spans = panel, _spans(grid)
+    (what, start, end), spans = panel, _spans(grid, panel[2])
     figure = go.Figure()
+    mode = "markers" if len(grid.cells) > CROWDED else "lines+markers"
     for field, name, colour, symbol in (
         (start, "base alone", VERMILLION, "circle-open"),
         (end, "with the adapter", BLUE, "circle"),
@@ -438,7 +451,7 @@ def _page_errors(go: Any, grid: Grid, panel: tuple[str, str, str]) -> Any:
             x=x,
             y=y,
             name=name,
-            mode="lines+markers",
+            mode=mode,
             marker=marker,
             line=line,
             customdata=hover,
@@ -446,11 +459,12 @@ def _page_errors(go: Any, grid: Grid, panel: tuple[str, str, str]) -> Any:
         )
     for _, left in spans[1:61]:
         figure.add_vline(left - (1 + _space(grid)) / 2, line={"color": KEPT, "width": 1}, layer="below")
-    shown = _thinned(len(spans), 60)
+    shown = _thinned(len(spans), 50)
     figure.update_xaxes(
         title=_errors_axis(grid),
         tickvals=[spans[index][1] + (len(grid.of_kind(spans[index][0])) - 1) / 2 for index in shown],
-        ticktext=[escape(_short(spans[index][0]), quote=False) for index in shown],
+        ticktext=[escape(_short(spans[index][0], NARROW), quote=False) for index in shown],
+        tickangle=-30 if _steep(spans) else 0,
         range=[-1, spans[-1][1] + len(grid.of_kind(spans[-1][0]))],
         showgrid=False,
         zeroline=False,
@@ -479,7 +493,9 @@ def _page_front(go: Any, front: Front) -> Any:
             x=x, y=y, name=name, customdata=hover, hovertemplate="%{customdata}<extra></extra>", **styles[name]
         )
     figure.update_xaxes(title="bits per weight")
-    figure.update_yaxes(title="nats over full precision", type="log" if front.log else "linear", automargin=True)
+    figure.update_yaxes(title="nats over full precision", automargin=True)
+    if front.log:
+        figure.update_yaxes(type="log", dtick=1, exponentformat="power")
     title = escape(_front_title(front), quote=False)
     legend = {"x": 0.99, "xanchor": "right", "y": 0.99, "yanchor": "top", "bgcolor": "rgba(255,255,255,0.8)"}
     return figure.update_layout(title=title, height=480, legend=legend, margin={"t": 60, "b": 60})
@@ -562,13 +578,21 @@ def _range(grid: Grid) -> tuple[float, float]:
     return math.log2(widths[0]), math.log2(widths[-1])
 
 
-def _spans(grid: Grid) -> list[tuple[str, int]]:
-    """Return where each module type starts on the axis of the errors, with some space between them."""
+def _spans(grid: Grid, field: str) -> list[tuple[str, int]]:
+    """Return where each module type with an error starts on the axis, with some space between them."""
     spans, left = [], 0
     for kind in grid.kinds:
-        spans.append((kind, left))
-        left += len(grid.of_kind(kind)) + _space(grid)
+        cells = grid.of_kind(kind)
+        if any(average(cell.rows, field) is not None for cell in cells):
+            spans.append((kind, left))
+            left += len(cells) + _space(grid)
     return spans
+
+
+def _steep(spans: list[tuple[str, int]]) -> bool:
+    """Whether the names of the module types do not fit side by side."""
+    shown = _thinned(len(spans))
+    return len(shown) * max(len(_short(spans[index][0], NARROW)) for index in shown) > 140
 
 
 def _space(grid: Grid) -> int:
@@ -576,15 +600,27 @@ def _space(grid: Grid) -> int:
 
 
 def _marker(grid: Grid) -> float:
-    return 4 if len(grid.cells) <= 400 else 1.8
+    return 4 if len(grid.cells) <= CROWDED else 1.8
 
 
 def _gap(grid: Grid) -> float:
     return 1 if len(grid.columns) <= 100 else 0
 
 
-def _thinned(count: int, most: int = TICKS) -> list[int]:
-    return list(range(0, count, -(-count // most)))
+def _thinned(count: int, most: int = 26) -> list[int]:
+    """Return at most `most` of the first `count` numbers, a round step apart."""
+    steps = (digit * 10**power for power in range(12) for digit in (1, 2, 5))
+    return list(range(0, count, next(step for step in steps if step * most >= count)))
+
+
+def _numbers_shown(grid: Grid) -> list[int]:
+    """Return the columns whose layer number is written; the one without a number always is."""
+    last = len(grid.columns) - 1
+    if grid.numbers[-1] is not None:
+        return _thinned(last + 1)
+    shown = _thinned(last)
+    crowded = len(shown) > 1 and 2 * (last - shown[-1]) < shown[1]
+    return [*(shown[:-1] if crowded else shown), last]
 
 
 def _short(name: str, length: int = LONGEST) -> str:

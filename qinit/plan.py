@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qinit import adapter
 from qinit.checkpoint import Checkpoint
@@ -17,6 +18,9 @@ from qinit.recipe import Recipe, parse_size
 from qinit.safetensors_io import StoredTensor, TensorSpec
 from qinit.solver import LayerSpec
 from qinit.targets import Architecture, Target, read_architecture, resolve_targets, select
+
+if TYPE_CHECKING:
+    from qinit.sensitivity import Sensitivity
 
 # Float32 weight, residual and one temporary of the same size, codes twice, the source and the packed result.
 PEAK_BYTES_PER_WEIGHT = 18
@@ -45,6 +49,19 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """How widths were given to layers. `front`, `chosen` and `uniform` are points of bits per weight and predicted loss
+    (nats per token over full precision), the last one for each single width; empty where no loss was measured."""
+
+    how: str
+    metric: str
+    front: tuple[tuple[float, float], ...] = ()
+    chosen: tuple[float, float] | None = None
+    uniform: tuple[tuple[float, float], ...] = ()
+    sensitivity: Sensitivity | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will read and write."""
 
@@ -54,6 +71,7 @@ class Plan:
     architecture: Architecture
     layers: tuple[LayerPlan, ...]
     calibration_reason: str = ""  # why `auto` became what it is
+    allocation: Allocation | None = None  # of mixed widths; None too while they are still to be measured
 
     @cached_property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -99,6 +117,11 @@ class Plan:
         """Stored bits per quantized weight: codes, scales, zeros and group indices counted."""
         stored = sum(layer.bytes_after for layer in self.quantized)
         return 8 * stored / sum(layer.weights for layer in self.quantized)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the layers' widths are provisional, to be chosen after measuring."""
+        return self.recipe.mixed and self.allocation is None
 
     @property
     def grid_bits_per_weight(self) -> float:
@@ -152,9 +175,28 @@ class Plan:
         notes += [
             f"{layer.target.name}: rank lowered from {self.recipe.rank} to {layer.rank}, all that its shape allows"
             for layer in self.layers
-            if layer.rank != self.recipe.rank
+            if layer.rank == min(layer.target.module.out_features, layer.target.module.in_features) < self.recipe.rank
         ]
+        if self.recipe.mixed:
+            notes.append(self._storage_note)
+        if self.pending:
+            notes.append(
+                "the widths in this plan are spread evenly for now; the run measures how sensitive each layer is and "
+                "then chooses them under the same budget"
+            )
         return tuple(notes)
+
+    @property
+    def _storage_note(self) -> str:
+        if FORMATS[self.recipe.format].mixed_bits:
+            return (
+                f"format {self.recipe.format}: no stock loader takes packed weights of mixed widths, so Q is stored in "
+                "the checkpoint's own type; --format gptq packs it, for qinit.load and GPTQModel.load"
+            )
+        return (
+            f"format {self.recipe.format}: packed with mixed widths; load it with qinit.load(DIR) or GPTQModel.load, "
+            "as stock from_pretrained reads one width only"
+        )
 
     def layer_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return what the solver is asked for this layer."""
@@ -183,7 +225,18 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
             f"format {recipe.format} can hold none of the {len(layers)} chosen layers "
             f"({plan.notes[0]}); use --format dense"
         )
-    return _with_calibration(plan)
+    plan = _with_calibration(plan)
+    if recipe.mixed:
+        from qinit.mixed import planned
+
+        plan = planned(plan)
+    return plan
+
+
+def with_choice(plan: Plan, layer: LayerPlan, bits: int, rank: int) -> LayerPlan:
+    """Return a quantized layer at another width and rank."""
+    specs = tuple(FORMATS[plan.recipe.format].specs(layer.target, bits, layer.group_size))
+    return replace(layer, bits=bits, rank=rank, specs=specs)
 
 
 def _with_calibration(plan: Plan) -> Plan:
@@ -212,5 +265,6 @@ def _plan_layer(recipe: Recipe, target: Target) -> LayerPlan:
     rank = min(recipe.rank, module.out_features, module.in_features)
     group_size = min(recipe.group_size, module.in_features)
     same = TensorSpec(target.tensor.name, target.tensor.dtype, target.tensor.shape)
-    specs = (same,) if kept else tuple(fmt.specs(target, recipe.bits, group_size))
-    return LayerPlan(target, recipe.bits, group_size, rank, kept, specs)
+    bits = recipe.widths[0]
+    specs = (same,) if kept else tuple(fmt.specs(target, bits, group_size))
+    return LayerPlan(target, bits, group_size, rank, kept, specs)

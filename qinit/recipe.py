@@ -47,10 +47,34 @@ class Recipe(BaseModel):
     max_shard_size: str = "5GB"
     device: str = "auto"
     seed: int = Field(0, ge=0)
+    ratio: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)  # share of weights at bits_high: mixed widths
+    bits_low: Bits | None = None
+    bits_high: Bits | None = None
+    target_bits: float | None = Field(None, gt=0, allow_inf_nan=False)  # or a budget per weight, over bits_choices
+    bits_choices: tuple[Bits, ...] | None = None
+    allocation: Literal["sensitivity", "uniform", "first", "last", "random"] = "sensitivity"
+    tie: Literal["none", "fused"] = "none"
+    sensitivity: str | None = None  # a file that an earlier run has measured
+    rank_budget: str | None = None  # total size of the adapter, as 20MB
 
-    @field_validator("lora_alpha", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _whole_alpha_is_fine(cls, value: Any) -> Any:
+    def _mixed_defaults(cls, values: Any) -> Any:
+        mixed = isinstance(values, dict) and any(values.get(key) is not None for key in ("ratio", "target_bits"))
+        return {"format": "dense", **values} if mixed else values  # no stock loader takes packed mixed widths
+
+    @field_validator("bits_choices", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if not all(part.strip().isdecimal() for part in value.split(",")):
+                raise ValueError("expected widths like 2,3,4")
+            value = [int(part) for part in value.split(",")]
+        return tuple(sorted(set(value))) if isinstance(value, list | tuple) else value
+
+    @field_validator("ratio", "target_bits", "lora_alpha", mode="before")
+    @classmethod
+    def _whole_numbers_are_fine(cls, value: Any) -> Any:
         return float(value) if type(value) is int else value
 
     @field_validator("device")
@@ -61,10 +85,11 @@ class Recipe(BaseModel):
             raise ValueError("expected auto, cpu, cuda or cuda:N")
         return value
 
-    @field_validator("max_shard_size")
+    @field_validator("max_shard_size", "rank_budget")
     @classmethod
-    def _parsable_size(cls, value: str) -> str:
-        parse_size(value)
+    def _parsable_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
         return value
 
     @model_validator(mode="after")
@@ -75,13 +100,40 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"format: no '{self.format}'{did_you_mean(self.format, FORMATS)}; known are {', '.join(FORMATS)}"
             )
-        if self.bits not in grid.bits:
-            raise ValueError(f"bits: method {self.method} offers {list(grid.bits)}, found {self.bits}")
+        self._check_mixed(method)
+        for bits in self.widths:
+            if bits not in grid.bits:
+                raise ValueError(f"bits: method {self.method} offers {list(grid.bits)}, found {bits}")
         self._check_calibration(method)
-        problem = FORMATS[self.format].cannot_hold(method.grid, self.bits, self.group_size)
+        problem = FORMATS[self.format].cannot_hold(method.grid, self.widths[0], self.group_size)
         if problem:
             raise ValueError(f"format: {self.format} {problem}")
         return self
+
+    def _check_mixed(self, method: Method) -> None:
+        if not self.mixed:
+            for option in ("bits_low", "bits_high", "bits_choices", "allocation", "tie", "sensitivity", "rank_budget"):
+                if getattr(self, option) != type(self).model_fields[option].default:
+                    raise ValueError(f"{option}: is about mixed widths; give ratio or target_bits too")
+            return
+        if method.name != "eqft":
+            raise ValueError(f"method: mixed widths are for eqft, found {method.name}")
+        if self.bits != 2:
+            raise ValueError("bits: is one width for all; with ratio give bits_low and bits_high, else bits_choices")
+        if self.ratio is not None and self.target_bits is not None:
+            raise ValueError("target_bits: give it or ratio, not both")
+        wrong = ("bits_choices",) if self.ratio is not None else ("bits_low", "bits_high")
+        for option in wrong:
+            if getattr(self, option) is not None:
+                other = "target_bits" if self.ratio is not None else "ratio"
+                raise ValueError(f"{option}: belongs to {other}, which is not given")
+        if len(self.widths) < 2:
+            raise ValueError(f"bits_low, bits_high, bits_choices: at least two widths are needed, found {self.widths}")
+        if self.ratio is not None and (self.bits_low or 2) > (self.bits_high or 3):
+            raise ValueError(f"bits_low: must be below bits_high, found {self.bits_low or 2} and {self.bits_high or 3}")
+        for option in ("sensitivity", "rank_budget"):
+            if getattr(self, option) is not None and self.allocation != "sensitivity":
+                raise ValueError(f"{option}: needs allocation sensitivity, found {self.allocation}")
 
     def _check_calibration(self, method: Method) -> None:
         if method.metric != "weight" and self.calibration == "none":
@@ -98,6 +150,28 @@ class Recipe(BaseModel):
                 raise ValueError(f"{option}: method {method.name} has its own; leave it out")
         if self.text_field and self.calibration in ("auto", "self", "random"):
             raise ValueError(f"text_field: there is no field to name in calibration {self.calibration}")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers get different widths under a budget (MEQFT)."""
+        return self.ratio is not None or self.target_bits is not None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that a layer may get, ascending."""
+        if self.ratio is not None:
+            return tuple(sorted({self.bits_low or 2, self.bits_high or 3}))
+        if self.target_bits is not None:
+            return self.bits_choices or (2, 3, 4, 8)
+        return (self.bits,)
+
+    @property
+    def nominal_bits(self) -> float:
+        """The width that the output is named after: on average, without scales where a ratio was asked for."""
+        if self.target_bits is not None:
+            return self.target_bits
+        low, high = self.widths[0], self.widths[-1]
+        return low + (self.ratio or 0) * (high - low)
 
     @property
     def calibrated(self) -> bool:

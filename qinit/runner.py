@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from qinit import adapter
+from qinit import adapter, sensitivity
 from qinit.calibration import Samples, Statistics
 from qinit.calibration.blocks import NotStreamable
-from qinit.calibration.sources import load_samples
+from qinit.calibration.choice import text_for
 from qinit.calibration.walk import Measuring, Seen, Walk
 from qinit.calibration.whole import whole_model
 from qinit.card import write_card
@@ -29,7 +29,8 @@ from qinit.errors import CalibrationError, CheckpointError
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.lowrank import LowRank
-from qinit.output import check_output, placed
+from qinit.mixed import allotted, options
+from qinit.output import check_output, check_space, placed
 from qinit.plan import LayerPlan, Plan
 from qinit.polish import Polished, Progress, polish
 from qinit.report import LayerRow, Report, peak_memory_bytes, relative_error, versions
@@ -70,13 +71,20 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Allotted:
+    """Every layer's width is known; `plan` has them."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True)
 class Noted:
     """Something that a user should know has turned up; it is in the report too."""
 
     text: str
 
 
-Event = Sampling | Measuring | Noted | Working | Done | Progress | Finished
+Event = Sampling | Measuring | Allotted | Noted | Working | Done | Progress | Finished
 
 
 def run(
@@ -92,6 +100,10 @@ def run(
     device = pick_device(plan.recipe.device)
     started = time.perf_counter()
     with placed(out) as directory:
+        samples = None
+        if plan.pending:
+            plan, samples = yield from _allotted(plan, directory, device, token)
+            check_space(plan, out)
         _copy_companions(plan, directory)
         adapter_directory = directory / adapter.ADAPTER_DIRECTORY
         adapter_directory.mkdir()
@@ -102,7 +114,7 @@ def run(
             factors=SafetensorsWriter(adapter_directory, plan.adapter_specs, stem=adapter.WEIGHTS_STEM),
         )
         if plan.recipe.calibrated:
-            yield from _calibrated(job, directory, token)
+            yield from _calibrated(job, directory, samples, token)
         for name, tensor in plan.checkpoint.tensors.items():
             layer = job.by_tensor.get(name)
             if layer is not None and layer.target.name in job.rows:
@@ -122,6 +134,8 @@ def run(
         _write_config(plan, directory)
         report = _report(job, time.perf_counter() - started, command)
         report.write(directory)
+        if plan.allocation is not None and plan.allocation.sensitivity is not None:
+            plan.allocation.sensitivity.write(directory / sensitivity.SENSITIVITY_NAME)
         write_card(directory, report, plan)
     yield Finished(report, out)
 
@@ -150,21 +164,24 @@ class _Job:
         return Noted(text)
 
 
-def _calibrated(job: _Job, directory: Path, token: str | None) -> Generator[Event, None, None]:
+def _allotted(
+    plan: Plan, directory: Path, device: torch.device, token: str | None
+) -> Generator[Event, None, tuple[Plan, Samples]]:
+    """Measure how sensitive each layer is and choose the widths; returns the plan with them, and the text."""
+    yield Sampling(plan.recipe.calibration if plan.recipe.calibrated else "self")
+    samples = text_for(plan, device, token)
+    measured = yield from sensitivity.measure(plan, options(plan), samples, device, directory)
+    plan = allotted(plan, measured)
+    yield Allotted(plan)
+    return plan, samples
+
+
+def _calibrated(job: _Job, directory: Path, samples: Samples | None, token: str | None) -> Generator[Event, None, None]:
     """Solve every layer that the calibration text reaches, as what it sees becomes known."""
     plan, recipe = job.plan, job.plan.recipe
-    yield Sampling(recipe.calibration)
-    samples = load_samples(
-        recipe.calibration,
-        plan.checkpoint.directory,
-        plan.checkpoint.config,
-        samples=recipe.calibration_samples,
-        length=recipe.calibration_length,
-        seed=recipe.seed,
-        text_field=recipe.text_field,
-        token=token,
-        device=job.device,
-    )
+    if samples is None:
+        yield Sampling(recipe.calibration)
+        samples = text_for(plan, job.device, token)
     if recipe.polish and len(samples.tokens) < 2:  # it would say so itself, after everything else
         raise CalibrationError(
             "polish: needs at least 2 samples, one to learn from and one to check on, found "
@@ -353,6 +370,7 @@ def _report(job: _Job, seconds: float, command: str) -> Report:
     plan = job.plan
     rows = tuple(job.rows[layer.target.name] for layer in plan.layers)
     totals: dict[str, Any] = {
+        "nominal_bits": plan.recipe.nominal_bits,
         "layers": len(plan.quantized),
         "layers_kept": len(plan.layers) - len(plan.quantized),
         "quantized_weights": sum(layer.weights for layer in plan.quantized),
@@ -371,6 +389,11 @@ def _report(job: _Job, seconds: float, command: str) -> Report:
         totals["output_error"] = relative_error(rows, "output_error")
     if job.calibration:
         totals["calibration"] = job.calibration
+    if plan.allocation is not None:
+        allocation = plan.allocation
+        totals["allocation"] = {"allocation": allocation.how, "metric": allocation.metric}
+        if allocation.sensitivity is not None:
+            totals["allocation"] |= {key: getattr(allocation, key) for key in ("front", "chosen", "uniform")}
     source = {"model": plan.model_name, "revision": plan.recipe.revision, "class": plan.architecture.class_name}
     recipe = plan.recipe.model_dump()
     return Report(plan.model_name, command, recipe, source, versions(), totals, (*plan.notes, *job.notes), rows)

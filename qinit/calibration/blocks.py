@@ -54,16 +54,34 @@ def alike(one: Any, other: Any) -> bool:
     return type(one) is type(other)
 
 
-class _Stub(nn.Module):
-    """Stands in for a block: keeps its arguments and returns the first block's hidden states."""
+class _StandIn(nn.Module):
+    """Has a block's place and its attributes, but not its weights."""
 
-    def __init__(self, real: nn.Module, kept: list[Arguments], count: int) -> None:
+    def __init__(self, real: nn.Module) -> None:
         super().__init__()
         self.__dict__["real"] = real  # not a submodule
-        self.kept, self.count = kept, count
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["real"], name)  # such as attention_type, which some models ask a block for
+
+
+class _Through(_StandIn):
+    """Returns the same hidden states whatever it is given."""
+
+    def __init__(self, real: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__(real)
+        self.__dict__["hidden"] = hidden
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.__dict__["hidden"]
+
+
+class _Stub(_StandIn):
+    """Keeps a block's arguments and returns the first block's hidden states."""
+
+    def __init__(self, real: nn.Module, kept: list[Arguments], count: int) -> None:
+        super().__init__(real)
+        self.kept, self.count = kept, count
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.kept.append((args, kwargs))
@@ -94,6 +112,16 @@ class Blocks:
                     stored = self._read(f"{path}.{name}")
                     module._buffers[name] = buffer.to(device) if stored is None else stored.to(buffer.dtype)
         self.path, self.blocks = _row_of_blocks(self.model, [layer.target.name for layer in plan.quantized])
+        self.model.tie_weights()  # built without memory, each has become a parameter of its own
+        first: dict[int, str] = {}
+        self.outside = {  # parameters that lie in no block, each with the first name of the one that it is tied to
+            name: first.setdefault(id(parameter), name)
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if not name.startswith(self.path + ".")
+        }
+        output = self.model.get_output_embeddings()
+        ends = [path + "." for path, module in self.model.named_modules() if module is output]
+        self.head = {name for name in self.outside if any(name.startswith(end) for end in ends)}
         if any(getattr(module, "is_kv_shared_layer", False) for module in self.blocks.modules()):
             raise NotStreamable("some blocks use the keys and values of others")
         for name, _ in self.blocks.named_parameters(remove_duplicate=False):
@@ -108,24 +136,26 @@ class Blocks:
         return f"{self.path}.{index}."
 
     @contextmanager
-    def surroundings(self) -> Iterator[None]:
-        """Have what lies before the blocks (embeddings, positions) in memory; it is given back at the end."""
-        head = self.model.get_output_embeddings()
-        tied = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
-        skipped = {id(p) for p in head.parameters()} - tied if head is not None else set()
-        loaded = []
+    def surroundings(self, *, head: bool = False) -> Iterator[None]:
+        """Have what lies before the blocks (embeddings, positions) in memory, with the output head if asked for; it is
+        given back at the end."""
+        loaded: dict[str, nn.Parameter] = {}
+        empty = {name: self.model.get_parameter(name) for name in self.outside}
         try:
-            for name, parameter in list(self.model.named_parameters()):
-                if name.startswith(self.path + ".") or id(parameter) in skipped:
+            for name, same_as in self.outside.items():
+                if name in self.head and not head:
                     continue
-                value = self._read(name)
-                if value is not None:  # what is missing is never reached, or ends the pass with an error
-                    _put(self.model, name, value)
-                    loaded.append(name)
+                if same_as not in loaded:
+                    value = self._read(same_as)
+                    value = self._read(name) if value is None else value
+                    if value is None:  # never reached, or it ends the pass with an error
+                        continue
+                    loaded[same_as] = _frozen(value)
+                _put(self.model, name, loaded[same_as])
             yield
         finally:
-            for name in loaded:
-                _put(self.model, name, torch.empty_like(self.model.get_parameter(name), device="meta"))
+            for name, parameter in empty.items():
+                _put(self.model, name, parameter)
 
     def calls(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
         """Run a batch as far as the blocks; return the first one's hidden states and how each block is called."""
@@ -149,19 +179,34 @@ class Blocks:
             raise NotStreamable(f"the blocks take hidden states of shape {list(hidden.shape)}")
         return hidden, [Call(*arguments) for arguments in kept]
 
+    def after(self, tokens: torch.Tensor, mask: torch.Tensor | None, hidden: torch.Tensor) -> Any:
+        """Return the model's outputs for a batch whose last block gives `hidden`; needs the head in memory."""
+        real = list(self.blocks)
+        for index, block in enumerate(real):
+            self.blocks[index] = _Through(block, hidden)
+        try:
+            return self.model(
+                input_ids=tokens.to(self.device), attention_mask=None if mask is None else mask.to(self.device)
+            )
+        except Exception as error:  # a model can do anything behind its blocks
+            raise NotStreamable(f"the model does not run on from its blocks ({error})") from error
+        finally:
+            for index, block in enumerate(real):
+                self.blocks[index] = block
+
     def load(self, index: int) -> nn.Module:
         """Return one block with its weights in float32 on the device."""
         block = self.blocks[index]
         for name, _ in list(block.named_parameters()):
             value = self._read(self.prefix(index) + name)
             assert value is not None
-            _put(block, name, value)
+            _put(block, name, _frozen(value))
         return block
 
     def unload(self, index: int) -> None:
         """Give a block's memory back."""
         for name, parameter in list(self.blocks[index].named_parameters()):
-            _put(self.blocks[index], name, torch.empty_like(parameter, device="meta"))
+            _put(self.blocks[index], name, _frozen(torch.empty_like(parameter, device="meta")))
 
     def _find(self, name: str) -> StoredTensor | None:
         tensors = self.plan.checkpoint.tensors
@@ -177,9 +222,13 @@ class Blocks:
         return raw.to(self.device, torch.float32)
 
 
-def _put(root: nn.Module, name: str, value: torch.Tensor) -> None:
+def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     parent, _, last = name.rpartition(".")
-    setattr(root.get_submodule(parent), last, nn.Parameter(value, requires_grad=False))
+    setattr(root.get_submodule(parent), last, parameter)
+
+
+def _frozen(value: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
 
 
 def _row_of_blocks(model: nn.Module, names: list[str]) -> tuple[str, nn.ModuleList]:

@@ -16,12 +16,14 @@ from qinit.calibration.sources import sampling_cost
 from qinit.polish import BATCH_TOKENS, polish_flops
 
 if TYPE_CHECKING:
+    from qinit.calibration.samples import Samples
     from qinit.plan import Plan
 
 LONGEST = 300.0  # seconds that `auto` may spend without being asked, on a machine of nominal speed:
 NOMINAL_SPEED = {"cpu": 1.5e11, "cuda": 5e13}  # so that a busy machine writes the same bytes as an idle one
 EFFICIENCY = 0.3  # of a matrix product's speed that a model reaches
 TOKEN_SECONDS = 4e-4  # per layer of the model and token written: what a step costs beside its arithmetic
+SENSITIVITY_SAMPLES, SENSITIVITY_LENGTH = 16, 256  # of text to allocate widths by
 LARGEST_SHARE = 0.5  # of the free memory that a model may take for writing its text
 AUTO_SOURCE = "self"
 
@@ -126,3 +128,27 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{float(f'{seconds / size:.2g}'):g} {unit}"
     return f"{max(1, round(seconds))} s"
+
+
+def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
+    """Read or write the text that the recipe asks for; without calibration a little of the model's own, to allocate
+    widths by, or random tokens where it writes none. Raises CalibrationError and HubError."""
+    from qinit.calibration.sources import load_samples
+
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    source, count, length = recipe.calibration, recipe.calibration_samples, recipe.calibration_length
+    if not recipe.calibrated:
+        facts = Facts.read(checkpoint.directory, checkpoint.config)
+        writes = facts.causal and facts.start is not None and plan.bytes_before <= LARGEST_SHARE * free_memory(device)
+        source, count, length = "self" if writes else "random", SENSITIVITY_SAMPLES, SENSITIVITY_LENGTH
+    return load_samples(
+        source,
+        checkpoint.directory,
+        checkpoint.config,
+        samples=count,
+        length=length,
+        seed=recipe.seed,
+        text_field=recipe.text_field,
+        token=token,
+        device=device,
+    )

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qinit.calibration.blocks import Blocks, Call, Stop, alike
-from qinit.calibration.choice import free_memory
+from qinit.calibration.blocks import Blocks, Call, Stop
+from qinit.calibration.carried import Batch, Calls, Carried, batches_of
 from qinit.calibration.samples import Samples
 from qinit.calibration.statistics import Meter, Statistics
 from qinit.errors import CalibrationError
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from qinit.plan import LayerPlan, Plan
 
 BATCH_BYTES = 1 << 28  # of the widest activation of one batch
-CARRIED_SHARE = 0.25  # of the free memory; more hidden states than that are kept on disk
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Walk:
 
     def __iter__(self) -> Iterator[Measuring | Seen]:
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=self.scratch) as directory:
-            batches = list(self._batches())
+            batches = list(batches_of(self.samples, self.batch))
             original, calls = self._start(batches, Path(directory))
             repaired = original.twin(Path(directory)) if self.sequential else original
             for index in range(len(self.blocks)):
@@ -101,7 +100,7 @@ class Walk:
                     self.blocks.unload(index)
 
     def _block(
-        self, block: nn.Module, original: _Carried, repaired: _Carried, calls: _Calls, batches: list[_Batch]
+        self, block: nn.Module, original: Carried, repaired: Carried, calls: Calls, batches: list[Batch]
     ) -> Iterator[Measuring | Seen]:
         names = [name for name in self.layers if name.startswith(self.blocks.prefix(self.index))]
         if not names:
@@ -122,10 +121,10 @@ class Walk:
         self,
         block: nn.Module,
         groups: list[_Group],
-        original: _Carried,
-        repaired: _Carried,
-        calls: _Calls,
-        batches: list[_Batch],
+        original: Carried,
+        repaired: Carried,
+        calls: Calls,
+        batches: list[Batch],
     ) -> Iterator[Seen]:
         diverged = self.diverged and self.repaired is not None
         running = self.repaired if diverged else block
@@ -162,7 +161,7 @@ class Walk:
             for layer in group.layers:
                 yield Seen(layer, self._weight(block, layer), meter.statistics(layer), self.repair)
 
-    def _tokens(self, activation: torch.Tensor, batch: _Batch, name: str) -> torch.Tensor:
+    def _tokens(self, activation: torch.Tensor, batch: Batch, name: str) -> torch.Tensor:
         """Return the rows of tokens that are no padding; raises CalibrationError for NaN or Inf."""
         require_finite_input(activation, name, batch.start, self.samples)
         return unpadded(activation, batch.mask)
@@ -205,28 +204,21 @@ class Walk:
         linear: Any = block.get_submodule(self._inner(layer.target.name))
         return oriented(linear.weight.data, layer)
 
-    def _batches(self) -> Iterator[_Batch]:
-        for start in range(0, len(self.samples.tokens), self.batch):
-            stop = min(start + self.batch, len(self.samples.tokens))
-            mask = None if self.samples.mask is None else self.samples.mask[start:stop]
-            yield _Batch(start, stop, mask)
-
-    def _start(self, batches: list[_Batch], directory: Path) -> tuple[_Carried, _Calls]:
-        calls = _Calls()
-        carried: _Carried | None = None
+    def _start(self, batches: list[Batch], directory: Path) -> tuple[Carried, Calls]:
+        calls = Calls()
+        carried: Carried | None = None
         with self.blocks.surroundings():
             for batch in batches:
-                mask = None if batch.mask is None else batch.mask.long()
-                hidden, found = self.blocks.calls(self.samples.tokens[batch.start : batch.stop], mask)
+                hidden, found = self.blocks.calls(self.samples.tokens[batch.rows], batch.long_mask)
                 calls.add(batch, found)
                 if carried is None:
                     shape = (len(self.samples.tokens), *hidden.shape[1:])
-                    carried = _Carried(shape, directory / "original", streams=2 if self.sequential else 1)
+                    carried = Carried(shape, directory / "original", streams=2 if self.sequential else 1)
                 carried.write(batch, hidden)
         assert carried is not None
         return carried, calls
 
-    def _advance(self, carried: _Carried, block: nn.Module, calls: _Calls, batches: list[_Batch]) -> None:
+    def _advance(self, carried: Carried, block: nn.Module, calls: Calls, batches: list[Batch]) -> None:
         for batch in batches:
             carried.write(batch, calls.of(batch, self.index)(block, carried.read(batch).to(self.device)))
 
@@ -264,56 +256,6 @@ def require_finite_input(activation: torch.Tensor, name: str, first: int, sample
         f"{name}: NaN or Inf at its input{where} of the calibration text ({samples.origin}); the model overflows "
         "there: try other text, or --calibration none"
     )
-
-
-@dataclass(frozen=True)
-class _Batch:
-    start: int
-    stop: int
-    mask: torch.Tensor | None
-
-
-class _Calls:
-    """How each block is called: mostly alike for all batches of one size, but not with padding, nor where a block
-    also gets something made of the tokens (Gemma 4's per-layer inputs)."""
-
-    def __init__(self) -> None:
-        self.by_size: dict[int, list[Call]] = {}
-        self.own: dict[int, list[Call]] = {}
-
-    def add(self, batch: _Batch, calls: list[Call]) -> None:
-        first = self.by_size.setdefault(batch.stop - batch.start, calls)
-        pairs = zip(calls, first, strict=True)
-        if not all(alike(call.args, other.args) and alike(call.kwargs, other.kwargs) for call, other in pairs):
-            self.own[batch.start] = calls
-
-    def of(self, batch: _Batch, index: int) -> Call:
-        return self.own.get(batch.start, self.by_size[batch.stop - batch.start])[index]
-
-
-class _Carried:
-    """Hidden states of all samples between two blocks, float32; on disk when they would take too much memory."""
-
-    def __init__(self, shape: tuple[int, ...], file: Path, streams: int) -> None:
-        self.streams = streams
-        size = 4 * torch.Size(shape).numel()
-        if streams * size <= CARRIED_SHARE * free_memory(torch.device("cpu")):
-            self.states = torch.empty(shape)
-        else:
-            flat = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
-            self.states = flat.view(shape)
-
-    def twin(self, directory: Path) -> _Carried:
-        """Return another store with the same contents."""
-        other = _Carried(tuple(self.states.shape), directory / "repaired", self.streams)
-        other.states.copy_(self.states)
-        return other
-
-    def read(self, batch: _Batch) -> torch.Tensor:
-        return self.states[batch.start : batch.stop]
-
-    def write(self, batch: _Batch, hidden: torch.Tensor) -> None:
-        self.states[batch.start : batch.stop].copy_(hidden)
 
 
 def oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:

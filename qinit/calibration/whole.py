@@ -22,7 +22,7 @@ def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[
     For a method whose metric is `fisher`, a backward pass per sample gives the mean squared gradient of the
     next-token loss for every weight (LQ-LoRA, arXiv:2311.12023, section 3.3). Raises CalibrationError.
     """
-    model = _load(plan).to(device)
+    model = load_whole(plan).to(device)
     names = tuple(layer.target.name for layer in plan.quantized)
     yield Measuring(0, 1, names)
     meters = {layer.target.name: Meter([layer], device, drift=False) for layer in plan.quantized}
@@ -43,7 +43,7 @@ def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[
         for first in range(0, len(samples.tokens), size):
             part = slice(first, first + size)
             mask = None if samples.mask is None else samples.mask[part].to(device)
-            _read(model, samples.tokens[part].to(device), mask, plan)
+            read_tokens(model, samples.tokens[part].to(device), mask, plan)
     for hook in hooks:
         hook.remove()
     fisher = _fisher(model, plan, samples, device) if plan.recipe.row.metric == "fisher" else {}
@@ -57,12 +57,13 @@ def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[
         yield Seen(layer, oriented(weight, layer), statistics)
 
 
-def _read(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None, plan: Plan) -> None:
+def read_tokens(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None, plan: Plan) -> Any:
+    """Run the model on tokens [batch, length] and return its outputs. Raises CalibrationError if it cannot."""
     inputs = {"input_ids": tokens, "attention_mask": None if mask is None else mask.long()}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
     try:
-        model(**inputs)
+        return model(**inputs)
     except CalibrationError:
         raise
     except Exception as error:  # a model can ask for anything beside tokens
@@ -95,7 +96,8 @@ def _fisher(model: Any, plan: Plan, samples: Samples, device: torch.device) -> d
     return {name: oriented(square, by_name[name]) for name, square in squares.items()}
 
 
-def _load(plan: Plan) -> Any:
+def load_whole(plan: Plan) -> Any:
+    """Load the source model in float32, to be used and not changed. Raises CalibrationError."""
     import transformers
 
     model_class: Any = getattr(transformers, plan.architecture.class_name)

@@ -4,7 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from qinit.report import REPORT_NAME, LayerRow, Report, peak_memory_bytes, relative_error, versions
+from qinit.errors import ReportError
+from qinit.report import (
+    REPORT_NAME,
+    LayerRow,
+    Report,
+    average,
+    mean_bits,
+    peak_memory_bytes,
+    places,
+    relative_error,
+    versions,
+)
 
 
 def row(shape, error, kept=None):
@@ -49,3 +60,74 @@ def test_peak_memory_is_in_bytes():
     block = bytearray(200 << 20)
     block[::4096] = b"x" * len(block[::4096])
     assert peak_memory_bytes() >= max(before, 200 << 20)
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    rows = (row((3, 2), 0.5), replace(row((3, 2), None, kept="odd"), bits=None, group_size=None))
+    report = Report("m", "qinit eqft m", {"bits": 2}, {}, {"torch": "2"}, {"layers": 1, "later": [1]}, ("n",), rows)
+    report.write(tmp_path)
+    assert Report.read(tmp_path) == report
+
+
+def test_keys_of_a_later_version_are_passed_over(tmp_path):
+    report = Report("m", "c", {}, {}, {}, {}, (), (row((3, 2), 0.5),))
+    value = json.loads(report.to_json())
+    value["later"] = value["layers"][0]["later"] = 1
+    (tmp_path / REPORT_NAME).write_text(json.dumps(value))
+    assert Report.read(tmp_path) == report
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", r"qinit\.json: not JSON \(EOF .*\); run `qinit eqft` again"),
+        (b"\xff\xfe", r"qinit\.json: not JSON"),
+        ("[]", r"not a report of qinit \(the whole: .*\); pass the directory that `qinit eqft` wrote"),
+        ("{}", r"not a report of qinit \(model: Field required\)"),
+        (("layers", []), r"not a report of qinit \(it has no layers\)"),
+        (("layers", [{"name": "x"}]), r"not a report of qinit \(layers\.0\.shape: Field required\)"),
+        (("totals", "many"), r"not a report of qinit \(totals: "),
+    ],
+)
+def test_what_is_no_report_is_refused(tmp_path, text, words):
+    if isinstance(text, tuple):
+        report = Report("m", "c", {}, {}, {}, {}, (), (row((3, 2), 0.5),))
+        text = json.dumps(json.loads(report.to_json()) | {text[0]: text[1]})
+    (tmp_path / REPORT_NAME).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ReportError, match=words):
+        Report.read(tmp_path)
+
+
+def test_a_missing_report_says_what_is_missing(tmp_path):
+    with pytest.raises(ReportError, match=r"gone: no such directory; pass the directory that `qinit eqft` wrote"):
+        Report.read(tmp_path / "gone")
+    with pytest.raises(ReportError, match=r"qinit\.json: no such file; pass"):
+        Report.read(tmp_path)
+    (tmp_path / REPORT_NAME).mkdir()
+    with pytest.raises(ReportError, match=r"qinit\.json: cannot be read \(Is a directory\)"):
+        Report.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["model.layers.3.mlp.up_proj", "lm_head"], [("mlp.up_proj", 3), ("lm_head", None)]),
+        (["l.0.experts.7.w1", "l.1.experts.12.w1"], [("experts.*.w1", 0), ("experts.*.w1", 1)]),
+        (["m.encoder.b.0.q", "m.decoder.b.0.q"], [("encoder.b.*.q", 0), ("decoder.b.*.q", 0)]),
+        (["net.0", "net.2"], [("net.*", 0), ("net.*", 2)]),
+        (["0.x"], [("x", 0)]),
+        (["h.9999999999.x"], [("h.9999999999.x", None)]),
+        (["fc1", ""], [("fc1", None), ("", None)]),
+        ([], []),
+    ],
+)
+def test_module_types_and_layer_numbers(names, found):
+    assert places(names) == found
+
+
+def test_means_of_what_there_is():
+    rows = [row((3, 10), 0.4), replace(row((1, 10), None, kept="odd"), bits=None), replace(row((1, 10), 0.4), bits=4)]
+    assert mean_bits(rows) == 2.5
+    assert mean_bits(rows[1:2]) is None
+    assert average(rows, "error") == pytest.approx(0.4)
+    assert average(rows, "output_error") is None

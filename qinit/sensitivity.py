@@ -1,0 +1,356 @@
+"""How much each layer's quantization costs the model's output, at every width and rank that it may get.
+
+A layer with error E = W - Q - L changes its output by E x at each token, and the next-token distribution by
+KL = (g' E x)^2 / 2 nats to second order, g the gradient of the log-probability of a token drawn from that
+distribution (its expected square is the Fisher information). So one backward pass measures all layers at once, with
+the error and the input that they really have, where weight errors and output errors do not know which outputs matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qinit.calibration.blocks import Blocks, NotStreamable
+from qinit.calibration.carried import Batch, Calls, Carried, batches_of
+from qinit.calibration.choice import SENSITIVITY_LENGTH, SENSITIVITY_SAMPLES
+from qinit.calibration.samples import Samples
+from qinit.calibration.statistics import Meter, Statistics
+from qinit.calibration.walk import Measuring, oriented, require_finite_input, unpadded
+from qinit.calibration.whole import load_whole, read_tokens
+from qinit.errors import RecipeError
+from qinit.solver import seed_of, solve, stored
+
+if TYPE_CHECKING:
+    from qinit.plan import LayerPlan, Plan
+
+SENSITIVITY_NAME = "sensitivity.json"
+ROUNDS = 1  # of the solver: the first one already shows what the layer cannot hold
+BATCH_TOKENS = 1024  # logits [batch, length, vocabulary] and their gradient are in memory
+SAMPLED_BYTES = 256  # of each weight, for the fingerprint
+
+# What changes a measurement, beside the model itself.
+SIGNED = ("method", "rank", "group_size", "seed", "calibration", "target_modules", "exclude", "rounding", "act_order")
+Nats = dict[str, dict[tuple[int, int], float]]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Predicted nats per token for each layer, by (bits, rank). `signature` is what it was measured for, `how` on
+    what, in words."""
+
+    signature: dict[str, Any]
+    how: str
+    nats: Nats
+
+    def write(self, file: Path) -> None:
+        layers = {
+            name: {f"{bits}x{rank}": value for (bits, rank), value in options.items()}
+            for name, options in self.nats.items()
+        }
+        file.write_text(
+            json.dumps({"signature": self.signature, "how": self.how, "layers": layers}, indent=1) + "\n",
+            encoding="utf-8",
+        )
+
+    @classmethod
+    def read(cls, file: Path) -> Sensitivity:
+        """Read what `write` has written; raises RecipeError for a file that is damaged or something else."""
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            nats = {
+                str(name): {_width_and_rank(key): _number(value) for key, value in options.items()}
+                for name, options in values["layers"].items()
+            }
+            signature, how = dict(values["signature"]), str(values["how"])
+        except OSError as error:
+            raise RecipeError(f"sensitivity: {file} cannot be read ({error.strerror})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RecipeError(
+                f"sensitivity: {file} is no {SENSITIVITY_NAME} of qinit ({type(error).__name__}: {error}); leave the "
+                "option out to measure anew"
+            ) from None
+        return cls(signature, how, nats)
+
+    def check(self, plan: Plan, options: dict[str, list[tuple[int, int]]], file: Path) -> None:
+        """Raise RecipeError unless it was measured for this plan and holds all `options` (bits, rank) by layer."""
+        wanted = signature(plan)
+        for key, value in wanted.items():
+            if self.signature.get(key) != value:
+                what = "another model" if key == "model" else f"another {key}"
+                raise RecipeError(
+                    f"sensitivity: {file} was measured for {what} ({self.signature.get(key)!r}, now {value!r}); leave "
+                    "the option out to measure anew"
+                )
+        for name, pairs in options.items():
+            for pair in pairs:
+                if pair not in self.nats.get(name, {}):
+                    raise RecipeError(
+                        f"sensitivity: {file} has nothing on {name} at {pair[0]} bits and rank {pair[1]}; leave the "
+                        "option out to measure anew"
+                    )
+
+
+def signature(plan: Plan) -> dict[str, Any]:
+    """Return what a measurement depends on: the source's tensors and the recipe."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(plan.checkpoint.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape} ".encode())
+        digest.update(tensor.first_bytes(SAMPLED_BYTES))
+    recipe = plan.recipe.model_dump(mode="json")
+    return {"model": digest.hexdigest(), **{key: recipe[key] for key in SIGNED}}
+
+
+def measure(
+    plan: Plan,
+    options: dict[str, list[tuple[int, int]]],
+    samples: Samples,
+    device: torch.device,
+    scratch: Path | None = None,
+) -> Generator[Measuring, None, Sensitivity]:
+    """Measure every quantized layer at its `options` (bits, rank); yields Measuring and returns the Sensitivity.
+
+    Block by block: a pass forward keeps what enters each block, a pass back takes the blocks in reverse, so that one
+    block with its errors is in memory at a time. A model that is no row of blocks is taken whole. Uses the first
+    SENSITIVITY_SAMPLES of `samples`, cut to SENSITIVITY_LENGTH. Raises CalibrationError and CheckpointError.
+    """
+    part = Samples(
+        samples.tokens[:SENSITIVITY_SAMPLES, :SENSITIVITY_LENGTH],
+        None if samples.mask is None else samples.mask[:SENSITIVITY_SAMPLES, :SENSITIVITY_LENGTH],
+        samples.origin,
+    )
+    probe = _Probe(plan, options, part, device)
+    try:
+        blocks = Blocks(plan, device)
+        yield from _streamed(blocks, probe, scratch)
+    except NotStreamable:
+        probe = _Probe(plan, options, part, device)
+        yield from _whole(probe)
+    total = max(probe.tokens, 1)
+    nats = {
+        layer.target.name: {
+            pair: probe.squares[layer.target.name].get(pair, 0.0) / (2 * total) for pair in options[layer.target.name]
+        }
+        for layer in plan.quantized
+    }
+    how = f"Fisher information on {part.count} tokens: {samples.origin}"
+    return Sensitivity(signature(plan), how, nats)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A layer's error at one width: R = W - Q [out, in] and the factors of its low rank, largest direction first."""
+
+    bits: int
+    rest: torch.Tensor
+    B: torch.Tensor
+    A: torch.Tensor
+
+
+class _Probe:
+    """Adds up (g' E x)^2 for every layer and option, as gradients arrive at the layers' outputs."""
+
+    def __init__(
+        self, plan: Plan, options: dict[str, list[tuple[int, int]]], samples: Samples, device: torch.device
+    ) -> None:
+        self.plan, self.options, self.samples, self.device = plan, options, samples, device
+        self.layers = {layer.target.name: layer for layer in plan.quantized}
+        self.squares: dict[str, dict[tuple[int, int], float]] = {name: {} for name in self.layers}
+        self.candidates: dict[str, list[_Candidate]] = {}
+        self.batches = list(batches_of(samples, max(1, BATCH_TOKENS // samples.tokens.shape[1])))
+        self.tokens = 0
+        self.mask: torch.Tensor | None = None
+        self.generator = torch.Generator().manual_seed(plan.recipe.seed)
+
+    def solve(self, layer: LayerPlan, weight: torch.Tensor, statistics: Statistics | None) -> None:
+        """Find what is left of a layer at each width, quickly."""
+        name = layer.target.name
+        found = []
+        for bits in sorted({bits for bits, _ in self.options[name]}):
+            rank = max(rank for width, rank in self.options[name] if width == bits)
+            spec = replace(
+                self.plan.layer_spec(layer) if statistics is not None else self.plan.data_free_spec(layer),
+                bits=bits,
+                rank=rank,
+                iterations=ROUNDS,
+            )
+            solution = solve(weight, spec, seed_of(name, self.plan.recipe.seed), statistics)
+            assert solution.low_rank is not None
+            rest = stored(solution.quantized, spec).neg_().add_(weight)
+            found.append(_Candidate(bits, rest, solution.low_rank.B, solution.low_rank.A))
+        self.candidates[name] = found
+
+    @contextmanager
+    def listening(self, modules: dict[str, nn.Module]) -> Iterator[None]:
+        """Measure the modules of these layers in every pass within."""
+
+        def keep(name: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+                x = args[0].detach()
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: self._add(name, x, gradient))
+
+            return hook
+
+        hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for name in modules:
+                self.candidates.pop(name, None)
+
+    def _add(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        g, x = unpadded(gradient, self.mask).float(), unpadded(x, self.mask).float()
+        if len(g) != len(x):  # rows of both belong together for a linear layer
+            return
+        squares = self.squares[name]
+        for candidate in self.candidates[name]:
+            along = ((x @ candidate.rest.T) * g).sum(1)
+            repaired = (x @ candidate.A.T) * (g @ candidate.B)  # [tokens, r]: what each direction gives back
+            for bits, rank in self.options[name]:
+                if bits == candidate.bits:
+                    left = along - repaired[:, :rank].sum(1)
+                    squares[bits, rank] = squares.get((bits, rank), 0.0) + float(left.square().sum(dtype=torch.float64))
+
+    def begin(self, batch: Batch) -> None:
+        """Say which batch the next loss is of."""
+        self.mask = batch.mask
+        tokens = self.samples.tokens[batch.rows].numel()
+        self.tokens += tokens if batch.mask is None else int(batch.mask.sum())
+
+    def loss(self, outputs: Any) -> torch.Tensor:
+        """Return minus the log-probability of labels drawn from the model's own distribution, summed over tokens. A
+        model without logits is taken to have a Gaussian one around its last hidden state, relative to that's size."""
+        logits = getattr(outputs, "logits", None)
+        if logits is None:
+            hidden = outputs[0].float()
+            rows = unpadded(hidden, self.mask)
+            noise = torch.randn(rows.shape, generator=self.generator).to(rows.device)
+            return (rows * noise).sum() / rows.detach().square().sum(-1).mean().sqrt()
+        rows = unpadded(logits, self.mask).float().log_softmax(-1)
+        labels = torch.multinomial(rows.detach().exp().cpu(), 1, generator=self.generator)
+        return -rows.gather(1, labels.to(rows.device)).sum()
+
+
+def _streamed(blocks: Blocks, probe: _Probe, scratch: Path | None) -> Iterator[Measuring]:
+    samples, device, count = probe.samples, probe.device, len(blocks)
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        calls = Calls()
+        states: list[Carried] = []
+        yield Measuring(0, count, tuple(probe.layers))
+        with torch.no_grad():
+            with blocks.surroundings():
+                for batch in probe.batches:
+                    hidden, found = blocks.calls(samples.tokens[batch.rows], batch.long_mask)
+                    calls.add(batch, found)
+                    if not states:
+                        shape = (len(samples.tokens), *hidden.shape[1:])
+                        states = [Carried(shape, Path(directory) / str(i), count + 1) for i in range(count + 1)]
+                    states[0].write(batch, hidden)
+            for index in range(count):
+                block = blocks.load(index)
+                for batch in probe.batches:
+                    output = calls.of(batch, index)(block, states[index].read(batch).to(device))
+                    states[index + 1].write(batch, output)
+                blocks.unload(index)
+        gradient = states[-1]  # at the output of the block that is next
+        with blocks.surroundings(head=True), torch.enable_grad():
+            for batch in probe.batches:
+                probe.begin(batch)
+                hidden = gradient.read(batch).to(device, copy=True).requires_grad_()
+                probe.loss(blocks.after(samples.tokens[batch.rows], batch.long_mask, hidden)).backward()
+                gradient.write(batch, _gradient(hidden))
+        for index in reversed(range(count)):
+            prefix = blocks.prefix(index)
+            inside = [layer for name, layer in probe.layers.items() if name.startswith(prefix)]
+            yield Measuring(index, count, tuple(layer.target.name for layer in inside))
+            block = blocks.load(index)
+            modules = {layer.target.name: block.get_submodule(layer.target.name[len(prefix) :]) for layer in inside}
+
+            def run(
+                batch: Batch, block: nn.Module = block, index: int = index, hidden: torch.Tensor | None = None
+            ) -> torch.Tensor:
+                x = states[index].read(batch).to(device) if hidden is None else hidden
+                return calls.of(batch, index)(block, x)
+
+            with torch.no_grad():
+                _solve_all(probe, inside, modules, run)
+            with probe.listening(modules), torch.enable_grad():
+                for batch in probe.batches:
+                    probe.mask = batch.mask
+                    hidden = states[index].read(batch).to(device, copy=True).requires_grad_()
+                    run(batch, hidden=hidden).backward(gradient.read(batch).to(device))
+                    gradient.write(batch, _gradient(hidden))
+            blocks.unload(index)
+
+
+def _gradient(hidden: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+
+
+def _solve_all(
+    probe: _Probe, layers: list[LayerPlan], modules: dict[str, nn.Module], run: Callable[[Batch], Any]
+) -> None:
+    """Solve layers at all of their options, with the statistics of their inputs where the recipe is calibrated."""
+    meters: dict[str, Meter] = {}
+    if probe.plan.recipe.calibrated:
+        meters = {layer.target.name: Meter([layer], probe.device, drift=False) for layer in layers}
+
+        def measured(name: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                require_finite_input(args[0], name, batch.start, probe.samples)
+                meters[name].add(unpadded(args[0], batch.mask), {})
+
+            return hook
+
+        hooks = [module.register_forward_pre_hook(measured(name)) for name, module in modules.items()]
+        for batch in probe.batches:
+            run(batch)
+        for hook in hooks:
+            hook.remove()
+    for layer in layers:
+        linear: Any = modules[layer.target.name]
+        statistics = meters.pop(layer.target.name).statistics(layer) if meters else None
+        probe.solve(layer, oriented(linear.weight.data, layer), statistics)
+
+
+def _whole(probe: _Probe) -> Iterator[Measuring]:
+    plan, samples, device = probe.plan, probe.samples, probe.device
+    model = load_whole(plan).to(device).requires_grad_(False)
+    yield Measuring(0, 1, tuple(probe.layers))
+    modules = {name: model.get_submodule(name) for name in probe.layers}
+
+    def run(batch: Batch) -> Any:
+        mask = None if batch.mask is None else batch.mask.to(device)
+        return read_tokens(model, samples.tokens[batch.rows].to(device), mask, plan)
+
+    with torch.no_grad():
+        _solve_all(probe, list(probe.layers.values()), modules, run)
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+    with probe.listening(modules), torch.enable_grad():
+        for batch in probe.batches:
+            probe.begin(batch)
+            probe.loss(run(batch)).backward()
+    hook.remove()
+
+
+def _width_and_rank(key: str) -> tuple[int, int]:
+    bits, rank = key.split("x")
+    return int(bits), int(rank)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"{value!r} is no number of nats")
+    return float(value)
