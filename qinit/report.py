@@ -99,7 +99,7 @@ def places(names: Sequence[str]) -> list[tuple[str, int | None]]:
     """
     split = [_split(name) for name in names]
     before = sorted({parts for parts, number, _ in split if number is not None})
-    ends = zip(before[0], before[-1], strict=False) if before else ()  # sorted: what these two share, all do
+    ends = zip(before[0], before[-1], strict=False) if len(before) > 1 else ()  # sorted: what they share, all do
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
     found: list[tuple[str, int | None]] = []
     for name, (prefix, number, rest) in zip(names, split, strict=True):
