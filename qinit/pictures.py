@@ -17,7 +17,7 @@ from qinit.report import LayerRow, Report, average, mean_bits, places
 
 PNG_NAME, PAGE_NAME = "report.png", "report.html"
 INSTALL = 'pip install "qinit[report]"'
-NO_FRONT = "no bits were allocated in this run, so there is no Pareto front"
+NO_FRONT = "no losses were predicted in this run, so there is no Pareto front"
 
 # Okabe and Ito's colours, which the colour-blind tell apart; marker shapes differ as well.
 BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#8a8a8a"
@@ -83,7 +83,8 @@ class Grid:
 class Front:
     """Where a run's allocation lies: (bits per weight, nats over full precision) of each point."""
 
-    title: str
+    how: str
+    metric: str
     front: list[tuple[float, float]]
     uniform: list[tuple[float, float]]
     chosen: list[tuple[float, float]]
@@ -121,19 +122,19 @@ def evaluations(report: Report) -> list[tuple[str, float, float | None]]:
 
 
 def pareto_front(report: Report) -> Front | None:
-    """Return the points of a run's allocation; None for a run without."""
-    found = report.totals.get("allocation")
-    if not found:
-        return None
+    """Return the points of a run's allocation; None for a run without, or by a rule that predicts nothing."""
     try:
+        found = report.totals.get("allocation") or {}
+        if not found.get("chosen"):
+            return None
         front, uniform = (sorted((float(x), float(y)) for x, y in found.get(key, ())) for key in ("front", "uniform"))
         bits, nats = map(float, found["chosen"])
-        title = f"allocation {found['allocation']}, predicted by {found['metric']}"
+        how, metric = str(found["allocation"]), str(found["metric"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged("allocation", error) from None
     measured = [(text, excess) for text, _, excess in evaluations(report) if excess is not None]
     points = [(bits, excess) for _, excess in measured]
-    return Front(title, front, uniform, [(bits, nats)], points, [text for text, _ in measured])
+    return Front(how, metric, front, uniform, [(bits, nats)], points, [text for text, _ in measured])
 
 
 def bits_words(rows: Sequence[LayerRow]) -> str:
@@ -148,8 +149,10 @@ def bits_words(rows: Sequence[LayerRow]) -> str:
 
 def heading(report: Report, length: int = 200) -> str:
     """Name the run: model (in at most `length` characters), width, rank, method."""
-    bits = report.totals.get("bits_per_weight")
-    words = [f"{bits:.3f} bits per weight as stored"] if isinstance(bits, int | float) else []
+    unpacked = report.recipe.get("format") == "dense"
+    bits = report.totals.get("grid_bits_per_weight" if unpacked else "bits_per_weight")
+    where = "on the grid" if unpacked else "as stored"
+    words = [f"{bits:.3f} bits per weight {where}"] if isinstance(bits, int | float) else []
     words += [f"rank {report.recipe['rank']}"] if "rank" in report.recipe else []
     return f"{_short(report.model, length)}: {', '.join([*words, str(report.recipe.get('method', ''))]).rstrip(', ')}"
 
@@ -358,6 +361,8 @@ def summary(report: Report) -> dict[str, str]:
     words = {"layers": f"{len(rows) - kept}" + (f" (+ {kept} kept)" if kept else ""), "bits": bits_words(rows)}
     if "bits_per_weight" in totals:
         words["bits per weight"] = f"{totals['bits_per_weight']:.3f} as stored"
+        grid = totals.get("grid_bits_per_weight", totals["bits_per_weight"])
+        words["bits per weight"] += f", {grid:.3f} on the grid" if grid != totals["bits_per_weight"] else ""
     for name, start, end in (("relative error", *PANELS[0][1:]), ("of the outputs", *PANELS[1][1:])):
         before, after = average(rows, start), average(rows, end)
         if before is not None and after is not None:
@@ -365,7 +370,9 @@ def summary(report: Report) -> dict[str, str]:
     front = pareto_front(report)
     if front is not None:
         bits, nats = front.chosen[0]
-        words[front.title.split(",")[0]] = f"{bits:.3f} bits per weight, {_nats(nats)} predicted"
+        words["allocation"] = f"{front.how}: {bits:.3f} bits per weight, {_nats(nats)} predicted"
+    elif totals.get("allocation"):
+        words["allocation"] = f"{totals['allocation'].get('allocation')}: {totals['allocation'].get('metric')}"
     for text, perplexity, excess in evaluations(report):
         words[f"perplexity on {text}"] = f"{perplexity:.3f}" + ("" if excess is None else f", {_nats(excess)}")
     return words
@@ -538,7 +545,7 @@ def _errors_axis(grid: Grid) -> str:
 
 
 def _front_title(front: Front) -> str:
-    return _short(f"Bits against loss: {front.title}", 110)
+    return _short(f"Bits against loss, predicted by {front.metric}", 110)
 
 
 def _nats(nats: float) -> str:

@@ -33,7 +33,7 @@ def test_the_table_has_a_line_for_each_module_type_and_the_totals(command, run):
     assert lines[4] == "[b]odd[/b]: 3.400 bits per weight as stored, rank 4, eqft"
     assert " layers           4 (+ 1 kept)" in lines
     assert " relative error   0.5000 base alone -> 0.2500 with the adapter" in lines
-    assert lines[-2] == "note: no bits were allocated in this run, so there is no Pareto front"
+    assert lines[-2] == "note: no losses were predicted in this run, so there is no Pareto front"
     assert lines[-1] == f"written to {run / 'report.png'} and {run / 'report.html'}"
     assert (run / "report.png").read_bytes()[1:4] == b"PNG"
     assert "<title>[b]odd[/b]: 3.400" in (run / "report.html").read_text()

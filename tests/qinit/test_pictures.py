@@ -4,6 +4,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -160,6 +161,20 @@ def test_the_front_has_the_predicted_and_the_measured_points():
     assert not pareto_front(SHAPES["no gain"]).log
 
 
+def test_an_allocation_by_a_rule_has_no_front():
+    by_rule = report(allocation={"allocation": "first", "metric": "by a rule"})
+    assert pareto_front(by_rule) is None
+    assert summary(by_rule)["allocation"] == "first: by a rule"
+
+
+def test_weights_that_are_not_packed_are_counted_on_the_grid():
+    packed = report(grid_bits_per_weight=2.28125)
+    assert heading(packed) == "org/model: 2.900 bits per weight as stored, rank 4, eqft"
+    assert summary(packed)["bits per weight"] == "2.900 as stored, 2.281 on the grid"
+    dense = replace(packed, recipe={**packed.recipe, "format": "dense"})
+    assert heading(dense) == "org/model: 2.281 bits per weight on the grid, rank 4, eqft"
+
+
 def test_without_allocation_there_is_no_front_and_a_line_says_so():
     assert pareto_front(report()) is None
     text = page(report())
@@ -187,7 +202,7 @@ def test_the_totals_in_words():
     words = summary(report(allocation=ALLOCATION, evaluations=EVALUATIONS))
     assert words["layers"] == "12"
     assert words["bits per weight"] == "2.900 as stored"
-    assert words["allocation sensitivity"] == "2.900 bits per weight, +0.2000 nats (perplexity x 1.221) predicted"
+    assert words["allocation"] == "sensitivity: 2.900 bits per weight, +0.2000 nats (perplexity x 1.221) predicted"
     assert words["perplexity on held out"] == "15.000, +0.2231 nats (perplexity x 1.25)"
     assert words["perplexity on alone"] == "14.000"
 
