@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from qinit.estimate import Estimate
     from qinit.plan import Plan
     from qinit.report import Report
     from qinit.runner import Event
@@ -40,6 +41,15 @@ def _calibration_words(plan: Plan) -> str:
         return "none"
     size = f"{recipe.calibration_samples} samples of up to {recipe.calibration_length} tokens"
     return f"{recipe.calibration}, {size}" + (f", then {recipe.polish} steps of polish" if recipe.polish else "")
+
+
+def _time_words(seconds: Estimate) -> str:
+    from qinit.calibration.choice import duration
+
+    parts = {"to calibrate": seconds.calibrating, "to choose widths": seconds.allocating}
+    parts |= {"to solve": seconds.solving, "to polish": seconds.polishing}
+    named = ", ".join(f"{duration(value)} {what}" for what, value in parts.items() if value)
+    return f"about {duration(seconds.total)} here ({named})"
 
 
 def _allocation_words(plan: Plan) -> list[str]:
@@ -120,7 +130,7 @@ class Screen:
         return report
 
     def _result(self, report: Report, directory: Path) -> None:
-        from qinit.card import load_snippet, polish_words
+        from qinit.card import load_snippet, packed_mixed, polish_words
 
         if self._quiet:
             return
@@ -153,11 +163,11 @@ class Screen:
             },
         )
         self.say("Load it:")
-        for line in load_snippet(str(report.source["class"]), str(directory)):
+        for line in load_snippet(str(report.source["class"]), str(directory), packed_mixed=packed_mixed(report)):
             self.say(f"    {line}")
 
-    def plan(self, plan: Plan, out: Path) -> None:
-        """Draw the plan of a dry run."""
+    def plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:
+        """Draw the plan of a dry run, and how long the run would take."""
         if self._quiet:
             return
         table = Table("layer", "shape", "bits", "group", "rank", "before", "after", "kept because", box=None)
@@ -186,6 +196,7 @@ class Screen:
                 f"+ {size(plan.adapter_bytes)} adapter",
                 "calibration": _calibration_words(plan),
                 "working memory": f"about {size(plan.working_bytes)} beside the libraries",
+                "time": _time_words(seconds),
                 "would be written to": str(out),
             },
         )
@@ -235,7 +246,7 @@ class Screen:
     def json_report(self, report: Report, out: Path) -> None:
         sys.stdout.write(json.dumps({"directory": str(out.resolve()), **asdict(report)}) + "\n")
 
-    def json_plan(self, plan: Plan, out: Path) -> None:
+    def json_plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:
         layers = [
             {
                 "name": layer.target.name,
@@ -257,6 +268,7 @@ class Screen:
             "base_bytes": plan.base_bytes,
             "adapter_bytes": plan.adapter_bytes,
             "working_bytes": plan.working_bytes,
+            "seconds": {**asdict(seconds), "total": seconds.total},
             "notes": list(plan.notes),
             "layers": layers,
         }

@@ -60,9 +60,13 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         raise RecipeError("meqft: give --ratio (0 to 1) or --target-bits; for one width use qinit eqft")
     made, out = _planned(screen, recipe, options, command)
     if options["dry_run"]:
-        screen.plan(made, out)
+        from qinit.device import pick_device
+        from qinit.estimate import estimate
+
+        seconds = estimate(made, pick_device(recipe.device))
+        screen.plan(made, out, seconds)
         if options["json_output"]:
-            screen.json_plan(made, out)
+            screen.json_plan(made, out, seconds)
         return
 
     from qinit.output import check_output
@@ -105,8 +109,9 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any], command: str)
         short = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
         place = options["save_dir"] or Path("model_zoo") / command
         out = place / f"{short}-{recipe.nominal_bits:g}bit-{recipe.rank}rank"
-    for line in expected(made, device):
-        screen.say(f"note: {line}")
+    if not options["dry_run"]:  # a plan has it in its table
+        for line in expected(made, device):
+            screen.say(f"note: {line}")
     return made, out
 
 

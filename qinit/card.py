@@ -55,15 +55,23 @@ Per-layer figures, versions and the full recipe are in `qinit.json`.
 """
 
 
-def load_snippet(class_name: str, directory: str) -> list[str]:
-    """Return the lines of Python that load base and adapter for training."""
+def load_snippet(class_name: str, directory: str, *, packed_mixed: bool = False) -> list[str]:
+    """Return the lines of Python that load base and adapter for training; stock transformers reads no `packed_mixed`
+    widths."""
     place = json.dumps(directory, ensure_ascii=False)  # quotes and backslashes as Python reads them
+    if packed_mixed:
+        return ["import qinit", f"model = qinit.load({place}, trainable=True)"]
     auto = next((auto for end, auto in AUTO_CLASSES.items() if class_name.endswith(end)), "AutoModel")
     return [
         f"from transformers import {auto}; from peft import PeftModel",
         f'base = {auto}.from_pretrained({place}, dtype="auto")',
         f'model = PeftModel.from_pretrained(base, {place}, subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
     ]
+
+
+def packed_mixed(report: Report) -> bool:
+    """Whether a run has packed weights of several widths."""
+    return report.recipe["format"] == "gptq" and len({row.bits for row in report.layers if row.bits}) > 1
 
 
 def _measured(totals: dict[str, Any]) -> dict[str, str]:
@@ -111,7 +119,7 @@ def write_card(directory: Path, report: Report, plan: Plan) -> None:
         format=report.recipe["format"],
         rank=report.recipe["rank"],
         adapter=ADAPTER_DIRECTORY,
-        snippet="\n".join(load_snippet(plan.architecture.class_name, ".")),
+        snippet="\n".join(load_snippet(plan.architecture.class_name, ".", packed_mixed=packed_mixed(report))),
         requires=requires if report.recipe["format"] == "gptq" else "",
         layers=totals["layers"],
         kept=totals["layers_kept"],

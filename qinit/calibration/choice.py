@@ -73,13 +73,13 @@ def choose(plan: Plan, device: torch.device) -> tuple[str, str]:
             "give --calibration FILE to start closer"
         )
     nominal = calibration_cost(plan, AUTO_SOURCE, NOMINAL_SPEED[device.type]).seconds
-    here = duration(calibration_cost(plan, AUTO_SOURCE, measured_speed(device)).seconds)
     if nominal > LONGEST:
+        here = duration(calibration_cost(plan, AUTO_SOURCE, measured_speed(device)).seconds)
         return "none", (
             f"on the model's own text it would take about {here} here; give --calibration self to have it all the "
             "same, or a file"
         )
-    return AUTO_SOURCE, f"on text that the model writes itself, about {here} here"
+    return AUTO_SOURCE, "on text that the model writes itself"
 
 
 def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:

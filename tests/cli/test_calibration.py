@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,7 @@ class TestPlan:
         monkeypatch.setattr(StoredTensor, "read", refuse)
         code, out, err = command("eqft", shared, "--dry-run")
         assert (code, err, written()) == (0, "", [])
-        assert "note: calibration self: on text that the model writes itself, about 1 s here\n" in out
+        assert "note: calibration self: on text that the model writes itself\n" in out
         row = next(line for line in out.splitlines() if line.startswith(" calibration "))
         assert row.split(maxsplit=1)[1].strip() == "self, 128 samples of up to 512 tokens"
 
@@ -195,9 +196,14 @@ class TestPlan:
         _, out, _ = command("eqft", shared, *QUICK, "--calibration", "random", "--polish", 7, "--dry-run")
         assert "random, 6 samples of up to 16 tokens, then 7 steps of polish" in out
         assert "model writes itself" not in out
-        assert [line for line in out.splitlines() if line.startswith("note:")] == [
+        assert "note:" not in out
+        assert re.search(r"time +about \d+ s here \(\d+ s to calibrate, \d+ s to solve, \d+ s to polish\)", out)
+
+    def test_the_cost_is_said_before_the_start(self, command, shared, auto):
+        _, out, _ = command("eqft", shared, *QUICK, "--calibration", "random", "--polish", 1)
+        assert [line for line in out.splitlines() if line.startswith("note:")][:2] == [
             "note: calibration takes about 1 s here",
-            "note: 7 steps of polish take about 1 s here, with the whole model in memory",
+            "note: 1 steps of polish take about 1 s here, with the whole model in memory",
         ]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qinit.calibration import carried
 from qinit.calibration import walk as module
 from qinit.calibration.walk import Measuring, Seen, Walk, batch_size
 from qinit.errors import CalibrationError
@@ -252,7 +253,7 @@ class TestMemory:
             else (lambda: sequential(plan("llama"), random_samples(), perturbed, scratch=tmp_path))
         )
         expected = run()
-        monkeypatch.setattr(module, "CARRIED_SHARE", 0)
+        monkeypatch.setattr(carried, "CARRIED_SHARE", 0)
         files = []
         from_file = torch.from_file
         monkeypatch.setattr(torch, "from_file", lambda name, **rest: files.append(name) or from_file(name, **rest))
