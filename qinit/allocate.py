@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qinit.errors import RecipeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # What serving engines fuse into one matrix, so that it must have one width.
 FUSED = (
@@ -17,6 +26,10 @@ FUSED = (
     *(("q", "k", "v"), ("wi_0", "wi_1"), ("q_lin", "k_lin", "v_lin")),
 )
 FRONT_POINTS = 17
+FRONT_GAP = 1e-4  # relative: it is for a picture
+ROUNDING = 1e-12  # of a budget: what a sum of sizes may be off by
+OBJECTIVE = 1e3  # of all losses together; the solver stops 1e-6 from the best
+NODES = 10**5  # where the solver takes the best so far; no time limit, as the same input gives the same widths
 
 
 @dataclass(frozen=True)
@@ -62,51 +75,99 @@ def tied(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def knapsack(items: Sequence[Item], stored_bits: float, adapter_bytes: int | None = None) -> tuple[int, ...]:
+def knapsack(
+    items: Sequence[Item], stored_bits: float, adapter_bytes: int | None = None, *, gap: float = 0.0
+) -> tuple[int, ...]:
     """Return for each item which of its choices to take, so that the predicted loss is the least and neither budget
-    is exceeded: the multiple-choice knapsack problem, solved exactly (HiGHS through scipy.optimize.milp).
+    is exceeded: the multiple-choice knapsack problem, solved exactly (HiGHS through scipy.optimize.milp), or to a
+    relative `gap`.
 
-    Of equal solutions the one with fewer stored bits is taken, then the one with the smaller adapter, then whichever
-    the solver finds first, which is the same on every run. Raises RecipeError when the budget is too small.
+    Of an item's choices that lose the same the smaller one is taken; of equal solutions whichever the solver finds
+    first, which is the same on every run. Raises RecipeError when a budget is too small.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
     owner = np.repeat(np.arange(len(items)), [len(item.totals) for item in items])
-    choices = [choice for item in items for choice in item.totals]
-    nats = np.array([choice.nats for choice in choices])
-    size = np.array([choice.stored_bits for choice in choices])
-    adapter = np.array([float(choice.adapter_bytes) for choice in choices])
-    least = sum(min(c.stored_bits for c in item.totals) for item in items)
-    if least > stored_bits * (1 + 1e-12):
+    first = np.searchsorted(owner, np.arange(len(items)))
+    nats, _ = _above_least([c.nats for item in items for c in item.totals], first, owner)
+    size, least = _above_least([c.stored_bits for item in items for c in item.totals], first, owner)
+    budgets: list[tuple[NDArray[np.float64], float]] = [(size, stored_bits * (1 + ROUNDING) - least)]
+    if budgets[0][1] < 0:
         raise RecipeError(
             f"target_bits: the smallest widths take {least:.0f} bits, the budget is {stored_bits:.0f}; raise it"
         )
-    scale = max(float(np.abs(nats).sum()), np.finfo(np.float64).tiny)
-    objective = nats / scale + 1e-9 * size / size.sum() + 1e-10 * adapter / max(float(adapter.sum()), 1.0)
-    one_each = coo_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(items), len(owner)))
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint((size / stored_bits)[None], ub=1.0)]
     if adapter_bytes is not None:
-        smallest = sum(min(c.adapter_bytes for c in item.totals) for item in items)
-        if smallest > adapter_bytes:
+        adapter, least = _above_least([float(c.adapter_bytes) for item in items for c in item.totals], first, owner)
+        budgets.append((adapter, adapter_bytes - least))
+        if least > adapter_bytes:
             raise RecipeError(
-                f"rank_budget: the smallest ranks take {smallest} bytes, the budget is {adapter_bytes}; raise it"
+                f"rank_budget: the smallest ranks take {least:.0f} bytes, the budget is {adapter_bytes}; raise it"
             )
-        constraints.append(LinearConstraint((adapter / adapter_bytes)[None], ub=1.0))
-    found = milp(
-        *(objective,),
-        constraints=constraints,
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0, "time_limit": 60.0},
-    )
+    useful = np.concatenate([_undominated(item) for item in items])
+    constraints = [
+        LinearConstraint(
+            coo_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), (len(items), len(owner))), 1, 1
+        )
+    ]
+    for above, room in budgets:
+        useful &= above <= room
+        # Counted from the least that can be had, and in units of what is left, so that the solver's tolerance is small.
+        shares = above * useful / (room or 1.0)
+        constraints.append(LinearConstraint(shares[None], ub=1.0 if room else 0.0))
+    with _silenced():
+        found = milp(
+            OBJECTIVE * nats / max(float(nats.sum()), sys.float_info.min),
+            constraints=constraints,
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, useful.astype(np.float64)),
+            options={"mip_rel_gap": gap, "node_limit": NODES},
+        )
     if found.x is None:
         raise RecipeError(f"target_bits: no allocation was found under this budget ({found.message})")
-    taken = np.flatnonzero(found.x > 0.5)
-    first = np.searchsorted(owner, np.arange(len(items)))
-    picks = tuple(int(index - first[owner[index]]) for index in taken)
+    picks = tuple(int(k) for k in np.flatnonzero(found.x > 0.5) - first)
     # The solver works to a tolerance; the budget is met all the same.
     return _within(items, picks, stored_bits, adapter_bytes)
+
+
+def _above_least(
+    values: Sequence[float], first: NDArray[np.int64], owner: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], float]:
+    """Return how far each choice's value is above the least one of its item, and the sum of these."""
+    array = np.array(values, dtype=np.float64)
+    least = np.minimum.reduceat(array, first)
+    return array - least[owner], float(least.sum())
+
+
+def _undominated(item: Item) -> NDArray[np.bool_]:
+    """Whether no other of the item's choices is as good in everything, and better in something or an earlier one."""
+    table = np.array([(c.nats, c.stored_bits, c.adapter_bytes) for c in item.totals])
+    no_worse = (table[:, None] <= table[None]).all(-1)  # [i, j]: i is no worse than j
+    alike = no_worse & no_worse.T
+    earlier = np.tri(len(table), k=-1, dtype=np.bool_).T
+    dominated: NDArray[np.bool_] = np.logical_or.reduce(no_worse & (~alike | earlier))
+    return np.logical_not(dominated)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep what compiled code prints off stdout: HiGHS 1.12 leaves lines of its own there, also without a log."""
+    sys.stdout.flush()
+    try:
+        library: Any = ctypes.CDLL(None)
+        saved = os.dup(1)
+    except (OSError, TypeError):  # no such library, no such stdout
+        yield
+        return
+    library.fflush(None)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _within(
@@ -115,7 +176,7 @@ def _within(
     """Take the least harmful step down until both budgets hold to the last bit."""
     while True:
         chosen = [item.totals[pick] for item, pick in zip(items, picks, strict=True)]
-        over = sum(c.stored_bits for c in chosen) > stored_bits * (1 + 1e-12)
+        over = sum(c.stored_bits for c in chosen) > stored_bits * (1 + ROUNDING)
         too_large = adapter_bytes is not None and sum(c.adapter_bytes for c in chosen) > adapter_bytes
         if not over and not too_large:
             return picks
@@ -123,8 +184,11 @@ def _within(
             (other.nats - now.nats, i, k)
             for i, (item, now) in enumerate(zip(items, chosen, strict=True))
             for k, other in enumerate(item.totals)
+            if other.stored_bits <= now.stored_bits and other.adapter_bytes <= now.adapter_bytes
             if (other.stored_bits < now.stored_bits if over else other.adapter_bytes < now.adapter_bytes)
         ]
+        if not steps:
+            raise RecipeError("target_bits: no allocation was found under this budget; raise it")
         _, index, pick = min(steps)
         picks = (*picks[:index], pick, *picks[index + 1 :])
 
@@ -137,7 +201,7 @@ def in_order(items: Sequence[Item], stored_bits: float, how: str, seed: int) -> 
     """
     widths = sorted({choice.bits for item in items for choice in item.totals})
     sizes = {bits: sum(item.totals[_of_width(item, bits)].stored_bits for item in items) for bits in widths}
-    fitting = [bits for bits in widths if sizes[bits] <= stored_bits * (1 + 1e-12)]
+    fitting = [bits for bits in widths if sizes[bits] <= stored_bits * (1 + ROUNDING)]
     if not fitting:
         raise RecipeError(
             f"target_bits: {widths[0]} bits for all take {sizes[widths[0]]:.0f} bits, the budget is {stored_bits:.0f}"
@@ -150,7 +214,7 @@ def in_order(items: Sequence[Item], stored_bits: float, how: str, seed: int) -> 
         order.reverse()
     elif how == "random":
         random.Random(seed).shuffle(order)
-    left = stored_bits * (1 + 1e-12) - sizes[low]
+    left = stored_bits * (1 + ROUNDING) - sizes[low]
     whole = sum(item.weights for item in items)
     share = left / max(sizes[high] - sizes[low], 1e-9)  # of the weights that can be raised
     passed = raised = 0
@@ -172,15 +236,20 @@ def _of_width(item: Item, bits: int) -> int:
 
 def front(items: Sequence[Item], weights: int, adapter_bytes: int | None = None) -> list[tuple[float, float]]:
     """Return bits per weight and predicted loss (nats) of the best allocations between the smallest and the largest
-    budget: the Pareto front, FRONT_POINTS of it at most."""
+    budget: the Pareto front, FRONT_POINTS of it at most, to FRONT_GAP."""
     low = sum(min(c.stored_bits for c in item.totals) for item in items)
     high = sum(max(c.stored_bits for c in item.totals) for item in items)
-    points: dict[float, float] = {}
+    points = []
     for step in range(FRONT_POINTS):
         budget = low + (high - low) * step / (FRONT_POINTS - 1)
-        chosen = [item.totals[k] for item, k in zip(items, knapsack(items, budget, adapter_bytes), strict=True)]
-        points[sum(c.stored_bits for c in chosen) / weights] = sum(c.nats for c in chosen)
-    return sorted(points.items())
+        picks = knapsack(items, budget, adapter_bytes, gap=FRONT_GAP)
+        chosen = [item.totals[k] for item, k in zip(items, picks, strict=True)]
+        points.append((sum(c.stored_bits for c in chosen) / weights, sum(c.nats for c in chosen)))
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
 
 
 def picked(items: Sequence[Item], picks: Sequence[int]) -> Mapping[str, Choice]:
