@@ -1,0 +1,162 @@
+"""What mixed widths buy: the perplexity at each ratio, by sensitivity and by rules that look at nothing.
+
+    python benchmarks/mixed.py [--model DIR --text FILE --window 512] [--ranks 2] [--group-size 64] [--calibration none]
+
+Every layer is solved at 2 and at 3 bits once; an allocation puts the layers of its choice together in memory (without
+calibration that is what a run writes, byte for byte; with calibration each layer is solved for what the original model
+delivers, where a run also lets later layers make good what earlier ones left: --runs makes real runs, written to disk
+and loaded by stock transformers + peft). `closed` is the share of the log-perplexity between 2 and 3 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import load_tokens, measure_start, show
+from transformers import AutoModelForCausalLM
+
+from qinit.calibration.choice import text_for
+from qinit.calibration.walk import Seen, Walk
+from qinit.demo import demo_directory, held_out_text
+from qinit.evaluate import perplexity
+from qinit.mixed import allotted, options, planned
+from qinit.plan import Plan, make_plan
+from qinit.recipe import make_recipe
+from qinit.runner import _read_weight
+from qinit.sensitivity import Sensitivity, measure
+from qinit.solver import seed_of, solve, stored
+
+CPU = torch.device("cpu")
+RATIOS = (0.25, 0.5, 0.75)
+SEEDS = range(5)
+
+
+def solved(plan: Plan, samples: Any, bits: int) -> dict[str, torch.Tensor]:
+    """Return Q + B A of every layer at one width."""
+    found = {}
+    if plan.recipe.calibrated:
+        events = (event for event in Walk(plan, samples, CPU, "parallel") if isinstance(event, Seen))
+        seen = [(event.layer, event.weight, event.statistics) for event in events]
+    else:
+        seen = [(layer, _read_weight(layer, CPU), None) for layer in plan.quantized]
+    for layer, weight, statistic in seen:
+        spec = plan.layer_spec(layer)
+        spec = type(spec)(**{**vars(spec), "bits": bits})
+        solution = solve(weight, spec, seed_of(layer.target.name, plan.recipe.seed), statistic)
+        assert solution.low_rank is not None
+        found[layer.target.name] = stored(solution.quantized, spec) + solution.low_rank.B @ solution.low_rank.A
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--text", type=Path, default=None)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--ranks", default="2")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--calibration", default="none")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--runs", action="store_true", help="real runs, by sensitivity and uniform only")
+    parser.add_argument("--json", type=Path, default=None)
+    given = parser.parse_args()
+    directory = given.model or demo_directory()
+    tokens = load_tokens(directory, given.text.read_text(encoding="utf-8") if given.text else held_out_text())
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    full = perplexity(model, tokens, given.window)
+    results = []
+    for rank in map(int, given.ranks.split(",")):
+        common: dict[str, Any] = {"rank": rank, "group_size": given.group_size, "calibration": given.calibration}
+        common |= {"calibration_samples": given.samples, "calibration_length": given.length}
+        rows = by_runs(directory, tokens, given.window, common) if given.runs else None
+        rows = rows or in_memory(directory, model, tokens, given.window, common)
+        low, high = (math.log(next(r["perplexity"] for r in rows if r["ratio"] == ratio)) for ratio in (0, 1))
+        for row in rows:
+            row["closed"] = (low - math.log(row["perplexity"])) / (low - high)
+        draw(directory.name, full, rank, given.calibration, rows)
+        results.append({"rank": rank, "rows": rows})
+    if given.json:
+        value = {"model": directory.name, "full_precision": full, "calibration": given.calibration, "results": results}
+        given.json.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def in_memory(directory: Path, model: Any, tokens: torch.Tensor, window: int, common: dict[str, Any]) -> list[Any]:
+    """Solve every layer twice and put the allocations together."""
+
+    def plan_for(ratio: float, allocation: str = "sensitivity", seed: int = 0) -> Plan:
+        recipe = make_recipe(model=str(directory), ratio=ratio, allocation=allocation, seed=seed, **common)
+        return make_plan(recipe, directory, directory.name)
+
+    base = plan_for(0.5)
+    samples = text_for(base, CPU, None)
+    values = {bits: solved(base, samples, bits) for bits in (2, 3)}
+    sensitivity = finish(measure(base, options(base), samples, CPU))
+
+    def perplexity_of(plan: Plan) -> float:
+        kept = {}
+        for layer in plan.quantized:
+            linear: Any = model.get_submodule(layer.target.name)
+            kept[layer.target.name] = linear.weight.data
+            value = values[layer.bits][layer.target.name]
+            linear.weight.data = value.T if layer.target.module.transposed else value
+        found = perplexity(model, tokens, window)
+        for name, weight in kept.items():
+            model.get_submodule(name).weight.data = weight
+        return found
+
+    rows = []
+    for ratio in (0, *RATIOS, 1):
+        rows.append({"ratio": ratio, "allocation": "sensitivity"})
+        rows[-1]["perplexity"] = perplexity_of(allotted(plan_for(ratio), sensitivity))
+        for rule in ("uniform", "first", "last") if ratio in RATIOS else ():
+            rows.append(
+                {"ratio": ratio, "allocation": rule, "perplexity": perplexity_of(planned(plan_for(ratio, rule)))}
+            )
+        if ratio in RATIOS:
+            drawn = [perplexity_of(planned(plan_for(ratio, "random", seed))) for seed in SEEDS]
+            mean = math.exp(statistics.mean(map(math.log, drawn)))
+            rows.append({"ratio": ratio, "allocation": "random", "perplexity": mean, "draws": drawn})
+    return rows
+
+
+def finish(events: Any) -> Sensitivity:
+    """Run a generator to its end and return its result."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
+
+
+def by_runs(directory: Path, tokens: torch.Tensor, window: int, common: dict[str, Any]) -> list[Any]:
+    """Make real runs; the sensitivity is measured by the first and reused."""
+    rows = []
+    with tempfile.TemporaryDirectory():
+        for ratio in (0, *RATIOS, 1):
+            for rule in ("sensitivity", "uniform") if ratio in RATIOS else ("sensitivity",):
+                chosen = {**common, "ratio": float(ratio), "allocation": rule}
+                start = measure_start(directory, tokens, window, "eqft", **chosen)
+                rows.append({"ratio": ratio, "allocation": rule, "perplexity": start.perplexity})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def draw(name: str, full: float, rank: int, calibration: str, rows: list[Any]) -> None:
+    lines = [
+        [f"{r['ratio']:g}", f"{2 + r['ratio']:g}", r["allocation"], f"{r['perplexity']:.3f}", f"{r['closed']:.3f}"]
+        for r in rows
+    ]
+    title = f"{name}, 2 and 3 bits, rank {rank}, calibration {calibration}, full precision {full:.3f}"
+    show(title, ["ratio", "bits", "allocation", "perplexity", "closed"], lines)
+
+
+if __name__ == "__main__":
+    main()
