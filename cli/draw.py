@@ -150,7 +150,7 @@ class Screen:
             if "polish" in totals["calibration"]:
                 outputs["polish"] = polish_words(totals["calibration"]["polish"])
         self._table(
-            f"{report.model}: {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}, {report.recipe['method']}",
+            f"{report.model}: {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}, {report.method}",
             {
                 "layers": f"{totals['layers']}{kept}",
                 "bits per weight": bits,

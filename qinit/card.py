@@ -99,7 +99,7 @@ def write_card(directory: Path, report: Report, plan: Plan) -> None:
     front: dict[str, Any] = {"base_model": report.model, "library_name": "peft"}
     front["tags"] = [
         "qinit",
-        report.recipe["method"],
+        report.method,
         "lora",
         f"{report.totals['nominal_bits']:g}-bit",
         report.recipe["format"],

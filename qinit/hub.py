@@ -1,4 +1,4 @@
-"""The Hub: a model id becomes a local directory. The only module that uses the network."""
+"""The Hub: a model id becomes a local directory. Beside `calibration/hub_documents.py` the only use of the network."""
 
 from __future__ import annotations
 

@@ -54,6 +54,12 @@ class Report:
     notes: tuple[str, ...]
     layers: tuple[LayerRow, ...]
 
+    @property
+    def method(self) -> str:
+        """The method's name, as the command is called."""
+        mixed = any(self.recipe.get(key) is not None for key in ("ratio", "target_bits"))
+        return "meqft" if mixed else str(self.recipe["method"])
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
