@@ -159,3 +159,11 @@ def require_finite(tensor: StoredTensor, bad: int) -> None:
             f"{tensor.file}: tensor '{tensor.name}' holds {bad} NaN or Inf among {tensor.numel} values; "
             "the file is damaged or was saved after a diverged run"
         )
+
+
+def not_decomposable(tensor: StoredTensor, weight: torch.Tensor) -> CheckpointError:
+    """Return the error for a finite weight whose decomposition fails."""
+    return CheckpointError(
+        f"{tensor.file}: tensor '{tensor.name}' cannot be decomposed; its values go up to "
+        f"{float(weight.abs().max()):.1e}, squares of which overflow in float32: is the file damaged?"
+    )

@@ -23,9 +23,9 @@ from qinit.calibration.choice import text_for
 from qinit.calibration.walk import Measuring, Seen, Walk
 from qinit.calibration.whole import whole_model
 from qinit.card import write_card
-from qinit.checkpoint import count_nonfinite, require_finite
+from qinit.checkpoint import count_nonfinite, not_decomposable, require_finite
 from qinit.device import pick_device
-from qinit.errors import CalibrationError, CheckpointError
+from qinit.errors import CalibrationError
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.lowrank import LowRank
@@ -258,10 +258,7 @@ def _solve_layer(
         try:
             solution = solve(weight, spec, seed, statistics)
         except torch.linalg.LinAlgError as error:
-            raise CheckpointError(
-                f"{target.tensor.file}: tensor '{target.tensor.name}' cannot be decomposed; its values go up to "
-                f"{float(weight.abs().max()):.1e}, squares of which overflow in float32: is the file damaged?"
-            ) from error
+            raise not_decomposable(target.tensor, weight) from error
         for name, tensor in FORMATS[recipe.format].encode(target, solution.quantized, GRIDS[spec.method.grid]).items():
             job.base.write(name, tensor.cpu())
         if recipe.calibrated:

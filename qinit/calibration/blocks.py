@@ -122,6 +122,9 @@ class Blocks:
         output = self.model.get_output_embeddings()
         ends = [path + "." for path, module in self.model.named_modules() if module is output]
         self.head = {name for name in self.outside if any(name.startswith(end) for end in ends)}
+        self.missing = [  # some checkpoints name the head as older versions of the model did
+            name for name, same_as in self.outside.items() if not self._find(same_as) and not self._find(name)
+        ]
         if any(getattr(module, "is_kv_shared_layer", False) for module in self.blocks.modules()):
             raise NotStreamable("some blocks use the keys and values of others")
         for name, _ in self.blocks.named_parameters(remove_duplicate=False):
