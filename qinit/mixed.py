@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,14 +70,35 @@ def budget(plan: Plan, choices: list[Item]) -> float:
     assert recipe.target_bits is not None
     weights = sum(layer.weights for layer in plan.quantized)
     wanted = recipe.target_bits * weights
-    for word, bound, missed in (("least", low, wanted < low * (1 - 1e-9)), ("most", high, wanted > high * (1 + 1e-9))):
+    least, most = math.ceil(low / weights * 1e4 - 1e-6) / 1e4, math.floor(high / weights * 1e4 + 1e-6) / 1e4
+    for word, bound, missed in (
+        ("least", least, wanted < low * (1 - 1e-9)),
+        ("most", most, wanted > high * (1 + 1e-9)),
+    ):
         if missed:
             raise RecipeError(
                 f"target_bits: {recipe.target_bits:g} bits per weight cannot be had; with widths "
-                f"{', '.join(map(str, recipe.widths))} and their scales and zero points the {word} is "
-                f"{bound / weights:.4f}"
+                f"{', '.join(map(str, recipe.widths))} and their scales and zero points the {word} is {bound:.4f}"
             )
-    return wanted
+    return min(max(wanted, low), high)
+
+
+def adapter_budget(plan: Plan, choices: list[Item]) -> int | None:
+    """Return the bytes that the quantized layers' adapters may take: what is left of the rank budget by those of the
+    layers that are kept. Raises RecipeError when that is too little for the smallest ranks."""
+    if plan.recipe.rank_budget is None:
+        return None
+    kept = sum(
+        spec.nbytes for layer in plan.layers if layer.kept for spec in adapter.specs(layer.target.module, layer.rank)
+    )
+    least = kept + sum(min(c.adapter_bytes for c in item.totals) for item in choices)
+    whole = parse_size(plan.recipe.rank_budget)
+    if least > whole:
+        raise RecipeError(
+            f"rank_budget: {plan.recipe.rank_budget} are too few; with the smallest ranks, from "
+            f"{max(1, int(plan.recipe.rank * RANK_FACTORS[0]))}, the adapter takes {least} bytes"
+        )
+    return whole - kept
 
 
 def planned(plan: Plan) -> Plan:
@@ -90,6 +112,7 @@ def planned(plan: Plan) -> Plan:
         return allotted(plan, sensitivity)
     choices = items(plan, None)
     bits = budget(plan, choices)
+    adapter_budget(plan, choices)
     how = "uniform" if recipe.allocation == "sensitivity" else recipe.allocation
     middle = _at_recipe_rank(plan, choices)
     plan = _with(plan, middle, in_order(middle, bits, how, recipe.seed))
@@ -102,7 +125,7 @@ def allotted(plan: Plan, sensitivity: Sensitivity) -> Plan:
     """Give every layer the width, and with a rank budget the rank, that lose least under the budget."""
     choices = items(plan, sensitivity.nats)
     bits = budget(plan, choices)
-    adapters = parse_size(plan.recipe.rank_budget) if plan.recipe.rank_budget else None
+    adapters = adapter_budget(plan, choices)
     weights = sum(layer.weights for layer in plan.quantized)
     picks = knapsack(choices, bits, adapters)
     chosen = [item.totals[pick] for item, pick in zip(choices, picks, strict=True)]

@@ -70,6 +70,8 @@ class Recipe(BaseModel):
             if not all(part.strip().isdecimal() for part in value.split(",")):
                 raise ValueError("expected widths like 2,3,4")
             value = [int(part) for part in value.split(",")]
+        if isinstance(value, list | tuple) and not all(type(width) is int for width in value):
+            raise ValueError("expected widths like 2,3,4")
         return tuple(sorted(set(value))) if isinstance(value, list | tuple) else value
 
     @field_validator("ratio", "target_bits", "lora_alpha", mode="before")
@@ -162,7 +164,7 @@ class Recipe(BaseModel):
         if self.ratio is not None:
             return tuple(sorted({self.bits_low or 2, self.bits_high or 3}))
         if self.target_bits is not None:
-            return self.bits_choices or (2, 3, 4, 8)
+            return (2, 3, 4, 8) if self.bits_choices is None else self.bits_choices
         return (self.bits,)
 
     @property

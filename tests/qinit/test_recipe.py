@@ -162,11 +162,75 @@ def test_an_unknown_key_without_a_close_one_lists_what_is_known(tmp_path, key):
         ),
         ({"method": "eora", "calibration": "self", "rounding": "nearest"}, "rounding: method eora has its own"),
         ({"method": "cloq", "calibration": "self", "act_order": True}, "act_order: method cloq has its own"),
+        *(
+            ({option: value}, f"{option}: is about mixed widths; give ratio or target_bits too")
+            for option, value in {
+                **{"bits_low": 2, "bits_high": 3, "bits_choices": [2, 3], "allocation": "first", "tie": "fused"},
+                **{"sensitivity": "a.json", "rank_budget": "1MB"},
+            }.items()
+        ),
+        ({"ratio": -0.1}, "ratio: .*greater than or equal to 0, found -0.1"),
+        ({"ratio": 1.5}, "ratio: .*less than or equal to 1, found 1.5"),
+        ({"ratio": 2}, "ratio: .*less than or equal to 1, found 2"),
+        ({"ratio": float("nan")}, "ratio: .*found nan"),
+        ({"ratio": True}, "ratio: .*found True"),
+        ({"ratio": "0.5"}, "ratio: .*found '0.5'"),
+        ({"target_bits": 0}, "target_bits: .*greater than 0, found 0"),
+        ({"target_bits": float("inf")}, "target_bits: .*finite"),
+        ({"ratio": 0.5, "target_bits": 3}, "target_bits: give it or ratio, not both"),
+        ({"ratio": 0.5, "bits": 3}, "bits: is one width for all; with ratio give bits_low and bits_high"),
+        ({"ratio": 0.5, "bits_choices": [2, 4]}, "bits_choices: belongs to target_bits, which is not given"),
+        ({"target_bits": 3, "bits_low": 2}, "bits_low: belongs to ratio, which is not given"),
+        ({"target_bits": 3, "bits_high": 4}, "bits_high: belongs to ratio, which is not given"),
+        ({"ratio": 0.5, "bits_low": 4}, "bits_low: must be below bits_high, found 4 and 3"),
+        ({"ratio": 0.5, "bits_low": 3}, r"at least two widths are needed, found \(3,\)"),
+        ({"ratio": 0.5, "bits_low": 5}, "bits_low: .*2, 3, 4 or 8, found 5"),
+        ({"target_bits": 3, "bits_choices": "3"}, r"at least two widths are needed, found \(3,\)"),
+        ({"target_bits": 3, "bits_choices": []}, r"at least two widths are needed, found \(\)"),
+        ({"target_bits": 3, "bits_choices": "2,5"}, "bits_choices.1: .*2, 3, 4 or 8, found 5"),
+        *(
+            ({"target_bits": 3, "bits_choices": value}, "bits_choices: expected widths like 2,3,4, found")
+            for value in ("2,x", "", "2,,3", "-2,3", "2.5,3", [2, "3"], [[2], [3]], [True, 2], [2, None])
+        ),
+        ({"target_bits": 3, "bits_choices": 4}, "bits_choices: .*found 4"),
+        ({"ratio": 0.5, "allocation": "best"}, "allocation: .*'sensitivity', 'uniform', .*found 'best'"),
+        ({"ratio": 0.5, "tie": "all"}, "tie: .*'none' or 'fused', found 'all'"),
+        ({"ratio": 0.5, "rank_budget": "20"}, "rank_budget: expected a size like 5GB"),
+        ({"ratio": 0.5, "rank_budget": "0MB"}, "rank_budget: expected a size"),
+        ({"ratio": 0.5, "allocation": "last", "rank_budget": "1MB"}, "rank_budget: needs allocation sensitivity"),
+        ({"ratio": 0.5, "allocation": "random", "sensitivity": "a"}, "sensitivity: .*sensitivity, found random"),
+        ({"ratio": 0.5, "method": "qlora"}, "method: mixed widths are for eqft, found qlora"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_was_expected_and_found(options, message):
     with pytest.raises(RecipeError, match=message):
         make_recipe(**options)
+
+
+def test_mixed_widths_are_dense_unless_told_otherwise():
+    assert make_recipe().format == "gptq"
+    assert make_recipe(ratio=0).format == make_recipe(target_bits=3).format == "dense"
+    assert make_recipe(ratio=0.5, format="gptq").format == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("options", "widths", "nominal"),
+    [
+        ({"bits": 3}, (3,), 3),
+        ({"ratio": 0}, (2, 3), 2),
+        ({"ratio": 1}, (2, 3), 3),
+        ({"ratio": 0.25, "bits_high": 4}, (2, 4), 2.5),
+        ({"ratio": 0.5, "bits_low": 4, "bits_high": 8}, (4, 8), 6),
+        ({"target_bits": 3}, (2, 3, 4, 8), 3),
+        ({"target_bits": 2.75, "bits_choices": "3, 2,3"}, (2, 3), 2.75),
+        ({"target_bits": 4, "bits_choices": [8, 2]}, (2, 8), 4),
+    ],
+)
+def test_the_widths_that_layers_may_get(options, widths, nominal):
+    recipe = make_recipe(**options)
+    assert recipe.mixed is (len(widths) > 1)
+    assert (recipe.widths, recipe.nominal_bits) == (widths, nominal)
+    assert make_recipe(**json.loads(json.dumps(recipe.model_dump()))) == recipe
 
 
 @pytest.mark.parametrize(
