@@ -26,7 +26,7 @@ FUSED = (
     *(("q", "k", "v"), ("wi_0", "wi_1"), ("q_lin", "k_lin", "v_lin")),
 )
 FRONT_POINTS = 17
-FRONT_GAP = 1e-4  # relative: it is for a picture
+FRONT_GAP, FRONT_GAP_OF_TWO = 1e-4, 5e-3  # relative: it is for a picture, and two budgets take far longer
 ROUNDING = 1e-12  # of a budget: what a sum of sizes may be off by
 OBJECTIVE = 1e3  # of all losses together; the solver stops 1e-6 from the best
 NODES = 10**5  # where the solver takes the best so far; no time limit, as the same input gives the same widths
@@ -236,13 +236,14 @@ def _of_width(item: Item, bits: int) -> int:
 
 def front(items: Sequence[Item], weights: int, adapter_bytes: int | None = None) -> list[tuple[float, float]]:
     """Return bits per weight and predicted loss (nats) of the best allocations between the smallest and the largest
-    budget: the Pareto front, FRONT_POINTS of it at most, to FRONT_GAP."""
+    budget: the Pareto front, FRONT_POINTS of it at most, to FRONT_GAP or FRONT_GAP_OF_TWO."""
     low = sum(min(c.stored_bits for c in item.totals) for item in items)
     high = sum(max(c.stored_bits for c in item.totals) for item in items)
+    gap = FRONT_GAP if adapter_bytes is None else FRONT_GAP_OF_TWO
     points = []
     for step in range(FRONT_POINTS):
         budget = low + (high - low) * step / (FRONT_POINTS - 1)
-        picks = knapsack(items, budget, adapter_bytes, gap=FRONT_GAP)
+        picks = knapsack(items, budget, adapter_bytes, gap=gap)
         chosen = [item.totals[k] for item, k in zip(items, picks, strict=True)]
         points.append((sum(c.stored_bits for c in chosen) / weights, sum(c.nats for c in chosen)))
     best: list[tuple[float, float]] = []
