@@ -264,6 +264,8 @@ class Screen:
             "directory": str(out.resolve()),
             "recipe": plan.recipe.model_dump(),
             "bits_per_weight": plan.bits_per_weight,
+            "grid_bits_per_weight": plan.grid_bits_per_weight,
+            "pending": plan.pending,
             "bytes_before": plan.bytes_before,
             "base_bytes": plan.base_bytes,
             "adapter_bytes": plan.adapter_bytes,

@@ -44,8 +44,7 @@ def meqft(**options: Any) -> None:
 )  # fmt: skip
 def plan(**options: Any) -> None:
     """Show what eqft or meqft would do: every layer and byte, from headers alone, the time and the memory."""
-    mixed = options["ratio"] is not None or options["target_bits"] is not None
-    _quantize("meqft" if mixed else "eqft", {"dry_run": True, "overwrite": False, **options})
+    _quantize("plan", {"dry_run": True, "overwrite": False, **options})
 
 
 def _quantize(command: str, options: dict[str, Any]) -> None:
@@ -58,7 +57,9 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     recipe = make_recipe(options["recipe"], **recipe_options(options))
     if command == "meqft" and not recipe.mixed:
         raise RecipeError("meqft: give --ratio (0 to 1) or --target-bits; for one width use qinit eqft")
-    made, out = _planned(screen, recipe, options, command)
+    if command == "eqft" and recipe.mixed:
+        raise RecipeError(f"{options['recipe']}: asks for mixed widths; use qinit meqft")
+    made, out = _planned(screen, recipe, options)
     if options["dry_run"]:
         from qinit.device import pick_device
         from qinit.estimate import estimate
@@ -79,7 +80,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         screen.json_report(report, out)
 
 
-def _planned(screen: Screen, recipe: Any, options: dict[str, Any], command: str) -> tuple[Plan, Path]:
+def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan, Path]:
     """Find the model, make the plan and say what it costs; returns it and the run's directory."""
     from qinit.demo import DEMO_NAME, DEMO_TITLE, demo_directory
 
@@ -107,7 +108,7 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any], command: str)
     out = options["out"]
     if out is None:
         short = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
-        place = options["save_dir"] or Path("model_zoo") / command
+        place = options["save_dir"] or Path("model_zoo") / ("meqft" if recipe.mixed else "eqft")
         out = place / f"{short}-{recipe.nominal_bits:g}bit-{recipe.rank}rank"
     if not options["dry_run"]:  # a plan has it in its table
         for line in expected(made, device):
