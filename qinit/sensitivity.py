@@ -139,7 +139,7 @@ def measure(
     except NotStreamable:
         probe = _Probe(plan, options, part, device)
         yield from _whole(probe)
-    total = max(probe.tokens, 1)
+    total = max(part.count, 1)
     for name, squares in probe.squares.items():
         probe.require_number(sum(squares.values()), name)
     nats = {
@@ -173,7 +173,6 @@ class _Probe:
         self.squares: dict[str, dict[tuple[int, int], float]] = {name: {} for name in self.layers}
         self.candidates: dict[str, list[_Candidate]] = {}
         self.batches = list(batches_of(samples, max(1, BATCH_TOKENS // samples.tokens.shape[1])))
-        self.tokens = 0
         self.mask: torch.Tensor | None = None
         self.generator = torch.Generator().manual_seed(plan.recipe.seed)
         self.start = torch.zeros((), device=device, requires_grad=True)  # gives a gradient to what has none yet
@@ -235,12 +234,6 @@ class _Probe:
                     left = along - repaired[:, :rank].sum(1)
                     squares[bits, rank] = squares.get((bits, rank), 0.0) + float(left.square().sum(dtype=torch.float64))
 
-    def begin(self, batch: Batch) -> None:
-        """Say which batch the next loss is of."""
-        self.mask = batch.mask
-        tokens = self.samples.tokens[batch.rows].numel()
-        self.tokens += tokens if batch.mask is None else int(batch.mask.sum())
-
     def require_number(self, value: torch.Tensor | float, what: str) -> None:
         """Raise CalibrationError for NaN and for what only an overflow makes."""
         if not -inf <= float(value) < inf:
@@ -301,7 +294,7 @@ def _streamed(blocks: Blocks, probe: _Probe, scratch: Path | None) -> Iterator[M
                 _solve_all(probe, outside, modules, end)
             with probe.listening(modules), torch.enable_grad():
                 for batch in probe.batches:
-                    probe.begin(batch)
+                    probe.mask = batch.mask
                     hidden = gradient.read(batch).to(device, copy=True).requires_grad_()
                     probe.loss(end(batch, hidden)).backward()
                     gradient.write(batch, _gradient(hidden))
@@ -386,7 +379,7 @@ def _whole(probe: _Probe) -> Iterator[Measuring]:
         _solve_all(probe, list(probe.layers.values()), modules, run)
     with probe.listening(modules), torch.enable_grad():
         for batch in probe.batches:
-            probe.begin(batch)
+            probe.mask = batch.mask
             probe.loss(run(batch)).backward()
 
 
