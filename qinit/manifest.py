@@ -1,0 +1,74 @@
+"""SHA256SUMS of a run's directory: one line for each file, as `sha256sum --check` reads it.
+
+The last line is a comment with the sum of all lines before it, so that damage to the list itself is not taken for
+damage to a file that it lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from qinit.errors import ReportError
+
+MANIFEST_NAME = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+_LAST = re.compile(r"# ([0-9a-f]{64})")
+
+
+def write_manifest(directory: Path) -> None:
+    """Hash every file below `directory`, hidden ones left out, and write the list."""
+    _write(directory, {name: file_sum(directory / name) for name in listed(directory)})
+
+
+def refresh(directory: Path, names: Iterable[str]) -> None:
+    """Hash these files (relative, with forward slashes) again after they were changed on purpose; all else is believed.
+
+    Does nothing where there is no list. Raises ReportError for a damaged one.
+    """
+    if (directory / MANIFEST_NAME).is_file():
+        _write(directory, {**read_manifest(directory), **{name: file_sum(directory / name) for name in names}})
+
+
+def read_manifest(directory: Path) -> dict[str, str]:
+    """Return the sum of each listed file. Raises ReportError when the list is missing or damaged."""
+    path = directory / MANIFEST_NAME
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read ({error.strerror}); qinit writes it beside every run") from None
+    except UnicodeDecodeError:
+        text = ""
+    lines = text.removesuffix("\n").split("\n")
+    last = _LAST.fullmatch(lines[-1]) if text.endswith("\n") else None
+    found = [_LINE.fullmatch(line) for line in lines[:-1]]
+    if last is None or not all(found) or last[1] != _sum_of(lines[:-1]):
+        raise ReportError(f"{path}: damaged (its last line is not the sum of the others); it vouches for nothing")
+    return {match[2]: match[1] for match in found if match}
+
+
+def listed(directory: Path) -> list[str]:
+    """Return the files below `directory` that the list is about, relative, with forward slashes, sorted."""
+    files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    visible = (file for file in files if not any(part.startswith(".") for part in file.parts))
+    return sorted(file.as_posix() for file in visible if file.as_posix() != MANIFEST_NAME)
+
+
+def file_sum(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read in pieces."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sum_of(lines: list[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def _write(directory: Path, sums: dict[str, str]) -> None:
+    lines = [f"{value}  {name}" for name, value in sorted(sums.items())]
+    text = "".join(f"{line}\n" for line in [*lines, f"# {_sum_of(lines)}"])
+    temporary = directory / f".{MANIFEST_NAME}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(directory / MANIFEST_NAME)
