@@ -345,23 +345,34 @@ def _solve_all(
     """Solve layers at all of their options, with the statistics of their inputs where the recipe is calibrated."""
     meters: dict[str, Meter] = {}
     if probe.plan.recipe.calibrated:
-        meters = {layer.target.name: Meter([layer], probe.device, drift=False) for layer in layers}
+        shared: dict[str, str] = {}  # which layer's meter a layer reads: that of the first with the same input
+        inputs: dict[str, torch.Tensor] = {}
 
-        def measured(name: str) -> Any:
+        def measured(layer: LayerPlan) -> Any:
+            name = layer.target.name
+
             def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                require_finite_input(args[0], name, batch.start, probe.samples)
-                meters[name].add(unpadded(args[0], batch.mask), {})
+                if name not in shared:
+                    shared[name] = next((first for first, other in inputs.items() if other is args[0]), name)
+                if shared[name] == name:
+                    inputs[name] = args[0]
+                    require_finite_input(args[0], name, batch.start, probe.samples)
+                    meter = meters.setdefault(name, Meter([layer], probe.device, drift=False))
+                    meter.add(unpadded(args[0], batch.mask), {})
 
             return hook
 
-        hooks = [module.register_forward_pre_hook(measured(name)) for name, module in modules.items()]
+        hooks = [modules[layer.target.name].register_forward_pre_hook(measured(layer)) for layer in layers]
         for batch in probe.batches:
             run(batch)
+            inputs.clear()
         for hook in hooks:
             hook.remove()
+        meters = {name: meters[first] for name, first in shared.items()}
     for layer in layers:
         linear: Any = modules[layer.target.name]
-        statistics = meters.pop(layer.target.name).statistics(layer) if meters else None
+        meter = meters.get(layer.target.name)
+        statistics = meter.statistics(layer) if meter is not None else None
         probe.solve(layer, oriented(linear.weight.data, layer), statistics)
 
 
