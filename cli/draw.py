@@ -82,6 +82,12 @@ class Screen:
         if not self._quiet:
             self._console.print(line, soft_wrap=True)
 
+    def progress(self) -> Progress:
+        """Return a bar that counts bytes: on a terminal only, and gone when it is done."""
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        terminal = self._console.is_terminal and not self._quiet
+        return Progress(*columns, console=self._console, disable=not terminal, transient=True)
+
     def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
         """Draw a run's progress and its result; returns its report."""
         from qinit.runner import Allotted, Done, Finished, Measuring, Noted, Sampling, Working
@@ -91,9 +97,10 @@ class Screen:
             self.say(f"note: {note}")
         report = None
         terminal = self._console.is_terminal and not self._quiet
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, console=self._console, disable=not terminal, transient=True)
-        with closing(events), bar as progress:  # closing: an interrupt here also ends the run and removes its files
+        with (
+            closing(events),
+            self.progress() as progress,
+        ):  # closing: an interrupt here also ends the run and removes its files
             task = progress.add_task("starting", total=plan.bytes_before)
             done = 0
             for event in events:
