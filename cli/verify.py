@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections import Counter
 from pathlib import Path
@@ -48,11 +47,12 @@ def verify(
     Exit code 0: sound. 3: something is wrong, and named. 2: DIR is no run, or the source cannot be read.
     """
     from qinit_cli.draw import Screen
+    from qinit_cli.quiet import quiet as silence
 
     from qinit.verification import point_to
     from qinit.verification import verify as verified
 
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns on stderr while transformers imports it
+    silence()
     screen = Screen(quiet=quiet or json_output)
     found, counts = _followed(screen, verified(directory, _source(directory, source, revision, token)))
     fixed = fix and any(each.moved for each in found) and all(each.moved or not each.grave for each in found)

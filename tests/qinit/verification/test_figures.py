@@ -27,8 +27,7 @@ CASES = {
     "bits": (row(bits=4), f"{NAME}: bits: expected 3, found 4"),
     "group size": (row(group_size=64), f"{NAME}: group_size: expected 32, found 64"),
     "rank": (row(rank=5), f"{NAME}: rank: expected 4, found 5"),
-    "shape": (row(shape=[0, 64]), f"{NAME}: shape: expected two counts, found (0, 64)"),
-    "error": (row(error=1e300), f"{NAME}: error: expected a finite size, found 1e+300"),
+    "shape": (row(shape=[64, 65]), f"config.json: {NAME}: shape: expected [64, 65], found (64, 64)"),
     "no error": (row(error=None), f"{NAME}: error: expected a number, found nothing"),
     "kept": (row(kept="why"), f"{NAME}: bits: expected nothing, as the layer was kept, found 3"),
     "bytes": (row(bytes_after=7), f"{NAME}: bytes_after: expected "),
@@ -67,4 +66,10 @@ def test_ranks_that_were_chosen_under_a_budget_may_differ():
     assert not list(check_rows(report, recipe))
     worse = replace(report, layers=(replace(report.layers[0], rank=9),))
     assert [str(each) for each in check_rows(worse, recipe)] == ["qinit.json: m: rank: expected 1 to 8, found 9"]
+    for field, value, found in (
+        ("shape", (0, 16), "shape: expected two counts, found (0, 16)"),
+        ("error", 1e300, "error: expected a finite size, found 1e+300"),
+    ):
+        worse = replace(report, layers=(replace(report.layers[0], **{field: value}),))
+        assert f"qinit.json: m: {found}" in [str(each) for each in check_rows(worse, recipe)]
     assert "totals: layers" in json.dumps([str(each) for each in check_totals(report)])
