@@ -41,7 +41,7 @@ def package(name: str) -> Package:
 def packages(others: Iterable[str] = ()) -> list[Package]:
     """Return what qinit and its extras require, then `others`."""
     mine = [name for name, (extra, _) in _requirements().items() if extra != DEVELOPMENT]
-    return [package(name) for name in (*mine, *(name for name in others if name not in mine))]
+    return [package(name) for name in dict.fromkeys((*mine, *others))]
 
 
 def core() -> tuple[str, ...]:
