@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -113,9 +115,7 @@ def test_a_source_that_cannot_be_read_is_an_error(copy_of, tmp_path):
     source, run = copy_of("gptq")
     with pytest.raises(CheckpointError, match="no such directory"):
         vouched(run, tmp_path / "gone")
-    (source_copy := tmp_path / "source").mkdir()
-    for file in source.iterdir():
-        (source_copy / file.name).write_bytes(file.read_bytes())
+    source_copy = shutil.copytree(source, tmp_path / "source")
     header = read_header(source_copy / BASE)
     entries = {n: {"dtype": "BF16", "shape": t.shape, "data_offsets": [0, 0]} for n, t in header.items()}
     end = 0
@@ -124,6 +124,18 @@ def test_a_source_that_cannot_be_read_is_an_error(copy_of, tmp_path):
     write_header_only(source_copy / BASE, entries)
     with pytest.raises(CheckpointError, match=rf"{source_copy / BASE}: ends inside tensor"):
         vouched(run, source_copy)
+
+
+def test_files_that_were_copied_are_the_source_s(copy_of, tmp_path):
+    source, run = copy_of("gptq")
+    other = shutil.copytree(source, tmp_path / "other")
+    (other / "generation_config.json").write_text("{}")
+    (other / "tokenizer.json").write_text("{}")
+    found = vouched(run, other)
+    assert sorted(found) == [
+        "generation_config.json: is not the source's",
+        "tokenizer.json: is missing, but the source has it",
+    ]
 
 
 def test_a_tensor_that_the_source_has_and_the_run_has_not_is_named(copy_of, tmp_path):
