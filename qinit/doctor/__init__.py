@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,6 +27,7 @@ PROBES = "qinit.doctor.probes"
 CHILD = "import sys; from qinit.doctor.probes import main; main(*sys.argv[1:])"
 
 LIMIT = 60.0  # seconds for one probe; on two busy cores the slowest takes 15, most of it imports
+ALL = 180.0  # seconds after which no other child is started
 # Nothing is fetched or compiled meanwhile. gptqmodel compiles each layer's dequantize, which takes a minute.
 QUIET = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
 
@@ -51,11 +53,12 @@ class Row:
     pip: str
 
 
-def examine(module: str = PROBES, limit: float = LIMIT) -> Iterator[Trying | Row]:
+def examine(module: str = PROBES, limit: float = LIMIT, total: float = ALL) -> Iterator[Trying | Row]:
     """Try all PROBES of a module, in a temporary directory; `limit` is in seconds, for each of them.
 
-    A child that crashes or hangs is one row, and another child takes over.
+    A child that crashes or hangs is one row, and another child takes over, unless `total` seconds have gone by.
     """
+    started = time.monotonic()
     probes: Mapping[str, Probe] = import_module(module).PROBES
     left = []
     for name, probe in probes.items():
@@ -71,7 +74,11 @@ def examine(module: str = PROBES, limit: float = LIMIT) -> Iterator[Trying | Row
             for event in _child(module, {name: probes[name] for name in left}, Path(place), limit):
                 tried += isinstance(event, Row)
                 yield event
-            left = left[max(tried, 1) :]
+            left, spent = left[max(tried, 1) :], time.monotonic() - started
+            if spent >= total:
+                break
+    for name in left:
+        yield _row(name, probes[name], "fails", 0.0, f"not tried, as the others took {spent:.0f} s")
 
 
 def _needs(probe: Probe) -> tuple[str, ...]:

@@ -55,6 +55,14 @@ def test_every_end_of_a_probe_is_a_row_and_none_is_the_end(events, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pid"]
 
 
+def test_no_other_child_is_started_when_it_took_too_long(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    rows = [event for event in examine("tests.qinit.doctor.odd_probes", total=0) if isinstance(event, Row)]
+    left = [row.name for row in rows if row.detail.startswith("not tried, as the others took ")]
+    assert left == ["refuses", "exits", "hangs", "nothing"]
+    assert len(rows) == 8
+
+
 def test_who_stops_listening_ends_the_child(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
