@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 from qinit.errors import QinitError
 from qinit.manifest import MANIFEST_NAME, listed
+from qinit.safetensors_io import write_header_only
 from qinit.verification import Finding, verify
+from tests.conftest import make_checkpoint, quantize
 from tests.qinit.verification.runs import edit_json, edit_tensors, problems, vouched
 
 UP = "model.layers.0.mlp.up_proj"
@@ -19,6 +22,21 @@ INDEX = "model.safetensors.index.json"
 def test_a_run_of_every_kind_is_sound(each_run):
     source, run = each_run
     assert [str(each) for each in verify(run, source) if isinstance(each, Finding)] == []
+
+
+@pytest.mark.parametrize(
+    ("model_class", "options"),
+    [
+        ("LlamaForSequenceClassification", {"format": "gptq", "target_modules": "q_proj,down_proj"}),
+        ("LlamaForCausalLM", {"format": "dense", "method": "qlora"}),  # no low rank
+        ("LlamaForCausalLM", {"format": "dense", "method": "loftq", "exclude": r"model\.layers\.0\..*"}),
+        ("LlamaForCausalLM", {"format": "gptq", "ratio": 0.3, "allocation": "first", "max_shard_size": "60KB"}),
+    ],
+)
+def test_runs_over_a_part_and_with_other_methods_are_sound_too(model_class, options, tmp_path):
+    source = make_checkpoint(tmp_path / "source", dtype="float32", model_class=model_class, num_labels=2)
+    quantize(source, tmp_path / "run", group_size=32, **options)
+    assert vouched(tmp_path / "run", source) == []
 
 
 def quantization(**values):
@@ -140,12 +158,8 @@ def test_a_file_beside_the_index_that_a_loader_would_take_is_named(copy_of):
 
 
 def test_a_header_without_its_data_is_found_when_the_values_are_read(copy_of):
-    from qinit.safetensors_io import write_header_only
-
     _, run = copy_of("gptq")
     raw = (run / BASE).read_bytes()
-    import json
-
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     write_header_only(run / BASE, header)
     found = vouched(run)
