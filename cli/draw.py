@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ class Screen:
         if not self._quiet:
             self._console.print(line, soft_wrap=True)
 
+    def progress(self, *, count: bool = False) -> Progress:
+        """Return a bar over bytes, or over a `count` of things: on a terminal only, and gone when it is done."""
+        columns = (TextColumn("{task.description}", markup=False), BarColumn())
+        rest = (MofNCompleteColumn(),) if count else (DownloadColumn(), TimeRemainingColumn())
+        terminal = self._console.is_terminal and not self._quiet
+        return Progress(*columns, *rest, console=self._console, disable=not terminal, transient=True)
+
     def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
         """Draw a run's progress and its result; returns its report."""
         from qinit.runner import Allotted, Done, Finished, Measuring, Noted, Sampling, Working
@@ -91,9 +98,10 @@ class Screen:
             self.say(f"note: {note}")
         report = None
         terminal = self._console.is_terminal and not self._quiet
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, console=self._console, disable=not terminal, transient=True)
-        with closing(events), bar as progress:  # closing: an interrupt here also ends the run and removes its files
+        with (
+            closing(events),
+            self.progress() as progress,
+        ):  # closing: an interrupt here also ends the run and removes its files
             task = progress.add_task("starting", total=plan.bytes_before)
             done = 0
             for event in events:
@@ -235,6 +243,15 @@ class Screen:
         self._table(heading(report), summary(report))
         if pareto_front(report) is None:
             self.say(f"note: {NO_FRONT}")
+
+    def table(self, *columns: str, rows: Iterable[Sequence[str]]) -> None:
+        """Draw rows under these columns."""
+        if self._quiet:
+            return
+        table = Table(*columns, box=None, pad_edge=False, show_header=any(columns))
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
 
     def _table(self, title: str, rows: dict[str, str]) -> None:
         self._console.print(title, style="italic", soft_wrap=True)  # a table's own title is wrapped at its width

@@ -8,9 +8,11 @@ import traceback
 from typing import Annotated
 
 import typer
+from qinit_cli.doctor import doctor
 from qinit_cli.eqft import eqft, meqft, plan
 from qinit_cli.methods import methods
 from qinit_cli.report import report
+from qinit_cli.verify import verify
 
 INTERRUPTED = "interrupted; nothing was left behind"
 
@@ -26,6 +28,8 @@ app.command()(meqft)
 app.command()(plan)
 app.command()(methods)
 app.command()(report)
+app.command()(verify)
+app.command()(doctor)
 
 
 def _show_version(value: bool) -> None:
@@ -46,7 +50,8 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 an error inside qinit, 2 bad input, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 an error inside qinit (doctor: qinit does not work here), 2 bad
+    input, 3 verify has found something, 130 interrupted."""
     from qinit.errors import QinitError
 
     # Large tensors come and go for every layer: huge pages make them a tenth as expensive to get (torch's switch).

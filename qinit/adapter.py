@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,13 @@ def encode(
         return {name_a: A, name_b: torch.zeros(module.out_features, rank)}
     root = math.sqrt(scale)
     return {name_a: low_rank.A.cpu() / root, name_b: low_rank.B.cpu() / root}
+
+
+def decode(module: LinearModule, tensors: Mapping[str, torch.Tensor], scale: float) -> LowRank:
+    """Return L = B A from the stored A and B, with the scale in it: what undoes `encode`, but for rounding."""
+    name_a, name_b = tensor_names(module)
+    root = math.sqrt(scale)
+    return LowRank(tensors[name_b] * root, tensors[name_a] * root)
 
 
 def adapter_config(

@@ -96,9 +96,11 @@ def _require_adapter(directory: Path) -> None:
 def _require_packages(directory: Path) -> None:
     missing = [package for package in ("gptqmodel", "optimum") if find_spec(package) is None]
     if missing:
+        from qinit.doctor.requirements import pip_command
+
+        needs = " and ".join(missing)
         raise CheckpointError(
-            f"{directory}: packed as GPTQ, which needs {' and '.join(missing)}; "
-            'pip install "gptqmodel>=7.6,<7.7" "optimum>=2.3"'
+            f"{directory}: packed as GPTQ, which needs {needs}; {pip_command(('gptqmodel', 'optimum'))}"
         )
 
 

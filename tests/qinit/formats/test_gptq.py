@@ -48,6 +48,31 @@ def test_an_independent_reading_of_the_format_gives_q(bits):
     assert np.array_equal(values.T, INT.dequantize(q).numpy())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_decoding_gives_the_solvers_q_back_bit_by_bit(bits):
+    q, target = random_codes(bits), make_target()
+    stored = GPTQ.encode(target, q, INT)
+    assert not list(GPTQ.flaws(target, stored, GROUP))
+    found = GPTQ.decode(target, stored, bits, GROUP)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, INT.dequantize(q))
+
+
+def test_a_group_index_out_of_place_is_named():
+    target = make_target()
+    stored = GPTQ.encode(target, random_codes(2), INT)
+    stored[target.prefix + "g_idx"][[5, 70]] = torch.tensor([99, 0], dtype=torch.int32)
+    expected = (target.prefix + "g_idx", "0 at input 5", "99 (2 such inputs)")
+    assert list(GPTQ.flaws(target, stored, GROUP)) == [expected]
+
+
+def test_a_scale_that_no_search_finds_is_named():
+    target = make_target()
+    stored = GPTQ.encode(target, random_codes(2), INT)
+    stored[target.prefix + "scales"][1, :2] = torch.tensor([0.0, -0.5])
+    assert list(GPTQ.flaws(target, stored, GROUP)) == [(target.prefix + "scales", "scales above 0", "2 that are not")]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_what_is_stored_is_what_was_announced(bits, transposed):
@@ -74,7 +99,7 @@ def test_gptqmodel_unpacks_the_same_numbers(bits):
             assert buffer.shape == stored[target.prefix + name].shape
             buffer.copy_(stored[target.prefix + name])
     # float16 is the kernel's type: s (q - z) is rounded once.
-    expected = INT.dequantize(q).half().float()
+    expected = GPTQ.decode(target, stored, bits, GROUP).half().float()
     torch.testing.assert_close(module.dequantize_weight().T.float(), expected, rtol=2.0**-11, atol=0)
 
 
