@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qinit.formats.base import Format
-from qinit.formats.packing import pack_rows
+from qinit.formats.packing import pack_rows, unpack_rows
 from qinit.grids import Grid, Quantized
 from qinit.safetensors_io import TensorSpec
 
@@ -105,6 +105,25 @@ class GptqFormat(Format):
         if dynamic:
             config["dynamic"] = dynamic
         return config
+
+
+def dequantized(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, *, bits: int
+) -> torch.Tensor:
+    """Return the weight [out, in] that gptqmodel's kernel computes with: s (q - z), rounded once to float16."""
+    codes = unpack_rows(qweight.T.contiguous(), bits)
+    groups = g_idx.long()
+    zeros = unpack_rows(qzeros, bits)[groups].T
+    return (scales[groups].T.float() * (codes.float() - zeros.float())).half()
+
+
+def width_of(name: str, quantization: dict[str, Any]) -> int:
+    """Return the bits of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that matches the
+    name from its start decides, else the base's bits."""
+    for pattern, override in (quantization.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+            return int(override.get("bits", quantization["bits"]))
+    return int(quantization["bits"])
 
 
 def _block_name(names: list[str]) -> str:
