@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qinit.errors import QinitError
-from qinit.evaluate import perplexity
+from qinit.evaluate.figures import perplexity
 
 
 class Guess(torch.nn.Module):
