@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from qinit_cli.eqft import eqft, meqft, plan
+from qinit_cli.eval import evaluate
 from qinit_cli.methods import methods
 from qinit_cli.report import report
 
@@ -26,6 +27,7 @@ app.command()(meqft)
 app.command()(plan)
 app.command()(methods)
 app.command()(report)
+app.command("eval")(evaluate)
 
 
 def _show_version(value: bool) -> None:

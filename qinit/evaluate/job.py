@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qinit.calibration.blocks import NotStreamable
 from qinit.calibration.choice import free_memory
+from qinit.calibration.tokens import load_tokenizer
 from qinit.errors import QinitError, RecipeError
 from qinit.evaluate.figures import Figures, Logits, logits_of, measure
 from qinit.evaluate.loaded import (
@@ -26,6 +28,7 @@ from qinit.evaluate.loaded import (
 )
 from qinit.evaluate.streamed import Block, Streamed
 from qinit.evaluate.subject import Subject
+from qinit.evaluate.tasks import run_tasks
 from qinit.evaluate.windows import Windows
 
 STREAMING = ("auto", "always", "never")
@@ -58,14 +61,22 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """The figures, and the seconds that they took."""
+class Tasking:
+    """The harness runs these tasks."""
 
-    figures: Figures
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The figures (None without windows), each task's metrics, and the seconds that it took."""
+
+    figures: Figures | None
+    tasks: dict[str, dict[str, float]]
     seconds: float
 
 
-Event = Loading | Block | Read | Evaluated
+Event = Loading | Block | Read | Tasking | Evaluated
 
 
 def check_vocabularies(subject: Subject, reference: Subject) -> None:
@@ -81,14 +92,34 @@ def check_vocabularies(subject: Subject, reference: Subject) -> None:
 def choose_way(
     subject: Subject,
     reference: Subject | None,
-    windows: Windows,
+    windows: Windows | None,
     device: torch.device,
     *,
     stream: str = "auto",
     dtype: str | None = None,
     batch_size: int | None = None,
+    tasks: bool = False,
 ) -> Way:
-    """Decide from headers and the free memory how to run. Raises RecipeError for options that do not go together."""
+    """Decide from headers and the free memory how to run. Raises RecipeError for options that do not go together, and
+    for `tasks` of a model that is to be streamed."""
+    way = _chosen(subject, reference, windows, device, stream, dtype, batch_size)
+    if tasks and way.streamed:
+        raise RecipeError(
+            f"tasks: the harness needs the whole model in memory, and it would be streamed ({way.reason}); use "
+            "--stream never"
+        )
+    return way
+
+
+def _chosen(
+    subject: Subject,
+    reference: Subject | None,
+    windows: Windows | None,
+    device: torch.device,
+    stream: str,
+    dtype: str | None,
+    batch_size: int | None,
+) -> Way:
     if stream not in STREAMING:
         raise RecipeError(f"stream: expected {', '.join(STREAMING)}, found '{stream}'")
     if dtype is not None and dtype not in DTYPES:
@@ -99,7 +130,7 @@ def choose_way(
         raise RecipeError(f"dtype: a streamed evaluation computes in float32, not {dtype}; leave one of the two out")
     models = [subject] if reference is None else [subject, reference]
     vocabulary = max(model.facts.vocabulary or 1 for model in models)
-    rows = batch_size or batch_size_for(windows, vocabulary)
+    rows = batch_size or (1 if windows is None else batch_size_for(windows, vocabulary))
     wanted = dtype or "float32"
     if stream == "always":
         return Way(True, "as asked", "float32", rows)
@@ -110,7 +141,8 @@ def choose_way(
         reason = f"{' and '.join(dict.fromkeys(missing))} not being installed to load packed weights"
         return Way(True, reason, "float32", rows)
     needed = sum(loaded_bytes(model, DTYPES[wanted]) for model in models)
-    needed += len(models) * logits_bytes(windows, vocabulary, rows)
+    if windows is not None:
+        needed += len(models) * logits_bytes(windows, vocabulary, rows)
     free = free_memory(device)
     reason = f"{needed / 1e9:.2f} GB needed in {wanted}, {free / 1e9:.2f} GB free"
     fits = needed <= SHARE * free
@@ -120,34 +152,42 @@ def choose_way(
 def evaluate(
     subject: Subject,
     reference: Subject | None,
-    windows: Windows,
+    windows: Windows | None,
     way: Way,
     device: torch.device,
-    scratch: Path | None = None,
+    tasks: Sequence[str] = (),
 ) -> Generator[Event, None, None]:
-    """Run the models over the windows; yields what happens, the last event is Evaluated.
+    """Run the models over the windows, then the tasks; yields what happens, the last event is Evaluated.
 
-    Streamed hidden states that do not fit in memory go to a temporary directory below `scratch`.
+    Streamed hidden states that do not fit in memory go to a temporary directory.
     Raises CheckpointError, RecipeError, and QinitError for NaN or Inf.
     """
     started = time.perf_counter()
-    steps = _streamed if way.streamed else _in_memory
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="qinit-eval-") as directory:
-        figures = yield from steps(subject, reference, windows, way, device, Path(directory))
-    yield Evaluated(figures, time.perf_counter() - started)
+    figures, results = None, {}
+    if way.streamed:
+        assert windows is not None
+        with tempfile.TemporaryDirectory(prefix="qinit-eval-") as directory:
+            figures = yield from _streamed(subject, reference, windows, way, device, Path(directory))
+    else:
+        yield Loading(subject.name)
+        model = load_model(subject, DTYPES[way.dtype], device)
+        with without_compiler():
+            if windows is not None:
+                figures = yield from _in_memory(model, reference, windows, way, device)
+            if tasks:
+                yield Tasking(tuple(tasks))
+                results = run_tasks(model, load_tokenizer(subject.base), tasks, way.batch_size)
+    yield Evaluated(figures, results, time.perf_counter() - started)
 
 
 def _in_memory(
-    subject: Subject, reference: Subject | None, windows: Windows, way: Way, device: torch.device, _directory: Path
+    model: Any, reference: Subject | None, windows: Windows, way: Way, device: torch.device
 ) -> Generator[Event, None, Figures]:
-    yield Loading(subject.name)
-    model = load_model(subject, DTYPES[way.dtype], device)
     other = None
     if reference is not None:
         yield Loading(reference.name)
         other = logits_of(load_model(reference, DTYPES[way.dtype], device), windows)
-    with without_compiler():
-        return (yield from _measured(windows, way, logits_of(model, windows), other))
+    return (yield from _measured(windows, way, logits_of(model, windows), other))
 
 
 def _streamed(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from qinit.errors import QinitError, RecipeError
@@ -12,23 +11,23 @@ INSTALL = 'pip install "qinit[eval]"'
 
 
 def require_harness() -> None:
-    """Raise RecipeError with the command to run when the harness is missing."""
-    if find_spec("lm_eval") is None:
-        raise RecipeError(f"tasks: lm-evaluation-harness is not installed; {INSTALL}")
+    """Raise RecipeError with the command to run when the harness is missing or cannot be imported."""
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(f"tasks: lm-evaluation-harness cannot be imported ({error}); {INSTALL}") from None
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int) -> dict[str, dict[str, float]]:
     """Return each task's metrics, named as the harness names them ("acc,none").
 
-    Raises RecipeError when the harness is missing or cannot be imported, QinitError for what goes wrong inside it (an
-    unknown task, a data set that cannot be fetched).
+    Raises RecipeError when the harness is missing, QinitError for what goes wrong inside it (an unknown task, a data
+    set that cannot be fetched).
     """
     require_harness()
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise RecipeError(f"tasks: lm-evaluation-harness cannot be imported ({error}); {INSTALL}") from None
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     try:
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks)

@@ -50,7 +50,9 @@ def cut_windows(tokens: torch.Tensor, length: int, stride: int | None = None, li
     if limit is not None and limit < 1:
         raise QinitError(f"windows: expected 1 or more, found {limit}")
     if len(tokens) < length:
-        raise QinitError(f"the text has {len(tokens)} tokens, fewer than one window of {length}")
+        raise QinitError(
+            f"the text has {len(tokens)} tokens, fewer than one window of {length}; take a longer text or shorter windows"
+        )
     if stride is None:
         count = len(tokens) // length
         cut = tokens[: count * length].view(count, length)[:limit]
