@@ -18,6 +18,8 @@ LINES = 10  # of progress where the output is no terminal
 class EvalScreen(Screen):
     """Draws an evaluation."""
 
+    _said = 0  # the share of the steps, in LINES, that was last said
+
     def way(self, way: Way) -> None:
         how = "block by block, one in memory at a time" if way.streamed else "with the whole model in memory"
         self.say(f"note: {how} ({way.reason})")
@@ -73,5 +75,6 @@ class EvalScreen(Screen):
 
     def _step(self, line: str, done: int, total: int, terminal: bool) -> None:
         """Say a step, about LINES of them, where there is no bar."""
-        if not terminal and (done == total or done % max(1, total // LINES) == 0):
+        if not terminal and (done == total or done * LINES // total > self._said):
             self.say(line)
+        self._said = 0 if done == total else done * LINES // total

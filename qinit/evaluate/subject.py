@@ -105,12 +105,14 @@ def repair_base(subject: Subject) -> None:
 
 
 def _base_of(adapter: Path, revision: str | None, token: str | None) -> Subject:
-    """Find the base that an adapter names, or the run that it lies in if that base is gone."""
+    """Find the run that an adapter was written with, else the base that it names, else the run that it lies in."""
     named, parent = _named_base(adapter), adapter.resolve().parent
-    if named is not None and Path(named).is_dir():
+    own = _is_run(parent) and adapter.resolve().name == ADAPTER_DIRECTORY  # even if an older copy is where it says
+    if not own and named is not None and Path(named).is_dir():
         return Subject(str(adapter), Path(named), adapter)
     if _is_run(parent):
-        return Subject(str(adapter), parent, adapter, named)
+        gone = None if named is not None and Path(named).is_dir() else named
+        return Subject(str(adapter), parent, adapter, gone)
     missing = f"{adapter / CONFIG_NAME}: names the base '{named}', which is not there"
     if named is None:
         missing = f"{adapter / CONFIG_NAME}: names no base under {BASE_KEY}"

@@ -51,7 +51,7 @@ def cut_windows(tokens: torch.Tensor, length: int, stride: int | None = None, li
         raise QinitError(f"windows: expected 1 or more, found {limit}")
     if len(tokens) < length:
         raise QinitError(
-            f"the text has {len(tokens)} tokens, fewer than one window of {length}; take a longer text or shorter windows"
+            f"the text has {len(tokens)} tokens, fewer than one window of {length}; use more text or a shorter length"
         )
     if stride is None:
         count = len(tokens) // length
