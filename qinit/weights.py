@@ -13,6 +13,7 @@ from qinit.formats.gptq import dequantized, width_of
 from qinit.safetensors_io import StoredTensor
 from qinit.targets import Architecture, LinearModule, possible_names
 
+OTHER_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # in the files of GPT-NeoX
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -56,7 +57,7 @@ class StoredWeights:
         return value
 
     def _find(self, name: str) -> StoredTensor | None:
-        names = possible_names(name, self.base_prefix)
+        names = [*possible_names(name, self.base_prefix), *OTHER_NAMES.get(name, ())]
         return next((self.tensors[candidate] for candidate in names if candidate in self.tensors), None)
 
     def _packed(self, name: str) -> list[StoredTensor] | None:
