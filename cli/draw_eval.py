@@ -69,9 +69,9 @@ class EvalScreen(Screen):
         for task, metrics in done.tasks.items():
             words[task] = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
         words["time"] = f"{done.seconds:.1f} s"
-        if written:
-            words["written to"] = " and ".join(written)
         self._table(name, words)
+        if written:
+            self.say(f"written to {' and '.join(written)}")
 
     def _step(self, line: str, done: int, total: int, terminal: bool) -> None:
         """Say a step, about LINES of them, where there is no bar."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,12 +141,14 @@ def _load_adapter(model: Any, directory: Path, trainable: bool) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(
-            model,
-            str(directory),
-            is_trainable=trainable,
-            torch_device=str(model.device),  # else it reads the file on a GPU where there is one
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*adapter keys.*")  # factors that are missing would be random
+            return PeftModel.from_pretrained(
+                model,
+                str(directory),
+                is_trainable=trainable,
+                torch_device=str(model.device),  # else it reads the file on a GPU where there is one
+            )
     except Exception as error:  # as above
         raise CheckpointError(f"{directory}: the adapter cannot be loaded ({_reason(error)})") from error
 

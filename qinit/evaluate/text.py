@@ -42,6 +42,8 @@ class Tokens:
 
 def file_text(path: Path, text_field: str | None) -> Text:
     """Read a text file or JSONL; raises CalibrationError for what is neither."""
+    if not path.exists():
+        raise QinitError(f"{path}: no such file")
     if text_field and not is_jsonl(path):
         raise QinitError(f"{path}: has no fields, so no '{text_field}'; --text-field is for JSONL and data sets")
     return _joined(path.name, read_file(path, text_field, blanks=True))
