@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qinit_cli.hush import hush
 from qinit_cli.options import (
     CALIBRATING,
     CHOOSING,
@@ -87,17 +87,12 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
     if recipe.model is None:
         screen.say(f"No MODEL given: using {DEMO_TITLE}.")
 
-    for chatty in ("torchao", "torch.utils._pytree"):  # they warn on stderr while transformers imports them
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
+    hush()
     from qinit.calibration.choice import expected
     from qinit.device import pick_device
     from qinit.hub import header_directory, local_directory
     from qinit.plan import make_plan
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     device = pick_device(recipe.device)
     if recipe.model is None:
         directory, name = demo_directory(), DEMO_NAME

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from qinit_cli.doctor import doctor
 from qinit_cli.eqft import eqft, meqft, plan
+from qinit_cli.eval import evaluate
 from qinit_cli.methods import methods
 from qinit_cli.report import report
 from qinit_cli.verify import verify
@@ -28,6 +29,7 @@ app.command()(meqft)
 app.command()(plan)
 app.command()(methods)
 app.command()(report)
+app.command("eval")(evaluate)
 app.command()(verify)
 app.command()(doctor)
 

@@ -47,12 +47,12 @@ def verify(
     Exit code 0: sound. 3: something is wrong, and named. 2: DIR is no run, or the source cannot be read.
     """
     from qinit_cli.draw import Screen
-    from qinit_cli.quiet import quiet as silence
+    from qinit_cli.hush import hush
 
     from qinit.verification import point_to
     from qinit.verification import verify as verified
 
-    silence()
+    hush()
     screen = Screen(quiet=quiet or json_output)
     found, counts = _followed(screen, verified(directory, _source(directory, source, revision, token)))
     fixed = fix and any(each.moved for each in found) and all(each.moved or not each.grave for each in found)

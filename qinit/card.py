@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from qinit.report import Report
 if TYPE_CHECKING:
     from qinit.plan import Plan
 
+CARD_NAME = "README.md"
 AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -134,4 +136,52 @@ def write_card(directory: Path, report: Report, plan: Plan) -> None:
         recipe=yaml.safe_dump(report.recipe, sort_keys=False),
         command=report.command,
     )
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    (directory / CARD_NAME).write_text(with_evaluations(text, totals), encoding="utf-8")
+
+
+def with_evaluations(card: str, totals: dict[str, Any]) -> str:
+    """Return a card with sections on the evaluations in a report's totals, in the places of older ones if it has them;
+    all else stays as it is."""
+    card = _with_section(card, "## Perplexity\n", _perplexities(totals.get("evaluations") or []))
+    return _with_section(card, "## Tasks\n", _tasks(totals.get("tasks") or {}))
+
+
+def _with_section(card: str, heading: str, body: list[str]) -> str:
+    old = re.search(rf"^{heading}.*?(?=^## |\Z)", card, re.DOTALL | re.MULTILINE)
+    if old:
+        card = card[: old.start()] + card[old.end() :]
+    if not body:
+        return card
+    recipe = re.search(r"^## Recipe\n", card, re.MULTILINE)
+    place = old.start() if old else recipe.start() if recipe else len(card)
+    return f"{card[:place]}{heading}" + "".join(f"{line}\n" for line in body) + f"\n{card[place:]}"
+
+
+def measured_words(row: dict[str, Any]) -> str:
+    """Say how an evaluation was made, from its row."""
+    kind = "that do not overlap, the first token of each given"
+    if row["stride"] is not None:
+        kind = f"that start {row['stride']} apart, each token predicted once, with {row['length'] - row['stride']} or "
+        kind += "more before it"
+    count = f"{row['windows']} {'window' if row['windows'] == 1 else 'windows'} of {row['length']} tokens"
+    return f"{count} {kind}; {row['tokens']} tokens predicted; {row['joined']}; {row['special_tokens']}; {row['dtype']}"
+
+
+def _perplexities(rows: list[dict[str, Any]]) -> list[str]:
+    columns = ("text", "perplexity", "original", "KL, nats", "same top token", "measured on")
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return [*head, *(f"| {' | '.join(_cells(row))} |" for row in rows)] if rows else []
+
+
+def _tasks(tasks: dict[str, dict[str, float]]) -> list[str]:
+    head = ["| task | metric | value |", "|---|---|---|"]
+    rows = [f"| {task} | {name} | {value:.4f} |" for task, found in tasks.items() for name, value in found.items()]
+    return [*head, *rows] if rows else []
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def cell(key: str, digits: int) -> str:
+        return "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
+
+    figures = [cell("perplexity", 3), cell("reference_perplexity", 3), cell("kl", 4), cell("top1_agreement", 4)]
+    return [str(row["text"]).replace("|", "\\|"), *figures, measured_words(row)]

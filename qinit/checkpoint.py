@@ -31,28 +31,28 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
+    def open(cls, directory: Path, *, quantized: bool = False) -> Checkpoint:
         """Read config.json and all headers of a local directory.
 
-        Raises CheckpointError for anything missing, damaged, pickled or already quantized.
+        Raises CheckpointError for anything missing, damaged, pickled or, unless `quantized`, already quantized.
         """
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
         config = read_json(directory / "config.json", "a model directory has one; is this the right directory?")
-        quantized = config.get("quantization_config")
-        if quantized is not None:
-            how = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
+        found = config.get("quantization_config")
+        if found is not None and not quantized:
+            how = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
             raise CheckpointError(
                 f"{directory / 'config.json'}: the checkpoint is already quantized (quant_method {how}); "
                 "give the full-precision model that it was made from"
             )
         tensors: dict[str, StoredTensor] = {}
         for file, expected in weight_files(directory):
-            found = read_header(file)
+            header = read_header(file)
             for name in expected or ():
-                if name not in found:
+                if name not in header:
                     raise CheckpointError(f"{file}: lacks tensor '{name}', which {INDEX_NAME} places there")
-            tensors.update({name: found[name] for name in expected or found})
+            tensors.update({name: header[name] for name in expected or header})
         if not tensors:
             raise CheckpointError(f"{directory}: its safetensors hold no tensors")
         return cls(directory, config, tensors)

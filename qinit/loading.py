@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from qinit.adapter import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.checkpoint import read_json
 from qinit.errors import CheckpointError
+from qinit.formats.gptq import width_of
 from qinit.report import REPORT_NAME
 
 MIXED_METHOD = "qinit_mixed_gptq"  # the name that transformers knows the quantizer for mixed widths by
@@ -38,34 +39,42 @@ def load(
     Raises CheckpointError if the directory or its adapter is missing, damaged or not qinit's, or if a package that it
     needs is not installed, and RecipeError if the device is not there.
     """
-    import transformers
-
     place = Path(directory)
     class_name, config = _read(place)
     if adapter:
         _require_adapter(place)
+    return load_parts(
+        place, place / ADAPTER_DIRECTORY if adapter else None, class_name, config, trainable, dtype=dtype, device=device
+    )
+
+
+def load_parts(
+    base: Path,
+    adapter: Path | None,
+    class_name: str,
+    config: dict[str, Any],
+    trainable: bool = False,
+    *,
+    dtype: Any = "auto",
+    device: str | None = None,
+) -> Any:
+    """Load a base whose config.json is `config`, and put an adapter on it, wherever the two lie; as `load` does."""
+    import transformers
+
     options: dict[str, Any] = {}
     if device is not None:
         from qinit.device import pick_device
 
         options["device_map"] = {"": pick_device(device)}
-    if "quantization_config" in config:
-        _require_packages(place)
-        if _is_mixed(config["quantization_config"]):
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "gptq":
+        _require_packages(base)
+        if _is_mixed(quantization):
             _register_mixed()
-            options["config"] = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
-            options["config"].quantization_config = {**config["quantization_config"], "quant_method": MIXED_METHOD}
-    model = _load_base(place, class_name, dtype, options)
-    return _load_adapter(model, place, trainable) if adapter else model
-
-
-def width_of(name: str, quantization: dict[str, Any]) -> int:
-    """Return the bits of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that matches the
-    name from its start decides, else the base's bits."""
-    for pattern, override in (quantization.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
-            return int(override.get("bits", quantization["bits"]))
-    return int(quantization["bits"])
+            options["config"] = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+            options["config"].quantization_config = {**quantization, "quant_method": MIXED_METHOD}
+    model = _load_base(base, class_name, dtype, options)
+    return model if adapter is None else _load_adapter(model, adapter, trainable)
 
 
 def _is_mixed(quantization: dict[str, Any]) -> bool:
@@ -134,17 +143,16 @@ def _load_adapter(model: Any, directory: Path, trainable: bool) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(
-            model,
-            str(directory),
-            subfolder=ADAPTER_DIRECTORY,
-            is_trainable=trainable,
-            torch_device=str(model.device),  # else it reads the file on a GPU where there is one
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*adapter keys.*")  # factors that are missing would be random
+            return PeftModel.from_pretrained(
+                model,
+                str(directory),
+                is_trainable=trainable,
+                torch_device=str(model.device),  # else it reads the file on a GPU where there is one
+            )
     except Exception as error:  # as above
-        raise CheckpointError(
-            f"{directory / ADAPTER_DIRECTORY}: the adapter cannot be loaded ({_reason(error)})"
-        ) from error
+        raise CheckpointError(f"{directory}: the adapter cannot be loaded ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:

@@ -115,7 +115,12 @@ def evaluations(report: Report) -> list[tuple[str, float, float | None]]:
         for one in report.totals.get("evaluations") or []:
             reference = one.get("reference_perplexity")
             nats = math.log(one["perplexity"] / reference) if reference else None
-            found.append((str(one["text"]), float(one["perplexity"]), nats))
+            label = str(one["text"])
+            if one.get("length") is not None:
+                label += f", windows of {one['length']}"
+            if one.get("stride") is not None:
+                label += f", stride {one['stride']}"
+            found.append((label, float(one["perplexity"]), nats))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged("evaluations", error) from None
     return found

@@ -134,7 +134,7 @@ def measure(
     )
     probe = _Probe(plan, options, part, device)
     try:
-        blocks = Blocks(plan, device)
+        blocks = Blocks.of(plan, device)
         yield from _streamed(blocks, probe, scratch)
     except NotStreamable:
         probe = _Probe(plan, options, part, device)

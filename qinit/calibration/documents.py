@@ -38,8 +38,9 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def read_file(path: Path, text_field: str | None = None) -> list[str]:
-    """Return the documents of a file: one per line of JSONL, else the whole text as one.
+def read_file(path: Path, text_field: str | None = None, *, blanks: bool = False) -> list[str]:
+    """Return the documents of a file: one per line of JSONL, those without text only if `blanks`, else the whole text
+    as one.
 
     Raises CalibrationError, naming the line and the fields in it, for JSONL without text under `text_field`.
     """
@@ -56,7 +57,8 @@ def read_file(path: Path, text_field: str | None = None) -> list[str]:
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{where}: not valid JSON ({error}); expected one object per line") from None
         documents.append(text_of(row, text_field, where))
-    return not_blank(documents, str(path), text_field)
+    kept = not_blank(documents, str(path), text_field)
+    return documents if blanks else kept
 
 
 def is_jsonl(path: Path) -> bool:

@@ -18,9 +18,19 @@ HUB_SOURCE = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(
 FILE_READERS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"}
 
 
-def read_hub(source: str, text_field: str | None, token: str | None, *, characters: int, documents: int) -> list[str]:
-    """Stream a Hub data set `name[:config][@split]` from its start; return its documents that are not blank until
-    there are `documents` of them with `characters` altogether. Only that much is fetched.
+def read_hub(
+    source: str,
+    text_field: str | None,
+    token: str | None,
+    *,
+    characters: float,
+    documents: int,
+    blanks: bool = False,
+    split: str = DEFAULT_SPLIT,
+) -> list[str]:
+    """Stream a Hub data set `name[:config][@split]` from its start; return its documents, those that are blank only if
+    `blanks`, until there are `documents` of them with `characters` altogether. Only that much is fetched. `split` is
+    read where the source names none.
 
     Raises CalibrationError for text that is not there, HubError in one line, without the token, for anything else.
     """
@@ -31,13 +41,11 @@ def read_hub(source: str, text_field: str | None, token: str | None, *, characte
     rows = size = 0
     try:
         with _no_progress_bar():
-            data = load_dataset(
-                spec["name"], spec["config"], split=spec["split"] or DEFAULT_SPLIT, streaming=True, token=token
-            )
+            data = load_dataset(spec["name"], spec["config"], split=spec["split"] or split, streaming=True, token=token)
             for row in data:
                 rows += 1
                 text = text_of(row, text_field, f"{source}, row {rows}")
-                if text.strip():
+                if blanks or text.strip():
                     found.append(text)
                     size += len(text)
                 if size >= characters and len(found) >= documents:
@@ -46,7 +54,8 @@ def read_hub(source: str, text_field: str | None, token: str | None, *, characte
         raise
     except Exception as error:  # a data set can fail in any way: HTTP, files, formats
         raise _hub_error(source, error, token) from None
-    return not_blank(found, source, text_field)
+    kept = not_blank(found, source, text_field)
+    return found if blanks else kept
 
 
 def parse_hub(source: str) -> dict[str, str | None]:
@@ -102,7 +111,7 @@ def _hub_error(source: str, error: Exception, token: str | None) -> HubError:
     if isinstance(error, ConnectionError) or "Connect" in kind or "OfflineModeIsEnabled" in kind + reason:
         return HubError(
             f"{source}: no such file here{hint}, and the Hub cannot be reached; check the name and the network, "
-            "or calibrate on a local file"
+            "or give a local file"
         )
     return HubError(
         f"{source}: the data set cannot be read ({kind}: {reason[:400]}); a configuration and a split are given as "

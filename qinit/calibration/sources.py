@@ -61,10 +61,8 @@ def load_samples(
     if kind == "file":
         documents, name = read_file(Path(source), text_field), Path(source).name  # a card tells nobody's directories
     else:
-        enough = {"characters": characters_for(samples, length), "documents": 1}
-        if not facts.causal:
-            enough = {"characters": 0, "documents": 4 * samples}
-        documents, name = read_hub(source, text_field, token, **enough), source
+        characters, count = (characters_for(samples, length), 1) if facts.causal else (0, 4 * samples)
+        documents, name = read_hub(source, text_field, token, characters=characters, documents=count), source
     if facts.causal:
         # Joined by blank lines, as GPTQ's released code joins its calibration text (arXiv:2210.17323).
         text = "\n\n".join(documents)

@@ -19,11 +19,12 @@ def characters_for(samples: int, length: int) -> int:
     return max(16 * samples * length, 2**20)
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """Load a checkpoint's tokenizer; raises CalibrationError when it has none."""
+def load_tokenizer(
+    directory: Path, instead: str = "calibrating on text needs it (`self` and `random` do without)"
+) -> Any:
+    """Load a checkpoint's tokenizer; raises CalibrationError, with what to do `instead`, when it has none."""
     import transformers
 
-    instead = "calibrating on text needs it (`self` and `random` do without)"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
@@ -62,7 +63,7 @@ def draw_windows(
     windows = stream[: count * body].view(count, body) if count else stream[None]
     windows = windows[_draw(len(windows), samples, generator)]
     tokens = torch.cat([torch.tensor(bos, dtype=torch.int64).expand(len(windows), -1), windows], dim=1)
-    _require_known(max(int(stream.max()), *bos) if bos else int(stream.max()), where, facts)
+    require_known(max(int(stream.max()), *bos) if bos else int(stream.max()), where, facts)
     return tokens
 
 
@@ -88,7 +89,7 @@ def draw_documents(
             f"{where}: the model's tokenizer makes no tokens of this text, within {length} and besides its special "
             "ones; give another text or a longer length"
         )
-    _require_known(max(int(row.max()) for row in rows), where, facts)
+    require_known(max(int(row.max()) for row in rows), where, facts)
     pad = next((i for i in (facts.pad, tokenizer.pad_token_id) if i is not None), 0)  # what is masked is not read
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     lengths = torch.tensor([len(row) for row in rows])
@@ -120,7 +121,8 @@ def _added_bos(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and list(tokenizer("a").input_ids[:1]) == [bos] else []
 
 
-def _require_known(largest: int, where: str, facts: Facts) -> None:
+def require_known(largest: int, where: str, facts: Facts) -> None:
+    """Raise CalibrationError, naming `where`, for a token id that the model does not have."""
     if facts.vocabulary is not None and largest >= facts.vocabulary:
         raise CalibrationError(
             f"{where}: the tokenizer made token id {largest}, but the model has ids up to {facts.vocabulary - 1} "

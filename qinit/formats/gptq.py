@@ -83,13 +83,7 @@ class GptqFormat(Format):
         }
 
     def decode(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
-        qweight, qzeros, scales, g_idx = (tensors[target.prefix + part].cpu() for part in PARTS)
-        zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
-        result = torch.empty((target.module.out_features, target.module.in_features))
-        for rows in row_chunks(*result.shape):
-            codes = unpack_rows(qweight[:, rows].T, bits).float()
-            torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])
-        return result
+        return dequantized(*(tensors[target.prefix + part].cpu() for part in PARTS), bits=bits)
 
     def flaws(
         self, target: Target, tensors: Mapping[str, torch.Tensor], group_size: int
@@ -133,6 +127,27 @@ class GptqFormat(Format):
 
 def _group_indices(in_features: int, group_size: int) -> torch.Tensor:
     return torch.arange(in_features, dtype=torch.int32) // group_size
+
+
+def dequantized(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, *, bits: int
+) -> torch.Tensor:
+    """Return the weight [out, in] that four packed tensors stand for, s (q - z), in float32."""
+    zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
+    result = torch.empty((qweight.shape[1], len(groups)), device=qweight.device)
+    for rows in row_chunks(*result.shape):
+        codes = unpack_rows(qweight[:, rows].T, bits).float()
+        torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])
+    return result
+
+
+def width_of(name: str, quantization: dict[str, Any]) -> int:
+    """Return the bits of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that matches the
+    name from its start decides, else the base's bits."""
+    for pattern, override in (quantization.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+            return int(override.get("bits", quantization["bits"]))
+    return int(quantization["bits"])
 
 
 def _block_name(names: list[str]) -> str:

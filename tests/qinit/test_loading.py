@@ -12,6 +12,7 @@ from qinit import loading
 from qinit.demo import demo_directory
 from qinit.errors import CheckpointError, RecipeError
 from qinit.formats import FORMATS
+from qinit.formats.gptq import width_of
 from qinit.plan import LayerPlan, Plan, make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import run
@@ -226,7 +227,7 @@ def test_the_device_is_where_everything_goes(dense):
     ],
 )
 def test_the_width_is_the_one_that_gptqmodel_reads(dynamic, expected):
-    assert loading.width_of("a.b", {"bits": 2, "dynamic": dynamic}) == expected
+    assert width_of("a.b", {"bits": 2, "dynamic": dynamic}) == expected
     gptq_only()
     from gptqmodel.quantization.config import dynamic_get
 

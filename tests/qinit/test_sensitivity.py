@@ -25,7 +25,7 @@ from tests.qinit.calibration.models import OTHERS, make, padded, plan_of, random
 CPU = torch.device("cpu")
 MIXED = {"calibration": "none", "target_bits": 4, "bits_choices": [2, 3, 8]}
 LENGTHS = [12, 3, 7, 12, 9]
-OTHER_NAMES = ("gpt_neox", "t5")  # whole: the head is named otherwise in the file; an encoder and a decoder
+WHOLE = ("t5",)  # an encoder and a decoder
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ class TestBlockByBlock:
         samples = padded(random_samples(5), LENGTHS) if mask else random_samples(5)
         found, events = measured(plan(family), samples)
         close(found, whole(plan(family), samples))
-        blocks = 1 if family in OTHER_NAMES else 2
+        blocks = 1 if family in WHOLE else 2
         assert [event.block for event in events] == ([0] if blocks == 1 else [0, 1, 0])
         assert all(isinstance(event, Measuring) and event.blocks == blocks for event in events)
         assert all(value > 0 for nats in found.nats.values() for value in nats.values())
