@@ -85,7 +85,7 @@ def test_a_model_with_pickle_weights_only_says_how_to_convert(hub, repo):
     ],
 )
 def test_what_the_hub_refuses_is_named(hub, repo, status, message):
-    hub.status = status
+    hub.fail(status=status[0], code=status[1])
     with pytest.raises(HubError, match=message) as caught:
         local_directory(MODEL, revision="v9", token="hf_secret")
     assert MODEL in str(caught.value)
