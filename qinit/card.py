@@ -107,7 +107,7 @@ def hub_card(text: str, report: Report, repo_id: str) -> str:
 def is_hub_id(model: object) -> bool:
     """Whether a card's base model was read from the Hub: the name has the form, and is neither the demo's nor a path's
     here."""
-    named = isinstance(model, str) and model != DEMO_NAME and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+    named = isinstance(model, str) and model != DEMO_NAME and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
     return bool(named) and not Path(str(model)).exists()
 
 

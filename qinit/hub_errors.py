@@ -47,7 +47,7 @@ def hub_errors(
 
     try:
         yield
-    except (OSError, errors.HTTPError, RuntimeError, ValueError) as error:
+    except (OSError, errors.HTTPError, RuntimeError, ValueError, LookupError, TypeError) as error:
         raise _translated(error, repo_id, revision, token, doing) from None
 
 

@@ -6,6 +6,7 @@ Use `from tests.conftest import make_checkpoint`. torch and transformers are imp
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     yield stand_in
     stand_in.close()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Shorten what huggingface_hub waits before it tries again (1, 2, 4, 8 and 8 s); returns what it would have."""
+    waited, sleep = [], time.sleep
+
+    def short(seconds: float) -> None:
+        waited.append(seconds)
+        sleep(min(seconds, 0.001))
+
+    monkeypatch.setattr(time, "sleep", short)
+    return waited
 
 
 @pytest.fixture
