@@ -268,9 +268,7 @@ def test_as_a_process_what_was_pushed_is_loaded_by_the_repo_id_alone(run, hub, t
     assert {*shards, "config.json", "eqft_init/adapter_model.safetensors"} <= hub.fetched()
 
 
-def test_as_a_process_a_sharded_model_of_the_hub_at_a_revision_then_offline_then_a_push_offline(
-    hub, tmp_path, environment
-):
+def test_as_a_process_a_sharded_model_of_the_hub_at_a_revision_and_then_offline(hub, tmp_path, environment):
     repo = make_checkpoint(tmp_path / "repo", max_shard_size="50KB")
     for name in ("pytorch_model.bin", "onnx/model.onnx", "model-q4.gguf", "model.onnx"):
         (repo / name).parent.mkdir(exist_ok=True)
@@ -289,7 +287,4 @@ def test_as_a_process_a_sharded_model_of_the_hub_at_a_revision_then_offline_then
     assert (second.returncode, second.stderr) == (0, "")
     weights = [contents(tmp_path / name)["model.safetensors"] for name in "ab"]
     assert weights[0] == weights[1]
-    third = process("push", "a", REPO, cwd=tmp_path, **environment)
-    assert third.returncode == 2
-    assert third.stderr == "error: me/tiny: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it\n"
     assert hub.requests == []
