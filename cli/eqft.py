@@ -63,10 +63,10 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         raise RecipeError("meqft: give --ratio (0 to 1) or --target-bits; for one width use qinit eqft")
     if command == "eqft" and recipe.mixed:
         raise RecipeError(f"{options['recipe']}: asks for mixed widths; use qinit meqft")
-    if repo_id and not options["dry_run"]:
-        from qinit.push import require_ready
+    if repo_id:
+        from qinit.push import require_name, require_ready
 
-        require_ready(repo_id, options["token"])
+        require_name(repo_id) if options["dry_run"] else require_ready(repo_id, options["token"])
     made, out = _planned(screen, recipe, options)
     if options["dry_run"]:
         from qinit.device import pick_device

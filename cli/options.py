@@ -26,7 +26,9 @@ OPTIONS: dict[str, Any] = {
     ],
     "token": Annotated[
         str | None,
-        typer.Option(help="Hub token; HF_TOKEN is used when left out. Never printed.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            help="Hub token; better HF_TOKEN, which no history keeps. Never printed.", rich_help_panel=MODEL_PANEL
+        ),
     ],
     "bits": Annotated[int | None, typer.Option(help="2, 3, 4 or 8.", show_default="2", rich_help_panel=METHOD_PANEL)],
     "rank": Annotated[

@@ -29,7 +29,9 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and list what would be pushed; contacts nobody.")
     ] = False,
-    token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN is used when left out. Never printed.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Hub token; better HF_TOKEN, which no history keeps. Never printed.")
+    ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="The result as JSON on stdout, all else on stderr.")
     ] = False,
@@ -140,6 +142,6 @@ def _draw(screen: Screen, prepared: Prepared, revision: str | None, create_pr: b
     for name, nbytes in prepared.files.items():
         screen.say(f"  {name:{width}}  {size(nbytes):>9}{'  made anew' if name in prepared.rewritten else ''}")
     for change in prepared.changes:
-        screen.say(f"{change.file}: {change.field}: {change.before} -> {change.after}")
+        screen.say(f"{change.file}, {change.field}: {change.before} -> {change.after}")
     place = "a new pull request" if create_pr else f"branch {revision or 'main'}"
     screen.say(f"would go to {place} of {prepared.repo_id}; nothing was sent")

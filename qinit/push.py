@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from glob import escape
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -81,9 +82,8 @@ class Pushed:
     pull_request: str | None
 
 
-def require_ready(repo_id: str, token: str | None) -> None:
-    """Raise HubError for what forbids a push without asking the Hub: the name, no token, HF_HUB_OFFLINE."""
-    from huggingface_hub import constants, get_token
+def require_name(repo_id: str) -> None:
+    """Raise HubError for what is no OWNER/NAME."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -93,6 +93,13 @@ def require_ready(repo_id: str, token: str | None) -> None:
         raise HubError(f"{repo_id}: no name for a repository on the Hub ({error})") from None
     if "/" not in repo_id:
         raise HubError(f"{repo_id}: names no owner; give OWNER/NAME, as the Hub has it in addresses")
+
+
+def require_ready(repo_id: str, token: str | None) -> None:
+    """Raise HubError for what forbids a push without asking the Hub: the name, no token, HF_HUB_OFFLINE."""
+    from huggingface_hub import constants, get_token
+
+    require_name(repo_id)
     if not (checked_token(repo_id, token) or get_token()):
         raise HubError(f"{repo_id}: a push needs a Hub token; set HF_TOKEN, or log in with `hf auth login`")
     if constants.HF_HUB_OFFLINE:
@@ -135,9 +142,11 @@ def open_target(
 def prepare(directory: Path, repo_id: str) -> Prepared:
     """Read a run's directory, check every file against its SHA256SUMS, and make what differs on the Hub.
 
-    Only the card may have been changed by hand. Raises ReportError or CheckpointError for a directory that is no
-    finished run, or one with a file that is missing or not what the run wrote.
+    Only the card may have been changed by hand. Raises HubError for what is no OWNER/NAME, ReportError or
+    CheckpointError for a directory that is no finished run, or one with a file that is missing or not what the run
+    wrote.
     """
+    require_name(repo_id)
     report = Report.read(directory)
     weight_files(directory)
     config = read_json(directory / ADAPTER_CONFIG, "so this is no finished run; run `qinit eqft` again")
@@ -164,7 +173,7 @@ def prepare(directory: Path, repo_id: str) -> Prepared:
     if CARD_NAME in names:
         card = (directory / CARD_NAME).read_bytes().decode("utf-8", "replace")
         rewritten[CARD_NAME] = hub_card(card, report, repo_id).encode()
-        changes.append(Change(CARD_NAME, "where it loads from", ".", repo_id))
+        changes += _changed_lines(CARD_NAME, card, rewritten[CARD_NAME].decode())
     found.update({name: bytes_sum(content) for name, content in rewritten.items()})
     rewritten[MANIFEST_NAME] = manifest_text(found).encode()
     sizes = {name: (directory / name).stat().st_size for name in names}
@@ -215,6 +224,16 @@ def _api(repo_id: str, token: str | None) -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(token=checked_token(repo_id, token), library_name="qinit")
+
+
+def _changed_lines(file: str, before: str, after: str) -> list[Change]:
+    old, new = before.splitlines(), after.splitlines()
+    steps = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    return [
+        Change(file, f"line {i + 1}", " / ".join(old[i:i_end]), " / ".join(new[j:j_end]))
+        for kind, i, i_end, j, j_end in steps
+        if kind != "equal"
+    ]
 
 
 def _sum(directory: Path, name: str) -> str:

@@ -113,6 +113,22 @@ def weights_of(directory: Path) -> dict[str, bytes]:
     return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*.safetensors"))}
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a directory."""
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run of three shards with its SHA256SUMS, not to be changed."""
+    from qinit.manifest import write_manifest
+
+    place = tmp_path_factory.mktemp("finished")
+    quantize(make_checkpoint(place / "source"), place / "run", format="dense", max_shard_size="100KB")
+    write_manifest(place / "run")
+    return place / "run"
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
     """A local stand-in for the Hub, which huggingface_hub talks to as if it were the real one."""

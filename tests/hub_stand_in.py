@@ -133,6 +133,10 @@ class StandInHub:
         assert found is not None
         return {name: blob.data for name, blob in found[1].items()}
 
+    def make_private(self, repo_id: str) -> None:
+        self.pushed[repo_id] = self._repository(repo_id, None)
+        self.pushed[repo_id].private = True
+
     # What it answers
 
     def answer(self, method: str, path: str, token: str | None, body: bytes) -> tuple[int, dict[str, str], bytes]:

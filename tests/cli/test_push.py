@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qinit.manifest import write_manifest
 from tests.cli.test_main import process
-from tests.conftest import make_checkpoint, quantize
+from tests.conftest import contents, make_checkpoint
 from tests.hub_stand_in import READER, WRITER
 
 REPO = "me/tiny"
@@ -19,21 +18,9 @@ TOKEN = ("--token", WRITER)
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    place = tmp_path_factory.mktemp("finished")
-    quantize(make_checkpoint(place / "source"), place / "run", format="dense", max_shard_size="100KB")
-    write_manifest(place / "run")
-    return place / "run"
-
-
 @pytest.fixture
 def run(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def contents(directory):
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 class TestPush:
@@ -87,7 +74,8 @@ class TestPush:
         anew = {line.split()[0] for line in out.splitlines() if line.endswith("made anew")}
         assert anew == {"README.md", "SHA256SUMS", "eqft_init/adapter_config.json"}
         base = json.loads(before["eqft_init/adapter_config.json"])["base_model_name_or_path"]
-        assert f"eqft_init/adapter_config.json: base_model_name_or_path: {base} -> me/tiny" in out.splitlines()
+        assert f"eqft_init/adapter_config.json, base_model_name_or_path: {base} -> me/tiny" in out.splitlines()
+        assert any(line.startswith("README.md, line 2: base_model: ") for line in out.splitlines())
         assert out.splitlines()[-1] == "would go to branch main of me/tiny; nothing was sent"
         value = json.loads(command("push", run, REPO, "--dry-run", "--json")[1])
         assert value["changes"][0]["after"] == REPO

@@ -16,8 +16,7 @@ FORMS = [WRITER.encode(), WRITER.removeprefix("hf_").encode()]
 def source(hub, tmp_path):
     """A private model, so that reading needs the token as pushing does."""
     hub.repos[MODEL] = make_checkpoint(tmp_path / "repo")
-    hub.pushed[MODEL] = hub._repository(MODEL, None)
-    hub.pushed[MODEL].private = True
+    hub.make_private(MODEL)
     return MODEL
 
 

@@ -132,8 +132,7 @@ def test_what_fails_for_a_while_is_tried_again(hub, repo, no_waiting, fault):
 
 
 def test_a_private_model_needs_the_token(hub, repo):
-    hub.pushed[MODEL] = hub._repository(MODEL, None)
-    hub.pushed[MODEL].private = True
+    hub.make_private(MODEL)
     with pytest.raises(HubError, match="no such model on the Hub"):
         local_directory(MODEL)
     assert (local_directory(MODEL, token=READER) / "config.json").is_file()

@@ -5,23 +5,14 @@ from pathlib import Path
 import pytest
 
 from qinit.errors import CheckpointError, HubError, QinitError, ReportError
-from qinit.manifest import MANIFEST_NAME, bytes_sum, read_manifest, write_manifest
+from qinit.manifest import MANIFEST_NAME, bytes_sum, read_manifest
 from qinit.push import open_target, prepare, push, require_ready
-from tests.conftest import make_checkpoint, quantize
+from tests.conftest import contents, make_checkpoint, quantize
 from tests.hub_stand_in import READER, WRITER, Repository
 
 REPO = "me/tiny"
 CONFIG, CARD = "eqft_init/adapter_config.json", "README.md"
 ANEW = {CONFIG, CARD, MANIFEST_NAME}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of three shards with its SHA256SUMS; tests work on copies."""
-    place = tmp_path_factory.mktemp("finished")
-    quantize(make_checkpoint(place / "source"), place / "run", format="dense", max_shard_size="100KB")
-    write_manifest(place / "run")
-    return place / "run"
 
 
 @pytest.fixture
@@ -42,10 +33,6 @@ pytestmark = [
     pytest.mark.usefixtures("staging"),
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # huggingface_hub's own
 ]
-
-
-def contents(directory):
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def send(run, repo_id=REPO, **options):
@@ -104,6 +91,14 @@ class TestWhatIsPushed:
         send(run)
         assert hub.files(REPO)[CARD].decode().endswith("\nMy own words.\n")
         assert f'from_pretrained("{REPO}"'.encode() in hub.files(REPO)[CARD]
+
+    def test_what_differs_is_said(self, run):
+        first, *lines = prepare(run, REPO).changes
+        assert (first.file, first.field, first.after) == (CONFIG, "base_model_name_or_path", REPO)
+        assert lines[0].before.startswith("base_model: ")  # a directory, which is none on the Hub
+        assert lines[0].after == ""
+        assert all(change.file == CARD for change in lines)
+        assert 'from_pretrained("me/tiny", ' in lines[1].after
 
     def test_where_links_cannot_be_made_files_are_copied(self, hub, run, monkeypatch):
         def refuse(*_, **__):
@@ -234,10 +229,11 @@ class TestWhere:
 
 
 class TestRefused:
-    def test_no_name_for_a_repository_is_refused(self, hub):
+    def test_no_name_for_a_repository_is_refused(self, hub, finished):
         for name in ("tiny", "me/ti ny", "me/tiny/x", "./run", "me/-x", "me/x.git", ""):
-            with pytest.raises(HubError, match=f"^{name}: "):
-                require_ready(name, WRITER)
+            for refuse in (lambda name: require_ready(name, WRITER), lambda name: prepare(finished, name)):
+                with pytest.raises(HubError, match=f"^{name}: "):
+                    refuse(name)
         assert hub.requests == []
 
     def test_without_a_token_and_offline_nothing_is_asked(self, hub, monkeypatch):
