@@ -56,5 +56,5 @@ def test_the_reason_is_named_and_not_the_file_that_it_happened_to():
 
 
 def test_an_error_of_qinit_passes():
-    with pytest.raises(CheckpointError, match="^x$"), hub_errors("me/x", None, None):
+    with pytest.raises(CheckpointError, match=r"^x$"), hub_errors("me/x", None, None):
         raise CheckpointError("x")
