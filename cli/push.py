@@ -95,12 +95,13 @@ def push_after_run(
 
 
 def quiet_hub(quiet: bool, debug: bool) -> None:
-    """Leave the reports of tries and retries to --debug and HF_HUB_VERBOSITY: how it ends is one line of ours."""
+    """Leave the reports of tries and retries to --debug and HF_HUB_VERBOSITY, as how it ends is one line of ours, and
+    the bars to terminals."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     if not debug and not os.environ.get("HF_HUB_VERBOSITY") and not os.environ.get("HF_DEBUG"):
         logging.set_verbosity_error()
-    if quiet:
+    if quiet or not sys.stderr.isatty():
         disable_progress_bars()
 
 
