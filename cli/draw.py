@@ -260,8 +260,8 @@ class Screen:
             table.add_row(name, value)
         self._console.print(table)
 
-    def json_report(self, report: Report, out: Path) -> None:
-        sys.stdout.write(json.dumps({"directory": str(out.resolve()), **asdict(report)}) + "\n")
+    def json_report(self, report: Report, out: Path, **beside: Any) -> None:
+        sys.stdout.write(json.dumps({"directory": str(out.resolve()), **asdict(report), **beside}) + "\n")
 
     def json_plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:
         layers = [

@@ -11,7 +11,9 @@ import typer
 from qinit_cli.doctor import doctor
 from qinit_cli.eqft import eqft, meqft, plan
 from qinit_cli.eval import evaluate
+from qinit_cli.hide_token import hide_token
 from qinit_cli.methods import methods
+from qinit_cli.push import push
 from qinit_cli.report import report
 from qinit_cli.verify import verify
 
@@ -29,6 +31,7 @@ app.command()(meqft)
 app.command()(plan)
 app.command()(methods)
 app.command()(report)
+app.command()(push)
 app.command("eval")(evaluate)
 app.command()(verify)
 app.command()(doctor)
@@ -54,7 +57,8 @@ def _root(
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 an error inside qinit (doctor: qinit does not work here), 2 bad
     input, 3 verify has found something, 130 interrupted."""
-    from qinit.errors import QinitError
+    hide_token()
+    from qinit.errors import QinitError, StoppedError
 
     # Large tensors come and go for every layer: huge pages make them a tenth as expensive to get (torch's switch).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -72,7 +76,7 @@ def main() -> None:
     except QinitError as error:
         if debug:
             traceback.print_exc()
-        _fail(str(error), 2)
+        _fail(str(error), 130 if isinstance(error, StoppedError) else 2)
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from qinit.adapter import ADAPTER_DIRECTORY
+from qinit.demo import DEMO_NAME
 from qinit.report import Report
 
 if TYPE_CHECKING:
@@ -57,23 +59,57 @@ Per-layer figures, versions and the full recipe are in `qinit.json`.
 """
 
 
-def load_snippet(class_name: str, directory: str, *, packed_mixed: bool = False) -> list[str]:
-    """Return the lines of Python that load base and adapter for training; stock transformers reads no `packed_mixed`
-    widths."""
-    place = json.dumps(directory, ensure_ascii=False)  # quotes and backslashes as Python reads them
+def load_snippet(
+    class_name: str, place: str, *, packed_mixed: bool = False, on_hub: bool = False, revision: str | None = None
+) -> list[str]:
+    """Return the lines of Python that load base and adapter for training from `place`, a directory or a Hub id (with
+    its `revision`); stock transformers reads no `packed_mixed` widths."""
+    quoted = json.dumps(place, ensure_ascii=False)  # quotes and backslashes as Python reads them
+    at = quoted + (f", revision={json.dumps(revision)}" if revision else "")
     if packed_mixed:
-        return ["import qinit", f"model = qinit.load({place}, trainable=True)"]
+        if on_hub:
+            lines = ["import qinit; from huggingface_hub import snapshot_download"]
+            return [*lines, f"model = qinit.load(snapshot_download({at}), trainable=True)"]
+        return ["import qinit", f"model = qinit.load({quoted}, trainable=True)"]
     auto = next((auto for end, auto in AUTO_CLASSES.items() if class_name.endswith(end)), "AutoModel")
     return [
         f"from transformers import {auto}; from peft import PeftModel",
-        f'base = {auto}.from_pretrained({place}, dtype="auto")',
-        f'model = PeftModel.from_pretrained(base, {place}, subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
+        f'base = {auto}.from_pretrained({at}, dtype="auto")',
+        f'model = PeftModel.from_pretrained(base, {at}, subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
     ]
 
 
 def packed_mixed(report: Report) -> bool:
     """Whether a run has packed weights of several widths."""
     return report.recipe["format"] == "gptq" and len({row.bits for row in report.layers if row.bits}) > 1
+
+
+def hub_card(text: str, report: Report, repo_id: str) -> str:
+    """Return a run's card as it stands on the Hub: it loads from `repo_id`, and names only a base model that is there.
+
+    All else is kept, also what a person wrote into it.
+    """
+    snippet = partial(load_snippet, str(report.source["class"]), packed_mixed=packed_mixed(report))
+    text = text.replace("\n".join(snippet(place=".")), "\n".join(snippet(place=repo_id, on_hub=True)))
+    before, start, rest = text.partition("---\n")
+    front, end, body = rest.partition("---\n")
+    try:
+        metadata = yaml.safe_load(front)
+    except yaml.YAMLError:
+        return text  # the Hub says what is wrong with it
+    if before or not end or not isinstance(metadata, dict):
+        return text
+    base = {"base_model": metadata.get("base_model"), "base_model_relation": "quantized"}
+    others = {key: value for key, value in metadata.items() if key not in base}
+    metadata = {**base, **others} if is_hub_id(base["base_model"]) else others
+    return start + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + end + body
+
+
+def is_hub_id(model: object) -> bool:
+    """Whether a card's base model was read from the Hub: the name has the form, and is neither the demo's nor a path's
+    here."""
+    named = isinstance(model, str) and model != DEMO_NAME and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
+    return bool(named) and not Path(str(model)).exists()
 
 
 def _measured(totals: dict[str, Any]) -> dict[str, str]:

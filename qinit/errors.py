@@ -38,6 +38,10 @@ class HubError(QinitError):
     """The Hub refused, or cannot be reached."""
 
 
+class StoppedError(QinitError):
+    """Ctrl-C where something is left behind, which the message names. The command line exits with 130."""
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest choice, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)

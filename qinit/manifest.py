@@ -56,19 +56,28 @@ def listed(directory: Path) -> list[str]:
     return sorted(file.as_posix() for file in visible if file.as_posix() != MANIFEST_NAME)
 
 
+def manifest_text(sums: dict[str, str]) -> str:
+    """Return the list as it is written: what each file's sum is, sorted by name, and the last line."""
+    lines = [f"{value}  {name}" for name, value in sorted(sums.items())]
+    return "".join(f"{line}\n" for line in [*lines, f"# {_sum_of(lines)}"])
+
+
 def file_sum(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, read in pieces."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def bytes_sum(content: bytes) -> str:
+    """Return what `file_sum` returns for a file with this content."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def _sum_of(lines: list[str]) -> str:
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+    return bytes_sum("".join(f"{line}\n" for line in lines).encode())
 
 
 def _write(directory: Path, sums: dict[str, str]) -> None:
-    lines = [f"{value}  {name}" for name, value in sorted(sums.items())]
-    text = "".join(f"{line}\n" for line in [*lines, f"# {_sum_of(lines)}"])
     temporary = directory / f".{MANIFEST_NAME}.tmp"
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(manifest_text(sums), encoding="utf-8")
     temporary.replace(directory / MANIFEST_NAME)

@@ -10,6 +10,7 @@ from typing import Any
 
 from qinit.calibration.documents import not_blank, text_of
 from qinit.errors import CalibrationError, HubError, did_you_mean
+from qinit.hub_errors import checked_token, without_token
 
 DEFAULT_SPLIT = "train"
 INSTALL = 'pip install "qinit[datasets]"'
@@ -35,7 +36,7 @@ def read_hub(
     Raises CalibrationError for text that is not there, HubError in one line, without the token, for anything else.
     """
     spec = parse_hub(source)
-    token = _checked(source, token)
+    token = checked_token(source, token)
     load_dataset = _load_dataset(source)
     found: list[str] = []
     rows = size = 0
@@ -87,21 +88,8 @@ def _load_dataset(source: str) -> Any:
     return load_dataset
 
 
-def _checked(source: str, token: str | None) -> str | None:
-    from huggingface_hub import get_token
-
-    token = token.strip() if token else None
-    if not re.fullmatch("[!-~]*", token or get_token() or ""):  # it would end up in the HTTP client's own error
-        raise HubError(f"{source}: the Hub token holds characters that no token has; check HF_TOKEN or --token")
-    return token or None
-
-
 def _hub_error(source: str, error: Exception, token: str | None) -> HubError:
-    from huggingface_hub import get_token
-
-    reason = " ".join(str(error).split())
-    for secret in filter(None, (token, get_token())):
-        reason = reason.replace(secret, "***")
+    reason = without_token(str(error), token)
     kind = type(error).__name__
     hint = did_you_mean(source, ("random", "self"))
     if kind == "DatasetNotFoundError":
