@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qinit.formats.base import Format
-from qinit.formats.packing import pack_rows
+from qinit.formats.packing import pack_rows, unpack_rows
 from qinit.grids import Grid, Quantized
+from qinit.grids.base import row_chunks
 from qinit.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
     from qinit.targets import LinearModule, Target
 
 WORD = 32
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 # Block names that optimum finds by itself, whether a base model or one with a head is loaded.
 KNOWN_BLOCKS = (
     "transformer.h",
@@ -78,6 +81,15 @@ class GptqFormat(Format):
             target.prefix + "scales": quantized.scales.cpu().T.contiguous().half(),
             target.prefix + "g_idx": g_idx,
         }
+
+    def decode(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
+        qweight, qzeros, scales, g_idx = (tensors[target.prefix + part].cpu() for part in PARTS)
+        zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
+        result = torch.empty((target.module.out_features, target.module.in_features))
+        for rows in row_chunks(*result.shape):
+            codes = unpack_rows(qweight[:, rows].T, bits).float()
+            torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])
+        return result
 
     def quantization_config(self, widths: dict[str, int], group_size: int, kept: list[str]) -> dict[str, Any] | None:
         quantized = list(widths)
