@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +78,26 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
 
     overwrite, token = options["overwrite"], options["token"]
     check_output(made, out, overwrite)
-    report = screen.follow(made, run(made, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token))
+    events = run(made, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token)
+    with _interruptible(out):
+        report = screen.follow(made, events)
     if options["json_output"]:
         screen.json_report(report, out)
+
+
+@contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, and say what is kept of it then."""
+    from qinit.errors import Interrupted
+    from qinit.output import kept
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {kept(out) or 'nothing was left behind'}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan, Path]:

@@ -47,7 +47,7 @@ def _root(
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 an error inside qinit, 2 bad input, 130 interrupted."""
-    from qinit.errors import QinitError
+    from qinit.errors import Interrupted, QinitError
 
     # Large tensors come and go for every layer: huge pages make them a tenth as expensive to get (torch's switch).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -62,14 +62,22 @@ def main() -> None:
         if stop.code == 130:  # what Typer makes of Ctrl-C, without a word
             _fail(INTERRUPTED, 130)
         raise
+    except Interrupted as error:
+        _fail(str(error), 130)
     except QinitError as error:
         if debug:
             traceback.print_exc()
-        _fail(str(error), 2)
+        _fail(_with_notes(str(error), error), 2)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _fail(f"inside qinit: {type(error).__name__}: {error} (run again with --debug and please report it)", 1)
+        message = f"inside qinit: {type(error).__name__}: {error} (run again with --debug and please report it)"
+        _fail(_with_notes(message, error), 1)
+
+
+def _with_notes(message: str, error: Exception) -> str:
+    """Add what the library has noted on the way, such as what is kept of a run."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 def _fail(message: str, code: int) -> None:

@@ -60,6 +60,12 @@ def encode(
     return {name_a: low_rank.A.cpu() / root, name_b: low_rank.B.cpu() / root}
 
 
+def decode(A: torch.Tensor, B: torch.Tensor, scale: float) -> LowRank:
+    """Return L = B A as PEFT computes it from the stored A [r, in] and B [out, r]."""
+    root = math.sqrt(scale)
+    return LowRank(B * root, A * root)
+
+
 def adapter_config(
     recipe: Recipe, architecture: Architecture, ranks: Sequence[tuple[LinearModule, int]], base: str
 ) -> dict[str, Any]:

@@ -9,19 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from qinit.report import peak_memory_bytes
+
 FORMAT = 1
 _START = "qinit journal"  # stands for the sum before the first line
+# What each kind of record has at least; reading ends at one that lacks it.
+SHAPES: dict[str, dict[str, type]] = {
+    "start": {"since": str, "layers": int, "signature": dict, "processor": str, "calibration_reason": str},
+    "samples": {"origin": str, "written": bool, "sums": list},
+    "sensitivity": {"measured": dict},
+    "note": {"text": str},
+    "copied": {"name": str, "sums": list},
+    "layer": {"row": dict, "sums": list},
+    "polish": {"result": dict, "errors": dict, "sums": dict},
+}
 
 Record = dict[str, Any]
 
 
 class Journal:
-    """An open journal. `header` is its first line, `records` are the others: objects with a `kind`.
+    """An open journal. `header` is its first line, `records` are the others: objects with a `kind`, the time that the
+    run has taken and the memory that it has needed until then.
 
     Use `create` or `open`; `close` it at the end.
     """
@@ -29,6 +42,8 @@ class Journal:
     def __init__(self, file: Path, records: list[Record], last: str, size: int) -> None:
         self.header, *self.records = records
         self._last = last
+        self._before = self.records[-1] if self.records else {}
+        self._started = time.perf_counter()
         self._descriptor = os.open(file, os.O_RDWR)
         os.ftruncate(self._descriptor, size)
         os.lseek(self._descriptor, size, os.SEEK_SET)
@@ -53,6 +68,7 @@ class Journal:
         """Add records and bring them to disk; raises OSError."""
         lines = b""
         for record in records:
+            record |= {"seconds": round(self.seconds, 3), "peak_memory_bytes": self.peak_memory_bytes}
             line, self._last = _line(record, self._last)
             lines += line
         view = memoryview(lines)
@@ -65,6 +81,16 @@ class Journal:
         """Return the last record of a kind."""
         return next((record for record in reversed(self.records) if record["kind"] == kind), None)
 
+    @property
+    def seconds(self) -> float:
+        """The time that the run has taken so far, in all its parts."""
+        return float(self._before.get("seconds", 0)) + time.perf_counter() - self._started
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory that any part of the run has needed so far."""
+        return max(int(self._before.get("peak_memory_bytes", 0)), peak_memory_bytes())
+
     def close(self) -> None:
         os.close(self._descriptor)
 
@@ -76,7 +102,7 @@ def read_journal(file: Path) -> list[Record]:
 
 def finished_layers(records: list[Record]) -> set[str]:
     """Return the names of the layers that these records say are finished."""
-    return {record["row"]["name"] for record in records if record["kind"] == "layer"}
+    return {record["row"].get("name") for record in records if record["kind"] == "layer"}
 
 
 def kept_words(file: Path) -> str:
@@ -93,8 +119,11 @@ def kept_words(file: Path) -> str:
 
 
 def moment(text: str) -> str:
-    """Show a record's time in the local zone."""
-    return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M")
+    """Show a time in the local zone."""
+    try:
+        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return text
 
 
 def _read(file: Path) -> tuple[list[Record], str, int]:
@@ -107,7 +136,7 @@ def _read(file: Path) -> tuple[list[Record], str, int]:
         return records, last, size
     for line in data.splitlines(keepends=True):
         record = _parsed(line, last)
-        if record is None or (not records and record.get("format") != FORMAT):
+        if record is None or (record["kind"] == "start") != (not records):
             break
         last = line[:64].decode("ascii")
         size += len(line)
@@ -132,4 +161,12 @@ def _parsed(line: bytes, before: str) -> Record | None:
         record = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None
+    return record if _is_record(record) else None
+
+
+def _is_record(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("kind") not in SHAPES:
+        return False
+    if value["kind"] == "start" and value.get("format") != FORMAT:
+        return False
+    return all(isinstance(value.get(key), kind) for key, kind in SHAPES[value["kind"]].items())

@@ -44,8 +44,7 @@ class Owner:
         """Read what `write` has written; None for anything else, such as a file that its owner died over."""
         try:
             owner = cls(**json.loads(os.pread(descriptor, 1 << 16, 0)))
-            moment(owner.since)
-            return owner if type(owner.pid) is int and owner.pid > 0 else None
+            return owner if type(owner.pid) is int and owner.pid > 0 and isinstance(owner.since, str) else None
         except (ValueError, TypeError, RecursionError):
             return None
 
@@ -112,7 +111,7 @@ def _acquired(file: Path, out: Path) -> int:
         except OSError:
             pass  # a file system without it: the owner's name has to do
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):
                 return descriptor
         os.close(descriptor)
     raise OutputError(f"{file}: appears and disappears; is another run at work on {out}?")

@@ -56,7 +56,7 @@ def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
 def check_space(plan: Plan, out: Path) -> None:
     """Raise OutputError if the disk that holds `out` has no room for the result and for hidden states that memory does
     not hold. What an unfinished run has written there counts as room: it is gone on with, or removed."""
-    needed = plan.base_bytes + plan.adapter_bytes + scratch_bytes(plan)
+    needed = _needed(plan)
     free = shutil.disk_usage(_existing(out)).free + _occupied(partial_of(out))
     if needed > free:
         raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
@@ -147,7 +147,7 @@ def _words(plan: Plan, out: Path, error: OSError) -> str:
         return f"{out}: cannot be written ({error.strerror or error}{where}); {left or NOTHING}"
     place = _existing(out)
     disk = next(parent for parent in (place, *place.parents) if parent.is_mount())
-    missing = plan.base_bytes + plan.adapter_bytes + scratch_bytes(plan) - _occupied(partial_of(out))
+    missing = _needed(plan) - _occupied(partial_of(out))
     free = shutil.disk_usage(place).free
     return (
         f"{out}: cannot be written ({error.strerror}{where}); {left or NOTHING}; the disk at {disk} has "
@@ -156,12 +156,17 @@ def _words(plan: Plan, out: Path, error: OSError) -> str:
     )
 
 
+def _needed(plan: Plan) -> int:
+    polished = plan.adapter_bytes if plan.recipe.polish else 0
+    return plan.base_bytes + plan.adapter_bytes + polished + scratch_bytes(plan)
+
+
 def _existing(out: Path) -> Path:
     return next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
 
 
 def _occupied(directory: Path) -> int:
-    """Return the bytes that a directory's files take on the disk, which for files with holes is less than their size."""
+    """Return the bytes that a directory's files take on the disk: less than their size where they have holes."""
     files = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
     return sum(512 * file.stat().st_blocks for file in files)
 

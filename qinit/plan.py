@@ -146,7 +146,6 @@ class Plan:
         writing = self.bytes_before if self.recipe.calibration == "self" else 0
         polishing = 0
         if self.recipe.polish:
-            solving += held
             polishing = source + held + FACTOR_COPIES * self.adapter_bytes
         return max(writing, solving, polishing)
 

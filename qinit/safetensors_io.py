@@ -245,31 +245,28 @@ class SafetensorsWriter:
     def write_chunks(self, name: str, chunks: Iterable[torch.Tensor]) -> int:
         """Write one tensor from its raw bytes, given as flat uint8 tensors. Returns its checksum."""
         place = self._places[name]
-        written = checksum = 0
+        written = found = 0
         self._unsynced.add(place.file)
         with place.file.open("r+b", buffering=0) as handle:
             handle.seek(place.offset)
             for chunk in chunks:
                 view = memoryview(chunk.numpy().data)
                 written += len(view)
-                checksum = zlib.crc32(view, checksum)
+                found = zlib.crc32(view, found)
                 while view:
                     view = view[handle.write(view) :]
         if written != place.nbytes:
             raise ValueError(f"{name}: announced as {place.nbytes} bytes, got {written}")
         self._missing.discard(name)
-        return checksum
+        return found
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor that has been written."""
         return self._places[name].read()
 
     def checksum(self, name: str) -> int:
-        """Return the checksum (CRC-32) of what stands in a tensor's place."""
-        checksum = 0
-        for chunk in self._places[name].chunks():
-            checksum = zlib.crc32(memoryview(chunk.numpy().data), checksum)
-        return checksum
+        """Return the checksum of what stands in a tensor's place."""
+        return checksum(self._places[name])
 
     def keep(self, name: str) -> None:
         """Take what stands in a tensor's place for written."""
@@ -297,6 +294,14 @@ class SafetensorsWriter:
             }
             path = self._directory / f"{self._stem}.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def checksum(tensor: StoredTensor) -> int:
+    """Return the CRC-32 of a stored tensor's bytes."""
+    found = 0
+    for chunk in tensor.chunks():
+        found = zlib.crc32(memoryview(chunk.numpy().data), found)
+    return found
 
 
 def _starts_with(file: Path, raw: bytes, size: int) -> bool:
