@@ -165,7 +165,7 @@ def _parsed(line: bytes, before: str) -> Record | None:
 
 
 def _is_record(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("kind") not in SHAPES:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value["kind"] not in SHAPES:
         return False
     if value["kind"] == "start" and value.get("format") != FORMAT:
         return False

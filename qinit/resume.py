@@ -25,8 +25,7 @@ def opened(
     Raises OutputError for an unfinished run that something else was asked of; with `overwrite`, or where nothing of it
     is worth keeping, it is removed instead.
     """
-    place.run.mkdir(exist_ok=True)
-    journal = Journal.open(place.journal)
+    journal = Journal.open(place.journal) if place.run.is_dir() else None  # else it was finished, and only not removed
     if journal is not None:
         plan = _as_started(plan, journal)
         changed = differences(journal.header["signature"], signature(plan, device))
@@ -43,7 +42,7 @@ def opened(
             )
         if left:
             yield Discarded(f"an unfinished run of {since} was for something else ({'; '.join(changed)})")
-    elif place.journal.exists():
+    elif place.run.is_dir() and place.journal.exists():
         yield Discarded("the journal of an unfinished run is damaged")
     place.clear()
     place.run.mkdir()

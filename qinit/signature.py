@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from qinit.plan import Plan
 
 NO_MATTER = ("python", "peft")  # versions that change no byte of the weights
-DIGITS = 12  # of a hash, shown where it differs
+HASH = "sha256:"
+MOST = 8
 
 
 def signature(plan: Plan, device: torch.device) -> dict[str, Any]:
@@ -38,8 +39,8 @@ def signature(plan: Plan, device: torch.device) -> dict[str, Any]:
     text = Path(plan.recipe.calibration)
     if plan.recipe.calibrated and text.is_file():
         with text.open("rb") as handle:
-            found[f"the text in {text}"] = hashlib.file_digest(handle, "sha256").hexdigest()[:DIGITS]
-    if not plan.pending:
+            found[f"the text in {text}"] = HASH + hashlib.file_digest(handle, "sha256").hexdigest()
+    if plan.recipe.mixed and not plan.pending:
         widths = [(layer.target.name, layer.bits, layer.group_size, layer.rank, layer.kept) for layer in plan.layers]
         found["the layers' widths and ranks"] = _digest(widths)
     found |= {f"version of {name}": value for name, value in versions().items() if name not in NO_MATTER}
@@ -49,12 +50,10 @@ def signature(plan: Plan, device: torch.device) -> dict[str, Any]:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say what two signatures differ in, a phrase each."""
-    return [
-        f"{name} was {_shown(then.get(name))}, now {_shown(now.get(name))}"
-        for name in (*now, *(name for name in then if name not in now))
-        if then.get(name) != now.get(name)
-    ]
+    """Say what two signatures differ in, a phrase each, up to MOST of them."""
+    names = [name for name in (*now, *(n for n in then if n not in now)) if then.get(name) != now.get(name)]
+    found = [_difference(name, then.get(name), now.get(name)) for name in names[:MOST]]
+    return found + ([f"and {len(names) - MOST} more"] if len(names) > MOST else [])
 
 
 def processor() -> str:
@@ -69,8 +68,11 @@ def processor() -> str:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:DIGITS]
+    return HASH + hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _shown(value: Any) -> str:
-    return "not given" if value is None else str(value)
+def _difference(name: str, then: Any, now: Any) -> str:
+    if all(isinstance(value, str) and value.startswith(HASH) for value in (then, now)):
+        return f"{name} changed"
+    before, after = ("not given" if value is None else value for value in (then, now))
+    return f"{name} was {before}, now {after}"

@@ -51,6 +51,7 @@ class Store:
         for record in self.journal.records:
             if record["kind"] == "copied" and self._holds([(self.base, record["name"])], record):
                 self.copied.add(record["name"])
+                self.base.keep(record["name"])
             if record["kind"] == "layer":
                 row = _row(record["row"])
                 layer = layers.get(row.name) if row else None
