@@ -1,7 +1,8 @@
 """The journal of a run: one line for each thing that is finished, so that the same command can go on after any end.
 
 A line is `SUM JSON`, where SUM is the SHA-256 of the sum before it and of this JSON: what is torn, garbled, left out or
-of another run does not fit, and reading ends there. What a line says is finished has been brought to disk before it.
+of another run does not fit, and reading ends there. A line about tensors has their checksums, so that it is believed
+only as far as they are on the disk, whatever a loss of power has spared.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Journal:
         records, last, size = _read(file)
         return cls(file, records, last, size) if records else None
 
-    def append(self, *records: Record) -> None:
-        """Add records and bring them to disk; raises OSError."""
+    def append(self, *records: Record, sync: bool = True) -> None:
+        """Add records, which then outlive the process; with `sync` the machine too. Raises OSError."""
         lines = b""
         for record in records:
             record |= {"seconds": round(self.seconds, 3), "peak_memory_bytes": self.peak_memory_bytes}
@@ -74,8 +75,13 @@ class Journal:
         view = memoryview(lines)
         while view:
             view = view[os.write(self._descriptor, view) :]
-        os.fsync(self._descriptor)
         self.records += records
+        if sync:
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring to disk what was added."""
+        os.fsync(self._descriptor)
 
     def find(self, kind: str) -> Record | None:
         """Return the last record of a kind."""

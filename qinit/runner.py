@@ -119,7 +119,7 @@ class _Job:
 
     def note(self, text: str) -> Noted:
         if text not in self.notes:
-            self.journal.append({"kind": "note", "text": text})
+            self.journal.append({"kind": "note", "text": text}, sync=False)
         return Noted(text)
 
 
@@ -146,7 +146,7 @@ def _carried_out(job: _Job) -> Generator[Event, None, None]:
         else:
             row = _solve_alone(job, layer)
         yield Done(name, tensor.nbytes, row)
-    store.flush()
+    store.sync()
     if plan.recipe.polish:
         yield from _polished(job)
     store.close()

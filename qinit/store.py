@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from qinit.plan import LayerPlan, Plan
 
 SAMPLES_STEM, POLISHED_STEM = "samples", "polished"
+SYNC_SECONDS = 1.0  # of work may be lost with the power; a sync takes 20 ms, which many small layers would feel
 
 
 class Store:
-    """Writes tensors and, once they are on disk, says so in the journal. `rows` are those of finished layers, `copied`
-    the tensors that were only copied.
+    """Writes tensors and says so in the journal. `rows` are those of finished layers, `copied` the tensors that were
+    only copied.
 
     What an earlier run has finished counts where its checksums are still those in the journal; else it is done again.
     """
@@ -41,7 +43,7 @@ class Store:
         self.factors = SafetensorsWriter(directory, plan.adapter_specs, stem=adapter.WEIGHTS_STEM)
         self.rows: dict[str, LayerRow] = {}
         self.copied: set[str] = set()
-        self._pending: list[Record] = []  # said together with the next layer, whose way to disk they share
+        self._synced = time.monotonic()
         self._restore()
 
     def _restore(self) -> None:
@@ -77,28 +79,30 @@ class Store:
 
     def copy(self, name: str, chunks: Iterable[torch.Tensor]) -> None:
         """Write a tensor of the source as it is."""
-        self._pending.append({"kind": "copied", "name": name, "sums": [self.base.write_chunks(name, chunks)]})
+        sums = [self.base.write_chunks(name, chunks)]
+        self.journal.append({"kind": "copied", "name": name, "sums": sums}, sync=False)
         self.copied.add(name)
 
     def put(self, layer: LayerPlan, tensors: dict[str, torch.Tensor], row: LayerRow) -> None:
-        """Write all of a layer's tensors, base and factors, and bring them to disk. A kept layer's weight is copied."""
+        """Write a layer's tensors, base and factors; those that are not given (a kept layer's weight) are there."""
         sums = []
         for writer, name in self._tensors(layer):
             sums.append(writer.write(name, tensors[name]) if name in tensors else writer.checksum(name))
         self.rows[row.name] = row
-        self._pending.append({"kind": "layer", "row": asdict(row), "sums": sums})
-        self.flush()
+        self.journal.append({"kind": "layer", "row": asdict(row), "sums": sums}, sync=False)
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
 
-    def flush(self) -> None:
-        """Bring to disk what was written, and then say so."""
+    def sync(self) -> None:
+        """Bring to disk what was written, and then that it was."""
         self.base.sync()
         self.factors.sync()
-        records, self._pending = self._pending, []
-        if records:
-            self.journal.append(*records)
+        self.journal.sync()
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         """Finish the files; raises ValueError if a tensor is missing."""
+        self.sync()
         self.base.close()
         self.factors.close()
 

@@ -93,5 +93,8 @@ if __name__ == "__main__":
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if sys.argv[1:]:
         _run(sys.argv[1:])
+        from qinit.calibration import choice
+
+        choice.measured_speed = lambda device: 1e11  # what is said of the time takes a tenth of it
     for line in sys.stdin:
         print(json.dumps(_forked(json.loads(line))), file=answers, flush=True)

@@ -110,15 +110,16 @@ def torn(monkeypatch):
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_that_crashes_again_and_again_ends_with_the_same_bytes(kind, llama, place, torn):
-    """Each session finishes two layers and dies while it notes the third one down."""
+    """Each session finishes three layers and dies while it notes the fourth one down: between groups of layers that
+    are measured together, and within them."""
     options = RUNS[kind]
     wanted = undisturbed(llama, place, **options)
-    for session in range(1, 7):
-        torn(3)
+    for session in range(1, 5):
+        torn(4)
         with pytest.raises(Crash):
             finish(llama, place / "out", **options)
         assert not (place / "out").exists()
-        assert len(finished_layers(read_journal(partial_of(place / "out") / "journal"))) == 2 * session
+        assert len(finished_layers(read_journal(partial_of(place / "out") / "journal"))) == 3 * session
     torn(0)
     events = finish(llama, place / "out", **options)
     assert isinstance(events[0], Resumed)
@@ -477,9 +478,9 @@ class TestFullDisk:
     def filled_up(self, file, events):
         for event in events:
             if isinstance(event, Done) and event.name == "model.layers.1.mlp.down_proj.weight":
-                with file.open("wb", buffering=0) as handle, pytest.raises(OSError, match="No space left"):
-                    while True:
-                        handle.write(bytes(4096))
+                with file.open("wb", buffering=0) as handle:
+                    free = os.statvfs(file.parent).f_bavail
+                    assert handle.write(bytes(4096 * free)) == 4096 * free
 
 
 def arguments(source, out, options):
