@@ -41,7 +41,7 @@ def written(file, records):
     """Write a journal; returns its bytes and what reading it gives."""
     journal = Journal.create(file, HEADER)
     for record in records:
-        journal.append(dict(record))
+        journal.append(dict(record), sync=False)
     journal.close()
     return file.read_bytes(), read_journal(file)
 
