@@ -91,21 +91,38 @@ class Screen:
 
     def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
         """Draw a run's progress and its result; returns its report."""
-        from qinit.runner import Allotted, Done, Finished, Measuring, Noted, Sampling, Working
+        from qinit.journal import moment
+        from qinit.runner import (
+            Allotted,
+            Discarded,
+            Done,
+            Finished,
+            Measuring,
+            Noted,
+            Passing,
+            Resumed,
+            Sampling,
+            Working,
+        )
         from qinit.runner import Progress as Polishing
 
         for note in plan.notes:
             self.say(f"note: {note}")
         report = None
         terminal = self._console.is_terminal and not self._quiet
-        with (
-            closing(events),
-            self.progress() as progress,
-        ):  # closing: an interrupt here also ends the run and removes its files
+        with closing(events), self.progress() as progress:  # closing: an interrupt here also ends the run
             task = progress.add_task("starting", total=plan.bytes_before)
             done = 0
             for event in events:
                 match event:
+                    case Resumed(layers, total, nbytes, since):
+                        done += nbytes
+                        progress.advance(task, nbytes)
+                        self.say(f"resuming: {layers} of {total} layers were finished (started {moment(since)})")
+                    case Discarded(reason):
+                        self.say(f"starting anew: {reason}")
+                    case Passing(block, blocks):
+                        progress.update(task, description=f"block {block + 1} of {blocks}: finished before")
                     case Sampling(source):
                         text = "the model writes its calibration text" if source == "self" else f"reading {source}"
                         progress.update(task, description=text)

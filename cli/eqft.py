@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +91,9 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         from qinit.push import open_target
 
         open_target(repo_id, **target)
-    report = screen.follow(made, run(made, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token))
+    events = run(made, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token)
+    with _interruptible(out):
+        report = screen.follow(made, events)
     pushed = None
     try:
         if repo_id:
@@ -96,6 +101,21 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     finally:
         if options["json_output"]:
             screen.json_report(report, out, **({"pushed": pushed} if repo_id else {}))
+
+
+@contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, and say what is kept of it then."""
+    from qinit.errors import StoppedError
+    from qinit.output import kept
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise StoppedError(f"interrupted; {kept(out) or 'nothing was left behind'}") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan, Path]:

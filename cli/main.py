@@ -73,14 +73,22 @@ def main() -> None:
         if stop.code == 130:  # what Typer makes of Ctrl-C, without a word
             _fail(INTERRUPTED, 130)
         raise
+    except StoppedError as error:
+        _fail(str(error), 130)
     except QinitError as error:
         if debug:
             traceback.print_exc()
-        _fail(str(error), 130 if isinstance(error, StoppedError) else 2)
+        _fail(_with_notes(str(error), error), 2)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _fail(f"inside qinit: {type(error).__name__}: {error} (run again with --debug and please report it)", 1)
+        message = f"inside qinit: {type(error).__name__}: {error} (run again with --debug and please report it)"
+        _fail(_with_notes(message, error), 1)
+
+
+def _with_notes(message: str, error: Exception) -> str:
+    """Add what the library has noted on the way, such as what is kept of a run."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 def _fail(message: str, code: int) -> None:

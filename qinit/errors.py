@@ -39,7 +39,7 @@ class HubError(QinitError):
 
 
 class StoppedError(QinitError):
-    """Ctrl-C where something is left behind, which the message names. The command line exits with 130."""
+    """Ctrl-C; the message says what is left behind or kept. The command line exits with 130."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -146,9 +146,15 @@ class Plan:
         writing = self.bytes_before if self.recipe.calibration == "self" else 0
         polishing = 0
         if self.recipe.polish:
-            solving += held
             polishing = source + held + FACTOR_COPIES * self.adapter_bytes
         return max(writing, solving, polishing)
+
+    @property
+    def carried_bytes(self) -> int:
+        """Estimated size of the hidden states of the calibration text between two blocks, of all models that run."""
+        streams = 2 if self.recipe.calibration_mode == "sequential" else 1
+        width = min(layer.target.module.in_features for layer in self.quantized)
+        return streams * 4 * width * self.recipe.calibration_samples * self.recipe.calibration_length
 
     @property
     def _measuring_bytes(self) -> int:
@@ -160,9 +166,7 @@ class Plan:
             block = ".".join(parts[: number + 1])
             blocks[block] = blocks.get(block, 0) + 4 * layer.weights
         widest = max(layer.target.module.in_features for layer in self.quantized)
-        width = min(layer.target.module.in_features for layer in self.quantized)
-        tokens = self.recipe.calibration_samples * self.recipe.calibration_length
-        return streams * (max(blocks.values()) + 4 * width * tokens) + HESSIANS * 4 * widest**2
+        return streams * max(blocks.values()) + self.carried_bytes + HESSIANS * 4 * widest**2
 
     @cached_property
     def notes(self) -> tuple[str, ...]:

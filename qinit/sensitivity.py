@@ -56,34 +56,40 @@ class Sensitivity:
     how: str
     nats: Nats
 
-    def write(self, file: Path) -> None:
+    def to_json(self) -> dict[str, Any]:
         layers = {
             name: {f"{bits}x{rank}": value for (bits, rank), value in options.items()}
             for name, options in self.nats.items()
         }
-        file.write_text(
-            json.dumps({"signature": self.signature, "how": self.how, "layers": layers}, indent=1) + "\n",
-            encoding="utf-8",
-        )
+        return {"signature": self.signature, "how": self.how, "layers": layers}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Sensitivity:
+        """Undo `to_json`; raises RecipeError for what it has not made."""
+        try:
+            nats = {
+                str(name): {_width_and_rank(key): _number(value) for key, value in options.items()}
+                for name, options in values["layers"].items()
+            }
+            return cls(dict(values["signature"]), str(values["how"]), nats)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise RecipeError(f"{type(error).__name__}: {error}") from None
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, file: Path) -> Sensitivity:
         """Read what `write` has written; raises RecipeError for a file that is damaged or something else."""
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            nats = {
-                str(name): {_width_and_rank(key): _number(value) for key, value in options.items()}
-                for name, options in values["layers"].items()
-            }
-            signature, how = dict(values["signature"]), str(values["how"])
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
         except OSError as error:
             raise RecipeError(f"sensitivity: {file} cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        except (ValueError, RecursionError, RecipeError) as error:
+            what = str(error) if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
             raise RecipeError(
-                f"sensitivity: {file} is no {SENSITIVITY_NAME} of qinit ({type(error).__name__}: {error}); leave the "
-                "option out to measure anew"
+                f"sensitivity: {file} is no {SENSITIVITY_NAME} of qinit ({what}); leave the option out to measure anew"
             ) from None
-        return cls(signature, how, nats)
 
     def check(self, plan: Plan, options: dict[str, list[tuple[int, int]]], file: Path) -> None:
         """Raise RecipeError unless it was measured for this plan and holds all `options` (bits, rank) by layer."""
