@@ -13,6 +13,7 @@ from qinit_cli.methods import methods
 from qinit_cli.report import report
 
 INTERRUPTED = "interrupted; nothing was left behind"
+LONGEST_ERROR = 2000  # characters
 
 app = typer.Typer(
     name="qinit",
@@ -73,7 +74,12 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    from qinit.files import printable
+
+    line = printable(" ".join(message.splitlines()))
+    if len(line) > LONGEST_ERROR:  # someone's file was quoted in it
+        line = f"{line[: LONGEST_ERROR // 2]} ... {line[-LONGEST_ERROR // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -44,7 +44,7 @@ def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
 def check_space(plan: Plan, out: Path) -> None:
     """Raise OutputError if the disk that holds `out` has no room for the result."""
     existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    needed = plan.base_bytes + plan.adapter_bytes
+    needed = plan.base_bytes + plan.adapter_bytes + plan.checkpoint.companion_bytes()
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
