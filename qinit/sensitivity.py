@@ -32,6 +32,7 @@ from qinit.calibration.walk import Measuring, oriented, require_finite_input, un
 from qinit.calibration.whole import load_whole, read_tokens
 from qinit.checkpoint import not_decomposable
 from qinit.errors import CalibrationError, RecipeError
+from qinit.files import JSON_BYTES, parse_json, read_regular
 from qinit.solver import seed_of, solve, stored
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Sensitivity:
     def read(cls, file: Path) -> Sensitivity:
         """Read what `write` has written; raises RecipeError for a file that is damaged or something else."""
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = parse_json(read_regular(file, JSON_BYTES))
             nats = {
                 str(name): {_width_and_rank(key): _number(value) for key, value in options.items()}
                 for name, options in values["layers"].items()
@@ -78,7 +79,7 @@ class Sensitivity:
             signature, how = dict(values["signature"]), str(values["how"])
         except OSError as error:
             raise RecipeError(f"sensitivity: {file} cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise RecipeError(
                 f"sensitivity: {file} is no {SENSITIVITY_NAME} of qinit ({type(error).__name__}: {error}); leave the "
                 "option out to measure anew"

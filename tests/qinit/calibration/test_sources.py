@@ -300,15 +300,15 @@ class TestRefusals:
         assert refusal(tmp_path / "a.txt", llama).startswith(f"{tmp_path / 'a.txt'}: {message}")
 
     def test_a_file_that_cannot_be_read(self, llama, text, monkeypatch):
-        def fail(_):
+        def fail(*_):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("pathlib.Path.read_bytes", fail)
-        assert refusal(text, llama) == f"{text}: cannot be read (Permission denied)"
+        monkeypatch.setattr("qinit.calibration.documents.read_regular", fail)
+        assert refusal(text, llama).startswith(f"{text}: cannot be read (Permission denied); give one text file")
 
     def test_a_file_too_large_to_be_read_whole(self, llama, text, monkeypatch):
         monkeypatch.setattr("qinit.calibration.documents.LARGEST_FILE", 100)
-        assert "give an excerpt" in refusal(text, llama)
+        assert "an excerpt is enough" in refusal(text, llama)
 
     def test_text_that_tokenizes_to_nothing(self, tmp_path):
         directory = make_reader(tmp_path / "model")
