@@ -130,7 +130,7 @@ class Screen:
         return report
 
     def _result(self, report: Report, directory: Path) -> None:
-        from qinit.card import load_snippet, packed_mixed, polish_words
+        from qinit.card import polish_words, snippet_of
 
         if self._quiet:
             return
@@ -163,7 +163,7 @@ class Screen:
             },
         )
         self.say("Load it:")
-        for line in load_snippet(str(report.source["class"]), str(directory), packed_mixed=packed_mixed(report)):
+        for line in snippet_of(report, str(directory)):
             self.say(f"    {line}")
 
     def plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qinit.errors import CheckpointError
-from qinit.files import JSON_BYTES, Unfit, parse_json, parse_yaml, printable, read_regular, require_inside
+from qinit.files import JSON_BYTES, UnfitError, parse_json, parse_yaml, printable, read_regular, require_inside
 from qinit.safetensors_io import INDEX_NAME, StoredTensor, read_header
 
 SINGLE_NAME = "model.safetensors"
@@ -96,8 +96,8 @@ class Checkpoint:
                 count += 1
                 if count > MAX_FILES:
                     raise CheckpointError(
-                        f"{self.directory}: holds more than {MAX_FILES} files beside its weights, all of which would be "
-                        "copied; give the directory of one model"
+                        f"{self.directory}: holds more than {MAX_FILES} files beside its weights, which would all "
+                        "be copied; give the directory of one model"
                     )
                 _require_plain(path, self.directory)
                 yield relative
@@ -131,7 +131,7 @@ def _require_plain(path: Path, directory: Path) -> None:
     try:
         require_inside(path, directory)
         if printable(path.name) != path.name:
-            raise Unfit("its name holds characters that cannot be printed; rename it")
+            raise UnfitError("its name holds characters that cannot be printed; rename it")
     except FileNotFoundError:
         pass
     except OSError as error:

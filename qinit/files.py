@@ -25,7 +25,7 @@ JSON_DEPTH = 64
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-class Unfit(OSError):
+class UnfitError(OSError):
     """A file that is not what is read here; `strerror` says why."""
 
     def __init__(self, reason: str) -> None:
@@ -41,10 +41,10 @@ def open_regular(path: Path) -> FileIO:
     try:
         file = FileIO(path, "rb", opener=opener)
     except ValueError as error:  # a NUL in the name
-        raise Unfit(str(error)) from None
+        raise UnfitError(str(error)) from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise Unfit("not a regular file")
+        raise UnfitError("not a regular file")
     return file
 
 
@@ -54,7 +54,7 @@ def read_regular(path: Path, limit: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         data = b"" if size > limit else file.read(limit + 1)  # some of /proc claim no size and never end
     if max(size, len(data)) > limit:
-        raise Unfit(f"has {max(size, len(data)) / 1e6:.1f} MB, at most {limit / 1e6:.1f} MB are read")
+        raise UnfitError(f"has {max(size, len(data)) / 1e6:.1f} MB, at most {limit / 1e6:.1f} MB are read")
     return data
 
 
@@ -67,7 +67,9 @@ def require_inside(path: Path, directory: Path) -> None:
     blobs = home.parent.parent / "blobs"
     cached = home.parent.name == "snapshots" and target.is_relative_to(blobs)
     if not cached and not target.is_relative_to(home):
-        raise Unfit(f"a link that leads out of the directory, to {target}; put the file itself there if it belongs")
+        raise UnfitError(
+            f"a link that leads out of the directory, to {target}; put the file itself there if it belongs"
+        )
 
 
 def parse_json(raw: bytes) -> Any:

@@ -12,6 +12,7 @@ from qinit.adapter import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.checkpoint import read_json
 from qinit.errors import CheckpointError
 from qinit.report import REPORT_NAME
+from qinit.skeleton import loader
 
 MIXED_METHOD = "qinit_mixed_gptq"  # the name that transformers knows the quantizer for mixed widths by
 
@@ -23,6 +24,7 @@ def load(
     trainable: bool = False,
     dtype: Any = "auto",
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a directory that qinit wrote: dense, GPTQ with one width or GPTQ with a width per layer.
 
@@ -35,6 +37,8 @@ def load(
     the CPU. Memory: GPTQ stays packed (a training step keeps each layer's dequantized weight for the backward pass
     unless gradient checkpointing is on), dense takes 16 bits or more per weight; the adapter is float32.
 
+    `trust_remote_code` runs code that lies in the directory, for a model that transformers does not know.
+
     Raises CheckpointError if the directory or its adapter is missing, damaged or not qinit's, or if a package that it
     needs is not installed, and RecipeError if the device is not there.
     """
@@ -44,7 +48,7 @@ def load(
     class_name, config = _read(place)
     if adapter:
         _require_adapter(place)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device is not None:
         from qinit.device import pick_device
 
@@ -53,9 +57,21 @@ def load(
         _require_packages(place)
         if _is_mixed(config["quantization_config"]):
             _register_mixed()
-            options["config"] = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+            options["config"] = transformers.AutoConfig.from_pretrained(
+                place, local_files_only=True, trust_remote_code=trust_remote_code
+            )
             options["config"].quantization_config = {**config["quantization_config"], "quant_method": MIXED_METHOD}
-    model = _load_base(place, class_name, dtype, options)
+    own = "auto_map" in config
+    model_class = (
+        loader(config, trust_remote_code) if own and trust_remote_code else getattr(transformers, class_name, None)
+    )
+    if model_class is None:
+        code = " or, as the model is code that lies there, read it and pass trust_remote_code=True" if own else ""
+        raise CheckpointError(
+            f"{directory}: transformers {transformers.__version__} has no {class_name}; install the version that "
+            f"{REPORT_NAME} names under versions{code}"
+        )
+    model = _load_base(place, model_class, dtype, options)
     return _load_adapter(model, place, trainable) if adapter else model
 
 
@@ -102,15 +118,7 @@ def _require_packages(directory: Path) -> None:
         )
 
 
-def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, Any]) -> Any:
-    import transformers
-
-    model_class = getattr(transformers, class_name, None)
-    if model_class is None:
-        raise CheckpointError(
-            f"{directory}: transformers {transformers.__version__} has no {class_name}; install the version that "
-            f"{REPORT_NAME} names under versions"
-        )
+def _load_base(directory: Path, model_class: Any, dtype: Any, options: dict[str, Any]) -> Any:
     try:
         model, info = model_class.from_pretrained(
             directory,
@@ -124,7 +132,9 @@ def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, 
         raise CheckpointError(f"{directory}: cannot be loaded ({_reason(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:  # they would be random
-        raise CheckpointError(f"{directory}: lacks {len(missing)} weights of {class_name} ({', '.join(missing[:3])})")
+        raise CheckpointError(
+            f"{directory}: lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])})"
+        )
     return model
 
 

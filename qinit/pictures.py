@@ -63,7 +63,7 @@ class Grid:
         across, down = len({number for _, number in groups}), len({kind for kind, _ in groups})
         if across * down > MOST_CELLS:
             raise ReportError(
-                f"the report has {down} module types with layer numbers up to {across} apart, too many to be drawn; "
+                f"the report has {down} module types and {across} layer numbers, too many to be drawn; "
                 "is it one of qinit?"
             )
         return {(kind, number): Cell(kind, number, tuple(rows)) for (kind, number), rows in groups.items()}
@@ -134,7 +134,9 @@ def pareto_front(report: Report) -> Front | None:
         found = report.totals.get("allocation") or {}
         if not found.get("chosen"):
             return None
-        front, uniform = (sorted((_finite(x), _finite(y)) for x, y in found.get(key, ())) for key in ("front", "uniform"))
+        front, uniform = (
+            sorted((_finite(x), _finite(y)) for x, y in found.get(key, ())) for key in ("front", "uniform")
+        )
         bits, nats = map(_finite, found["chosen"])
         how, metric = str(found["allocation"]), str(found["metric"])
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:

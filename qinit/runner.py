@@ -305,6 +305,7 @@ def _polished(job: _Job) -> Generator[Event, None, None]:
         steps=recipe.polish,
         device=job.device,
         seed=recipe.seed,
+        trust_remote_code=recipe.trust_remote_code,
     )
     while True:
         try:

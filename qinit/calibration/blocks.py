@@ -11,7 +11,8 @@ from torch import nn
 
 from qinit.checkpoint import count_nonfinite, require_finite
 from qinit.safetensors_io import StoredTensor
-from qinit.targets import build_model, possible_names
+from qinit.skeleton import build_model
+from qinit.targets import find_tensor
 
 if TYPE_CHECKING:
     from qinit.plan import Plan
@@ -104,7 +105,8 @@ class Blocks:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
         checkpoint = plan.checkpoint
-        self.model = build_model(checkpoint.directory, checkpoint.config, include_buffers=False).eval()
+        trusted = plan.recipe.trust_remote_code
+        self.model = build_model(checkpoint, include_buffers=False, trust_remote_code=trusted).eval()
         self.model.config.use_cache = False
         for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
@@ -212,9 +214,7 @@ class Blocks:
             _put(self.blocks[index], name, _frozen(torch.empty_like(parameter, device="meta")))
 
     def _find(self, name: str) -> StoredTensor | None:
-        tensors = self.plan.checkpoint.tensors
-        names = possible_names(name, self.plan.architecture.base_prefix)
-        return next((tensors[candidate] for candidate in names if candidate in tensors), None)
+        return find_tensor(self.plan.checkpoint, name, self.plan.architecture.base_prefix)
 
     def _read(self, name: str) -> torch.Tensor | None:
         tensor = self._find(name)
