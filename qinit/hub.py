@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 from qinit.checkpoint import SINGLE_NAME, indexed_files, weight_files
 from qinit.errors import CheckpointError, HubError
-from qinit.safetensors_io import write_header_only
+from qinit.safetensors_io import raw_header, write_header_only
 
 # Other forms of the same weights, never fetched beside safetensors; "original/" holds Meta's.
 SKIPPED = [
@@ -71,8 +72,10 @@ def header_directory(model: str, revision: str | None = None, token: str | None 
             headers = list(pool.map(fetch, missing))
         directory = _temporary_directory(model)
         for path in cached.iterdir():
-            if path.is_file():
-                (directory / path.name).symlink_to(path.resolve())
+            if path.name in wanted:
+                write_header_only(directory / path.name, raw_header(path)[0])
+            elif path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, directory / path.name)
         for name, header in zip(missing, headers, strict=True):
             write_header_only(directory / name, header)
     return directory

@@ -290,7 +290,7 @@ def _make_student(
     return student
 
 
-def _load(directory: Path, config: dict[str, Any], trust_remote_code: bool) -> Any:
+def _load(directory: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """Load the source in float32, frozen, in eval mode, with every dropout and the key-value cache off."""
     import transformers
 

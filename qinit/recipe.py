@@ -31,7 +31,7 @@ class Recipe(BaseModel):
     bits: Bits = 2
     rank: int = Field(16, ge=1, le=LARGEST)
     iter: int | None = Field(None, ge=1, le=100)  # None: as many as the method's row says
-    group_size: int = Field(64, ge=8, le=LARGEST)
+    group_size: int = Field(64, ge=8)
     format: str = "gptq"
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)  # None: the rank
     use_rslora: bool = False

@@ -48,7 +48,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The model's linear modules in order, its base-model prefix, the class that loads it and its embeddings' shapes."""
+    """The model's linear modules in order, its base-model prefix, its class and its embeddings' shapes."""
 
     class_name: str
     base_prefix: str
