@@ -15,6 +15,8 @@ from qinit.errors import CheckpointError
 # Whoever reads a configuration makes lists as long as these say, before there is a model.
 LAYERS = re.compile(r"(layers?|depths?|blocks?|dense_replace)$")
 LABELS = re.compile(r"labels$")
+POSITIONS = re.compile(r"(positions?|position_embeddings|n_ctx|seq_len(gth)?)$")
+LONGEST_TEXT = 2**24  # some models make a table of it; the longest in use is 10 million
 FEW_LAYERS, FEW_LABELS = 1000, 100_000  # pass whatever the weights are: a configuration may describe parts left out
 MODULES_PER_TENSOR, FEW_MODULES = 100, 10_000
 FEW_BUFFER_BYTES = 1 << 30
@@ -99,6 +101,8 @@ def _require_sizes(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
                 f"{file}: {key} is {value}, but the checkpoint holds {len(tensors)} tensors; config and weights belong "
                 "to different models"
             )
+        if POSITIONS.search(key) and value > LONGEST_TEXT:
+            raise CheckpointError(f"{file}: {key} is {value}, at most {LONGEST_TEXT} are read; correct it")
         if LABELS.search(key) and value > max(FEW_LABELS, widest):
             raise CheckpointError(
                 f"{file}: {key} is {value}, but no tensor of the checkpoint is wider than {widest}; config and weights "
