@@ -178,7 +178,7 @@ def indexed_files(directory: Path) -> dict[str, list[str]]:
     """Return the names of the weight files that the index lists, each with its tensors; the files may be missing."""
     index = directory / INDEX_NAME
     _require_plain(index, directory)
-    if not index.is_file():
+    if not os.path.lexists(index):
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise CheckpointError(

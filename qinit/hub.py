@@ -87,6 +87,8 @@ def _given_directory(model: str, revision: str | None) -> Path | None:
         is_directory, is_file = Path(model).is_dir(), Path(model).is_file()
     except OSError as error:
         raise CheckpointError(f"{model}: cannot be looked at ({error.strerror})") from None
+    if revision and (".." in revision or not re.fullmatch(r"[\w./+@-]+", revision)):  # it becomes a path in the cache
+        raise HubError(f"{model}: no branch, tag or commit is named so: '{revision}'")
     if is_directory:
         if revision:
             raise CheckpointError(f"{model}: is a local directory, which has no revision '{revision}'; leave it out")

@@ -1,4 +1,4 @@
-"""Hostile files by name: what is done to a good model's surroundings, the command that reads it, what the error says."""
+"""Hostile files by name: what is done to a good model's surroundings, what reads it, and what the error says."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ for name, damage, says in (
     ("5 million entries", index(b'{"weight_map":[' + b"1," * 5_000_000 + b"1]}"), "more than 4000000 values"),
     ("1 GB", sparse("model/" + INDEX, 10**9), "at most 67.1 MB are read"),
     ("link that leaves", instead(INDEX, link_out, sharded=True), OUT_OF),
-    ("pipe", instead(INDEX, fifo, sharded=True), "model.safetensors.index.json: not a regular file"),
+    ("pipe", instead(INDEX, fifo, sharded=True), "model.safetensors.index.json: cannot be read (not a regular file)"),
     ("shard: link that leaves", instead(PART, link_out, sharded=True), OUT_OF),
     ("shard: link to itself", instead(PART, loop, sharded=True), "part.safetensors: Too many levels of symbolic links"),
     ("shard: links in a circle", instead(PART, circle, sharded=True), "Too many levels of symbolic links"),
@@ -314,7 +314,13 @@ def many_files(world: World) -> None:
 
 BILLION = 10**9
 OTHER_MODEL = "config and weights belong to different models"
-MOE = {"model_type": "switch_transformers", "architectures": None, "d_model": 64, "d_ff": 8, "num_layers": 2}
+MOE = {
+    "model_type": "switch_transformers",
+    "architectures": ["SwitchTransformersEncoderModel"],
+    "d_model": 64,
+    "d_ff": 8,
+    "num_layers": 2,
+}
 for name, damage, says in (
     ("a billion layers", edit_config(num_hidden_layers=BILLION), "num_hidden_layers is 1000000000, but the checkpoint"),
     ("a billion layers, as 1e9", edit_config(num_hidden_layers=1e9), "num_hidden_layers is 1000000000.0, but"),
@@ -339,13 +345,13 @@ for name, damage, says in (
     ("vocabulary of 10^15", edit_config(vocab_size=10**15), OTHER_MODEL),
     ("vocabulary of 10", edit_config(vocab_size=10), "tensor 'model.embed_tokens.weight' has shape [256, 64]"),
     ("no heads", edit_config(num_attention_heads=0), "config.json"),
-    ("heads of 10^12", edit_config(head_dim=10**12), OTHER_MODEL),
+    ("heads of 10^12", edit_config(head_dim=10**12), "describes buffers of more than 1.1 GB ('inv_freq' and others)"),
     ("middle of 10^30", edit_config(intermediate_size=10**30), "config.json"),
     ("unknown type", edit_config(model_type="nosuch"), "does not know this model (model_type 'nosuch')"),
     ("type is a list", edit_config(model_type=["llama"]), "does not know this model"),
     ("neither type nor class", write_config(b"{}"), "does not know this model (model_type None)"),
     ("architectures is a number", edit_config(architectures=5), "no model can be built from it"),
-    ("another model's type", edit_config(model_type="gpt2", architectures=None), "config.json"),
+    ("another model's type", edit_config(model_type="gpt2", architectures=None), "no weight for module 'transf"),
     (
         *("code of its own", edit_config(model_type="own", auto_map={"AutoConfig": "own.C"})),
         "needs code that the checkpoint brings (auto_map), and that code can do anything",
@@ -371,7 +377,7 @@ for name, damage, says in (
     ("link that leaves", instead("config.json", link_out), OUT_OF),
     ("link to itself", instead("config.json", loop), "config.json: Too many levels of symbolic links"),
     ("pipe", instead("config.json", fifo), "config.json: cannot be read (not a regular file)"),
-    ("folder", instead("config.json", folder), "config.json: cannot be read (not a regular file)"),
+    ("folder", instead("config.json", folder), "config.json: cannot be read (Is a directory)"),
     ("endless device", instead("config.json", device), OUT_OF),
 ):
     add(f"config: {name}", says, damage)
@@ -417,13 +423,20 @@ for name, damage, says in (
     ("300 MB", sparse("model/tokenizer.json", 300_000_000), "tokenizer.json: has 300.0 MB, at most 268.4 MB are read"),
     ("a pipe", instead("tokenizer.json", fifo), "tokenizer"),
     ("its configuration is a list", beside("tokenizer_config.json", b"[]"), NO_TOKENIZER),
-    ("ids that the model lacks", broken_ids, "the tokenizer is that of another model"),
     (
         *("code of its own", beside("tokenizer_config.json", b'{"tokenizer_class":"Own","auto_map":{"AutoTokenizer":'
         b'["own.T",null]}}')), "tokenizer_config.json: needs code that the checkpoint brings",
     ),
 ):  # fmt: skip
     add(f"tokenizer: {name}", says, with_text(damage), (*PLAN, *ON_TEXT), (*EQFT, *ON_TEXT))
+
+
+add(
+    "tokenizer: ids that the model lacks",
+    "the tokenizer is that of another model",
+    with_text(broken_ids),
+    (*EQFT, *ON_TEXT),
+)
 
 
 def text(name: str, content: bytes) -> Callable[[World], object]:
@@ -521,7 +534,7 @@ for name, content, says in (
     add(f"recipe: {name}", says, text("recipe.yaml", content), (*PLAN, *WITH_RECIPE), (*EQFT, *WITH_RECIPE))
 for name, make, says in (
     ("pipe", fifo, "recipe.yaml: cannot be read (not a regular file)"),
-    ("folder", folder, "recipe.yaml: cannot be read (not a regular file)"),
+    ("folder", folder, "recipe.yaml: cannot be read (Is a directory)"),
     ("link to itself", loop, "recipe.yaml: cannot be read (Too many levels of symbolic links)"),
     ("endless device", device, "recipe.yaml: cannot be read (not a regular file)"),
 ):
@@ -537,7 +550,7 @@ for name, model, says in (
         *(f"model: {name}", says, text("recipe.yaml", f"model: {model}".encode())),
         *(("plan", *WITH_RECIPE), ("eqft", *WITH_RECIPE, "--out", "out")),
     )
-add("model: revision that leaves", "no revision of a repository is called", text("x", b""),
+add("model: revision that leaves", "no branch, tag or commit is named so", text("x", b""),
     ("plan", "someone/model", "--revision", "../../../x"),
     ("eqft", "someone/model", "--revision", "../../../x", "--out", "out"))  # fmt: skip
 
@@ -572,7 +585,7 @@ for name, damage, says in (
     ("1 GB", sparse("s.json", 10**9), "s.json cannot be read (has 1000.0 MB, at most 67.1 MB are read)"),
     ("pipe", at("s.json", fifo), "s.json cannot be read (not a regular file)"),
     ("endless device", at("s.json", device), "s.json cannot be read (not a regular file)"),
-    ("folder", at("s.json", folder), "s.json cannot be read (not a regular file)"),
+    ("folder", at("s.json", folder), "s.json cannot be read (Is a directory)"),
 ):
     add(f"sensitivity: {name}", says, damage, ("plan", *MEQFT[1:]), MEQFT)
 
