@@ -315,11 +315,8 @@ def many_files(world: World) -> None:
 BILLION = 10**9
 OTHER_MODEL = "config and weights belong to different models"
 MOE = {
-    "model_type": "switch_transformers",
-    "architectures": ["SwitchTransformersEncoderModel"],
-    "d_model": 64,
-    "d_ff": 8,
-    "num_layers": 2,
+    **{"model_type": "switch_transformers", "architectures": ["SwitchTransformersEncoderModel"], "d_model": 64},
+    **{"d_ff": 8, "num_layers": 2, "num_sparse_encoder_layers": 2, "num_heads": 2, "d_kv": 8, "num_experts": BILLION},
 }
 for name, damage, says in (
     ("a billion layers", edit_config(num_hidden_layers=BILLION), "num_hidden_layers is 1000000000, but the checkpoint"),
@@ -335,7 +332,7 @@ for name, damage, says in (
     ("a billion labels", edit_config(num_labels=BILLION), "num_labels is 1000000000, but no tensor of the checkpoint"),
     ("a billion positions", edit_config(max_position_embeddings=BILLION), "at most 16777216 are read"),
     (
-        *("a billion experts", edit_config(**MOE, num_experts=BILLION, num_heads=2, d_kv=8)),
+        *("a billion experts", write_config(json.dumps(MOE).encode())),
         "describes more than 10000 modules",
     ),
     ("width of 10^12", edit_config(hidden_size=10**12), "config.json"),
