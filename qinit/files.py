@@ -133,6 +133,6 @@ class _PlainLoader(yaml.SafeLoader):
         made = super().construct_mapping(node, deep)
         if len(made) != len(node.value):
             names = [str(key.value) for key, _ in node.value]
-            twice = next((name for name in names if names.count(name) > 1), "a name")
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1} and on: '{twice}' stands there twice")
+            twice = next((f"'{name}'" for name in names if names.count(name) > 1), "a name")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1} and on: {twice} stands there twice")
         return made
