@@ -110,7 +110,10 @@ def _download(model: str, revision: str | None, token: str | None, skipped: list
             f"{_at(model, revision)}: the Hub token holds characters that no token has; check HF_TOKEN or --token"
         )
     with _hub_errors(model, revision, token):
-        return Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=skipped))
+        directory = Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=skipped))
+        if ".." in directory.parts:  # the commit's name is the Hub's word
+            raise ValueError(f"commit '{directory}'")
+    return directory
 
 
 def _fetch_header(api: Any, model: str, commit: str, name: str) -> dict[str, Any]:
@@ -165,6 +168,9 @@ def _hub_errors(model: str, revision: str | None, token: str | None) -> Iterator
         ) from None
     except errors.HfHubHTTPError as error:
         raise _refusal(at, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # a reply that is no Hub's
+        reason = " ".join(str(error).split())[:300]
+        raise HubError(f"{at}: the Hub's answer cannot be used ({type(error).__name__}: {reason})") from None
     except (OSError, errors.HTTPError) as error:  # a broken connection, a full disk
         reason, secret = str(error), _stripped(token) or get_token()
         if secret:

@@ -500,7 +500,7 @@ for name, content, says in (
     ("a billion merges", MERGES.encode(), "line 1: 'a0' is an anchor or alias"),
     ("holds itself", b"bits: &a [*a]", "line 1: 'a' is an anchor or alias"),
     ("a key twice", b"bits: 2\nbits: 3\n", "'bits' stands there twice"),
-    ("deep nesting", b"bits: " + b"[" * 50_000, "nested too deeply"),
+    ("deep nesting", b"bits: " + b"[" * 5_000, "nested too deeply"),
     ("a date", b"revision: 2024-01-02", "revision: input should be a valid string"),
     ("a date that is none", b"revision: 2024-13-45", "not valid YAML (month must be in 1..12)"),
     ("a tag that does not fit", b"act_order: !!bool maybe", "not valid YAML (a value does not fit its tag)"),
@@ -629,6 +629,34 @@ for name, damage, says in (
     ("link to itself", at("qinit.json", loop), "qinit.json: cannot be read (Too many levels of symbolic links)"),
 ):
     add(f"report: {name}", says, damage, ("report", ".", "--out", "drawn"))
+
+
+# --- what a Hub answers ---------------------------------------------------------------------------------------------
+
+
+def listed(name: str) -> Callable[[str, Any], Any]:
+    """The Hub's list of files has one more of this name, as soon as there is a list."""
+
+    def change(path: str, reply: Any) -> Any:
+        if isinstance(reply, dict):
+            return {**reply, "siblings": [*reply["siblings"], {"rfilename": name}]}
+        return [*reply, {"type": "file", "path": name, "size": 2, "oid": "0" * 40}]
+
+    return change
+
+
+CANNOT_BE_USED = "a/b: the Hub's answer cannot be used"
+# name: (what becomes of each JSON reply, what the error says)
+HUB_CASES: dict[str, tuple[Callable[[str, Any], Any], str]] = {
+    "a file that leaves": (listed("../../evil.json"), CANNOT_BE_USED),
+    "a file that leaves from below": (listed("a/../../../evil.json"), CANNOT_BE_USED),
+    "a file that leaves by backslashes": (listed("..\\evil.json"), CANNOT_BE_USED),
+    "a file named ..": (listed(".."), CANNOT_BE_USED),
+    "a reply that is a list": (lambda path, reply: [], CANNOT_BE_USED),
+    "a reply that is null": (lambda path, reply: None, CANNOT_BE_USED),
+    "a commit that leaves": (lambda path, reply: {**reply, "sha": "../../../evil"}, CANNOT_BE_USED),
+    "a list of files that is a number": (lambda path, reply: {**reply, "siblings": 5}, CANNOT_BE_USED),
+}
 
 
 # --- where the result goes ----------------------------------------------------------------------------------------

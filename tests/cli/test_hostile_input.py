@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from qinit.files import UNPRINTABLE
-from tests.cli.hostile import CASES, SECRET, World, edit_config
+from tests.cli.hostile import CASES, HUB_CASES, SECRET, World, edit_config
 from tests.qinit.calibration.tiny import make_reader
 
-COUNT = 255  # of cases: docs/promises.md has this figure
+COUNT = 263  # of cases: docs/promises.md has this figure
 SECONDS = 60  # per command, on a machine that is busy with other things; a refusal takes a tenth of one
 MEMORY = 400 << 20  # bytes that a command's resident memory may grow by
 ADDRESSES = 4 << 30  # and its address space, so that a bomb ends the test and not the machine
@@ -96,7 +96,7 @@ def assert_refused(code, out, err, says):
 
 
 def test_the_cases_are_as_many_as_is_promised():
-    assert len(CASES) == COUNT
+    assert len(CASES) + len(HUB_CASES) == COUNT
     groups = Counter(name.split(":")[0] for name in CASES)
     assert min(groups.values()) >= 2
     assert len(groups) == 14
@@ -116,18 +116,27 @@ def test_hostile_input_is_one_line_and_2_soon_and_leaves_nothing(command, world,
         assert snapshot(world.here.parent) == before
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "header: 5 million lists",
-        "index: shard: pipe",
-        "config: a billion layers",
-        "beside: a line end in a name",
-        "recipe: a billion laughs",
-        "sensitivity: endless device",
-        "report: pipe",
-    ],
-)
+@pytest.mark.parametrize(("change", "says"), HUB_CASES.values(), ids=HUB_CASES.keys())
+def test_a_hostile_answer_of_a_hub_is_one_line_and_2_and_leaves_nothing(command, hub, world, tmp_path, change, says):
+    hub.repos["a/b"] = world.model
+    answer = hub.answer
+
+    def hostile(path):
+        if "evil" in path:
+            return 200, "", b"{}"
+        status, error, body = answer(path)
+        return status, error, body if "/resolve/" in path else json.dumps(change(path, json.loads(body))).encode()
+
+    hub.answer = hostile
+    before = snapshot(tmp_path)
+    with bounded():
+        assert_refused(*command("eqft", "a/b", "--out", "out"), says)
+    cache = tmp_path / "hub-cache"
+    assert {path: state for path, state in snapshot(tmp_path).items() if not path.is_relative_to(cache)} == before
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize("name", ["header: 5 million lists", "index: shard: pipe", "recipe: a billion laughs"])
 def test_hostile_input_to_a_process(world, tmp_path, name):
     case = CASES[name]
     case.damage(world)
