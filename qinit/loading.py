@@ -48,19 +48,6 @@ def load(
     class_name, config = _read(place)
     if adapter:
         _require_adapter(place)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if device is not None:
-        from qinit.device import pick_device
-
-        options["device_map"] = {"": pick_device(device)}
-    if "quantization_config" in config:
-        _require_packages(place)
-        if _is_mixed(config["quantization_config"]):
-            _register_mixed()
-            options["config"] = transformers.AutoConfig.from_pretrained(
-                place, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-            options["config"].quantization_config = {**config["quantization_config"], "quant_method": MIXED_METHOD}
     own = "auto_map" in config
     model_class = (
         loader(config, trust_remote_code) if own and trust_remote_code else getattr(transformers, class_name, None)
@@ -71,6 +58,22 @@ def load(
             f"{directory}: transformers {transformers.__version__} has no {class_name}; install the version that "
             f"{REPORT_NAME} names under versions{code}"
         )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if device is not None:
+        from qinit.device import pick_device
+
+        options["device_map"] = {"": pick_device(device)}
+    if "quantization_config" in config:
+        _require_packages(place)
+        if _is_mixed(config["quantization_config"], place):
+            _register_mixed()
+            try:
+                options["config"] = transformers.AutoConfig.from_pretrained(
+                    place, local_files_only=True, trust_remote_code=trust_remote_code
+                )
+            except Exception as error:  # a damaged configuration can break its class in any way
+                raise CheckpointError(f"{place / 'config.json'}: cannot be loaded ({_reason(error)})") from error
+            options["config"].quantization_config = {**config["quantization_config"], "quant_method": MIXED_METHOD}
     model = _load_base(place, model_class, dtype, options)
     return _load_adapter(model, place, trainable) if adapter else model
 
@@ -84,15 +87,25 @@ def width_of(name: str, quantization: dict[str, Any]) -> int:
     return int(quantization["bits"])
 
 
-def _is_mixed(quantization: dict[str, Any]) -> bool:
-    overrides = (quantization.get("dynamic") or {}).values()
-    return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
+def _is_mixed(quantization: Any, directory: Path) -> bool:
+    try:
+        overrides = (quantization.get("dynamic") or {}).values()
+        return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
+    except (AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: its quantization_config is not what qinit writes ({_reason(error)})"
+        ) from None
 
 
 def _read(directory: Path) -> tuple[str, dict[str, Any]]:
     """Return the class of a run's model and its config.json; raises CheckpointError."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give the one that qinit wrote")
+    if (directory / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: lies beside the base, so that transformers would load the model that it names "
+            "instead; qinit did not write it, move it away"
+        )
     advice = "qinit.load reads directories that qinit wrote; transformers' from_pretrained reads others"
     report = read_json(directory / REPORT_NAME, advice)
     source = report.get("source")
@@ -107,6 +120,10 @@ def _require_adapter(directory: Path) -> None:
         file = directory / ADAPTER_DIRECTORY / name
         if not file.is_file():
             raise CheckpointError(f"{file}: not found; load the base alone with adapter=False")
+    file = directory / ADAPTER_DIRECTORY / CONFIG_NAME
+    config = read_json(file, "")
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # PEFT would import what that names
+        raise CheckpointError(f"{file}: not an adapter that qinit wrote; load the base alone with adapter=False")
 
 
 def _require_packages(directory: Path) -> None:

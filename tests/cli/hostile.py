@@ -654,7 +654,6 @@ HUB_CASES: dict[str, tuple[Callable[[str, Any], Any], str]] = {
     "a file named ..": (listed(".."), CANNOT_BE_USED),
     "a reply that is a list": (lambda path, reply: [], CANNOT_BE_USED),
     "a reply that is null": (lambda path, reply: None, CANNOT_BE_USED),
-    "a commit that leaves": (lambda path, reply: {**reply, "sha": "../../../evil"}, CANNOT_BE_USED),
     "a list of files that is a number": (lambda path, reply: {**reply, "siblings": 5}, CANNOT_BE_USED),
 }
 
