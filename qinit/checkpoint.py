@@ -130,7 +130,8 @@ def _require_plain(path: Path, directory: Path) -> None:
     """Raise CheckpointError for a file that leads out of the directory or cannot be named; not for a missing one."""
     try:
         require_inside(path, directory)
-        if printable(path.name) != path.name:
+        name = str(path.relative_to(directory))
+        if printable(name) != name:
             raise UnfitError("its name holds characters that cannot be printed; rename it")
     except FileNotFoundError:
         pass

@@ -17,6 +17,7 @@ from qinit.methods import CALIBRATED, Method, get_method
 from qinit.targets import ALL_LINEAR
 
 Bits = Literal[2, 3, 4, 8]
+MOST_TOKENS = 2**28
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
 
@@ -159,6 +160,9 @@ class Recipe(BaseModel):
         for option in ("rounding", "act_order"):
             if getattr(self, option) and method.iterations_fixed:
                 raise ValueError(f"{option}: method {method.name} has its own; leave it out")
+        tokens = self.calibration_samples * self.calibration_length
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"calibration_samples: {tokens} tokens in all, at most {MOST_TOKENS} are held in memory")
         if self.text_field and self.calibration in ("auto", "self", "random"):
             raise ValueError(f"text_field: there is no field to name in calibration {self.calibration}")
 

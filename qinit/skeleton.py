@@ -20,7 +20,7 @@ LONGEST_TEXT = 2**24  # some models make a table of it; the longest in use is 10
 FEW_LAYERS, FEW_LABELS = 1000, 100_000  # pass whatever the weights are: a configuration may describe parts left out
 MODULES_PER_TENSOR, FEW_MODULES = 100, 10_000
 FEW_BUFFER_BYTES = 1 << 30
-KERNELS = re.compile(r"attn_implementation(_internal)?$|_attn_implementation$|experts_implementation$")
+KERNELS = re.compile(r"(attn|experts)_implementation")
 
 
 def build_model(checkpoint: Checkpoint, *, include_buffers: bool, trust_remote_code: bool = False) -> Any:
@@ -64,11 +64,13 @@ def loader(config: dict[str, Any], trust_remote_code: bool = False) -> Any:
     else AutoModelForCausalLM; with trusted code the auto class that the code is registered for."""
     import transformers
 
-    if trust_remote_code and isinstance(config.get("auto_map"), dict):
-        for name in config["auto_map"]:
-            if name.startswith("AutoModel") and hasattr(transformers, name):
-                return getattr(transformers, name)
-    for name in config.get("architectures") or ():
+    architectures, code = config.get("architectures") or (), config.get("auto_map")
+    if trust_remote_code and isinstance(code, dict):
+        names = [name for name in code if name.startswith("AutoModel") and hasattr(transformers, name)]
+        names.sort(key=lambda name: (str(code[name]).rsplit(".", 1)[-1] not in architectures, "CausalLM" not in name))
+        if names:
+            return getattr(transformers, names[0])
+    for name in architectures:
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
@@ -111,12 +113,12 @@ def _require_sizes(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
 
 
 def _entries(config: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each name in a configuration with its value, those in lists too, all the way down."""
+    """Yield each dotted name in a configuration with its value, those in lists too, all the way down."""
     rest: list[tuple[str, Any]] = [("", config)]
     while rest:
         key, value = rest.pop()
         if isinstance(value, dict):
-            rest += value.items()
+            rest += ((f"{key}.{name}".lstrip("."), item) for name, item in value.items())
         elif isinstance(value, list):
             rest += ((key, item) for item in value)
         else:
