@@ -57,7 +57,8 @@ def read_manifest(directory: Path) -> dict[str, str]:
 
 def _is_below(name: str) -> bool:
     path = PurePosixPath(name)
-    return str(path) == name and not path.is_absolute() and ".." not in path.parts and printable(name) == name
+    below = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return below and str(path) == printable(name) == name
 
 
 def listed(directory: Path) -> list[str]:
