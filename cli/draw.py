@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qinit.files import printable
+
 if TYPE_CHECKING:
     from qinit.estimate import Estimate
     from qinit.plan import Plan
@@ -80,7 +82,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         if not self._quiet:
-            self._console.print(line, soft_wrap=True)
+            self._console.print(printable(line), soft_wrap=True)
 
     def progress(self, *, count: bool = False) -> Progress:
         """Return a bar over bytes, or over a `count` of things: on a terminal only, and gone when it is done."""
@@ -125,9 +127,11 @@ class Screen:
                         progress.update(task, description=f"block {block + 1} of {blocks}: finished before")
                     case Sampling(source):
                         text = "the model writes its calibration text" if source == "self" else f"reading {source}"
-                        progress.update(task, description=text)
+                        progress.update(task, description=printable(text))
                     case Measuring(block, blocks, layers):
-                        progress.update(task, description=f"block {block + 1} of {blocks}: measuring {layers[0]}")
+                        progress.update(
+                            task, description=printable(f"block {block + 1} of {blocks}: measuring {layers[0]}")
+                        )
                     case Allotted(allotted):
                         for line in _allocation_words(allotted):
                             self.say(line)
@@ -138,7 +142,7 @@ class Screen:
                         if held_out is not None and not terminal:
                             self.say(f"polish, step {step}: loss {loss:.4f}, held out {held_out:.4f}")
                     case Working(name):
-                        progress.update(task, description=name)
+                        progress.update(task, description=printable(name))
                     case Done(name, nbytes, row):
                         done += nbytes
                         progress.advance(task, nbytes)
@@ -155,7 +159,7 @@ class Screen:
         return report
 
     def _result(self, report: Report, directory: Path) -> None:
-        from qinit.card import load_snippet, packed_mixed, polish_words
+        from qinit.card import polish_words, snippet_of
 
         if self._quiet:
             return
@@ -188,7 +192,7 @@ class Screen:
             },
         )
         self.say("Load it:")
-        for line in load_snippet(str(report.source["class"]), str(directory), packed_mixed=packed_mixed(report)):
+        for line in snippet_of(report, str(directory)):
             self.say(f"    {line}")
 
     def plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:
@@ -199,7 +203,7 @@ class Screen:
         for layer in plan.layers:
             module = layer.target.module
             table.add_row(
-                module.name,
+                printable(module.name),
                 f"{module.out_features} x {module.in_features}",
                 "-" if layer.kept else str(layer.bits),
                 "-" if layer.kept else str(layer.group_size),
@@ -255,7 +259,7 @@ class Screen:
             rows = [row for cell in grid.of_kind(kind) for row in cell.rows]
             errors = [average(rows, field) for field in fields]
             cells = ["-" if error is None else f"{error:.4f}" for error in errors]
-            table.add_row(kind, str(len(rows)), bits_words(rows), *cells)
+            table.add_row(printable(kind), str(len(rows)), bits_words(rows), *cells)
         self._console.print(table)
         self._table(heading(report), summary(report))
         if pareto_front(report) is None:
@@ -271,10 +275,12 @@ class Screen:
         self._console.print(table)
 
     def _table(self, title: str, rows: dict[str, str]) -> None:
-        self._console.print(title, style="italic", soft_wrap=True)  # a table's own title is wrapped at its width
+        self._console.print(
+            printable(title), style="italic", soft_wrap=True
+        )  # a table's own title is wrapped at its width
         table = Table(show_header=False, box=None)
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(printable(name), printable(value))
         self._console.print(table)
 
     def json_report(self, report: Report, out: Path, **beside: Any) -> None:

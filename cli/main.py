@@ -18,6 +18,7 @@ from qinit_cli.report import report
 from qinit_cli.verify import verify
 
 INTERRUPTED = "interrupted; nothing was left behind"
+LONGEST_ERROR = 2000  # characters
 
 app = typer.Typer(
     name="qinit",
@@ -92,7 +93,12 @@ def _with_notes(message: str, error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    from qinit.files import printable
+
+    line = printable(" ".join(message.splitlines()))
+    if len(line) > LONGEST_ERROR:  # someone's file was quoted in it
+        line = f"{line[: LONGEST_ERROR // 2]} ... {line[-LONGEST_ERROR // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -30,6 +30,14 @@ OPTIONS: dict[str, Any] = {
             help="Hub token; better HF_TOKEN, which no history keeps. Never printed.", rich_help_panel=MODEL_PANEL
         ),
     ],
+    "trust_remote_code": Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run code that the checkpoint brings (auto_map); it can do anything that you can.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ],
     "bits": Annotated[int | None, typer.Option(help="2, 3, 4 or 8.", show_default="2", rich_help_panel=METHOD_PANEL)],
     "rank": Annotated[
         int | None, typer.Option(help="Rank of the adapter.", show_default="16", rich_help_panel=METHOD_PANEL)
@@ -216,7 +224,7 @@ OPTIONS: dict[str, Any] = {
     "quiet": Annotated[bool, typer.Option("--quiet", help="No progress, no table.", rich_help_panel=RUN_PANEL)],
     "debug": Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=RUN_PANEL)],
 }
-READING = ("model", "recipe", "revision", "token")
+READING = ("model", "recipe", "revision", "token", "trust_remote_code")
 QUANTIZING = ("rank", "iter", "group_size")
 MIXING = (
     "ratio",

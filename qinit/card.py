@@ -60,23 +60,38 @@ Per-layer figures, versions and the full recipe are in `qinit.json`.
 
 
 def load_snippet(
-    class_name: str, place: str, *, packed_mixed: bool = False, on_hub: bool = False, revision: str | None = None
+    class_name: str,
+    place: str,
+    *,
+    packed_mixed: bool = False,
+    on_hub: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Return the lines of Python that load base and adapter for training from `place`, a directory or a Hub id (with
     its `revision`); stock transformers reads no `packed_mixed` widths."""
+    trusted = ", trust_remote_code=True" if trust_remote_code else ""
     quoted = json.dumps(place, ensure_ascii=False)  # quotes and backslashes as Python reads them
     at = quoted + (f", revision={json.dumps(revision)}" if revision else "")
     if packed_mixed:
         if on_hub:
             lines = ["import qinit; from huggingface_hub import snapshot_download"]
-            return [*lines, f"model = qinit.load(snapshot_download({at}), trainable=True)"]
-        return ["import qinit", f"model = qinit.load({quoted}, trainable=True)"]
+            return [*lines, f"model = qinit.load(snapshot_download({at}), trainable=True{trusted})"]
+        return ["import qinit", f"model = qinit.load({quoted}, trainable=True{trusted})"]
     auto = next((auto for end, auto in AUTO_CLASSES.items() if class_name.endswith(end)), "AutoModel")
     return [
         f"from transformers import {auto}; from peft import PeftModel",
-        f'base = {auto}.from_pretrained({at}, dtype="auto")',
+        f'base = {auto}.from_pretrained({at}, dtype="auto"{trusted})',
         f'model = PeftModel.from_pretrained(base, {at}, subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
     ]
+
+
+def snippet_of(report: Report, directory: str) -> list[str]:
+    """Return `load_snippet` for what a run has written."""
+    trusted = bool(report.recipe.get("trust_remote_code"))
+    return load_snippet(
+        str(report.source["class"]), directory, packed_mixed=packed_mixed(report), trust_remote_code=trusted
+    )
 
 
 def packed_mixed(report: Report) -> bool:
@@ -157,7 +172,7 @@ def write_card(directory: Path, report: Report, plan: Plan) -> None:
         format=report.recipe["format"],
         rank=report.recipe["rank"],
         adapter=ADAPTER_DIRECTORY,
-        snippet="\n".join(load_snippet(plan.architecture.class_name, ".", packed_mixed=packed_mixed(report))),
+        snippet="\n".join(snippet_of(report, ".")),
         requires=requires if report.recipe["format"] == "gptq" else "",
         layers=totals["layers"],
         kept=totals["layers_kept"],

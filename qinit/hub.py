@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from qinit.checkpoint import SINGLE_NAME, indexed_files, weight_files
-from qinit.errors import CheckpointError
+from qinit.errors import CheckpointError, HubError
 from qinit.hub_errors import at_revision, checked_token, hub_errors
-from qinit.safetensors_io import write_header_only
+from qinit.safetensors_io import raw_header, write_header_only
 
 # Other forms of the same weights, never fetched beside safetensors; "original/" holds Meta's.
 SKIPPED = [
@@ -71,8 +72,10 @@ def header_directory(model: str, revision: str | None = None, token: str | None 
             headers = list(pool.map(fetch, missing))
         directory = _temporary_directory(model)
         for path in cached.iterdir():
-            if path.is_file():
-                (directory / path.name).symlink_to(path.resolve())
+            if path.name in wanted:
+                write_header_only(directory / path.name, raw_header(path)[0])
+            elif path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, directory / path.name)
         for name, header in zip(missing, headers, strict=True):
             write_header_only(directory / name, header)
     return directory
@@ -84,6 +87,8 @@ def _given_directory(model: str, revision: str | None) -> Path | None:
         is_directory, is_file = Path(model).is_dir(), Path(model).is_file()
     except OSError as error:
         raise CheckpointError(f"{model}: cannot be looked at ({error.strerror})") from None
+    if revision and (".." in revision or not re.fullmatch(r"[\w./+@-]+", revision)):  # it becomes a path in the cache
+        raise HubError(f"{model}: no branch, tag or commit is named so: '{revision}'")
     if is_directory:
         if revision:
             raise CheckpointError(f"{model}: is a local directory, which has no revision '{revision}'; leave it out")
@@ -101,7 +106,10 @@ def _download(model: str, revision: str | None, token: str | None, skipped: list
 
     token = checked_token(at_revision(model, revision), token)
     with hub_errors(model, revision, token):
-        return Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=skipped))
+        directory = Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=skipped))
+        if ".." in directory.parts:  # the commit's name is the Hub's word
+            raise ValueError(f"commit '{directory}'")
+    return directory
 
 
 def _fetch_header(api: Any, model: str, commit: str, name: str) -> dict[str, Any]:

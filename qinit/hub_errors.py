@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from qinit.errors import CheckpointError, HubError, QinitError
 
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # by a reply that is no Hub's
 LONGEST = 300  # of what the Hub says itself; some proxies answer with a page
 
 
@@ -47,7 +48,7 @@ def hub_errors(
 
     try:
         yield
-    except (OSError, errors.HTTPError, RuntimeError, ValueError, LookupError, TypeError) as error:
+    except (OSError, errors.HTTPError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _translated(error, repo_id, revision, token, doing) from None
 
 
@@ -69,6 +70,8 @@ def _translated(error: BaseException, repo_id: str, revision: str | None, token:
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, errors.HTTPError | OSError):
         return _translated(error.__cause__, repo_id, revision, token, doing)  # names the file, not the reason
     reason = without_token(str(error), token)[:LONGEST]
+    if doing == "download" and isinstance(error, UNREADABLE):
+        return HubError(f"{at}: the Hub's answer cannot be used ({type(error).__name__}: {reason})")
     return HubError(f"{at}: the {doing} failed ({type(error).__name__}: {reason})")  # a broken connection, a full disk
 
 

@@ -13,6 +13,7 @@ from qinit.checkpoint import read_json
 from qinit.errors import CheckpointError
 from qinit.formats.gptq import width_of
 from qinit.report import REPORT_NAME
+from qinit.skeleton import loader
 
 MIXED_METHOD = "qinit_mixed_gptq"  # the name that transformers knows the quantizer for mixed widths by
 
@@ -24,6 +25,7 @@ def load(
     trainable: bool = False,
     dtype: Any = "auto",
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a directory that qinit wrote: dense, GPTQ with one width or GPTQ with a width per layer.
 
@@ -36,6 +38,8 @@ def load(
     the CPU. Memory: GPTQ stays packed (a training step keeps each layer's dequantized weight for the backward pass
     unless gradient checkpointing is on), dense takes 16 bits or more per weight; the adapter is float32.
 
+    `trust_remote_code` runs code that lies in the directory, for a model that transformers does not know.
+
     Raises CheckpointError if the directory or its adapter is missing, damaged or not qinit's, or if a package that it
     needs is not installed, and RecipeError if the device is not there.
     """
@@ -44,7 +48,14 @@ def load(
     if adapter:
         _require_adapter(place)
     return load_parts(
-        place, place / ADAPTER_DIRECTORY if adapter else None, class_name, config, trainable, dtype=dtype, device=device
+        place,
+        place / ADAPTER_DIRECTORY if adapter else None,
+        class_name,
+        config,
+        trainable,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -57,35 +68,63 @@ def load_parts(
     *,
     dtype: Any = "auto",
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a base whose config.json is `config`, and put an adapter on it, wherever the two lie; as `load` does."""
     import transformers
 
-    options: dict[str, Any] = {}
+    own = "auto_map" in config
+    model_class = (
+        loader(config, trust_remote_code) if own and trust_remote_code else getattr(transformers, class_name, None)
+    )
+    if model_class is None:
+        code = " or, as the model is code that lies there, read it and pass trust_remote_code=True" if own else ""
+        raise CheckpointError(
+            f"{base}: transformers {transformers.__version__} has no {class_name}; install the version that "
+            f"{REPORT_NAME} names under versions{code}"
+        )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device is not None:
         from qinit.device import pick_device
 
         options["device_map"] = {"": pick_device(device)}
     quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "gptq":
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"{base / 'config.json'}: its quantization_config is no object")
+    if quantization is not None and quantization.get("quant_method") == "gptq":
         _require_packages(base)
-        if _is_mixed(quantization):
+        if _is_mixed(quantization, base):
             _register_mixed()
-            options["config"] = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
+            try:
+                options["config"] = transformers.AutoConfig.from_pretrained(
+                    base, local_files_only=True, trust_remote_code=trust_remote_code
+                )
+            except Exception as error:  # a damaged configuration can break its class in any way
+                raise CheckpointError(f"{base / 'config.json'}: cannot be loaded ({_reason(error)})") from error
             options["config"].quantization_config = {**quantization, "quant_method": MIXED_METHOD}
-    model = _load_base(base, class_name, dtype, options)
+    model = _load_base(base, model_class, dtype, options)
     return model if adapter is None else _load_adapter(model, adapter, trainable)
 
 
-def _is_mixed(quantization: dict[str, Any]) -> bool:
-    overrides = (quantization.get("dynamic") or {}).values()
-    return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
+def _is_mixed(quantization: Any, directory: Path) -> bool:
+    try:
+        overrides = (quantization.get("dynamic") or {}).values()
+        return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
+    except (AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: its quantization_config is not what qinit writes ({_reason(error)})"
+        ) from None
 
 
 def _read(directory: Path) -> tuple[str, dict[str, Any]]:
     """Return the class of a run's model and its config.json; raises CheckpointError."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give the one that qinit wrote")
+    if (directory / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: lies beside the base, so that transformers would load the model that it names "
+            "instead; qinit did not write it, move it away"
+        )
     advice = "qinit.load reads directories that qinit wrote; transformers' from_pretrained reads others"
     report = read_json(directory / REPORT_NAME, advice)
     source = report.get("source")
@@ -100,6 +139,10 @@ def _require_adapter(directory: Path) -> None:
         file = directory / ADAPTER_DIRECTORY / name
         if not file.is_file():
             raise CheckpointError(f"{file}: not found; load the base alone with adapter=False")
+    file = directory / ADAPTER_DIRECTORY / CONFIG_NAME
+    config = read_json(file, "")
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # PEFT would import what that names
+        raise CheckpointError(f"{file}: not an adapter that qinit wrote; load the base alone with adapter=False")
 
 
 def _require_packages(directory: Path) -> None:
@@ -113,15 +156,7 @@ def _require_packages(directory: Path) -> None:
         )
 
 
-def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, Any]) -> Any:
-    import transformers
-
-    model_class = getattr(transformers, class_name, None)
-    if model_class is None:
-        raise CheckpointError(
-            f"{directory}: transformers {transformers.__version__} has no {class_name}; install the version that "
-            f"{REPORT_NAME} names under versions"
-        )
+def _load_base(directory: Path, model_class: Any, dtype: Any, options: dict[str, Any]) -> Any:
     try:
         model, info = model_class.from_pretrained(
             directory,
@@ -135,7 +170,9 @@ def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, 
         raise CheckpointError(f"{directory}: cannot be loaded ({_reason(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:  # they would be random
-        raise CheckpointError(f"{directory}: lacks {len(missing)} weights of {class_name} ({', '.join(missing[:3])})")
+        raise CheckpointError(
+            f"{directory}: lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])})"
+        )
     return model
 
 

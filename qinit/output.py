@@ -31,8 +31,9 @@ def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
     """Raise OutputError if the result cannot go to `out`: it exists, holds something else, or lacks space."""
     try:
         _check_output(plan, out, overwrite)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be looked at ({error.strerror}); choose another place with --out") from None
+    except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError before Python 3.13
+        reason = getattr(error, "strerror", error)
+        raise OutputError(f"{out}: cannot be looked at ({reason}); choose another place with --out") from None
 
 
 def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
@@ -158,7 +159,8 @@ def _words(plan: Plan, out: Path, error: OSError) -> str:
 
 def _needed(plan: Plan) -> int:
     polished = plan.adapter_bytes if plan.recipe.polish else 0
-    return plan.base_bytes + plan.adapter_bytes + polished + scratch_bytes(plan)
+    companions = plan.checkpoint.companion_bytes()
+    return plan.base_bytes + plan.adapter_bytes + companions + polished + scratch_bytes(plan)
 
 
 def _existing(out: Path) -> Path:

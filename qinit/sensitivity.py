@@ -32,6 +32,7 @@ from qinit.calibration.walk import Measuring, oriented, require_finite_input, un
 from qinit.calibration.whole import load_whole, read_tokens
 from qinit.checkpoint import not_decomposable
 from qinit.errors import CalibrationError, RecipeError
+from qinit.files import JSON_BYTES, parse_json, read_regular
 from qinit.solver import seed_of, solve, stored
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Sensitivity:
     def read(cls, file: Path) -> Sensitivity:
         """Read what `write` has written; raises RecipeError for a file that is damaged or something else."""
         try:
-            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+            return cls.from_json(parse_json(read_regular(file, JSON_BYTES)))
         except OSError as error:
             raise RecipeError(f"sensitivity: {file} cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError, RecipeError) as error:

@@ -11,7 +11,7 @@ from qinit.checkpoint import Checkpoint, count_nonfinite, require_finite
 from qinit.errors import CheckpointError
 from qinit.formats.gptq import PARTS, dequantized, width_of
 from qinit.safetensors_io import StoredTensor
-from qinit.targets import Architecture, LinearModule, possible_names
+from qinit.targets import Architecture, LinearModule, find_tensor
 
 OTHER_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # in the files of GPT-NeoX
 
@@ -29,9 +29,11 @@ class StoredWeights:
         architecture: Architecture,
         linear: Sequence[str] | None = None,
         adapter: StoredAdapter | None = None,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
-        self.directory, self.config = checkpoint.directory, checkpoint.config
-        self.tensors, self.base_prefix = checkpoint.tensors, architecture.base_prefix
+        self.checkpoint, self.trust_remote_code = checkpoint, trust_remote_code
+        self.base_prefix = architecture.base_prefix
         self.modules = {f"{module.name}.weight": module for module in architecture.linear}
         self.linear = [module.name for module in architecture.linear] if linear is None else linear
         self.adapter = adapter
@@ -56,8 +58,8 @@ class StoredWeights:
         return value
 
     def _find(self, name: str) -> StoredTensor | None:
-        names = [*possible_names(name, self.base_prefix), *OTHER_NAMES.get(name, ())]
-        return next((self.tensors[candidate] for candidate in names if candidate in self.tensors), None)
+        others = (self.checkpoint.tensors.get(other) for other in OTHER_NAMES.get(name, ()))
+        return find_tensor(self.checkpoint, name, self.base_prefix) or next(filter(None, others), None)
 
     def _packed(self, name: str) -> list[StoredTensor] | None:
         prefix = name.removesuffix("weight")
@@ -65,7 +67,7 @@ class StoredWeights:
         return [part for part in parts if part is not None] if parts and all(parts) else None
 
     def _dequantized(self, module: LinearModule, parts: list[StoredTensor], device: torch.device) -> torch.Tensor:
-        bits = width_of(module.name, self.config["quantization_config"])
+        bits = width_of(module.name, self.checkpoint.config["quantization_config"])
         expected = (module.in_features * bits // 32, module.out_features)
         if parts[0].shape != expected:
             raise CheckpointError(

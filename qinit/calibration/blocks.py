@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from qinit.targets import build_model
+from qinit.skeleton import build_model
 from qinit.weights import StoredWeights
 
 if TYPE_CHECKING:
+    from qinit.checkpoint import Checkpoint
     from qinit.plan import Plan
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -22,8 +22,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Weights(Protocol):
     """Where a model's parameters come from. `linear` names the modules that its row of blocks is known by."""
 
-    directory: Path
-    config: dict[str, Any]
+    checkpoint: Checkpoint
+    trust_remote_code: bool
     linear: Sequence[str]
 
     def has(self, name: str) -> bool:
@@ -119,7 +119,8 @@ class Blocks:
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
         self.weights, self.device = weights, device
-        self.model = build_model(weights.directory, weights.config, include_buffers=False).eval()
+        trusted = weights.trust_remote_code
+        self.model = build_model(weights.checkpoint, include_buffers=False, trust_remote_code=trusted).eval()
         self.model.config.use_cache = False
         for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
@@ -150,7 +151,8 @@ class Blocks:
     def of(cls, plan: Plan, device: torch.device) -> Blocks:
         """The blocks of a plan's source, known by the layers that will be quantized."""
         linear = [layer.target.name for layer in plan.quantized]
-        return cls(StoredWeights(plan.checkpoint, plan.architecture, linear), device)
+        trusted = plan.recipe.trust_remote_code
+        return cls(StoredWeights(plan.checkpoint, plan.architecture, linear, trust_remote_code=trusted), device)
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -18,7 +18,7 @@ from qinit.evaluate.windows import Windows
 from qinit.loading import load_parts
 from qinit.report import REPORT_NAME
 from qinit.safetensors_io import read_header
-from qinit.targets import named_class
+from qinit.skeleton import loader
 
 BATCH_BYTES = 1 << 29  # of a batch's logits, in float32
 LARGEST_BATCH_TOKENS = 1 << 13  # beyond it a batch saves no time
@@ -50,8 +50,7 @@ def class_name(subject: Subject) -> str:
         source = read_json(subject.base / REPORT_NAME, "").get("source")
         if isinstance(source, dict) and isinstance(source.get("class"), str):
             return source["class"]
-    named = named_class(subject.config)
-    return "AutoModelForCausalLM" if named is None else named.__name__
+    return loader(subject.config).__name__
 
 
 def missing_packages(subject: Subject) -> list[str]:

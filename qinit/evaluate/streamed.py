@@ -83,7 +83,7 @@ def _weights(subject: Subject) -> StoredWeights:
         how = [quantization.get(key) for key in ("quant_method", "checkpoint_format")]
         if how != ["gptq", "gptq_v2"]:
             raise NotStreamable(f"its weights are packed as {how[0]}, and streaming reads gptq_v2 only")
-    architecture = read_architecture(subject.base, checkpoint.config)
+    architecture = read_architecture(checkpoint)
     adapter = None
     if subject.adapter is not None:
         try:

@@ -93,7 +93,7 @@ def tokenize(text: Text, directory: Path, facts: Facts) -> Tokens:
 
     Raises CalibrationError without a tokenizer, and for ids that the model does not have.
     """
-    tokenizer = load_tokenizer(directory, "copy the tokenizer files of its original there")
+    tokenizer = load_tokenizer(directory, instead="copy the tokenizer files of its original there")
     found = tokenizer(text.text, return_attention_mask=False, return_special_tokens_mask=True, verbose=False)
     ids = torch.tensor(found.input_ids, dtype=torch.int64)
     if not len(ids):

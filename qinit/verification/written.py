@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qinit.checkpoint import SINGLE_NAME, indexed_files, read_json
+from qinit.checkpoint import SINGLE_NAME, Checkpoint, indexed_files, read_json
 from qinit.errors import CheckpointError, QinitError
 from qinit.formats import FORMATS
 from qinit.recipe import Recipe, make_recipe
@@ -55,7 +55,8 @@ def open_written(directory: Path) -> Generator[Finding, None, Written | None]:
         yield from unsound or check_totals(report)
         file = CONFIG
         config = read_json(directory / CONFIG, "the directory is incomplete; run qinit again")
-        architecture = read_architecture(directory, config)
+        tensors, whole = yield from _read_headers(directory)
+        architecture = read_architecture(Checkpoint(directory, config, tensors))
     except QinitError as error:
         yield from_error(directory, file, error)
         return None
@@ -68,7 +69,6 @@ def open_written(directory: Path) -> Generator[Finding, None, Written | None]:
     if unsound or unknown:
         return None
     yield from _check_quantization(report, recipe, config, architecture)
-    tensors, whole = yield from _read_headers(directory)
     layers: list[Layer] = []
     if whole:
         fields = (directory, report, recipe, config, architecture, modules, tensors)

@@ -190,3 +190,16 @@ def test_a_file_is_not_a_model(hub, tiny_llama):
 def test_a_local_directory_has_no_revisions(tmp_path):
     with pytest.raises(CheckpointError, match="no revision 'v2'"):
         local_directory(str(tmp_path), revision="v2")
+
+
+@pytest.mark.parametrize("revision", ["../../../x", "a/../b", "a b", "a\nb", "\x1b[2J"])
+def test_a_revision_that_is_no_name_never_reaches_the_hub(hub, revision):
+    with pytest.raises(HubError, match="someone/tiny: no branch, tag or commit is named so: '"):
+        local_directory("someone/tiny", revision)
+    assert not hub.requests
+
+
+def test_a_commit_that_leads_out_of_the_cache_is_not_followed(hub, repo, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: f"{tmp_path}/snapshots/../private")
+    with pytest.raises(HubError, match="the Hub's answer cannot be used"):
+        local_directory("someone/tiny")

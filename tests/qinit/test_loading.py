@@ -254,6 +254,25 @@ class TestErrors:
         with pytest.raises(CheckpointError, match=r"transformers .* has no NoSuchModel"):
             qinit.load(copied)
 
+    @pytest.mark.parametrize("changes", [{"peft_type": "IA3"}, {"megatron_config": {"a": 1}, "megatron_core": "own"}])
+    def test_an_adapter_that_qinit_did_not_write(self, copied, changes):
+        file = copied / "eqft_init/adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        with pytest.raises(CheckpointError, match=r"adapter_config.json: not an adapter that qinit wrote"):
+            qinit.load(copied)
+
+    @pytest.mark.parametrize("value", [5, [], {"dynamic": [1]}, {"dynamic": {"a": {"bits": 3}}}])
+    def test_a_quantization_that_qinit_did_not_write(self, copied, value):
+        file = copied / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": value}))
+        with pytest.raises(CheckpointError, match="its quantization_config is not what qinit writes"):
+            qinit.load(copied)
+
+    def test_an_adapter_beside_the_base_leads_nowhere(self, copied, llama):
+        (copied / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(llama)}))
+        with pytest.raises(CheckpointError, match="transformers would load the model that it names instead"):
+            qinit.load(copied)
+
     @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
     def test_an_adapter_that_is_not_there(self, copied, name):
         (copied / "eqft_init" / name).unlink()

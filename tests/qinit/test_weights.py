@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def weights_of(directory, adapter=None):
     checkpoint = Checkpoint.open(directory, quantized=True)
-    return StoredWeights(checkpoint, read_architecture(directory, checkpoint.config), adapter=adapter)
+    return StoredWeights(checkpoint, read_architecture(checkpoint), adapter=adapter)
 
 
 def test_a_dense_checkpoint_s_parameters_by_the_model_s_names_in_float32(tiny_llama):
