@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from qinit_cli.options import (
     recipe_options,
     takes,
 )
+from qinit_cli.quiet import quiet
 
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
@@ -87,17 +87,12 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
     if recipe.model is None:
         screen.say(f"No MODEL given: using {DEMO_TITLE}.")
 
-    for chatty in ("torchao", "torch.utils._pytree"):  # they warn on stderr while transformers imports them
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
+    quiet()
     from qinit.calibration.choice import expected
     from qinit.device import pick_device
     from qinit.hub import header_directory, local_directory
     from qinit.plan import make_plan
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     device = pick_device(recipe.device)
     if recipe.model is None:
         directory, name = demo_directory(), DEMO_NAME

@@ -8,6 +8,7 @@ import traceback
 from typing import Annotated
 
 import typer
+from qinit_cli.compare import compare
 from qinit_cli.eqft import eqft, meqft, plan
 from qinit_cli.methods import methods
 from qinit_cli.report import report
@@ -26,6 +27,7 @@ app.command()(meqft)
 app.command()(plan)
 app.command()(methods)
 app.command()(report)
+app.command()(compare)
 
 
 def _show_version(value: bool) -> None:

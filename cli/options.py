@@ -230,21 +230,24 @@ BESIDE_THE_RECIPE = {
 }
 
 
-def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command these options, in this order; it gets them by keyword, None (a flag False) when left out."""
+def takes(*names: str, own: dict[str, Any] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command these options, in this order; it gets them by keyword, None (a flag False) when left out.
+
+    `own` are options of that command alone, or that mean something else there."""
+    options = {**OPTIONS, **(own or {})}
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
         parameters = [
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=False if OPTIONS[name].__origin__ is bool else None,
-                annotation=OPTIONS[name],
+                default=False if options[name].__origin__ is bool else None,
+                annotation=options[name],
             )
             for name in names
         ]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {name: OPTIONS[name] for name in names}
+        command.__annotations__ = {name: options[name] for name in names}
         return command
 
     return give
