@@ -187,14 +187,14 @@ def _texts(
     if options["text"]:
         named = read(options["text"], window * _or(options["windows"], 1000))
     else:
-        named = [("Python code", new[1])] if training else []
-        named.append(("held-out documentation", held_out_text()))
+        named = [("code", new[1])] if training else []
+        named.append(("docs", held_out_text()))
     count, learning = len(named), []
     if training:
         if options["train_text"]:
             learning = read(options["train_text"], training.steps * training.batch * training.length)
         elif demo:
-            learning = [("Python code", new[0])]
+            learning = [("code", new[0])]
     elif options["train_text"]:
         raise CompareError("--train-text: there is nothing to train; give --finetune STEPS")
     found = tokenized(checkpoint, [*named, *learning])

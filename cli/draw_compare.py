@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qinit.compare.schedule import Schedule
     from qinit.compare.workers import Event
 
+WIDEST = 400
 START_STEPS = 10  # a start counts as so many steps on the bar
 
 
@@ -84,7 +85,8 @@ class Board(Screen):
         table = Table(*header(result), box=None, pad_edge=False)
         for line in lines(result):
             table.add_row(*line)
-        self._console.print(table, soft_wrap=True)
+        # A line of a file is a row of the table, however long.
+        self._console.print(table, width=None if self._console.is_terminal else WIDEST)
         if result["training"] and len(result["seeds"]) > 1:
             self.say("learning rates were swept with the first seed; the others ran at the best one only")
         for line in failures(result):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,11 @@ def _tuned(comparison: Comparison, cell: Cell, progress: Progress) -> dict[str, 
 
 def load_start(comparison: Comparison, row: Row, seed: int) -> Any:
     """Load a row's model, ready to be trained; `seed` draws the adapters that PEFT would draw."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # PEFT imports packages that print banners
+        return _load(comparison, row, seed)
+
+
+def _load(comparison: Comparison, row: Row, seed: int) -> Any:
     device = pick_device(comparison.device)
     dtype = torch.bfloat16 if device.type == "cuda" and row.method != FULL else torch.float32
     if row.recipe is not None:

@@ -88,10 +88,10 @@ def header(result: dict[str, Any]) -> list[str]:
     """Return the columns' names."""
     texts = result["texts"]
     names = [text["name"] for text in texts]
-    columns = ["bits", "method", "bits/weight", *(f"start, {name}" for name in names)]
+    columns = ["bits", "method", "bits/weight", *(f"start {name}" for name in names)]
     if result["training"]:
-        columns += [f"end, {name}" for name in names]
-        columns += ["rate", *(f"/ LoRA, {name}" for name in names), *(f"- LoRA, {name}" for name in names)]
+        columns += [f"end {name}" for name in names]
+        columns += ["rate", *(f"/ LoRA {name}" for name in names), *(f"- LoRA {name}" for name in names)]
     return columns
 
 
@@ -140,7 +140,7 @@ def _learn(result: dict[str, Any]) -> str:
 
 def sweep_header(result: dict[str, Any]) -> list[str]:
     names = [text["name"] for text in result["texts"]]
-    return ["bits", "method", "learning rate", "validation", *(f"end, {name}" for name in names), "chosen"]
+    return ["bits", "method", "learning rate", "validation", *(f"end {name}" for name in names), "chosen"]
 
 
 def sweep_lines(result: dict[str, Any]) -> list[list[str]]:
