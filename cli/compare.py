@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from qinit_cli.eqft import _command
-from qinit_cli.options import CALIBRATING, CHOOSING, QUANTIZING, RUNNING, takes
-from qinit_cli.quiet import quiet
+from qinit_cli.hush import hush
+from qinit_cli.options import CALIBRATING, CHOOSING, OUTPUT_PANEL, QUANTIZING, RUN_PANEL, RUNNING, takes
 
 if TYPE_CHECKING:
     from qinit.checkpoint import Checkpoint
@@ -21,61 +21,60 @@ if TYPE_CHECKING:
 COMPARE_PANEL, TUNE_PANEL = "What to compare", "Fine-tuning"
 
 
-def _option(kind: Any, help: str, default: str | bool = False, panel: str = COMPARE_PANEL, metavar: str | None = None) -> Any:
-    return Annotated[
-        kind | None, typer.Option(help=help, show_default=default, rich_help_panel=panel, metavar=metavar)
-    ]
+def _option(kind: Any, panel: str, help: str, default: str | bool = False, metavar: str | None = None) -> Any:
+    return Annotated[kind | None, typer.Option(help=help, show_default=default, rich_help_panel=panel, metavar=metavar)]
 
 
-def _tuning(kind: Any, help: str, default: str | bool = False, metavar: str | None = None) -> Any:
-    return _option(kind, help, default, TUNE_PANEL, metavar)
+def _flag(panel: str, name: str, help: str) -> Any:
+    return Annotated[bool, typer.Option(name, help=help, rich_help_panel=panel)]
 
 
 COMPARING: dict[str, Any] = {
     "methods": _option(
-        str,
-        "Names of `qinit methods`; NAME:SOURCE gives one a calibration of its own, as eqft:none.",
+        *(
+            str,
+            COMPARE_PANEL,
+            "Names of `qinit methods`; NAME:SOURCE gives one a calibration of its own, as eqft:none.",
+        ),
         "eqft,eqft:none,loftq,qpissa,qlora",
     ),
-    "bits": _option(str, "Widths.", "2,3,4"),
+    "bits": _option(str, COMPARE_PANEL, "Widths.", "2,3,4"),
     "text": _option(
-        list[str], "A file or a Hub data set to measure on; may be given again.", "the demo model's", metavar="SOURCE"
+        *(list[str], COMPARE_PANEL, "A file or a Hub data set to measure on; may be given again."),
+        *("the demo model's", "SOURCE"),
     ),
-    "length": _option(int, "Tokens in each window of a text; windows do not overlap.", "2048, or what the model takes"),
-    "windows": _option(int, "At most so many windows of each text.", "all"),
-    "ceilings": _option(
-        str, "lora (16-bit LoRA), full (all parameters); none for neither.", "lora,full", panel=TUNE_PANEL
+    "length": _option(
+        *(int, COMPARE_PANEL, "Tokens in each window of a text; windows do not overlap."),
+        "2048, or what the model takes",
     ),
-    "finetune": _tuning(int, "Fine-tune each start by so many steps.", metavar="STEPS"),
-    "train_text": _tuning(
-        list[str], "What to train on; its last tenth chooses the learning rate.", "the demo model's", metavar="SOURCE"
+    "windows": _option(int, COMPARE_PANEL, "At most so many windows of each text.", "all"),
+    "finetune": _option(int, TUNE_PANEL, "Fine-tune each start by so many steps.", metavar="STEPS"),
+    "train_text": _option(
+        *(list[str], TUNE_PANEL, "What to train on; its last tenth chooses the learning rate. May be given again."),
+        *("the demo model's", "SOURCE"),
     ),
-    "train_length": _tuning(int, "Tokens in each window.", "128"),
-    "batch": _tuning(int, "Windows in each step.", "8"),
-    "micro_batch": _tuning(int, "Windows that go through the model at once.", "the batch"),
-    "gradient_checkpointing": Annotated[
-        bool,
-        typer.Option(
-            "--gradient-checkpointing", help="Recompute activations: less memory, more time.", rich_help_panel=TUNE_PANEL
-        ),
-    ],
-    "learning_rates": _tuning(str, "Swept for each row, with the first seed.", "1e-4,3e-4,1e-3"),
-    "full_learning_rates": _tuning(str, "The same for full fine-tuning.", "a tenth of --learning-rates"),
-    "seeds": _tuning(str, "They set the order of the data; all but the first run at the best rate.", "0,1,2"),
-    "format": _option(str, "dense, or gptq where a method's grid packs; what is trained on.", "dense"),
-    "out": Annotated[
-        Path | None, typer.Option(help="Where results and cells go.", show_default="model_zoo/compare/NAME")
-    ],
-    "overwrite": Annotated[bool, typer.Option("--overwrite", help="Begin anew: reuse nothing of an earlier comparison.")],
-    "keep_runs": Annotated[
-        bool, typer.Option("--keep-runs", help="Keep what was quantized; else it goes when its row is done.")
-    ],
-    "jobs": _option(int, "Cells at a time, in processes of their own that share the cores.", "1"),
+    "train_length": _option(int, TUNE_PANEL, "Tokens in each window.", "128"),
+    "batch": _option(int, TUNE_PANEL, "Windows in each step.", "8"),
+    "micro_batch": _option(int, TUNE_PANEL, "Windows that go through the model at once.", "the batch"),
+    "gradient_checkpointing": _flag(
+        TUNE_PANEL, "--gradient-checkpointing", "Compute activations again: less memory, more time."
+    ),
+    "learning_rates": _option(str, TUNE_PANEL, "Swept for each row, with the first seed.", "1e-4,3e-4,1e-3"),
+    "full_learning_rates": _option(str, TUNE_PANEL, "The same for full fine-tuning.", "a tenth of --learning-rates"),
+    "seeds": _option(
+        str, TUNE_PANEL, "They set the order of the data; all but the first run at the best rate.", "0,1,2"
+    ),
+    "ceilings": _option(str, TUNE_PANEL, "lora (in 16 bits) and full (all parameters), or none.", "lora,full"),
+    "format": _option(str, OUTPUT_PANEL, "What is trained on: dense, or gptq where a method's grid packs.", "dense"),
+    "out": _option(Path, OUTPUT_PANEL, "Where the results and the cells go.", "model_zoo/compare/NAME"),
+    "overwrite": _flag(OUTPUT_PANEL, "--overwrite", "Begin anew: reuse nothing of an earlier comparison."),
+    "keep_runs": _flag(OUTPUT_PANEL, "--keep-runs", "Keep what was quantized; else it goes when its row is done."),
+    "jobs": _option(int, RUN_PANEL, "Cells at a time, in processes of their own that share the threads.", "1"),
 }
 RECIPE = (*QUANTIZING, *CALIBRATING, *CHOOSING)  # options that every method takes alike, as far as they concern it
 
 
-@takes("model", "revision", "token", *COMPARING, *RECIPE, *RUNNING, own=COMPARING)
+@takes("model", "revision", "token", *RECIPE, *RUNNING, **COMPARING)
 def compare(**options: Any) -> None:
     """Compare methods on one model: bits, where each starts, and where the same fine-tuning ends.
 
@@ -84,7 +83,7 @@ def compare(**options: Any) -> None:
     """
     from qinit_cli.draw_compare import Board
 
-    quiet()
+    hush()
     from qinit.compare.make import check_place
     from qinit.compare.schedule import Schedule
 
@@ -108,7 +107,7 @@ def compare(**options: Any) -> None:
     command = _command([Path(word).name if "/" in word and Path(word).exists() else word for word in sys.argv[1:]])
     write_result(comparison.out, result(comparison, schedule.found, command))
     with board.progress(schedule) as tell:
-        carry_out(schedule, tell, jobs=jobs, prepare=quiet)
+        carry_out(schedule, tell, jobs=jobs, prepare=hush)
     final = result(comparison, schedule.found, command)
     places = write_result(comparison.out, final, pictures=True)
     board.result(final, places)
@@ -122,7 +121,6 @@ def _made(options: dict[str, Any], board: Any) -> Comparison:
     """Find the model and the texts, and check that everything fits."""
     from qinit.checkpoint import Checkpoint
     from qinit.compare.make import METHODS_DEFAULT, default_length, make_comparison
-    from qinit.compare.texts import Text
     from qinit.demo import DEMO_NAME, DEMO_TITLE, demo_directory
     from qinit.finetune import Training
     from qinit.hub import local_directory

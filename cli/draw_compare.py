@@ -83,8 +83,8 @@ class Board(Screen):
             return
         self._console.print(title(result), style="italic", soft_wrap=True)
         table = Table(*header(result), box=None, pad_edge=False)
-        for line in lines(result):
-            table.add_row(*line)
+        for cells in lines(result):
+            table.add_row(*cells)
         # A line of a file is a row of the table, however long.
         self._console.print(table, width=None if self._console.is_terminal else WIDEST)
         if result["training"] and len(result["seeds"]) > 1:

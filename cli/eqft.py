@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qinit_cli.hush import hush
 from qinit_cli.options import (
     CALIBRATING,
     CHOOSING,
@@ -18,7 +19,6 @@ from qinit_cli.options import (
     recipe_options,
     takes,
 )
-from qinit_cli.quiet import quiet
 
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
@@ -87,7 +87,7 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
     if recipe.model is None:
         screen.say(f"No MODEL given: using {DEMO_TITLE}.")
 
-    quiet()
+    hush()
     from qinit.calibration.choice import expected
     from qinit.device import pick_device
     from qinit.hub import header_directory, local_directory

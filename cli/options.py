@@ -230,24 +230,23 @@ BESIDE_THE_RECIPE = {
 }
 
 
-def takes(*names: str, own: dict[str, Any] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command these options, in this order; it gets them by keyword, None (a flag False) when left out.
-
-    `own` are options of that command alone, or that mean something else there."""
-    options = {**OPTIONS, **(own or {})}
+def takes(*names: str, **own: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command its `own` options and these, in this order; it gets them by keyword, None (a flag False) when left
+    out."""
+    options = {**own, **{name: OPTIONS[name] for name in names}}
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
         parameters = [
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=False if options[name].__origin__ is bool else None,
-                annotation=options[name],
+                default=False if option.__origin__ is bool else None,
+                annotation=option,
             )
-            for name in names
+            for name, option in options.items()
         ]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {name: options[name] for name in names}
+        command.__annotations__ = options
         return command
 
     return give

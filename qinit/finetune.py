@@ -37,8 +37,8 @@ class Training:
         return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-class Diverged(Exception):  # noqa: N818: an outcome of a learning rate, nobody's mistake
-    """The loss is no longer a number."""
+class DivergedError(Exception):
+    """The loss is no longer a number: the outcome of a learning rate, and nobody's mistake."""
 
     def __init__(self, step: int):
         super().__init__(f"the loss was no finite number at step {step}")
@@ -71,7 +71,7 @@ def finetune(
 
     The windows do not overlap; `seed` sets their order. AdamW without weight decay, linear warm-up over one step in
     15, cosine decay to zero, gradients clipped at norm 1; on CUDA the forward pass runs under bfloat16 autocast.
-    `progress` gets each finished step's number, from 1, and its loss in nats. Raises Diverged.
+    `progress` gets each finished step's number, from 1, and its loss in nats. Raises DivergedError.
     """
     count = len(tokens) // training.length
     windows = tokens[: count * training.length].view(count, training.length)
@@ -90,7 +90,7 @@ def finetune(
             mean.backward()
             loss += mean.item()
         if not math.isfinite(loss):
-            raise Diverged(step)
+            raise DivergedError(step)
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """A domain that the demo model has not seen: the source code of the standard library's top-level modules.
 
-The model was trained on docstrings, so these are taken out; comments and layout go too, as the text is written anew from
-the syntax tree. Every Python carries the modules, so nothing is downloaded; another Python version has other code.
+The model was trained on docstrings, so these are taken out; comments and layout go too, as the text is written anew
+from the syntax tree. Every Python carries the modules, so nothing is downloaded; another Python version has other code.
 """
 
 from __future__ import annotations

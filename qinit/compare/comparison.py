@@ -76,8 +76,13 @@ class Comparison:
     fingerprint: str
     keep_runs: bool = False
 
-    def starts(self) -> list[Cell]:
-        return [Cell(row) for row in self.rows]
+    @property
+    def learning(self) -> tuple[Training, Text, Text]:
+        """How it is trained, on what, and what learning rates are chosen by; for comparisons with fine-tuning."""
+        assert self.training is not None
+        assert self.learn is not None
+        assert self.validation is not None
+        return self.training, self.learn, self.validation
 
     def sweep(self, row: Row) -> list[Cell]:
         """The first seed at every learning rate."""
@@ -101,9 +106,9 @@ class Comparison:
         """Hash all that decides what a cell finds."""
         value = {**self._measuring, **self._starting[cell.row.name]}
         if cell.rate is not None:
-            assert self.training and self.learn and self.validation
-            data = [self.learn.digest, self.validation.digest]
-            value |= {"training": asdict(self.training), "data": data, "rate": cell.rate, "seed": cell.seed}
+            training, learn, validation = self.learning
+            data = [learn.digest, validation.digest]
+            value |= {"training": asdict(training), "data": data, "rate": cell.rate, "seed": cell.seed}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property

@@ -62,12 +62,23 @@ def make_comparison(
             rows.append(Row(method, width, plan.recipe, tuple(rates), _bits_as_stored(plan)))
     names = [row.name for row in rows]
     if len(set(names)) < len(names):
-        raise CompareError(f"--methods, --bits: some are given twice ({', '.join(methods)}; {', '.join(map(str, bits))})")
-    device = str(pick_device(options.get("device") or "auto"))
+        raise CompareError(
+            f"--methods, --bits: some are given twice ({', '.join(methods)}; {', '.join(map(str, bits))})"
+        )
     return Comparison(
-        **{"model": model, "directory": checkpoint.directory, "out": out, "rows": tuple(rows), "texts": tuple(texts)},
-        **{"window": window, "training": training, "learn": learn, "validation": validation, "seeds": tuple(seeds)},
-        **{"device": device, "fingerprint": fingerprint(checkpoint), "keep_runs": keep_runs},
+        model=model,
+        directory=checkpoint.directory,
+        out=out,
+        rows=tuple(rows),
+        texts=tuple(texts),
+        window=window,
+        training=training,
+        learn=learn,
+        validation=validation,
+        seeds=tuple(seeds),
+        device=str(pick_device(options.get("device") or "auto")),
+        fingerprint=fingerprint(checkpoint),
+        keep_runs=keep_runs,
     )
 
 
@@ -102,7 +113,9 @@ def _check_numbers(
     training: Training | None, rates: Sequence[float], full_rates: Sequence[float], seeds: Sequence[int]
 ) -> None:
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise CompareError(f"--seeds: expected different numbers from 0 up, found {', '.join(map(str, seeds)) or 'none'}")
+        raise CompareError(
+            f"--seeds: expected different numbers from 0 up, found {', '.join(map(str, seeds)) or 'none'}"
+        )
     if training is None:
         return
     for option, values in (("--learning-rates", rates), ("--full-learning-rates", full_rates)):
@@ -178,19 +191,23 @@ def _recipe(method: str, bits: int, options: dict[str, Any]) -> Recipe:
     name, _, source = method.partition(":")
     if name not in METHODS:
         raise RecipeError(f"--methods: no '{name}'{did_you_mean(name, METHODS)}; known are {', '.join(METHODS)}")
+    row = METHODS[name]
     values = {key: value for key, value in options.items() if value is not None}
-    needs = METHODS[name].metric != "weight"
     if source:
         values["calibration"] = source
-    elif not needs and name not in CALIBRATED:
+    elif row.metric == "weight" and name not in CALIBRATED:
         values["calibration"] = "none"
-    elif needs and values.get("calibration", "auto") == "auto":
+    elif row.metric != "weight" and values.get("calibration", "auto") == "auto":
         values["calibration"] = "self"
+    dropped = set()
     if values.get("calibration") == "none":
-        values = {key: value for key, value in values.items() if key not in ("text_field", "rounding", "act_order")}
+        dropped = {"text_field", "rounding", "act_order", "polish"}
     elif values.get("calibration", "auto") in ("auto", "self", "random"):
-        values.pop("text_field", None)
-    if METHODS[name].grid != "int":
+        dropped = {"text_field"}
+    if row.iterations_fixed:
+        dropped |= {"rounding", "act_order"}
+    values = {key: value for key, value in values.items() if key not in dropped}
+    if row.grid != "int":
         values["format"] = "dense"  # no packed format holds it
     return make_recipe(**{"format": "dense", **values, "method": name, "bits": bits})
 

@@ -17,7 +17,7 @@ from qinit.checkpoint import Checkpoint
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.device import pick_device
 from qinit.evaluate import perplexity
-from qinit.finetune import Diverged, finetune
+from qinit.finetune import DivergedError, finetune
 from qinit.loading import load
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
@@ -68,7 +68,9 @@ def _start(comparison: Comparison, row: Row) -> dict[str, Any]:
             pass
     if known:
         return {key: value for key, value in known.items() if key not in ("signature", "seconds")}
-    found = {"perplexities": _perplexities(comparison, load_start(comparison, row, comparison.seeds[0]))}
+    found: dict[str, Any] = {
+        "perplexities": _perplexities(comparison, load_start(comparison, row, comparison.seeds[0]))
+    }
     if row.recipe is not None:
         report = Report.read(directory)
         found |= {"weight_error": report.totals["error"], "output_error": report.totals.get("output_error")}
@@ -77,19 +79,19 @@ def _start(comparison: Comparison, row: Row) -> dict[str, Any]:
 
 
 def _tuned(comparison: Comparison, cell: Cell, progress: Progress) -> dict[str, Any]:
-    assert comparison.training and comparison.learn and comparison.validation
-    assert cell.rate is not None and cell.seed is not None
+    assert cell.rate is not None
+    assert cell.seed is not None
     model = load_start(comparison, cell.row, cell.seed)
     started = time.perf_counter()
-    tokens, training = comparison.learn.tokens, comparison.training
+    training, learn, validation = comparison.learning
     try:
-        finetune(model, tokens, training, rate=cell.rate, seed=cell.seed, progress=progress)
-    except Diverged as diverged:
+        finetune(model, learn.tokens, training, rate=cell.rate, seed=cell.seed, progress=progress)
+    except DivergedError as diverged:
         return {"diverged": str(diverged), "validation": None, "perplexities": None}
     per_step = (time.perf_counter() - started) / training.steps
-    window = min(comparison.window, len(comparison.validation.ids))
+    window = min(comparison.window, len(validation.ids))
     return {
-        "validation": _perplexity(model, comparison.validation.tokens, window),
+        "validation": _perplexity(model, validation.tokens, window),
         "perplexities": _perplexities(comparison, model),
         "seconds_per_step": round(per_step, 4),
     }

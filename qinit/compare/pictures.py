@@ -69,7 +69,9 @@ def _panel(result: dict[str, Any], text: str, which: str) -> Panel:
         if row["method"] in CEILINGS and value is not None:
             name = NAMES[row["method"]] if which == "end" else "full precision"
             levels.append((row["method"], name, value))
-    return Panel(f"{'Start' if which == 'start' else 'End'}, {text}", widths, series, levels[: 1 if which == "start" else None])
+    return Panel(
+        f"{'Start' if which == 'start' else 'End'}, {text}", widths, series, levels[: 1 if which == "start" else None]
+    )
 
 
 def _value(row: dict[str, Any], text: str, which: str) -> tuple[float | None, float]:
@@ -95,8 +97,8 @@ def png(result: dict[str, Any]) -> bytes:
             style = {"color": COLOURS[series.number % len(COLOURS)], "marker": MARKERS[series.number % len(MARKERS)][0]}
             axis.errorbar(x, y, yerr=spread, linestyle="none", capsize=3, label=series.name, **style)
         for method, name, value in panel.levels:
-            style = {"linestyle": "--" if LINES[method] == "dash" else ":", "linewidth": 1.1, "color": GREY}
-            axis.axhline(value, label=f"{name}: {value:.3f}", **style)
+            dashes = "--" if LINES[method] == "dash" else ":"
+            axis.axhline(value, label=f"{name}: {value:.3f}", linestyle=dashes, linewidth=1.1, color=GREY)
         axis.set_yscale("log")
         axis.set_xticks(range(len(panel.widths)), [f"{bits} bits" for bits in panel.widths])
         axis.yaxis.set_major_formatter("{x:g}")
@@ -124,7 +126,9 @@ def page(result: dict[str, Any]) -> bytes:
     parts = [HEAD.format(title=escape(heading), command=escape(result["command"]), rows=rows)]
     for index, panel in enumerate(panels(result)):
         figure = _page_panel(go, panel)
-        parts.append(figure.to_html(include_plotlyjs=index == 0, full_html=False, div_id=f"panel{index}", config=CONFIG))
+        parts.append(
+            figure.to_html(include_plotlyjs=index == 0, full_html=False, div_id=f"panel{index}", config=CONFIG)
+        )
     parts.append(_html_table(header(result), lines(result)))
     parts += [f"<p>Failed: {escape(line)}</p>" for line in failures(result)]
     if result["training"]:
@@ -146,7 +150,9 @@ def _page_panel(go: Any, panel: Panel) -> Any:
     ends = [-0.5, len(panel.widths) - 0.5]
     for method, name, value in panel.levels:
         style = {"color": GREY, "dash": LINES[method], "width": 1.3}
-        figure.add_scatter(x=ends, y=[value] * 2, mode="lines", name=f"{name}: {value:.3f}", line=style, hoverinfo="name")
+        figure.add_scatter(
+            x=ends, y=[value] * 2, mode="lines", name=f"{name}: {value:.3f}", line=style, hoverinfo="name"
+        )
     ticks = {"tickvals": list(range(len(panel.widths))), "ticktext": [f"{bits} bits" for bits in panel.widths]}
     figure.update_xaxes(range=ends, zeroline=False, showgrid=False, **ticks)
     figure.update_yaxes(title="perplexity", type="log", automargin=True)

@@ -1,4 +1,4 @@
-"""Which cells a comparison has left: a row's start, every learning rate with the first seed, the best with the others."""
+"""Which cells are left: a row's start, then every learning rate with the first seed, then the best with the others."""
 
 from __future__ import annotations
 

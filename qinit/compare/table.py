@@ -128,7 +128,9 @@ def title(result: dict[str, Any]) -> str:
     words = [result["model"], f"rank {result['rank']}", f"perplexity over windows of {result['window']} tokens"]
     training = result["training"]
     if training:
-        words.append(f"{training['steps']} steps of {training['batch']} x {training['length']} tokens of {_learn(result)}")
+        words.append(
+            f"{training['steps']} steps of {training['batch']} x {training['length']} tokens of {_learn(result)}"
+        )
     if training and len(result["seeds"]) > 1:
         words.append(f"mean ± standard deviation over {len(result['seeds'])} seeds at the best learning rate")
     return ", ".join(words)

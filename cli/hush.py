@@ -6,7 +6,7 @@ import logging
 import warnings
 
 
-def quiet() -> None:
+def hush() -> None:
     """Silence them in this process. Imports transformers."""
     for chatty in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
