@@ -86,9 +86,12 @@ def compare(**options: Any) -> None:
     hush()
     from qinit.compare.make import check_place
     from qinit.compare.schedule import Schedule
+    from qinit.errors import CompareError
 
     board = Board(quiet=options["quiet"], to_stderr=options["json_output"])
-    jobs = options["jobs"] or 1
+    jobs = _or(options["jobs"], 1)
+    if jobs < 1:
+        raise CompareError(f"--jobs: expected 1 or more, found {jobs}")
     comparison = _made(options, board)
     check_place(comparison, options["overwrite"] and not options["dry_run"])
     schedule = Schedule(comparison)
@@ -102,12 +105,18 @@ def compare(**options: Any) -> None:
         return
     from qinit.compare.results import result, write_result
     from qinit.compare.workers import carry_out
+    from qinit.errors import Interrupted
 
     # Files by their names alone: the result is for others.
     command = _command([Path(word).name if "/" in word and Path(word).exists() else word for word in sys.argv[1:]])
     write_result(comparison.out, result(comparison, schedule.found, command))
-    with board.progress(schedule) as tell:
-        carry_out(schedule, tell, jobs=jobs, prepare=hush)
+    try:
+        with board.progress(schedule) as tell:
+            carry_out(schedule, tell, jobs=jobs, prepare=hush)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; finished cells are kept in {comparison.out}, and the same command goes on"
+        ) from None
     final = result(comparison, schedule.found, command)
     places = write_result(comparison.out, final, pictures=True)
     board.result(final, places)

@@ -49,7 +49,7 @@ def _root(
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 an error inside qinit, 2 bad input, 130 interrupted."""
-    from qinit.errors import QinitError
+    from qinit.errors import Interrupted, QinitError
 
     # Large tensors come and go for every layer: huge pages make them a tenth as expensive to get (torch's switch).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -64,6 +64,8 @@ def main() -> None:
         if stop.code == 130:  # what Typer makes of Ctrl-C, without a word
             _fail(INTERRUPTED, 130)
         raise
+    except Interrupted as error:
+        _fail(str(error), 130)
     except QinitError as error:
         if debug:
             traceback.print_exc()

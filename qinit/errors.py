@@ -30,6 +30,10 @@ class OutputError(QinitError):
     """The result cannot be written where it was asked for."""
 
 
+class Interrupted(QinitError):  # noqa: N818
+    """The user has stopped the run; the message says what is kept of it."""
+
+
 class ReportError(QinitError):
     """A run's report is missing or damaged, or cannot be drawn here."""
 
