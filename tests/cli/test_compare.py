@@ -50,10 +50,8 @@ def compare(command, llama):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leave the pictures out, which take a second."""
-    for package in ("matplotlib", "plotly"):
-        monkeypatch.setitem(
-            __import__("sys").modules, f"{package}.figure" if package == "matplotlib" else package, None
-        )
+    for module in ("matplotlib.figure", "plotly.graph_objects"):
+        monkeypatch.setitem(sys.modules, module, None)
 
 
 def result():
