@@ -126,7 +126,7 @@ def _check_numbers(
     for option, value in (
         ("--finetune", training.steps),
         ("--batch", training.batch),
-        ("--micro-batch", training.micro_batch or 1),
+        ("--micro-batch", 1 if training.micro_batch is None else training.micro_batch),
     ):
         if value < 1:
             raise CompareError(f"{option}: expected 1 or more, found {value}")

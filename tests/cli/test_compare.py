@@ -326,7 +326,7 @@ class TestFailures:
             (("--finetune", 2), "--finetune: needs a text to train on; give --train-text FILE"),
             (("--train-text", "train.txt"), "--train-text: there is nothing to train; give --finetune STEPS"),
             ((*TUNING, "--finetune", 0), "--finetune: expected 1 or more, found 0"),
-            ((*TUNING, "--batch", 50), "train.txt: has 900 tokens to train on, a tenth of them kept for validation"),
+            ((*TUNING, "--batch", 60), "train.txt: has 900 tokens to train on, a tenth of them kept for validation"),
             ((*TUNING, "--micro-batch", 0), "--micro-batch: expected 1 or more, found 0"),
             ((*TUNING, "--learning-rates", "0,1"), "--learning-rates: expected different positive numbers, found 0, 1"),
             ((*TUNING, "--learning-rates", "nan"), "--learning-rates: expected different positive numbers, found nan"),
