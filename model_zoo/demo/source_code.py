@@ -41,7 +41,7 @@ def _without_docstrings(source: bytes) -> str:
     except (SyntaxError, ValueError):
         return ""
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
-            node.body = node.body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            while ast.get_docstring(node, clean=False) is not None:  # without the first string, a second is one
+                node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree) + "\n"

@@ -167,6 +167,14 @@ class TestTable:
         assert row["rates"][1]["end"] is row["rates"][1]["validation"] is None
         assert "lora-16bit/rate1e+30-seed0: the loss was no finite number" in out
 
+    def test_activations_computed_again_change_nothing(self, compare, undrawn):
+        few = (*STARTS, *TUNING, "--ceilings", "lora", "--methods", "eqft:none", "--seeds", "0")
+        assert compare(*few, "--quiet")[0] == 0
+        kept = result()["rows"]
+        assert compare(*few, "--quiet", "--gradient-checkpointing")[0] == 0
+        for one, other in zip(kept, result()["rows"], strict=True):
+            assert one["end"]["test.txt"]["mean"] == pytest.approx(other["end"]["test.txt"]["mean"], rel=1e-5)
+
 
 class TestResuming:
     def test_nothing_is_done_twice(self, compare, undrawn):
