@@ -101,6 +101,7 @@ def png(result: dict[str, Any]) -> bytes:
             axis.axhline(value, label=f"{name}: {value:.3f}", linestyle=dashes, linewidth=1.1, color=GREY)
         axis.set_yscale("log")
         axis.set_xticks(range(len(panel.widths)), [f"{bits} bits" for bits in panel.widths])
+        axis.set_xlim(-0.5, len(panel.widths) - 0.5)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="y", which="both", labelsize=8)
