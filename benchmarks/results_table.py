@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tables import KINDS, Table
 
+from qinit import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "model_zoo" / "results"
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w.-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -29,15 +31,11 @@ def block(name: str, results: Path = RESULTS) -> str:
         sys.exit(f"error: <!-- results:{name} -->: no {file.name} in {results.name}; there are {known}")
     result = json.loads(file.read_text(encoding="utf-8"))
     command = f"`{result['command']}`:" if result["command"] else "The command was not recorded:"
-    return "\n\n".join([command, *map(markdown, KINDS[result["kind"]](result))]) + "\n"
+    return "\n\n".join([command, *map(titled, KINDS[result["kind"]](result))]) + "\n"
 
 
-def markdown(table: Table) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    rule = "|" + "---|" * len(table.header)
-    return "\n".join([f"*{table.title}*", "", line(table.header), rule, *map(line, table.rows)])
+def titled(table: Table) -> str:
+    return f"*{table.title}*\n\n{markdown.table(table.header, table.rows)}"
 
 
 def filled(text: str, results: Path = RESULTS) -> str:

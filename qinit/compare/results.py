@@ -10,7 +10,7 @@ from typing import Any
 from qinit.compare.comparison import Comparison
 from qinit.compare.make import RESULT_NAME
 from qinit.compare.schedule import Found
-from qinit.compare.table import markdown, rows
+from qinit.compare.table import document, rows
 from qinit.machine import machine
 from qinit.pictures import write_files
 from qinit.report import versions
@@ -46,7 +46,7 @@ def write_result(directory: Path, value: dict[str, Any], *, pictures: bool = Fal
         from qinit.compare.pictures import page, png
         from qinit.errors import ReportError
 
-        contents["compare.md"] = markdown(value).encode()
+        contents["compare.md"] = document(value).encode()
         for name, draw in (("compare.png", png), ("compare.html", page)):
             try:
                 contents[name] = draw(value)

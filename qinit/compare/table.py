@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from qinit import markdown
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.compare.schedule import Found, best_rate
 
@@ -167,23 +168,16 @@ def failures(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def markdown(result: dict[str, Any]) -> str:
+def document(result: dict[str, Any]) -> str:
     """Return the result as Markdown."""
     parts = [f"# {result['model']}: methods side by side", f"`{result['command']}`", title(result)]
-    parts.append(_markdown_table(header(result), lines(result)))
+    parts.append(markdown.table(header(result), lines(result)))
     parts += [f"Failed: {line}" for line in failures(result)]
     if result["training"]:
         first = f"The learning rate is chosen by the end of the training text ({result['validation_tokens']} tokens), "
         parts.append(f"{first}with seed {result['seeds'][0]}; the other seeds ran at the chosen one only.")
-        parts.append(_markdown_table(sweep_header(result), sweep_lines(result)))
+        parts.append(markdown.table(sweep_header(result), sweep_lines(result)))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     machine = result["machine"]
     parts.append(f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; {versions}.")
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(names: list[str], rows: list[list[str]]) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(names), "|" + "---|" * len(names), *map(line, rows)])

@@ -6,7 +6,7 @@ import pytest
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.compare.pictures import page, panels, png
 from qinit.compare.schedule import best_rate, next_cells
-from qinit.compare.table import failures, header, lines, markdown, rows, sweep_lines, title
+from qinit.compare.table import document, failures, header, lines, rows, sweep_lines, title
 from qinit.compare.texts import Text
 from qinit.finetune import Training
 from qinit.recipe import make_recipe
@@ -89,7 +89,7 @@ class TestTable:
     def test_markdown_keeps_its_columns(self):
         made = comparison()
         result = result_of(made, found_for(made))
-        text = markdown(result)
+        text = document(result)
         assert "start one \\| two" in text
         for line in text.splitlines():
             if line.startswith("| 2 |"):
