@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,11 @@ from qinit.report import versions
 LORA, FULL = "lora", "full"  # the ceilings: PEFT's own start on the full-precision model, and all of its parameters
 CEILINGS = (LORA, FULL)
 LAYOUT = 1  # of a cell's file; another number makes all of them anew
+# What of this package decides a figure: another version of it, released or not, makes all cells anew.
+DECIDING = {
+    *("adapter", "calibrated", "calibration", "evaluate", "finetune", "formats", "grids", "lowrank", "magr", "methods"),
+    *("mixed", "peers", "plan", "polish", "recipe", "rounding", "rounding_cpu", "runner", "solver", "targets"),
+}
 SAMPLE_BYTES = 4096  # of each tensor, that tell a model from a fine-tuned one
 
 
@@ -115,8 +120,8 @@ class Comparison:
     def _measuring(self) -> dict[str, Any]:
         texts = [text.digest for text in self.texts]
         return {
-            **{"layout": LAYOUT, "versions": versions(), "device": self.device, "model": self.fingerprint},
-            **{"texts": texts, "window": self.window},
+            **{"layout": LAYOUT, "versions": versions(), "code": code(), "device": self.device},
+            **{"model": self.fingerprint, "texts": texts, "window": self.window},
         }
 
     @cached_property
@@ -133,6 +138,16 @@ def recipe_facts(recipe: Recipe | None) -> dict[str, Any] | None:
     if recipe.calibrated and file.is_file():
         facts["calibration"] = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     return facts
+
+
+@cache
+def code() -> str:
+    """Hash the modules that decide a figure."""
+    package, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        if file.relative_to(package).parts[0].removesuffix(".py") in DECIDING:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qinit.compare import comparison as comparison_module
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.compare.pictures import page, panels, png
 from qinit.compare.schedule import best_rate, next_cells
@@ -128,6 +129,17 @@ class TestSignature:
         assert made.signature(start) != comparison(fingerprint="g").signature(start)
         renamed = tuple(Text(text.name + "x", text.ids) for text in TEXTS)
         assert made.signature(end) == comparison(texts=renamed, out=Path("elsewhere")).signature(end)
+
+    def test_every_module_that_it_names_is_there(self):
+        package = Path(comparison_module.__file__).parent.parent
+        for name in comparison_module.DECIDING:
+            assert (package / f"{name}.py").is_file() or (package / name).is_dir()
+
+    def test_another_solver_makes_another_signature(self, monkeypatch):
+        cell = Cell(comparison().rows[1])
+        before = comparison().signature(cell)
+        monkeypatch.setattr(comparison_module, "code", lambda: "other")
+        assert comparison().signature(cell) != before
 
     def test_a_calibration_file_counts_by_what_it_holds(self, tmp_path):
         file = tmp_path / "text.txt"
