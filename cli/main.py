@@ -8,6 +8,7 @@ import traceback
 from typing import Annotated
 
 import typer
+from qinit_cli.compare import compare
 from qinit_cli.doctor import doctor
 from qinit_cli.eqft import eqft, meqft, plan
 from qinit_cli.eval import evaluate
@@ -36,6 +37,7 @@ app.command()(push)
 app.command("eval")(evaluate)
 app.command()(verify)
 app.command()(doctor)
+app.command()(compare)
 
 
 def _show_version(value: bool) -> None:

@@ -18,3 +18,10 @@ def demo_directory() -> Path:
 def held_out_text() -> str:
     """Return the text that was kept out of the demo model's training."""
     return (demo_directory() / "heldout.txt").read_text(encoding="utf-8")
+
+
+def new_domain() -> tuple[str, str]:
+    """Return (training text, test text) of a domain that the demo model was not trained on: Python's source code."""
+    from qinit_demo.source_code import source_code
+
+    return source_code()

@@ -34,6 +34,10 @@ class ReportError(QinitError):
     """A run's report is missing or damaged, or cannot be drawn here."""
 
 
+class CompareError(QinitError):
+    """What is to be compared, or the text to do it on, does not fit."""
+
+
 class HubError(QinitError):
     """The Hub refused, or cannot be reached."""
 

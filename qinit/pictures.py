@@ -173,23 +173,27 @@ def heading(report: Report, length: int = 200) -> str:
 
 def write_pictures(report: Report, directory: Path) -> tuple[Path, Path]:
     """Write report.png and report.html into a directory, each under a temporary name first; returns their paths."""
-    contents = {directory / PNG_NAME: png(report), directory / PAGE_NAME: page(report).encode()}
+    first, second = write_files(directory, {PNG_NAME: png(report), PAGE_NAME: page(report).encode()})
+    return first, second
+
+
+def write_files(directory: Path, contents: dict[str, bytes]) -> list[Path]:
+    """Write files into a directory, each under a temporary name first; returns their paths. Raises OutputError."""
     partial = directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for path, content in contents.items():
-            partial = path.with_name(f".{path.name}.partial")
+        for name, content in contents.items():
+            partial = directory / f".{name}.partial"
             try:
                 partial.write_bytes(content)
-                partial.replace(path)
+                partial.replace(directory / name)
             finally:
                 partial.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"{directory}: cannot be written ({error.strerror}: {partial.name}); choose another place with --out"
         ) from None
-    first, second = contents
-    return first, second
+    return [directory / name for name in contents]
 
 
 def png(report: Report) -> bytes:
@@ -198,7 +202,7 @@ def png(report: Report) -> bytes:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
-        raise _missing("matplotlib") from None
+        raise missing("matplotlib") from None
     grid, front = Grid(report.layers), pareto_front(report)
     panels = [panel for panel in PANELS if average(report.layers, panel[2]) is not None]
     height = min(max(0.3 * len(grid.kinds), 0.6), 60)
@@ -283,7 +287,7 @@ def _png_errors(axis: Any, grid: Grid, panel: tuple[str, str, str]) -> None:
     axis.set_xlabel(_errors_axis(grid))
     axis.set_ylabel(_error_unit(what))
     axis.set_title(_errors_title(what), loc="left", fontsize=11)
-    _png_clean(axis)
+    clean(axis)
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
 
 
@@ -301,11 +305,11 @@ def _png_front(axis: Any, front: Front) -> None:
     axis.set_xlabel("bits per weight")
     axis.set_ylabel("nats over full precision")
     axis.set_title(_front_title(front), loc="left", fontsize=11, parse_math=False)
-    _png_clean(axis)
+    clean(axis)
     axis.legend(frameon=False, fontsize=9)
 
 
-def _png_clean(axis: Any) -> None:
+def clean(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#ececec")
     axis.set_axisbelow(True)
@@ -349,7 +353,7 @@ def page(report: Report) -> str:
     try:
         import plotly.graph_objects as go
     except ImportError:
-        raise _missing("plotly") from None
+        raise missing("plotly") from None
     grid, front = Grid(report.layers), pareto_front(report)
     figures = {"bits": _page_bits(go, grid)}
     for panel in PANELS:
@@ -651,7 +655,7 @@ def _short(name: str, length: int = LONGEST) -> str:
     return name if len(name) <= length else f"{name[:half]}...{name[-half:]}"
 
 
-def _missing(package: str) -> ReportError:
+def missing(package: str) -> ReportError:
     return ReportError(f"the pictures need {package}, which is not installed; {INSTALL}")
 
 
