@@ -117,8 +117,7 @@ def _load(comparison: Comparison, row: Row, seed: int) -> Any:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    checkpoint = Checkpoint.open(comparison.directory)
-    architecture = read_architecture(comparison.directory, checkpoint.config)
+    architecture = read_architecture(Checkpoint.open(comparison.directory))
     model_class: Any = getattr(transformers, architecture.class_name)
     model = model_class.from_pretrained(
         comparison.directory, dtype=dtype, local_files_only=True, use_safetensors=True, device_map={"": device}
