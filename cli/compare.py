@@ -105,7 +105,7 @@ def compare(**options: Any) -> None:
         return
     from qinit.compare.results import result, write_result
     from qinit.compare.workers import carry_out
-    from qinit.errors import Interrupted
+    from qinit.errors import StoppedError
 
     # Files by their names alone: the result is for others.
     command = _command([Path(word).name if "/" in word and Path(word).exists() else word for word in sys.argv[1:]])
@@ -114,7 +114,7 @@ def compare(**options: Any) -> None:
         with board.progress(schedule) as tell:
             carry_out(schedule, tell, jobs=jobs, prepare=hush)
     except KeyboardInterrupt:
-        raise Interrupted(
+        raise StoppedError(
             f"interrupted; finished cells are kept in {comparison.out}, and the same command goes on"
         ) from None
     final = result(comparison, schedule.found, command)

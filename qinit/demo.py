@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 DEMO_NAME = "demo"
+DEMO_WINDOW = 512  # tokens that it was trained on at once; further on its predictions fall apart
 DEMO_TITLE = "the embedded demo model (Llama, 5.8M parameters, trained on Python documentation)"
 
 

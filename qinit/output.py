@@ -1,26 +1,39 @@
-"""Where a run's directory goes: checked before the start, filled under a temporary name, renamed at the end."""
+"""Where a run's directory goes: checked before the start, filled beside the target, renamed at the end.
+
+Beside the target NAME lies `.NAME.partial` while a run is unfinished: `run`, which becomes NAME, the journal, the lock
+and what only the run needs. It stays there when the run ends early with something worth keeping.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qinit.errors import OutputError
+from qinit.calibration.carried import scratch_bytes
+from qinit.errors import HubError, OutputError, QinitError
+from qinit.journal import kept_words
+from qinit.lock import locked
 from qinit.report import REPORT_NAME
 
 if TYPE_CHECKING:
     from qinit.plan import Plan
+
+NOTHING = "nothing was left there"
 
 
 def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
     """Raise OutputError if the result cannot go to `out`: it exists, holds something else, or lacks space."""
     try:
         _check_output(plan, out, overwrite)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be looked at ({error.strerror}); choose another place with --out") from None
+    except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError before Python 3.13
+        reason = getattr(error, "strerror", error)
+        raise OutputError(f"{out}: cannot be looked at ({reason}); choose another place with --out") from None
 
 
 def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
@@ -42,44 +55,159 @@ def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
 
 
 def check_space(plan: Plan, out: Path) -> None:
-    """Raise OutputError if the disk that holds `out` has no room for the result."""
-    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    needed = plan.base_bytes + plan.adapter_bytes
-    free = shutil.disk_usage(existing).free
+    """Raise OutputError if the disk that holds `out` has no room for the result and for hidden states that memory does
+    not hold. What an unfinished run has written there counts as room: it is gone on with, or removed."""
+    needed = _needed(plan)
+    free = shutil.disk_usage(_existing(out)).free + _occupied(partial_of(out))
     if needed > free:
         raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
 
 
-@contextmanager
-def placed(out: Path) -> Iterator[Path]:
-    """Give a temporary directory beside `out`; rename it to `out` on success, remove it on any failure."""
+def partial_of(out: Path) -> Path:
+    """Return the directory of an unfinished run for `out`, whether there is one or not."""
     final = out.resolve()  # `out` may be a link: what it points to is replaced, not the link
-    partial = final.with_name(f".{final.name}.partial")
+    return final.with_name(f".{final.name}.partial")
+
+
+def kept(out: Path) -> str:
+    """Say what an unfinished run has left beside `out` and how to go on; an empty string where that is nothing."""
+    words = kept_words(partial_of(out) / "journal")
+    return f"{words}, the same command goes on from there" if words else ""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The directory of an unfinished run, with the lock held."""
+
+    out: Path
+    partial: Path
+
+    @property
+    def run(self) -> Path:
+        """What becomes the result."""
+        return self.partial / "run"
+
+    @property
+    def journal(self) -> Path:
+        return self.partial / "journal"
+
+    @property
+    def scratch(self) -> Path:
+        """What is of no use to a run that goes on later."""
+        return self.partial / "scratch"
+
+    def clear(self) -> None:
+        """Remove all that an earlier run has left but the lock."""
+        self.journal.unlink(missing_ok=True)
+        shutil.rmtree(self.run, ignore_errors=True)
+
+    def finish(self) -> None:
+        """Bring everything to disk and put the result in its place, so that not even a reboot leaves half of it."""
+        _sync_tree(self.run)
+        final = self.out.resolve()
+        _swap(self.run, final)
+        _sync(final.parent)
+
+
+@contextmanager
+def working(plan: Plan, out: Path, command: str) -> Iterator[Workplace]:
+    """Give a place to work in beside `out`, which no other run works in. It is removed at the end, but for what an
+    unfinished run can be gone on with; an error then says so in a note. Raises OutputError."""
+    place = Workplace(out, partial_of(out))
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        _swap(partial, final)
+        if place.partial.is_symlink():
+            raise OutputError(f"{place.partial}: is a link, and no directory of qinit's; remove it")
+        with locked(place.partial / "lock", out, command):
+            shutil.rmtree(place.scratch, ignore_errors=True)
+            try:
+                place.scratch.mkdir()
+                yield place
+            except BaseException as error:
+                shutil.rmtree(place.scratch, ignore_errors=True)
+                if _for_good(error) or not kept(out):
+                    shutil.rmtree(place.partial, ignore_errors=True)
+                elif isinstance(error, Exception) and not isinstance(error, OSError | OutputError):
+                    error.add_note(kept(out))
+                raise
+            shutil.rmtree(place.partial, ignore_errors=True)
     except OSError as error:
-        where = f": {Path(error.filename).name}" if error.filename else ""
-        raise OutputError(
-            f"{out}: cannot be written ({error.strerror or error}{where}); nothing was left there"
-        ) from error
+        raise OutputError(_words(plan, out, error)) from error
+
+
+def _for_good(error: BaseException) -> bool:
+    """Whether the same command would end in the same error: what the input is to blame for, but not the reading."""
+    return isinstance(error, QinitError) and not (
+        isinstance(error, OutputError | HubError) or isinstance(error.__cause__, OSError)
+    )
+
+
+def _words(plan: Plan, out: Path, error: OSError) -> str:
+    where = f": {Path(error.filename).name}" if error.filename else ""
+    left = kept(out)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{out}: cannot be written ({error.strerror or error}{where}); {left or NOTHING}"
+    place = _existing(out)
+    disk = next(parent for parent in (place, *place.parents) if parent.is_mount())
+    missing = _needed(plan) - _occupied(partial_of(out))
+    free = shutil.disk_usage(place).free
+    return (
+        f"{out}: cannot be written ({error.strerror}{where}); {left or NOTHING}; the disk at {disk} has "
+        f"{free / 1e9:.2f} GB free and the run needs {max(missing, 0) / 1e9:.2f} GB more: make space and start again, "
+        "or choose another place with --out"
+    )
+
+
+def _needed(plan: Plan) -> int:
+    polished = plan.adapter_bytes if plan.recipe.polish else 0
+    companions = plan.checkpoint.companion_bytes()
+    return plan.base_bytes + plan.adapter_bytes + companions + polished + scratch_bytes(plan)
+
+
+def _existing(out: Path) -> Path:
+    return next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+
+
+def _occupied(directory: Path) -> int:
+    """Return the bytes that a directory's files take on the disk: less than their size where they have holes."""
+    files = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sum(512 * file.stat().st_blocks for file in files)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in (*directory.rglob("*"), directory):
+        if not path.is_symlink():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
 
 
-def _swap(partial: Path, final: Path) -> None:
-    """Rename `partial` to `final`; an older `final` is put back if that fails, and removed if it succeeds."""
+def _swap(run: Path, final: Path) -> None:
+    """Rename `run` to `final`; an older `final` is put back if that fails, and removed if it succeeds."""
     replaced = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
     try:
         if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
-        partial.rename(final)
+        run.rename(final)
     except BaseException:
         if replaced.exists() and not final.exists():
             replaced.rename(final)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file anew under a temporary name beside it, then rename. Raises OutputError; the old one is kept then."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); it is as it was") from None

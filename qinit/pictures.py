@@ -25,6 +25,7 @@ KEPT = "#dcdcdc"
 WIDTHS = "viridis"
 PANELS = (("weight", "error_start", "error"), ("output", "output_error_start", "output_error"))
 LABELLED, CROWDED = 48, 400  # more columns get no widths written in, more layers no lines between their dots
+MOST_CELLS = 100_000  # module types times layer numbers
 LONGEST, NARROW = 44, 28  # characters of a module type beside the axis, and under it
 
 
@@ -59,6 +60,12 @@ class Grid:
         groups: dict[tuple[str, int | None], list[LayerRow]] = {}
         for place, row in zip(places([row.name for row in self.rows]), self.rows, strict=True):
             groups.setdefault(place, []).append(row)
+        across, down = len({number for _, number in groups}), len({kind for kind, _ in groups})
+        if across * down > MOST_CELLS:
+            raise ReportError(
+                f"the report has {down} module types and {across} layer numbers, too many to be drawn; "
+                "is it one of qinit?"
+            )
         return {(kind, number): Cell(kind, number, tuple(rows)) for (kind, number), rows in groups.items()}
 
     @cached_property
@@ -114,9 +121,14 @@ def evaluations(report: Report) -> list[tuple[str, float, float | None]]:
     try:
         for one in report.totals.get("evaluations") or []:
             reference = one.get("reference_perplexity")
-            nats = math.log(one["perplexity"] / reference) if reference else None
-            found.append((str(one["text"]), float(one["perplexity"]), nats))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            nats = math.log(_finite(one["perplexity"]) / _finite(reference)) if reference else None
+            label = str(one["text"])
+            if one.get("length") is not None:
+                label += f", windows of {one['length']}"
+            if one.get("stride") is not None:
+                label += f", stride {one['stride']}"
+            found.append((label, _finite(one["perplexity"]), nats))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged("evaluations", error) from None
     return found
 
@@ -127,10 +139,12 @@ def pareto_front(report: Report) -> Front | None:
         found = report.totals.get("allocation") or {}
         if not found.get("chosen"):
             return None
-        front, uniform = (sorted((float(x), float(y)) for x, y in found.get(key, ())) for key in ("front", "uniform"))
-        bits, nats = map(float, found["chosen"])
+        front, uniform = (
+            sorted((_finite(x), _finite(y)) for x, y in found.get(key, ())) for key in ("front", "uniform")
+        )
+        bits, nats = map(_finite, found["chosen"])
         how, metric = str(found["allocation"]), str(found["metric"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged("allocation", error) from None
     measured = [(text, excess) for text, _, excess in evaluations(report) if excess is not None]
     points = [(bits, excess) for _, excess in measured]
@@ -643,6 +657,13 @@ def _short(name: str, length: int = LONGEST) -> str:
 
 def missing(package: str) -> ReportError:
     return ReportError(f"the pictures need {package}, which is not installed; {INSTALL}")
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not abs(number) < 1e30:
+        raise ValueError(f"{value!r} is no number to draw")
+    return number
 
 
 def _damaged(key: str, error: Exception) -> ReportError:

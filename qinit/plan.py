@@ -146,9 +146,15 @@ class Plan:
         writing = self.bytes_before if self.recipe.calibration == "self" else 0
         polishing = 0
         if self.recipe.polish:
-            solving += held
             polishing = source + held + FACTOR_COPIES * self.adapter_bytes
         return max(writing, solving, polishing)
+
+    @property
+    def carried_bytes(self) -> int:
+        """Estimated size of the hidden states of the calibration text between two blocks, of all models that run."""
+        streams = 2 if self.recipe.calibration_mode == "sequential" else 1
+        width = min(layer.target.module.in_features for layer in self.quantized)
+        return streams * 4 * width * self.recipe.calibration_samples * self.recipe.calibration_length
 
     @property
     def _measuring_bytes(self) -> int:
@@ -160,9 +166,7 @@ class Plan:
             block = ".".join(parts[: number + 1])
             blocks[block] = blocks.get(block, 0) + 4 * layer.weights
         widest = max(layer.target.module.in_features for layer in self.quantized)
-        width = min(layer.target.module.in_features for layer in self.quantized)
-        tokens = self.recipe.calibration_samples * self.recipe.calibration_length
-        return streams * (max(blocks.values()) + 4 * width * tokens) + HESSIANS * 4 * widest**2
+        return streams * max(blocks.values()) + self.carried_bytes + HESSIANS * 4 * widest**2
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -216,7 +220,7 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
     Raises CheckpointError and TargetError.
     """
     checkpoint = Checkpoint.open(directory)
-    architecture = read_architecture(directory, checkpoint.config)
+    architecture = read_architecture(checkpoint, recipe.trust_remote_code)
     targets = select(resolve_targets(checkpoint, architecture), recipe.target_modules, recipe.exclude)
     layers = tuple(_plan_layer(recipe, target) for target in targets)
     plan = Plan(recipe, model_name, checkpoint, architecture, layers)
@@ -253,7 +257,13 @@ def _with_calibration(plan: Plan) -> Plan:
         recipe = recipe.model_copy(update={"calibration": chosen})
         plan = replace(plan, recipe=recipe, calibration_reason=reason)
     if recipe.calibrated:
-        check_source(recipe.calibration, checkpoint.directory, checkpoint.config, recipe.text_field)
+        check_source(
+            recipe.calibration,
+            checkpoint.directory,
+            checkpoint.config,
+            recipe.text_field,
+            trust_remote_code=recipe.trust_remote_code,
+        )
     if recipe.row.metric != "weight" and not recipe.calibrated:
         raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self or a text file")
     return plan

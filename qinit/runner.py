@@ -1,16 +1,16 @@
 """Carries out a plan: reads one tensor at a time, solves, writes, and yields what happens.
 
-Everything is written beside the target under a temporary name and renamed at the end, so a run that was
-killed or failed never looks finished.
+Everything is written beside the target and renamed at the end, so a run that was killed or failed never looks finished.
+What it had finished stays there with a journal, and the same plan goes on from it.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,71 +20,43 @@ from qinit import adapter, sensitivity
 from qinit.calibration import Samples, Statistics
 from qinit.calibration.blocks import NotStreamable
 from qinit.calibration.choice import text_for
-from qinit.calibration.walk import Measuring, Seen, Walk
+from qinit.calibration.walk import Measuring, Passing, Seen, Walk
 from qinit.calibration.whole import whole_model
-from qinit.card import write_card
 from qinit.checkpoint import count_nonfinite, not_decomposable, require_finite
 from qinit.device import pick_device
 from qinit.errors import CalibrationError
+from qinit.events import Allotted, Discarded, Done, Event, Finished, Noted, Resumed, Sampling, Working
+from qinit.finish import complete, copy_companions, make_report
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
+from qinit.journal import Journal
 from qinit.lowrank import LowRank
 from qinit.mixed import allotted, options
-from qinit.output import check_output, check_space, placed
+from qinit.output import Workplace, check_output, check_space, working
 from qinit.plan import LayerPlan, Plan
 from qinit.polish import Polished, Progress, polish
-from qinit.report import LayerRow, Report, peak_memory_bytes, relative_error, versions
-from qinit.safetensors_io import SafetensorsWriter, StoredTensor
-from qinit.solver import residual_norm, seed_of, solve, stored
+from qinit.report import LayerRow
+from qinit.resume import moved, opened
+from qinit.safetensors_io import StoredTensor
+from qinit.sensitivity import Sensitivity
+from qinit.solver import residual_norm, seed_of, solve
+from qinit.store import Store, apply_polish, load_samples, save_polish, save_samples
 
-
-@dataclass(frozen=True)
-class Working:
-    """A tensor has been taken up; `nbytes` is its size in the source."""
-
-    name: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Done:
-    """A tensor has been written; `row` is its result, None for one that was copied."""
-
-    name: str
-    nbytes: int
-    row: LayerRow | None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The run is complete and in its place."""
-
-    report: Report
-    directory: Path
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The calibration text is being read or written."""
-
-    source: str
-
-
-@dataclass(frozen=True)
-class Allotted:
-    """Every layer's width is known; `plan` has them."""
-
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class Noted:
-    """Something that a user should know has turned up; it is in the report too."""
-
-    text: str
-
-
-Event = Sampling | Measuring | Allotted | Noted | Working | Done | Progress | Finished
+__all__ = [
+    "Allotted",
+    "Discarded",
+    "Done",
+    "Event",
+    "Finished",
+    "Measuring",
+    "Noted",
+    "Passing",
+    "Progress",
+    "Resumed",
+    "Sampling",
+    "Working",
+    "run",
+]
 
 
 def run(
@@ -92,102 +64,130 @@ def run(
 ) -> Generator[Event, None, None]:
     """Carry out a plan and put the result at `out`; yields events, the last one is Finished.
 
+    A run that ends early, be it by an error, by `close` or by being killed, keeps its finished layers beside `out`, and
+    one with the same plan goes on from there. The result is then the same, byte for byte, as that of a run that was
+    never broken off, on the same processor: all of it but the times and the memory in qinit.json (`seconds`,
+    `peak_memory_bytes`) and SHA256SUMS, which has the sum of that. Without a finished layer, and where the input is to
+    blame, nothing is kept.
+
     `token` opens a private data set for calibration on the Hub; it is written nowhere.
-    Raises OutputError, CheckpointError (a damaged tensor), CalibrationError, HubError and RecipeError; then nothing
-    is left at `out`.
+    Raises OutputError (also while another run is at work on `out`, and where what is kept is that of another plan),
+    CheckpointError (a damaged tensor), CalibrationError, HubError and RecipeError; then nothing is at `out`.
     """
     check_output(plan, out, overwrite)
     device = pick_device(plan.recipe.device)
-    started = time.perf_counter()
-    with placed(out) as directory:
-        samples = None
-        if plan.pending:
-            plan, samples = yield from _allotted(plan, directory, device, token)
-            check_space(plan, out)
-        _copy_companions(plan, directory)
-        adapter_directory = directory / adapter.ADAPTER_DIRECTORY
-        adapter_directory.mkdir()
-        job = _Job(
-            plan,
-            device,
-            base=SafetensorsWriter(directory, plan.base_specs, max_bytes=plan.max_shard_bytes),
-            factors=SafetensorsWriter(adapter_directory, plan.adapter_specs, stem=adapter.WEIGHTS_STEM),
-        )
-        if plan.recipe.calibrated:
-            yield from _calibrated(job, directory, samples, token)
-        for name, tensor in plan.checkpoint.tensors.items():
-            layer = job.by_tensor.get(name)
-            if layer is not None and layer.target.name in job.rows:
-                continue
-            yield Working(name, tensor.nbytes)
-            if layer is None or layer.kept:
-                job.base.write_chunks(name, _checked_chunks(tensor))
-            row = None if layer is None else _solve_alone(job, layer)
-            yield Done(name, tensor.nbytes, row)
-        if plan.recipe.polish:
-            yield from _polished(job)
-        job.base.close()
-        job.factors.close()
-        modules = [(layer.target.module, layer.rank) for layer in plan.layers]
-        config = adapter.adapter_config(plan.recipe, plan.architecture, modules, str(out.resolve()))
-        adapter.write_config(adapter_directory, config)
-        _write_config(plan, directory)
-        report = _report(job, time.perf_counter() - started, command)
-        report.write(directory)
-        if plan.allocation is not None and plan.allocation.sensitivity is not None:
-            plan.allocation.sensitivity.write(directory / sensitivity.SENSITIVITY_NAME)
-        write_card(directory, report, plan)
+    with working(plan, out, command) as place:
+        check_output(plan, out, overwrite)  # another run may just have ended
+        plan, journal = yield from opened(plan, place, device, overwrite=overwrite)
+        with closing(journal):
+            job = _Job(plan, device, place, journal, token)
+            yield from _carried_out(job)
+            report = make_report(
+                job.plan,
+                tuple(job.store.rows[layer.target.name] for layer in plan.layers),
+                calibration=job.calibration,
+                notes=tuple(job.notes),
+                command=command,
+                seconds=journal.seconds,
+                peak_memory_bytes=journal.peak_memory_bytes,
+            )
+            complete(job.plan, report, place.run, out)
+            place.finish()
     yield Finished(report, out)
 
 
 @dataclass
 class _Job:
-    """A run under way: where it writes to, and what is known so far. `held` keeps Q and L of every layer for the
-    polish, which needs them all at once."""
+    """A run under way: where it writes to, and what is known so far."""
 
     plan: Plan
     device: torch.device
-    base: SafetensorsWriter
-    factors: SafetensorsWriter
-    rows: dict[str, LayerRow] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    held: dict[str, tuple[torch.Tensor, LowRank]] = field(default_factory=dict)
+    place: Workplace
+    journal: Journal
+    token: str | None
     samples: Samples | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def by_tensor(self) -> dict[str, LayerPlan]:
-        return {layer.target.tensor.name: layer for layer in self.plan.layers}
+    def store(self) -> Store:
+        """Only once the widths are known: they decide the layout."""
+        return Store(self.plan, self.place, self.journal)
+
+    @property
+    def notes(self) -> list[str]:
+        return [record["text"] for record in self.journal.records if record["kind"] == "note"]
 
     def note(self, text: str) -> Noted:
-        self.notes.append(text)
+        if text not in self.notes:
+            self.journal.append({"kind": "note", "text": text}, sync=False)
         return Noted(text)
 
 
-def _allotted(
-    plan: Plan, directory: Path, device: torch.device, token: str | None
-) -> Generator[Event, None, tuple[Plan, Samples]]:
-    """Measure how sensitive each layer is and choose the widths; returns the plan with them, and the text."""
-    yield Sampling(plan.recipe.calibration if plan.recipe.calibrated else "self")
-    samples = text_for(plan, device, token)
-    measured = yield from sensitivity.measure(plan, options(plan), samples, device, directory)
-    plan = allotted(plan, measured)
-    yield Allotted(plan)
-    return plan, samples
+def _carried_out(job: _Job) -> Generator[Event, None, None]:
+    """Write every tensor of base and adapter, but for what is finished already."""
+    if (elsewhere := moved(job.journal)) is not None:
+        yield job.note(elsewhere)
+    if job.plan.pending:
+        yield from _allotted(job)
+        check_space(job.plan, job.place.out)
+    plan, store = job.plan, job.store
+    copy_companions(plan, job.place.run)
+    if plan.recipe.calibrated:
+        yield from _calibrated(job)
+    by_tensor = {layer.target.tensor.name: layer for layer in plan.layers}
+    for name, tensor in plan.checkpoint.tensors.items():
+        layer = by_tensor.get(name)
+        if name in store.copied or (layer is not None and layer.target.name in store.rows):
+            continue
+        yield Working(name, tensor.nbytes)
+        row = None
+        if layer is None:
+            store.copy(name, _checked_chunks(tensor))
+        else:
+            row = _solve_alone(job, layer)
+        yield Done(name, tensor.nbytes, row)
+    store.sync()
+    if plan.recipe.polish:
+        yield from _polished(job)
+    store.close()
 
 
-def _calibrated(job: _Job, directory: Path, samples: Samples | None, token: str | None) -> Generator[Event, None, None]:
+def _allotted(job: _Job) -> Generator[Event, None, None]:
+    """Measure how sensitive each layer is and choose the widths."""
+    choices = options(job.plan)
+    record = job.journal.find("sensitivity")
+    if record is None:
+        samples = yield from _text(job)
+        measured = yield from sensitivity.measure(job.plan, choices, samples, job.device, job.place.scratch)
+        job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
+    else:
+        measured = Sensitivity.from_json(record["measured"])
+        measured.check(job.plan, choices, job.place.journal)
+    job.plan = allotted(job.plan, measured)
+    yield Allotted(job.plan)
+
+
+def _text(job: _Job) -> Generator[Event, None, Samples]:
+    """Return the text that the model is run on: what was kept of it, or read or written anew and then kept."""
+    if job.samples is None:
+        job.samples = load_samples(job.place, job.journal)
+    if job.samples is None:
+        source = job.plan.recipe.calibration if job.plan.recipe.calibrated else "self"
+        yield Sampling(source)
+        job.samples = text_for(job.plan, job.device, job.token)
+        save_samples(job.place, job.journal, job.samples, written=job.plan.recipe.calibration == "self")
+    return job.samples
+
+
+def _calibrated(job: _Job) -> Generator[Event, None, None]:
     """Solve every layer that the calibration text reaches, as what it sees becomes known."""
     plan, recipe = job.plan, job.plan.recipe
-    if samples is None:
-        yield Sampling(recipe.calibration)
-        samples = text_for(plan, job.device, token)
+    samples = yield from _text(job)
     if recipe.polish and len(samples.tokens) < 2:  # it would say so itself, after everything else
         raise CalibrationError(
             "polish: needs at least 2 samples, one to learn from and one to check on, found "
             f"{len(samples.tokens)} ({samples.origin}); give more or longer text"
         )
-    job.samples = samples
     job.calibration = {"text": samples.origin, "tokens": samples.count}
     widest = max(layer.target.module.in_features for layer in plan.quantized)
     if samples.count < widest:
@@ -195,32 +195,47 @@ def _calibrated(job: _Job, directory: Path, samples: Samples | None, token: str 
             f"calibration: {samples.count} tokens are fewer than the {widest} inputs of the widest layer, so H is "
             f"singular and damped more; {8 * widest} or more are better"
         )
-    for event in _walk(job, samples, directory):
-        if isinstance(event, Measuring | Noted):
+    for event in _walk(job, samples):
+        if not isinstance(event, Seen):
             yield event
             continue
         layer = event.layer
+        if layer.target.name in job.store.rows:
+            continue
         yield Working(layer.target.tensor.name, layer.target.tensor.nbytes)
         if event.statistics is None:
             yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
-        row, repaired = _solve_layer(job, layer, event.weight, event.statistics)
+        row = _solve_layer(job, layer, event.weight, event.statistics)
         if event.repair is not None:
-            event.repair(layer, repaired)
+            event.repair(layer, job.store.weight(layer, job.device))
         yield Done(layer.target.tensor.name, layer.target.tensor.nbytes, row)
     for layer in plan.quantized:
-        if layer.target.name not in job.rows:
+        if layer.target.name not in job.store.rows:
             yield job.note(f"{layer.target.name}: lies outside of the model's blocks, so solved without data")
 
 
-def _walk(job: _Job, samples: Samples, directory: Path) -> Iterator[Measuring | Noted | Seen]:
+def _walk(job: _Job, samples: Samples) -> Iterator[Measuring | Passing | Noted | Seen]:
     """Walk block by block, or take the whole model where that is not possible."""
-    plan = job.plan
+    plan, store = job.plan, job.store
+    if all(layer.target.name in store.rows for layer in plan.quantized):
+        return
     if plan.recipe.row.metric != "fisher":
+        under_way = False
         try:
-            yield from Walk(plan, samples, job.device, plan.recipe.calibration_mode, scratch=directory)
+            for event in Walk(
+                plan,
+                samples,
+                job.device,
+                plan.recipe.calibration_mode,
+                scratch=job.place.scratch,
+                finished=store.rows,
+                weight_of=partial(store.weight, device=job.device),
+            ):
+                under_way |= not isinstance(event, Measuring)
+                yield event
             return
         except NotStreamable as reason:
-            if job.rows:
+            if under_way:
                 raise CalibrationError(
                     f"{plan.checkpoint.directory}: {reason}; use --calibration none or --calibration-mode parallel"
                 ) from None
@@ -229,12 +244,11 @@ def _walk(job: _Job, samples: Samples, directory: Path) -> Iterator[Measuring | 
 
 
 def _solve_alone(job: _Job, layer: LayerPlan) -> LayerRow:
-    """Read and solve one layer without data; a kept layer only gets a fresh adapter."""
-    weight = None
+    """Read and solve one layer without data; a kept layer is copied and only gets a fresh adapter."""
     if layer.kept is None:
-        weight = _read_weight(layer, job.device)
-    row, _ = _solve_layer(job, layer, weight, None)
-    return row
+        return _solve_layer(job, layer, _read_weight(layer, job.device), None)
+    job.store.base.write_chunks(layer.target.tensor.name, _checked_chunks(layer.target.tensor))
+    return _solve_layer(job, layer, None, None)
 
 
 def _read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
@@ -244,14 +258,12 @@ def _read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
     return (raw.T if target.module.transposed else raw).to(device, torch.float32).contiguous()
 
 
-def _solve_layer(
-    job: _Job, layer: LayerPlan, weight: torch.Tensor | None, statistics: Statistics | None
-) -> tuple[LayerRow, torch.Tensor]:
-    """Solve one layer and write both of its parts; returns also Q + L, what the trainer will have."""
+def _solve_layer(job: _Job, layer: LayerPlan, weight: torch.Tensor | None, statistics: Statistics | None) -> LayerRow:
+    """Solve one layer and write both of its parts."""
     started = time.perf_counter()
     target, recipe = layer.target, job.plan.recipe
     seed = seed_of(target.name, recipe.seed)
-    solution, repaired = None, torch.empty(0)
+    solution, tensors = None, {}
     if weight is not None:
         without_data = recipe.calibrated and statistics is None
         spec = job.plan.data_free_spec(layer) if without_data else job.plan.layer_spec(layer)
@@ -259,18 +271,10 @@ def _solve_layer(
             solution = solve(weight, spec, seed, statistics)
         except torch.linalg.LinAlgError as error:
             raise not_decomposable(target.tensor, weight) from error
-        for name, tensor in FORMATS[recipe.format].encode(target, solution.quantized, GRIDS[spec.method.grid]).items():
-            job.base.write(name, tensor.cpu())
-        if recipe.calibrated:
-            repaired = stored(solution.quantized, spec)
-            if recipe.polish and solution.low_rank is not None:
-                job.held[target.name] = (repaired.clone(), solution.low_rank)
-            if solution.low_rank is not None:
-                repaired.addmm_(solution.low_rank.B, solution.low_rank.A)
+        encoded = FORMATS[recipe.format].encode(target, solution.quantized, GRIDS[spec.method.grid])
+        tensors = {name: tensor.cpu() for name, tensor in encoded.items()}
     low_rank = solution.low_rank if solution else None
-    if target.name not in job.held:
-        for name, tensor in adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed).items():
-            job.factors.write(name, tensor)
+    tensors |= adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed)
     row = LayerRow(
         name=target.name,
         shape=(target.module.out_features, target.module.in_features),
@@ -288,51 +292,50 @@ def _solve_layer(
         output_error=solution.output_error if solution else None,
         tokens=statistics.tokens if statistics is not None else None,
     )
-    job.rows[target.name] = row
-    return row, repaired
+    job.store.put(layer, tensors, row)
+    return row
 
 
 def _polished(job: _Job) -> Generator[Event, None, None]:
-    """Polish all adapters together, write them, and measure the weight errors anew."""
-    plan, recipe = job.plan, job.plan.recipe
+    """Polish all adapters together and put them in the place of those that were fitted layer by layer."""
+    if job.journal.find("polish") is None:
+        yield from _polish(job)
+    result, errors = apply_polish(job.store)
+    job.calibration["polish"] = result
+    if not result["kept"]:
+        yield job.note("polish: did not lower the held-out loss, so the adapters stay as they were")
+    for name, error in errors.items():
+        # What the layer's output was off by was measured before; the polish trades it between layers.
+        job.store.rows[name] = replace(job.store.rows[name], error=error, output_error=None)
+
+
+def _polish(job: _Job) -> Generator[Event, None, None]:
+    """Polish, measure the weight errors anew, and keep the result."""
+    plan, store = job.plan, job.store
+    layers = {layer.target.name: layer for layer in plan.quantized}
     assert job.samples is not None
-    events = polish(
+    result: Polished = yield from polish(
         plan.checkpoint.directory,
         plan.checkpoint.config,
-        {name: base for name, (base, _) in job.held.items()},
-        {name: low_rank for name, (_, low_rank) in job.held.items()},
+        {name: store.quantized(layer) for name, layer in layers.items()},
+        {name: store.low_rank(layer) for name, layer in layers.items()},
         job.samples,
-        steps=recipe.polish,
+        steps=plan.recipe.polish,
         device=job.device,
-        seed=recipe.seed,
+        seed=plan.recipe.seed,
+        trust_remote_code=plan.recipe.trust_remote_code,
     )
-    while True:
-        try:
-            yield next(events)
-        except StopIteration as stop:
-            result: Polished = stop.value
-            break
-    job.calibration["polish"] = {
-        "steps": result.steps,
-        "held_out_before": result.before,
-        "held_out_after": result.after,
-        "kept": result.kept,
-    }
-    if not result.kept:
-        yield job.note("polish: did not lower the held-out loss, so the adapters stay as they were")
-    layers = {layer.target.name: layer for layer in plan.quantized}
-    for name, low_rank in result.factors.items():
+    errors: dict[str, float] = {}
+    encoded: dict[str, torch.Tensor] = {}
+    for name, low_rank in result.factors.items() if result.kept else ():
         layer = layers[name]
-        seed = seed_of(name, recipe.seed)
-        encoded = adapter.encode(layer.target.module, low_rank, layer.rank, recipe.lora_scale, seed)
-        for key, tensor in encoded.items():
-            job.factors.write(key, tensor)
-        if result.kept:
-            weight = _read_weight(layer, job.device)
-            residual = job.held[name][0].neg().add_(weight)
-            error = residual_norm(residual, low_rank) / residual_norm(weight, None)
-            # What the layer's output was off by was measured before; the polish trades it between layers.
-            job.rows[name] = replace(job.rows[name], error=error, output_error=None)
+        weight = _read_weight(layer, job.device)
+        residual = weight - store.quantized(layer).to(job.device)
+        factors = LowRank(low_rank.B.to(job.device), low_rank.A.to(job.device))
+        errors[name] = residual_norm(residual, factors) / residual_norm(weight, None)
+        encoded |= adapter.encode(layer.target.module, low_rank, layer.rank, plan.recipe.lora_scale, 0)
+    words = {"steps": result.steps, "held_out_before": result.before, "held_out_after": result.after}
+    save_polish(store, {**words, "kept": result.kept}, errors, encoded)
 
 
 def _checked_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
@@ -341,56 +344,3 @@ def _checked_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
         bad += count_nonfinite(chunk.view(tensor.dtype))
         yield chunk
     require_finite(tensor, bad)
-
-
-def _copy_companions(plan: Plan, directory: Path) -> None:
-    for relative in plan.checkpoint.companions():
-        destination = directory / relative
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.checkpoint.directory / relative, destination)
-
-
-def _write_config(plan: Plan, directory: Path) -> None:
-    import json
-
-    widths = {layer.target.name: layer.bits for layer in plan.quantized}
-    kept = [module.name for module in plan.architecture.linear if module.name not in widths]
-    config = dict(plan.checkpoint.config)
-    fmt = FORMATS[plan.recipe.format]
-    quantization = fmt.quantization_config(widths, plan.recipe.group_size, kept)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _report(job: _Job, seconds: float, command: str) -> Report:
-    plan = job.plan
-    rows = tuple(job.rows[layer.target.name] for layer in plan.layers)
-    totals: dict[str, Any] = {
-        "nominal_bits": plan.recipe.nominal_bits,
-        "layers": len(plan.quantized),
-        "layers_kept": len(plan.layers) - len(plan.quantized),
-        "quantized_weights": sum(layer.weights for layer in plan.quantized),
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "grid_bits_per_weight": round(plan.grid_bits_per_weight, 4),
-        "bytes_before": plan.bytes_before,
-        "base_bytes": plan.base_bytes,
-        "adapter_bytes": plan.adapter_bytes,
-        "error_start": relative_error(rows, "error_start"),
-        "error": relative_error(rows, "error"),
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    if any(row.output_error is not None for row in rows):
-        totals["output_error_start"] = relative_error(rows, "output_error_start")
-        totals["output_error"] = relative_error(rows, "output_error")
-    if job.calibration:
-        totals["calibration"] = job.calibration
-    if plan.allocation is not None:
-        allocation = plan.allocation
-        totals["allocation"] = {"allocation": allocation.how, "metric": allocation.metric}
-        if allocation.sensitivity is not None:
-            totals["allocation"] |= {key: getattr(allocation, key) for key in ("front", "chosen", "uniform")}
-    source = {"model": plan.model_name, "revision": plan.recipe.revision, "class": plan.architecture.class_name}
-    recipe = plan.recipe.model_dump()
-    return Report(plan.model_name, command, recipe, source, versions(), totals, (*plan.notes, *job.notes), rows)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -20,10 +22,12 @@ from typing import Any
 import torch
 
 from qinit.errors import CheckpointError
+from qinit.files import open_regular, parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 CHUNK_BYTES = 16 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+MAX_DIMENSIONS = 64  # of a tensor: PyTorch's own limit
 HEADER_ONLY = "qinit_header_only"  # in a header's metadata: the data is elsewhere
 
 DTYPES: dict[str, torch.dtype] = {
@@ -94,21 +98,23 @@ class StoredTensor(TensorSpec):
 
 
 def _open(file: Path) -> FileIO:
+    with _readable(file):
+        return open_regular(file)
+
+
+@contextmanager
+def _readable(file: Path, where: str = "") -> Iterator[None]:
     try:
-        return file.open("rb", buffering=0)
+        yield
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{file}: cannot be read{where} ({error.strerror})") from error
 
 
 def _read_into(handle: FileIO, buffer: torch.Tensor, tensor: StoredTensor) -> None:
     view = memoryview(buffer.numpy().data)
     while view:
-        try:
+        with _readable(tensor.file, f" in tensor '{tensor.name}'"):
             got = handle.readinto(view)
-        except OSError as error:
-            raise CheckpointError(
-                f"{tensor.file}: cannot be read in tensor '{tensor.name}' ({error.strerror})"
-            ) from error
         if not got:
             raise CheckpointError(
                 f"{tensor.file}: ends inside tensor '{tensor.name}'; the file changed, is truncated or "
@@ -117,38 +123,17 @@ def _read_into(handle: FileIO, buffer: torch.Tensor, tensor: StoredTensor) -> No
         view = view[got:]
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"'{name}' stands there twice")
-        result[name] = value
-    return result
-
-
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Read and check one file's header: sizes match shapes, data neither overlaps nor leaves the file.
 
     A file of `write_header_only` passes too. Raises CheckpointError naming the file and the tensor.
     """
-    with _open(file) as handle:
-        size = os.fstat(handle.fileno()).st_size
-        prefix = handle.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{file}: not a whole safetensors file (header of {length} bytes in a file of {size}); "
-                "download or copy it again"
-            )
-        raw = handle.read(length)
+    header, length, size = raw_header(file)
+    metadata = header.pop("__metadata__", None)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
-        if not isinstance(header, dict):
-            raise ValueError("expected an object")
-        metadata = header.pop("__metadata__", None)
         tensors = {name: _parse_entry(file, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: corrupt safetensors header ({error}); download or copy it again") from None
+    except ValueError as error:
+        raise _corrupt(file, error) from None
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != end:
@@ -164,6 +149,31 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a file's header as it stands there, its length and the file's; raises CheckpointError for none."""
+    with _open(file) as handle, _readable(file):
+        size = os.fstat(handle.fileno()).st_size
+        prefix = handle.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file}: not a whole safetensors file (header of {length} bytes in a file of {size}); "
+                "download or copy it again"
+            )
+        raw = handle.read(length)
+    try:
+        header = parse_json(raw)
+        if not isinstance(header, dict):
+            raise ValueError("expected an object")
+    except ValueError as error:
+        raise _corrupt(file, error) from None
+    return header, length, size
+
+
+def _corrupt(file: Path, error: ValueError) -> CheckpointError:
+    return CheckpointError(f"{file}: corrupt safetensors header ({error}); download or copy it again")
+
+
 def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -171,7 +181,7 @@ def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> StoredTe
         raise ValueError(f"tensor '{name}' lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor '{name}' has dtype {dtype!r}, known are {', '.join(DTYPES)}")
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    numbers = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
     if not all(type(n) is int and 0 <= n < 2**60 for n in numbers):
         raise ValueError(f"tensor '{name}' has a shape or offset that is no count")
     tensor = StoredTensor(name, DTYPES[dtype], tuple(shape), file, data_start + begin)
@@ -193,6 +203,9 @@ class SafetensorsWriter:
 
     Headers are written at once; `write` puts a tensor at its place; `close` checks that all came and writes
     the index last. The files have their final names, so the directory itself should be a temporary one.
+
+    The layout follows from the arguments alone. A file of that layout that is there already is gone on with: `read`
+    and `checksum` give what stands in it, and `keep` takes a tensor over.
     """
 
     def __init__(self, directory: Path, specs: Iterable[TensorSpec], stem: str = "model", max_bytes: int = 1 << 62):
@@ -200,17 +213,18 @@ class SafetensorsWriter:
         self._specs = list(specs)
         self._shards = _split(self._specs, max_bytes)
         self._stem = stem
-        self._places: dict[str, tuple[str, int, TensorSpec]] = {}
+        self._places: dict[str, StoredTensor] = {}
         self._missing = {spec.name for spec in self._specs}
+        self._unsynced: set[Path] = {directory}
         for number, shard in enumerate(self._shards, 1):
-            self._start_file(self._file_name(number), shard)
+            self._start_file(directory / self._file_name(number), shard)
 
     def _file_name(self, number: int) -> str:
         if len(self._shards) == 1:
             return f"{self._stem}.safetensors"
         return f"{self._stem}-{number:05d}-of-{len(self._shards):05d}.safetensors"
 
-    def _start_file(self, file_name: str, shard: list[TensorSpec]) -> None:
+    def _start_file(self, file: Path, shard: list[TensorSpec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for spec in shard:
@@ -219,50 +233,93 @@ class SafetensorsWriter:
             offset += spec.nbytes
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        with (self._directory / file_name).open("xb") as handle:
-            handle.write(len(raw).to_bytes(8, "little") + raw)
-            handle.truncate(8 + len(raw) + offset)
-        place = 8 + len(raw)
+        raw = len(raw).to_bytes(8, "little") + raw
+        if not _starts_with(file, raw, len(raw) + offset):
+            with file.open("wb") as handle:
+                handle.write(raw)
+                handle.truncate(len(raw) + offset)
+            self._unsynced.add(file)
+        place = len(raw)
         for spec in shard:
-            self._places[spec.name] = (file_name, place, spec)
+            self._places[spec.name] = StoredTensor(spec.name, spec.dtype, spec.shape, file, place)
             place += spec.nbytes
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor; its dtype and shape must be the announced ones."""
-        spec = self._places[name][2]
+    def write(self, name: str, tensor: torch.Tensor) -> int:
+        """Write one tensor; its dtype and shape must be the announced ones. Returns its checksum."""
+        spec = self._places[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name}: announced as {spec.dtype} {spec.shape}, got {tensor.dtype} {tensor.shape}")
-        self.write_chunks(name, [tensor.contiguous().reshape(-1).view(torch.uint8)])
+        return self.write_chunks(name, [tensor.contiguous().reshape(-1).view(torch.uint8)])
 
-    def write_chunks(self, name: str, chunks: Iterable[torch.Tensor]) -> None:
-        """Write one tensor from its raw bytes, given as flat uint8 tensors."""
-        file_name, offset, spec = self._places[name]
-        written = 0
-        with (self._directory / file_name).open("r+b", buffering=0) as handle:
-            handle.seek(offset)
+    def write_chunks(self, name: str, chunks: Iterable[torch.Tensor]) -> int:
+        """Write one tensor from its raw bytes, given as flat uint8 tensors. Returns its checksum."""
+        place = self._places[name]
+        written = found = 0
+        self._unsynced.add(place.file)
+        with place.file.open("r+b", buffering=0) as handle:
+            handle.seek(place.offset)
             for chunk in chunks:
                 view = memoryview(chunk.numpy().data)
                 written += len(view)
+                found = zlib.crc32(view, found)
                 while view:
                     view = view[handle.write(view) :]
-        if written != spec.nbytes:
-            raise ValueError(f"{name}: announced as {spec.nbytes} bytes, got {written}")
+        if written != place.nbytes:
+            raise ValueError(f"{name}: announced as {place.nbytes} bytes, got {written}")
         self._missing.discard(name)
+        return found
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor that has been written."""
+        return self._places[name].read()
+
+    def checksum(self, name: str) -> int:
+        """Return the checksum of what stands in a tensor's place."""
+        return checksum(self._places[name])
+
+    def keep(self, name: str) -> None:
+        """Take what stands in a tensor's place for written."""
+        self._missing.discard(name)
+
+    def sync(self) -> None:
+        """Bring to disk all that was written since the last call."""
+        for path in self._unsynced:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        self._unsynced.clear()
 
     def close(self) -> None:
         """Flush to disk and, for several shards, write the index; raises ValueError if a tensor is missing."""
         if self._missing:
             raise ValueError(f"tensors announced but not written: {sorted(self._missing)[:5]}")
-        for file_name in {place[0] for place in self._places.values()}:
-            with (self._directory / file_name).open("rb") as handle:
-                os.fsync(handle.fileno())
+        self.sync()
         if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": sum(spec.nbytes for spec in self._specs)},
-                "weight_map": {name: place[0] for name, place in self._places.items()},
+                "weight_map": {name: place.file.name for name, place in self._places.items()},
             }
             path = self._directory / f"{self._stem}.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def checksum(tensor: StoredTensor) -> int:
+    """Return the CRC-32 of a stored tensor's bytes."""
+    found = 0
+    for chunk in tensor.chunks():
+        found = zlib.crc32(memoryview(chunk.numpy().data), found)
+    return found
+
+
+def _starts_with(file: Path, raw: bytes, size: int) -> bool:
+    """Whether a file is there that has this size and these first bytes."""
+    try:
+        with file.open("rb") as handle:
+            return os.fstat(handle.fileno()).st_size == size and handle.read(len(raw)) == raw
+    except FileNotFoundError:
+        return False
 
 
 def _split(specs: list[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from qinit.calibration.blocks import Call, alike
 from qinit.calibration.choice import free_memory
 from qinit.calibration.samples import Samples
+
+if TYPE_CHECKING:
+    from qinit.plan import Plan
 
 CARRIED_SHARE = 0.25  # of the free memory; more hidden states than that are kept on disk
 
@@ -65,9 +71,10 @@ class Carried:
     def __init__(self, shape: tuple[int, ...], file: Path, streams: int) -> None:
         self.streams = streams
         size = 4 * torch.Size(shape).numel()
-        if streams * size <= CARRIED_SHARE * free_memory(torch.device("cpu")):
+        if _in_memory(streams * size):
             self.states = torch.empty(shape)
         else:
+            _reserve(file, size)
             flat = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
             self.states = flat.view(shape)
 
@@ -82,3 +89,23 @@ class Carried:
 
     def write(self, batch: Batch, hidden: torch.Tensor) -> None:
         self.states[batch.rows].copy_(hidden)
+
+
+def scratch_bytes(plan: Plan) -> int:
+    """Estimate what the hidden states of a calibrated run will take on disk: nothing where memory holds them."""
+    return 0 if not plan.recipe.calibrated or _in_memory(plan.carried_bytes) else plan.carried_bytes
+
+
+def _in_memory(size: int) -> bool:
+    return size <= CARRIED_SHARE * free_memory(torch.device("cpu"))
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Make a file of that size whose space is there: a full disk is an error now, under a mapped file it would kill the
+    process. Some file systems promise nothing."""
+    with file.open("wb") as handle:
+        try:
+            os.posix_fallocate(handle.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise

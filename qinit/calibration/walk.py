@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,14 @@ class Measuring:
 
 
 @dataclass(frozen=True)
+class Passing:
+    """Block `block` of `blocks` had been finished before, and the calibration text runs through it."""
+
+    block: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Seen:
     """A layer, its weight [out, in] in float32 and what it has seen (None if the text never reached it). Where
     `repair` is given, it is to be called with the layer and the weight that the trainer will have."""
@@ -54,21 +62,34 @@ class _Group:
 
 
 class Walk:
-    """Iterate to get `Measuring` and `Seen` events. Layers outside of the row of blocks are not visited.
+    """Iterate to get `Measuring`, `Passing` and `Seen` events. Layers outside of the row of blocks are not visited.
 
     In mode `sequential` two models run side by side, the original and the repaired one, and every group of layers
     is measured after the layers in front of it have been repaired. In mode `parallel` only the original runs, once.
 
+    Layers named in `finished` are not yielded again; `weight_of` gives the weight [out, in] that they were repaired to.
+    All others see the same as if the walk had not been broken off, to the last bit.
+
     Raises NotStreamable (from the constructor and the first step), CalibrationError for NaN or Inf activations.
     """
 
-    def __init__(self, plan: Plan, samples: Samples, device: torch.device, mode: str, scratch: Path | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        samples: Samples,
+        device: torch.device,
+        mode: str,
+        scratch: Path | None = None,
+        finished: Collection[str] = (),
+        weight_of: Callable[[LayerPlan], torch.Tensor] | None = None,
+    ):
         self.plan, self.samples, self.device = plan, samples, device
         self.sequential = mode == "sequential"
-        self.blocks = Blocks(plan, device)
+        self.blocks = Blocks.of(plan, device)
         self.layers = {layer.target.name: layer for layer in plan.quantized}
         self.batch = batch_size(plan, samples)
         self.scratch = scratch
+        self.finished, self.weight_of = frozenset(finished), weight_of
         self.repaired: nn.Module | None = None
         self.writes: dict[tuple[type, str], str | None] = {}
         self.diverged = False  # whether anything has been repaired yet
@@ -80,18 +101,21 @@ class Walk:
             linear: Any = self.repaired.get_submodule(self._inner(layer.target.name))
             linear.weight.data = oriented(weight, layer)
 
-    def __iter__(self) -> Iterator[Measuring | Seen]:
+    def __iter__(self) -> Iterator[Measuring | Passing | Seen]:
+        open_blocks = [index for index in range(len(self.blocks)) if not self.finished.issuperset(self._names(index))]
+        if not open_blocks:
+            return
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=self.scratch) as directory:
             batches = list(batches_of(self.samples, self.batch))
             original, calls = self._start(batches, Path(directory))
             repaired = original.twin(Path(directory)) if self.sequential else original
-            for index in range(len(self.blocks)):
+            for index in range(open_blocks[-1] + 1):
                 self.index = index
                 block = self.blocks.load(index)
                 self.repaired = copy.deepcopy(block) if self.sequential else None
                 try:
                     yield from self._block(block, original, repaired, calls, batches)
-                    if index + 1 < len(self.blocks):
+                    if index < open_blocks[-1]:
                         self._advance(original, block, calls, batches)
                         if self.repaired is not None:
                             self._advance(repaired, self.repaired, calls, batches)
@@ -101,21 +125,25 @@ class Walk:
 
     def _block(
         self, block: nn.Module, original: Carried, repaired: Carried, calls: Calls, batches: list[Batch]
-    ) -> Iterator[Measuring | Seen]:
-        names = [name for name in self.layers if name.startswith(self.blocks.prefix(self.index))]
+    ) -> Iterator[Measuring | Passing | Seen]:
+        names = self._names(self.index)
         if not names:
             return
+        if self.finished.issuperset(names):
+            yield Passing(self.index, len(self.blocks))
         call, hidden = calls.of(batches[0], self.index), original.read(batches[0]).to(self.device)
         groups, unreached = self._groups(block, call, hidden, names)
         if self.sequential:
             for group in groups:
-                yield Measuring(self.index, len(self.blocks), tuple(layer.target.name for layer in group.layers))
+                if not self._finished(group.layers):
+                    yield Measuring(self.index, len(self.blocks), tuple(layer.target.name for layer in group.layers))
                 yield from self._measured(block, [group], original, repaired, calls, batches)
         elif groups:
-            yield Measuring(self.index, len(self.blocks), tuple(names))
+            if not self.finished.issuperset(names):
+                yield Measuring(self.index, len(self.blocks), tuple(names))
             yield from self._measured(block, groups, original, repaired, calls, batches)
         for layer in unreached:
-            yield Seen(layer, self._weight(block, layer), None, self.repair)
+            yield from self._given(block, layer, None)
 
     def _measured(
         self,
@@ -132,7 +160,8 @@ class Walk:
         meters = [Meter(group.layers, self.device, drift=diverged) for group in groups]
         wanted = {self._inner(layer.target.name) for group in groups for layer in group.layers}
         whole = diverged and any(w == "output" for group in groups for w in group.writes.values())
-        for batch in batches:
+        finished = all(self._finished(group.layers) for group in groups)
+        for batch in () if finished else batches:
             call = calls.of(batch, self.index)
             now = (repaired if diverged else original).read(batch).to(self.device)
             inputs, outputs, end = _run(running, call, now, wanted, whole)
@@ -159,7 +188,21 @@ class Walk:
                 meter.add(x, differences)
         for group, meter in zip(groups, meters, strict=True):
             for layer in group.layers:
-                yield Seen(layer, self._weight(block, layer), meter.statistics(layer), self.repair)
+                yield from self._given(block, layer, meter.statistics(layer))
+
+    def _given(self, block: nn.Module, layer: LayerPlan, statistics: Statistics | None) -> Iterator[Seen]:
+        """Yield a layer to be solved, or repair one as it was before."""
+        if layer.target.name not in self.finished:
+            yield Seen(layer, self._weight(block, layer), statistics, self.repair if self.sequential else None)
+        elif self.sequential:
+            assert self.weight_of is not None
+            self.repair(layer, self.weight_of(layer))
+
+    def _finished(self, layers: list[LayerPlan]) -> bool:
+        return all(layer.target.name in self.finished for layer in layers)
+
+    def _names(self, index: int) -> list[str]:
+        return [name for name in self.layers if name.startswith(self.blocks.prefix(index))]
 
     def _tokens(self, activation: torch.Tensor, batch: Batch, name: str) -> torch.Tensor:
         """Return the rows of tokens that are no padding; raises CalibrationError for NaN or Inf."""

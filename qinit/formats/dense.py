@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,3 +28,7 @@ class DenseFormat(Format):
     def encode(self, target: Target, quantized: Quantized, grid: Grid) -> dict[str, torch.Tensor]:
         values = grid.dequantize(quantized).to(target.tensor.dtype)
         return {target.tensor.name: values.T.contiguous() if target.module.transposed else values}
+
+    def decode(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
+        values = tensors[target.tensor.name].float()
+        return values.T.contiguous() if target.module.transposed else values

@@ -376,11 +376,12 @@ def test_an_interrupt_during_the_walk_leaves_nothing(command, shared, monkeypatc
     assert (code, err, written()) == (130, "error: interrupted; nothing was left behind\n", [])
 
 
-def test_a_failing_polish_leaves_nothing(command, shared, monkeypatch):
+def test_a_failing_polish_leaves_the_layers_only(command, shared, monkeypatch):
     monkeypatch.setattr("qinit.polish._terms", lambda *_: torch.zeros(()).fail)
     code, _, err = command("eqft", shared, *QUICK, "--calibration", "random", "--polish", 2)
-    assert (code, written()) == (1, [])
+    assert (code, written()) == (1, [".out.partial"])
     assert err.startswith("error: inside qinit: AttributeError")
+    assert err.endswith("; 14 of 14 layers are kept, the same command goes on from there\n")
 
 
 class TestHub:

@@ -13,6 +13,7 @@ import torch
 
 from qinit import runner
 from qinit.errors import CheckpointError, OutputError
+from qinit.output import kept
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import Done, Finished, Working, run
@@ -81,7 +82,7 @@ class TestWhatIsWritten:
         (tiny_llama / "pytorch_model.bin").write_bytes(b"x")
         quantize(tiny_llama, place / "out")
         assert everything(place / "out") == [
-            *("README.md", "config.json", "eqft_init", "eqft_init/adapter_config.json"),
+            *("README.md", "SHA256SUMS", "config.json", "eqft_init", "eqft_init/adapter_config.json"),
             *("eqft_init/adapter_model.safetensors", "generation_config.json", "model.safetensors", "qinit.json"),
             *("templates", "templates/tool.jinja", "tokenizer.json"),
         ]
@@ -194,11 +195,22 @@ def fail_at_layer(monkeypatch, number, error):
 
 class TestFailure:
     @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), MemoryError()])
-    def test_a_failed_run_leaves_nothing(self, tiny_llama, place, monkeypatch, error):
-        fail_at_layer(monkeypatch, 3, error)
+    def test_a_run_that_fails_at_its_first_layer_leaves_nothing(self, tiny_llama, place, monkeypatch, error):
+        fail_at_layer(monkeypatch, 1, error)
         with pytest.raises(type(error)):
             quantize(tiny_llama, place / "out")
         assert everything(place) == []
+
+    @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), MemoryError()])
+    def test_a_failed_run_leaves_its_finished_layers_only(self, tiny_llama, place, monkeypatch, error):
+        fail_at_layer(monkeypatch, 3, error)
+        with pytest.raises(type(error)) as caught:
+            quantize(tiny_llama, place / "out")
+        assert names(place) == [".out.partial"]
+        assert names(place / ".out.partial") == ["journal", "run"]
+        assert kept(place / "out") == "2 of 14 layers are kept, the same command goes on from there"
+        if isinstance(error, Exception):
+            assert caught.value.__notes__ == [kept(place / "out")]
 
     @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
     def test_a_failed_run_leaves_the_old_output_intact(self, tiny_llama, place, monkeypatch, error):
@@ -207,15 +219,15 @@ class TestFailure:
         fail_at_layer(monkeypatch, 3, error)
         with pytest.raises(type(error)):
             quantize(tiny_llama, place / "out", overwrite=True, bits=3)
-        assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+        assert {path: path.read_bytes() for path in (place / "out").rglob("*") if path.is_file()} == before
 
-    @pytest.mark.parametrize("steps", [1, 9, 42])
-    def test_a_run_that_is_given_up_leaves_nothing(self, tiny_llama, place, steps):
+    @pytest.mark.parametrize(("steps", "left"), [(1, []), (2, []), (9, [".out.partial"]), (42, [".out.partial"])])
+    def test_a_run_that_is_given_up_leaves_its_finished_layers_only(self, tiny_llama, place, steps, left):
         events = start(tiny_llama, place / "out")
         for _ in range(steps):
             next(events)
         events.close()
-        assert everything(place) == []
+        assert names(place) == left
 
     def test_nothing_stands_at_the_final_name_before_the_end(self, tiny_llama, place):
         for event in start(tiny_llama, place / "out"):
@@ -229,26 +241,30 @@ class TestFailure:
         assert not (place / "out/old.json").exists()
         assert names(place) == ["out"]
 
-    def test_a_failing_last_rename_puts_the_old_output_back(self, tiny_llama, place, monkeypatch):
+    def test_a_failing_last_rename_puts_the_old_output_back_and_keeps_the_new_one(self, tiny_llama, place, monkeypatch):
         quantize(tiny_llama, place / "out")
         before = weights_of(place / "out")
         real = Path.rename
 
         def rename(self, target):
-            if self.name == ".out.partial":
+            if self.parent.name == ".out.partial":
                 raise OSError(errno.EIO, "Input/output error")
             return real(self, target)
 
         monkeypatch.setattr(Path, "rename", rename)
-        with pytest.raises(OutputError, match="Input/output error"):
+        with pytest.raises(OutputError, match=r"Input/output error.*14 of 14 layers are kept"):
             quantize(tiny_llama, place / "out", overwrite=True, bits=3)
-        assert names(place) == ["out"]
+        assert names(place) == [".out.partial", "out"]
         assert weights_of(place / "out") == before
+        monkeypatch.undo()
+        quantize(tiny_llama, place / "out", overwrite=True, bits=3)
+        assert names(place) == ["out"]
 
     def test_a_killed_process_leaves_nothing_at_the_final_name(self, tiny_llama, place):
         script = (
             "import sys; from pathlib import Path; import qinit\n"
-            "plan = qinit.make_plan(qinit.make_recipe(rank=4, iter=1, calibration='none'), Path(sys.argv[1]), 'x')\n"
+            "recipe = qinit.make_recipe(model=sys.argv[1], rank=4, iter=1, calibration='none')\n"
+            "plan = qinit.make_plan(recipe, Path(sys.argv[1]), sys.argv[1])\n"
             "for number, event in enumerate(qinit.run(plan, Path(sys.argv[2]))):\n"
             "    if number == 20: print('midway', flush=True); sys.stdin.read()\n"
         )

@@ -1,0 +1,78 @@
+"""What a run tells while it is under way; the command line draws it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qinit.calibration.walk import Measuring, Passing
+from qinit.plan import Plan
+from qinit.polish import Progress
+from qinit.report import LayerRow, Report
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """An unfinished run is gone on with: `layers` of `total` were finished, `nbytes` of the source's; it was started
+    at `since` (ISO 8601)."""
+
+    layers: int
+    total: int
+    nbytes: int
+    since: str
+
+
+@dataclass(frozen=True)
+class Discarded:
+    """What an unfinished run had left was removed; `reason` says why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Working:
+    """A tensor has been taken up; `nbytes` is its size in the source."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """A tensor has been written; `row` is its result, None for one that was copied."""
+
+    name: str
+    nbytes: int
+    row: LayerRow | None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is complete and in its place."""
+
+    report: Report
+    directory: Path
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The calibration text is being read or written."""
+
+    source: str
+
+
+@dataclass(frozen=True)
+class Allotted:
+    """Every layer's width is known; `plan` has them."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something that a user should know has turned up; it is in the report too."""
+
+    text: str
+
+
+Event = Resumed | Discarded | Sampling | Measuring | Passing | Allotted | Noted | Working | Done | Progress | Finished

@@ -1,0 +1,78 @@
+"""What the bytes of a run depend on: an unfinished one is gone on with only where all of it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qinit.report import versions
+
+if TYPE_CHECKING:
+    from qinit.plan import Plan
+
+NO_MATTER = ("python", "peft")  # versions that change no byte of the weights
+HASH = "sha256:"
+MOST = 8
+
+
+def signature(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Return it flat, by names that a user knows: the recipe's options, the source's files, versions, the device.
+
+    Of the source that is the configuration, the headers, and size and time of each weight file, not what is in it.
+    """
+    found: dict[str, Any] = plan.recipe.model_dump(mode="json")
+    found["model's name"] = plan.model_name
+    checkpoint = plan.checkpoint
+    found["the model's config.json"] = _digest(sorted(checkpoint.config.items(), key=lambda item: item[0]))
+    found["the model's tensors"] = _digest(
+        [(name, str(t.dtype), t.shape, t.file.name, t.offset) for name, t in sorted(checkpoint.tensors.items())]
+    )
+    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+        stat = file.stat()
+        seconds, rest = divmod(stat.st_mtime_ns, 10**9)
+        when = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        found[f"the model's {file.name}"] = f"{stat.st_size} bytes of {when}.{rest:09d} UTC"
+    text = Path(plan.recipe.calibration)
+    if plan.recipe.calibrated and text.is_file():
+        with text.open("rb") as handle:
+            found[f"the text in {text}"] = HASH + hashlib.file_digest(handle, "sha256").hexdigest()
+    if plan.recipe.mixed and not plan.pending:
+        widths = [(layer.target.name, layer.bits, layer.group_size, layer.rank, layer.kept) for layer in plan.layers]
+        found["the layers' widths and ranks"] = _digest(widths)
+    found |= {f"version of {name}": value for name, value in versions().items() if name not in NO_MATTER}
+    found["device in use"] = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
+    found["threads (OMP_NUM_THREADS)"] = torch.get_num_threads()
+    return found
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Say what two signatures differ in, a phrase each, up to MOST of them."""
+    names = [name for name in (*now, *(n for n in then if n not in now)) if then.get(name) != now.get(name)]
+    found = [_difference(name, then.get(name), now.get(name)) for name in names[:MOST]]
+    return found + ([f"and {len(names) - MOST} more"] if len(names) > MOST else [])
+
+
+def processor() -> str:
+    """Return the processor's name and the instructions that torch uses on it. It may change last bits, but nobody who
+    gets another machine after a reboot can choose it, so that it is no part of the signature."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _digest(value: Any) -> str:
+    return HASH + hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _difference(name: str, then: Any, now: Any) -> str:
+    if all(isinstance(value, str) and value.startswith(HASH) for value in (then, now)):
+        return f"{name} changed"
+    before, after = ("not given" if value is None else value for value in (then, now))
+    return f"{name} was {before}, now {after}"
