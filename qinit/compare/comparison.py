@@ -19,6 +19,7 @@ from qinit.report import versions
 
 LORA, FULL = "lora", "full"  # the ceilings: PEFT's own start on the full-precision model, and all of its parameters
 CEILINGS = (LORA, FULL)
+CELLS = "cells"  # the directory of a comparison's cells
 LAYOUT = 1  # of a cell's file; another number makes all of them anew
 # What of this package decides a figure: another version of it, released or not, makes all cells anew.
 DECIDING = {
@@ -102,10 +103,10 @@ class Comparison:
         return sum(1 + len(self.sweep(row)) + (len(self.seeds) - 1) * bool(self.training) for row in self.rows)
 
     def run_directory(self, row: Row) -> Path:
-        return self.out / "cells" / row.name / "run"
+        return self.out / CELLS / row.name / "run"
 
     def file(self, cell: Cell) -> Path:
-        return self.out / "cells" / f"{cell.name}.json"
+        return self.out / CELLS / f"{cell.name}.json"
 
     def signature(self, cell: Cell) -> str:
         """Hash all that decides what a cell finds."""

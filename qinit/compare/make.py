@@ -11,7 +11,7 @@ from typing import Any
 
 from qinit.calibration.facts import Facts
 from qinit.checkpoint import Checkpoint
-from qinit.compare.comparison import CEILINGS, FULL, LORA, Comparison, Row, fingerprint
+from qinit.compare.comparison import CEILINGS, CELLS, FULL, LORA, Comparison, Row, fingerprint
 from qinit.compare.texts import Text, split
 from qinit.device import pick_device
 from qinit.errors import CompareError, OutputError, RecipeError, did_you_mean
@@ -83,8 +83,8 @@ def make_comparison(
 
 
 def check_place(comparison: Comparison, overwrite: bool) -> None:
-    """Raise OutputError if the comparison's directory holds something else; with `overwrite` an earlier comparison
-    is removed, so that nothing of it is reused."""
+    """Raise OutputError if the comparison's directory holds something else; with `overwrite` an earlier comparison's
+    cells are removed, so that nothing of it is reused."""
     out, file = comparison.out, comparison.out / RESULT_NAME
     elsewhere = "choose another place with --out"
     try:
@@ -95,7 +95,7 @@ def check_place(comparison: Comparison, overwrite: bool) -> None:
         if not file.is_file():
             raise OutputError(f"{out}: exists and has no {RESULT_NAME}, so qinit compare did not write it; {elsewhere}")
         if overwrite:
-            shutil.rmtree(out)
+            shutil.rmtree(out / CELLS, ignore_errors=True)
             return
         found = json.loads(file.read_text(encoding="utf-8"))
         theirs = found["fingerprint"], found["model"]

@@ -16,6 +16,7 @@ from qinit import adapter
 from qinit.checkpoint import Checkpoint
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.device import pick_device
+from qinit.errors import OutputError
 from qinit.evaluate import perplexity
 from qinit.finetune import DivergedError, finetune
 from qinit.loading import load
@@ -48,11 +49,14 @@ def work(comparison: Comparison, cell: Cell, progress: Progress = lambda step, l
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file under a temporary name and rename it. Raises OutputError."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); finished cells are kept") from None
 
 
 def ready(comparison: Comparison, row: Row) -> bool:

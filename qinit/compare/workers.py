@@ -79,8 +79,6 @@ def _attempt(comparison: Comparison, cell: Cell, tell: Tell) -> dict[str, Any]:
         return work(comparison, cell, progress)
     except OutputError:
         raise
-    except OSError as error:
-        raise OutputError(f"{comparison.out}: cannot be written ({error.strerror or error})") from error
     except QinitError as error:
         return {"failed": str(error)}
     except Exception as error:  # a model can break, or run out of memory, in any way

@@ -10,7 +10,7 @@ import torch
 from qinit import finetune
 from qinit.compare import measure, workers
 from tests.conftest import make_checkpoint
-from tests.qinit.calibration.tiny import add_tokenizer, make_reader, words
+from tests.qinit.calibration.tiny import add_tokenizer, make_bert, make_reader, words
 
 TEXT = words(*(4 + i * 37 % 250 for i in range(400)))
 TRAINING = words(*(4 + i * i % 97 for i in range(900)))
@@ -60,7 +60,7 @@ def result():
 
 def cells():
     """Return every cell's file with its contents and the time it was written."""
-    files = sorted(Path("out/cells").rglob("*.json"))
+    files = sorted(Path("out/cells").glob("*/*.json"))
     return {str(path.relative_to("out/cells")): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
@@ -263,7 +263,7 @@ class TestResuming:
 
 class TestWorkers:
     def test_two_processes_find_what_one_finds(self, compare, undrawn):
-        few = (*STARTS, *TUNING, "--ceilings", "lora", "--methods", "eqft:none", "--seeds", "0")
+        few = (*STARTS, *TUNING, "--ceilings", "lora", "--methods", "eqft:none", "--learning-rates", 0.01)
         code, out, err = compare(*few, "--jobs", 2)
         assert (code, err) == (0, "")
         found = result()
@@ -371,6 +371,29 @@ class TestFailures:
         code, _, err = compare(*STARTS, model=tiny_llama)
         assert code == 2
         assert "has no tokenizer files" in err or "no tokenizer" in err
+
+    def test_an_encoder(self, compare, tmp_path):
+        code, _, err = compare(*STARTS, model=make_bert(tmp_path / "bert"))
+        assert code == 2
+        assert "bert: is no causal language model (BertForMaskedLM)" in err
+
+    def test_a_full_disk_is_one_line_and_finished_cells_are_kept(self, compare, undrawn, monkeypatch):
+        replace = Path.replace
+
+        def full(path, target):
+            if "loftq" in str(path):
+                raise OSError(28, "No space left on device")
+            return replace(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", full)
+            code, _, err = compare(*STARTS)
+        assert code == 2
+        assert err == (
+            "error: out/cells/loftq-2bit/start.json: cannot be written (No space left on device); "
+            "finished cells are kept\n"
+        )
+        assert list(cells()) == ["full-16bit/start.json"]
 
     def test_a_directory_that_holds_something_else(self, compare, undrawn, tmp_path):
         Path("out").mkdir()
