@@ -74,7 +74,7 @@ COMPARING: dict[str, Any] = {
 RECIPE = (*QUANTIZING, *CALIBRATING, *CHOOSING)  # options that every method takes alike, as far as they concern it
 
 
-@takes("model", "revision", "token", *RECIPE, *RUNNING, **COMPARING)
+@takes("model", "revision", "token", "trust_remote_code", *RECIPE, *RUNNING, **COMPARING)
 def compare(**options: Any) -> None:
     """Compare methods on one model: bits, where each starts, and where the same fine-tuning ends.
 
@@ -162,7 +162,7 @@ def _made(options: dict[str, Any], board: Any) -> Comparison:
         options["out"] or Path("model_zoo") / "compare" / short,
         methods=_words(_or(options["methods"], ",".join(METHODS_DEFAULT))),
         bits=_numbers(options, "bits", int, "2,3,4"),
-        options={key: options[key] for key in (*RECIPE, "format", "device")},
+        options={key: options[key] for key in (*RECIPE, "trust_remote_code", "format", "device")},
         texts=texts,
         window=window,
         training=training,
@@ -180,11 +180,13 @@ def _texts(
     options: dict[str, Any], checkpoint: Checkpoint, training: Training | None, window: int
 ) -> tuple[list[Text], Text | None]:
     """Read what is measured on and what is trained on; the demo model brings both."""
-    from qinit.compare.texts import Text, read_source, tokenized
+    from qinit.compare.texts import Text as Tokens
+    from qinit.compare.texts import read_source, tokenized
     from qinit.demo import held_out_text, new_domain
     from qinit.errors import CompareError
+    from qinit.evaluate.text import Text
 
-    def read(sources: list[str], wanted: int) -> list[tuple[str, str]]:
+    def read(sources: list[str], wanted: int) -> list[Any]:
         return [read_source(source, wanted, options["text_field"], options["token"]) for source in sources]
 
     demo = options["model"] is None
@@ -192,20 +194,29 @@ def _texts(
         raise CompareError("--text: what to measure on is missing; give --text FILE (or a data set's id)")
     new = new_domain() if demo and training else ("", "")
     if options["text"]:
-        named = read(options["text"], window * _or(options["windows"], 1000))
+        texts = read(options["text"], window * _or(options["windows"], 1000))
     else:
-        named = [("code", new[1])] if training else []
-        named.append(("docs", held_out_text()))
-    count, learning = len(named), []
+        texts = [Text("code", new[1], "one text")] if training else []
+        texts.append(Text("docs", held_out_text(), "one text"))
+    count, learning = len(texts), []
     if training:
         if options["train_text"]:
-            learning = read(options["train_text"], training.steps * training.batch * training.length)
+            sources = [
+                source if Path(source).exists() or "@" in source else f"{source}@train"
+                for source in options["train_text"]
+            ]
+            learning = read(sources, training.steps * training.batch * training.length)
         elif demo:
-            learning = [("code", new[0])]
+            learning = [Text("code", new[0], "one text")]
     elif options["train_text"]:
         raise CompareError("--train-text: there is nothing to train; give --finetune STEPS")
-    found = tokenized(checkpoint, [*named, *learning])
-    return found[:count], Text.joined(found[count:]) if learning else None
+    found = tokenized(checkpoint, [*texts, *learning])
+    return found[:count], Tokens.joined(found[count:]) if learning else None
+
+
+def _training_split(source: str) -> str:
+    """Name the split of a data set that names none: to train on it is `train`, where to measure on it is `test`."""
+    return source if Path(source).exists() or "@" in source else f"{source}@train"
 
 
 def _numbers(options: dict[str, Any], name: str, kind: type, default: str) -> list[Any]:

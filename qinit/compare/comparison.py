@@ -24,7 +24,7 @@ LAYOUT = 1  # of a cell's file; another number makes all of them anew
 # What of this package decides a figure: another version of it, released or not, makes all cells anew.
 DECIDING = {
     *("adapter", "calibrated", "calibration", "evaluate", "finetune", "formats", "grids", "lowrank", "magr", "methods"),
-    *("mixed", "peers", "plan", "polish", "recipe", "rounding", "rounding_cpu", "runner", "solver", "targets"),
+    *("mixed", "peers", "plan", "polish", "recipe", "rounding", "rounding_cpu", "runner", "solver", "store", "targets"),
 }
 SAMPLE_BYTES = 4096  # of each tensor, that tell a model from a fine-tuned one
 
@@ -97,6 +97,10 @@ class Comparison:
     def repeats(self, row: Row, rate: float) -> list[Cell]:
         """The other seeds at the learning rate that was best."""
         return [Cell(row, rate, seed) for seed in self.seeds[1:]]
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return any(row.recipe is not None and row.recipe.trust_remote_code for row in self.rows)
 
     @property
     def cells(self) -> int:

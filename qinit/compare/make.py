@@ -15,6 +15,7 @@ from qinit.compare.comparison import CEILINGS, CELLS, FULL, LORA, Comparison, Ro
 from qinit.compare.texts import Text, split
 from qinit.device import pick_device
 from qinit.errors import CompareError, OutputError, RecipeError, did_you_mean
+from qinit.evaluate.text import length_for
 from qinit.finetune import Training
 from qinit.methods import CALIBRATED, METHODS
 from qinit.plan import Plan, make_plan
@@ -22,7 +23,6 @@ from qinit.recipe import Recipe, make_recipe
 
 RESULT_NAME = "compare.json"
 METHODS_DEFAULT = ("eqft", "eqft:none", "loftq", "qpissa", "qlora")
-LENGTH = 2048  # of a window, as in the quantization literature
 
 
 def make_comparison(
@@ -175,8 +175,8 @@ def _check_length(checkpoint: Checkpoint, option: str, length: int) -> None:
 
 
 def default_length(checkpoint: Checkpoint) -> int:
-    """Return the length of a window: 2048 tokens, or what the model takes if that is less."""
-    return Facts.read(checkpoint.directory, checkpoint.config).clip(LENGTH)
+    """Return the length of a window that `qinit eval` takes too: 2048 tokens, or what the model takes if less."""
+    return length_for(checkpoint.directory, Facts.read(checkpoint.directory, checkpoint.config), None)
 
 
 def _ceilings(names: Sequence[str], rates: Sequence[float], full_rates: Sequence[float]) -> list[Row]:

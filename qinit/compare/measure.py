@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from qinit import adapter
-from qinit.checkpoint import Checkpoint
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.device import pick_device
 from qinit.errors import OutputError
@@ -24,7 +23,6 @@ from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.report import REPORT_NAME, Report
 from qinit.runner import run
-from qinit.targets import read_architecture
 
 MOST_LOGITS = 2**28  # values: a gigabyte in float32
 Progress = Callable[[int, float], None]
@@ -111,20 +109,29 @@ def _load(comparison: Comparison, row: Row, seed: int) -> Any:
     device = pick_device(comparison.device)
     dtype = torch.bfloat16 if device.type == "cuda" and row.method != FULL else torch.float32
     if row.recipe is not None:
-        model = load(comparison.run_directory(row), trainable=True, dtype=dtype, device=str(device))
+        model = load(
+            comparison.run_directory(row),
+            trainable=True,
+            dtype=dtype,
+            device=str(device),
+            trust_remote_code=comparison.trust_remote_code,
+        )
         if row.fresh:
             torch.manual_seed(seed)
             for module in model.modules():
                 if hasattr(module, "reset_lora_parameters"):
                     module.reset_lora_parameters("default", True)
         return model
-    import transformers
     from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
-    architecture = read_architecture(Checkpoint.open(comparison.directory))
-    model_class: Any = getattr(transformers, architecture.class_name)
-    model = model_class.from_pretrained(
-        comparison.directory, dtype=dtype, local_files_only=True, use_safetensors=True, device_map={"": device}
+    model = AutoModelForCausalLM.from_pretrained(
+        comparison.directory,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        device_map={"": device},
+        trust_remote_code=comparison.trust_remote_code,
     )
     if row.method != LORA:
         return model

@@ -103,7 +103,7 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _line(row: dict[str, Any], names: list[str], trained: bool) -> list[str]:
-    method = NAMES.get(row["method"], row["method"]) if trained else row["method"].replace(FULL, "full precision")
+    method = _name(row, trained)
     line = [str(row["bits"]), method, f"{row['bits_per_weight']:.3f}"]
     line += [_number((row["start"] or {}).get(name)) for name in names]
     if trained:
@@ -112,6 +112,10 @@ def _line(row: dict[str, Any], names: list[str], trained: bool) -> list[str]:
         line += [_number((row["to_lora"] or {}).get(name)) for name in names]
         line += [_spread((row["less_lora"] or {}).get(name), "+") for name in names]
     return line
+
+
+def _name(row: dict[str, Any], trained: bool) -> str:
+    return NAMES.get(row["method"], row["method"]) if trained else row["method"].replace(FULL, "full precision")
 
 
 def _number(value: float | None) -> str:
@@ -162,7 +166,7 @@ def sweep_lines(result: dict[str, Any]) -> list[list[str]]:
 def failures(result: dict[str, Any]) -> list[str]:
     """Say which rows have cells that failed, and why."""
     return [
-        f"{NAMES.get(row['method'], row['method'])}, {row['bits']} bits: {reason}"
+        f"{_name(row, bool(result['training']))}, {row['bits']} bits: {reason}"
         for row in result["rows"]
         for reason in row["failed"]
     ]

@@ -1,4 +1,4 @@
-"""Texts to train and to measure on: a file or a data set of the Hub, as tokens of the model's own tokenizer."""
+"""Texts to train and to measure on, as tokens: what `qinit eval` reads, in a form that goes to other processes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qinit.calibration.documents import read_file
 from qinit.calibration.facts import Facts
-from qinit.calibration.hub_documents import HUB_SOURCE, read_hub, require_datasets
-from qinit.calibration.tokens import load_tokenizer
+from qinit.calibration.hub_documents import HUB_SOURCE
 from qinit.checkpoint import Checkpoint
 from qinit.errors import CompareError
+from qinit.evaluate import text as evaluated
 
-CHARACTERS = 16  # read from a data set for each token that is wanted: far more than a token has
 HELD_OUT, MOST_HELD_OUT = 10, 8192  # for validation: one training token in so many, and no more than so many
 
 
 @dataclass(frozen=True)
 class Text:
-    """A named stream of token ids [n], int64; numpy, as it goes to other processes."""
+    """A named stream of token ids [n], int64."""
 
     name: str
     ids: np.ndarray
@@ -41,39 +39,27 @@ class Text:
         return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def read_source(source: str, wanted: int, text_field: str | None, token: str | None) -> tuple[str, str]:
-    """Return the name and the text of a file or a Hub data set `owner/name:config@split`, its documents joined by
-    blank lines; of a data set about `wanted` tokens are fetched.
+def read_source(source: str, wanted: int, text_field: str | None, token: str | None) -> evaluated.Text:
+    """Read a file or a Hub data set `owner/name:config@split`, of which about `wanted` tokens are fetched.
 
     Raises CompareError, CalibrationError (a file or a data set that cannot be read) and HubError.
     """
     path = Path(source)
     if path.exists():
-        return path.name, "\n\n".join(read_file(path, text_field))
+        return evaluated.file_text(path, text_field)
     match = HUB_SOURCE.fullmatch(source)
     if match is None or source.startswith((".", "-")) or path.suffix.lower() in (".txt", ".json", ".jsonl"):
         raise CompareError(f"{source}: no such file, and no data set id (those look like 'owner/name:config@split')")
-    require_datasets(source)
-    return source, "\n\n".join(read_hub(source, text_field, token, characters=CHARACTERS * wanted, documents=1))
+    return evaluated.hub_text(source, text_field, token, wanted)
 
 
-def tokenized(checkpoint: Checkpoint, named: list[tuple[str, str]]) -> list[Text]:
-    """Encode each (name, text) in one go, without special tokens.
+def tokenized(checkpoint: Checkpoint, texts: list[evaluated.Text]) -> list[Text]:
+    """Encode each text in one go, as `qinit eval` does.
 
-    Raises CalibrationError for a model without tokenizer, CompareError for one that belongs to another model.
+    Raises CalibrationError for a model without tokenizer and for a tokenizer that belongs to another model.
     """
-    tokenizer = load_tokenizer(checkpoint.directory)
     facts = Facts.read(checkpoint.directory, checkpoint.config)
-    found = []
-    for name, text in named:
-        ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
-        if facts.vocabulary is not None and len(ids) and ids.max() >= facts.vocabulary:
-            raise CompareError(
-                f"{name}: the tokenizer made token id {ids.max()}, but the model has ids up to {facts.vocabulary - 1} "
-                f"({facts.config_file}: vocab_size {facts.vocabulary}); the tokenizer is that of another model"
-            )
-        found.append(Text(name, ids))
-    return found
+    return [Text(text.name, evaluated.tokenize(text, checkpoint.directory, facts).ids.numpy()) for text in texts]
 
 
 def split(text: Text) -> tuple[Text, Text]:

@@ -6,13 +6,15 @@ import pytest
 from qinit.checkpoint import Checkpoint
 from qinit.compare.texts import Text, read_source, split, tokenized
 from qinit.errors import CalibrationError, CompareError
+from qinit.evaluate.text import Text as Words
 from tests.qinit.calibration.tiny import add_tokenizer, make_reader, words
 
 
 def test_documents_are_joined_by_blank_lines(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"body": "one"}\n{"body": "two"}\n')
-    assert read_source(str(file), 10, "body", None) == ("a.jsonl", "one\n\ntwo")
+    text = read_source(str(file), 10, "body", None)
+    assert (text.name, text.text) == ("a.jsonl", "one\n\ntwo")
 
 
 @pytest.mark.parametrize("source", ["missing.txt", "./no/such", "a b c"])
@@ -30,25 +32,26 @@ def test_a_data_set_without_the_package(monkeypatch):
 def test_a_data_set_is_read_as_far_as_is_wanted(monkeypatch):
     asked = {}
 
-    def read(source, text_field, token, *, characters, documents):
-        asked.update(source=source, token=token, characters=characters)
-        return ["one", "two"]
+    def read(source, text_field, token, **limits):
+        asked.update(source=source, token=token, **limits)
+        return ["one", "", "two"]
 
-    monkeypatch.setattr("qinit.compare.texts.read_hub", read)
-    assert read_source("owner/name:config@test", 10, None, "t") == ("owner/name:config@test", "one\n\ntwo")
-    assert asked == {"source": "owner/name:config@test", "token": "t", "characters": 160}
+    monkeypatch.setattr("qinit.evaluate.text.read_hub", read)
+    text = read_source("owner/name:config@test", 10, None, "t")
+    assert (text.name, text.text) == ("owner/name:config@test", "one\n\n\n\ntwo")
+    assert (asked["source"], asked["token"], asked["characters"]) == ("owner/name:config@test", "t", 160)
 
 
-def test_tokens_have_no_special_ones(tmp_path):
+def test_tokens_are_those_that_eval_takes(tmp_path):
     checkpoint = Checkpoint.open(make_reader(tmp_path / "m", bos=True))
-    (text,) = tokenized(checkpoint, [("t", words(9, 8, 7))])
-    assert (text.name, text.ids.tolist()) == ("t", [9, 8, 7])
+    (text,) = tokenized(checkpoint, [Words("t", words(9, 8, 7), "one text")])
+    assert (text.name, text.ids.tolist()) == ("t", [1, 9, 8, 7])
 
 
 def test_a_tokenizer_of_another_model(tmp_path):
     checkpoint = Checkpoint.open(add_tokenizer(make_reader(tmp_path / "m"), size=300))
-    with pytest.raises(CompareError, match=r"t: the tokenizer made token id 299, but the model has ids up to 255"):
-        tokenized(checkpoint, [("t", words(5, 299))])
+    with pytest.raises(CalibrationError, match=r"t: the tokenizer made token id 299, but the model has ids up to 255"):
+        tokenized(checkpoint, [Words("t", words(5, 299), "one text")])
 
 
 def test_the_end_is_held_out_but_not_too_much():
