@@ -364,3 +364,14 @@ class TestPlace:
         with pytest.raises(OutputError, match=r"needs 0\.00 GB, but only 0\.00 GB are free"):
             quantize(tiny_llama, place / "out")
         assert everything(place) == []
+
+    def test_what_an_unfinished_run_has_written_counts_as_room(self, tiny_llama, place, monkeypatch):
+        fail_at_layer(monkeypatch, 14, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny_llama, place / "out", format="dense")
+        monkeypatch.undo()
+        usage = namedtuple("usage", "total used free")(10**9, 10**9 - 40_000, 40_000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(OutputError, match="are free"):
+            quantize(tiny_llama, place / "other", format="dense")
+        quantize(tiny_llama, place / "out", format="dense")

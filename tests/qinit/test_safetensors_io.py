@@ -266,3 +266,30 @@ def test_fuzz_a_good_header_with_a_value_replaced_is_read_or_refused(path, value
 def test_fuzz_any_header_is_read_or_refused(header, data):
     raw = json.dumps(header).encode()
     assert_safe(len(raw).to_bytes(8, "little") + raw + data)
+
+
+class TestGoingOn:
+    SPECS = (TensorSpec("a", torch.float32, (4,)), TensorSpec("b", torch.int32, (2, 3)))
+
+    def test_a_file_of_the_same_layout_is_gone_on_with(self, tmp_path):
+        first = SafetensorsWriter(tmp_path, self.SPECS)
+        checksum = first.write("a", torch.arange(4.0))
+        again = SafetensorsWriter(tmp_path, self.SPECS)
+        assert again.checksum("a") == checksum
+        assert torch.equal(again.read("a"), torch.arange(4.0))
+        again.keep("a")
+        again.write("b", torch.ones((2, 3), dtype=torch.int32))
+        again.close()
+        assert torch.equal(safetensors.torch.load_file(tmp_path / "model.safetensors")["a"], torch.arange(4.0))
+
+    @pytest.mark.parametrize(
+        "damage", [lambda raw: raw[:-1], lambda raw: raw.replace(b'"a"', b'"c"', 1), lambda _: b""]
+    )
+    def test_any_other_file_is_made_anew(self, tmp_path, damage):
+        SafetensorsWriter(tmp_path, self.SPECS).write("a", torch.arange(4.0))
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(damage(file.read_bytes()))
+        again = SafetensorsWriter(tmp_path, self.SPECS)
+        assert not again.read("a").any()
+        with pytest.raises(ValueError, match="not written"):
+            again.close()
