@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qinit.plan import Plan
 
 NOTHING = "nothing was left there"
+LOCK_NAME = "lock"
 
 
 def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
@@ -97,9 +98,14 @@ class Workplace:
         return self.partial / "scratch"
 
     def clear(self) -> None:
-        """Remove all that an earlier run has left but the lock."""
-        self.journal.unlink(missing_ok=True)
-        shutil.rmtree(self.run, ignore_errors=True)
+        """Remove all that an earlier run has left."""
+        self.journal.unlink(missing_ok=True)  # first: without it, nothing else counts
+        for path in self.partial.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK_NAME:
+                path.unlink()
+        self.scratch.mkdir()
 
     def finish(self) -> None:
         """Bring everything to disk and put the result in its place, so that not even a reboot leaves half of it."""
@@ -117,7 +123,7 @@ def working(plan: Plan, out: Path, command: str) -> Iterator[Workplace]:
     try:
         if place.partial.is_symlink():
             raise OutputError(f"{place.partial}: is a link, and no directory of qinit's; remove it")
-        with locked(place.partial / "lock", out, command):
+        with locked(place.partial / LOCK_NAME, out, command):
             shutil.rmtree(place.scratch, ignore_errors=True)
             try:
                 place.scratch.mkdir()

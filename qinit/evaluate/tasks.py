@@ -37,6 +37,6 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int)
         what = f"{type(error).__name__}: {reason}"
         raise QinitError(f"tasks: {', '.join(tasks)}: lm-evaluation-harness failed ({what})") from error
     return {
-        task: {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        task: {name: float(value) for name, value in metrics.items() if "," in name and isinstance(value, int | float)}
         for task, metrics in found["results"].items()
     }

@@ -87,7 +87,7 @@ def test_the_plan_lists_every_layer_and_why_it_is_kept(tmp_path, capsys):
     assert str(tmp_path / "out") in text
 
 
-def test_an_interrupt_while_drawing_ends_the_run_and_removes_its_files(tiny_llama, tmp_path, monkeypatch):
+def test_an_interrupt_while_drawing_ends_the_run_and_keeps_what_is_finished(tiny_llama, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -96,7 +96,9 @@ def test_an_interrupt_while_drawing_ends_the_run_and_removes_its_files(tiny_llam
     place = tmp_path / "place"
     with pytest.raises(KeyboardInterrupt) as caught:
         screen.follow(plan, run(plan, place / "out"))
-    assert list(place.iterdir()) == []  # while `caught` keeps the frames alive
+    left = place / ".out.partial"
+    assert list(place.iterdir()) == [left]
+    assert sorted(path.name for path in left.iterdir()) == ["journal", "run"]  # while `caught` keeps the frames alive
     assert caught
 
 

@@ -14,8 +14,7 @@ HEADER = {
     "processor": "x",
     "calibration_reason": "",
 }
-settings.register_profile("files", deadline=None)  # they wait for the disk
-settings.load_profile("files")
+patient = settings(deadline=None)  # they wait for the disk
 words = st.text(max_size=20)
 places = st.integers(0, 10**6)
 records = st.lists(
@@ -51,6 +50,7 @@ def again(file, data):
     return read_journal(file)
 
 
+@patient
 @given(records)
 def test_what_was_appended_is_read(file, records):
     _, found = written(file, records)
@@ -60,6 +60,7 @@ def test_what_was_appended_is_read(file, records):
     assert all(record["seconds"] >= 0 for record in found[1:])
 
 
+@patient
 @given(records, places)
 def test_what_is_torn_reads_as_what_was_before_it(file, records, place):
     whole, found = written(file, records)
@@ -67,6 +68,7 @@ def test_what_is_torn_reads_as_what_was_before_it(file, records, place):
     assert again(file, whole[:size]) == found[: whole[:size].count(b"\n")]
 
 
+@patient
 @given(records, places, st.integers(1, 255))
 def test_a_changed_byte_ends_the_reading_there(file, records, place, change):
     whole, found = written(file, records)
@@ -74,6 +76,7 @@ def test_a_changed_byte_ends_the_reading_there(file, records, place, change):
     assert again(file, whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :]) == found[: whole[:at].count(b"\n")]
 
 
+@patient
 @given(records, st.data())
 def test_lines_left_out_doubled_or_swapped_are_not_believed(file, records, data):
     whole, found = written(file, records)
@@ -83,6 +86,7 @@ def test_lines_left_out_doubled_or_swapped_are_not_believed(file, records, data)
     assert again(file, b"".join(lines[number] for number in picked)) == found[:same]
 
 
+@patient
 @given(st.binary(max_size=300))
 def test_anything_else_is_no_journal(file, data):
     assert again(file, data) == []
@@ -95,6 +99,7 @@ def test_lines_of_another_journal_do_not_fit(file):
     assert len(again(file, one + other.splitlines(keepends=True)[2])) == 2
 
 
+@patient
 @given(records, places)
 def test_a_torn_journal_is_gone_on_with(file, records, place):
     whole, found = written(file, records)

@@ -19,6 +19,7 @@ from qinit.recipe import make_recipe
 from qinit.runner import Discarded, Done, Finished, Noted, Passing, Resumed, Sampling, run
 from qinit.safetensors_io import SafetensorsWriter, read_header
 from tests.conftest import make_checkpoint
+from tests.qinit.calibration.models import make
 from tests.qinit.forking import Forks
 
 KILLS = 20
@@ -144,6 +145,23 @@ def test_transposed_weights_biases_and_kept_layers_too(family, tmp_path, place, 
             finish(source, place / "out", **options)
     torn(0)
     finish(source, place / "out", **options)
+    assert contents(place / "out") == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "note"), [("t5", "with the whole model in memory"), ("bert", "lies outside of the model's blocks")]
+)
+def test_models_that_are_no_row_of_blocks_and_layers_outside_of_one_too(family, note, tmp_path, place, torn):
+    source = make(tmp_path / family, family)
+    options = {**RANDOM, "calibration_length": 16, "format": "dense", "group_size": 32}
+    wanted = undisturbed(source, place, **options)
+    assert note in str(wanted["qinit.json"]["notes"])
+    for number in (3, 6):
+        torn(number)
+        with pytest.raises(Crash):
+            finish(source, place / "out", **options)
+    torn(0)
+    assert finish(source, place / "out", **options)[0].layers == 7
     assert contents(place / "out") == wanted
 
 
