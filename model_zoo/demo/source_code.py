@@ -13,23 +13,30 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-LIMITS = {"test": 150_000, "training": 1_200_000}  # characters
-SHORTEST, LONGEST = 1_000, 120_000  # characters: no module is more than a tenth of the training text
+# Characters of each part, in the order in which they take modules, and at most so many of one module: what is measured
+# on is a little of many modules. The validation part is the end of the training text, where it is cut off.
+PARTS = {"test": (60_000, 3_000), "validation": (60_000, 3_000), "training": (1_200_000, 120_000)}
+SHORTEST = 1_000  # characters of a module
 
 
 @cache
 def source_code() -> tuple[str, str]:
-    """Return (training text, test text): whole modules in the order of their names' hashes, test modules first."""
+    """Return (training text, test text): no module is in two parts; which it is in follows from its name's hash."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    parts: dict[str, list[str]] = {"test": [], "training": []}
+    parts: dict[str, list[str]] = {name: [] for name in PARTS}
     for path in sorted(library.glob("*.py"), key=lambda path: hashlib.sha256(path.name.encode()).digest()):
-        part = next((name for name, limit in LIMITS.items() if sum(map(len, parts[name])) < limit), None)
+        part = next((name for name, (limit, _) in PARTS.items() if sum(map(len, parts[name])) < limit), None)
         if part is None:
             break
         code = _without_docstrings(path.read_bytes())
-        if SHORTEST <= len(code) <= LONGEST:
-            parts[part].append(code)
-    return "\n\n".join(parts["training"]), "\n\n".join(parts["test"])
+        if len(code) >= SHORTEST:
+            parts[part].append(_cut(code, PARTS[part][1]))
+    return "\n\n".join([*parts["training"], *parts["validation"]]), "\n\n".join(parts["test"])
+
+
+def _cut(code: str, length: int) -> str:
+    """Return the first `length` characters, up to the end of a line."""
+    return code if len(code) <= length else code[: code.rfind("\n", 0, length) + 1]
 
 
 def _without_docstrings(source: bytes) -> str:

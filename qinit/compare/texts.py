@@ -15,7 +15,7 @@ from qinit.checkpoint import Checkpoint
 from qinit.errors import CompareError
 from qinit.evaluate import text as evaluated
 
-HELD_OUT, MOST_HELD_OUT = 10, 8192  # for validation: one training token in so many, and no more than so many
+HELD_OUT, MOST_HELD_OUT = 10, 16384  # for validation: one training token in so many, and no more than so many
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,6 @@ def tokenized(checkpoint: Checkpoint, texts: list[evaluated.Text]) -> list[Text]
 
 
 def split(text: Text) -> tuple[Text, Text]:
-    """Cut a training text: its last tenth, at most 8192 tokens, is held out for validation."""
+    """Cut a training text: its last tenth, at most 16384 tokens, is held out for validation."""
     cut = len(text.ids) - min(len(text.ids) // HELD_OUT, MOST_HELD_OUT)
     return Text(text.name, text.ids[:cut]), Text(f"{text.name}, its end", text.ids[cut:])

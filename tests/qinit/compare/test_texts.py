@@ -57,7 +57,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
 def test_the_end_is_held_out_but_not_too_much():
     part, validation = split(Text("t", np.arange(1000)))
     assert (len(part.ids), validation.ids.tolist()) == (900, list(range(900, 1000)))
-    assert len(split(Text("t", np.arange(200_000)))[1].ids) == 8192
+    assert len(split(Text("t", np.arange(200_000)))[1].ids) == 16384
 
 
 def test_a_digest_is_of_the_tokens_alone():
