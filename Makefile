@@ -12,11 +12,11 @@ STAMP := .venv/.installed
 # Waiting threads sleep: spinning saves 3 % on idle cores and more than doubles the time on busy ones.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: help setup lint test demo clean
+.PHONY: help setup lint test demo compare results-table clean
 .DELETE_ON_ERROR:
 
 help:  ## Show the targets
-	@sed -n 's/^\([a-z]*\):.*##/\1	/p' Makefile | sort | awk -F'\t' '{printf "make %-8s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*##/\1	/p' Makefile | sort | awk -F'\t' '{printf "make %-14s%s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## Make .venv with qinit and what its development needs; again after pyproject.toml changed
 
@@ -48,6 +48,14 @@ test: $(STAMP)  ## The tests
 demo: $(STAMP)  ## Quantize the demo model to 2 bits, compare it with its peers, load it and train some steps
 	$(BIN)/qinit eqft --bits 2 --rank 16 --calibration-samples 64 --calibration-length 256 --overwrite
 	$(BIN)/python benchmarks/demo.py model_zoo/eqft/demo-2bit-16rank
+
+# One thread for each of two cells at a time; finished cells are kept, so that it can be stopped and started again.
+compare: $(STAMP)  ## Every method at 2, 3 and 4 bits, fine-tuned with three seeds; about half an hour
+	$(BIN)/qinit compare --finetune 64 --learning-rates 0.003,0.006,0.012 --length 256 --windows 48 \
+	  --calibration-samples 64 --calibration-length 256 --jobs 2
+
+results-table: $(STAMP)  ## The README's tables, from model_zoo/results
+	$(BIN)/python benchmarks/results_table.py
 
 clean:  ## Remove .venv and what the tools left
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

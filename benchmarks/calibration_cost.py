@@ -11,14 +11,13 @@ H^-1` is the same kernel with the factor as published (Cholesky of H, its invers
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import show
+from common import conclude
 
 from qinit.calibration import Statistics
 from qinit.grids import GRIDS
@@ -28,7 +27,6 @@ from qinit.rounding import round_gptq
 from qinit.solver import LayerSpec, solve
 
 BITS, GROUP, RANK = 2, 64, 16
-GPTQ, SOLVER = ("gptq_s", "gptq_by_inverse_s"), ("solver_parallel_s", "solver_sequential_s")
 
 
 def timed(action: Callable[[], Any], runs: int = 3) -> tuple[float, Any]:
@@ -112,21 +110,7 @@ def main() -> None:
                 "closed_form_float32_s": exact32,
             }
         )
-    lines = [
-        [
-            *(str(r["size"]), *(f"{r[key]:.3f}" for key in (*GPTQ, *SOLVER))),
-            *(f"{r[solver] / r[gptq]:.2f}" for gptq in GPTQ for solver in SOLVER),
-            *(f"{r['low_rank_s']:.3f}", f"{r['low_rank_steps']}: {r['low_rank_objective']:.4f}"),
-            *(f"{r[key] / r['low_rank_s']:.0f}" for key in ("closed_form_float64_s", "closed_form_float32_s")),
-        ]
-        for r in rows
-    ]
-    header = ["size", "GPTQ s", "GPTQ by H^-1 s", "parallel s", "sequential s", "parallel / GPTQ", "sequential / GPTQ"]
-    header += ["parallel / by H^-1", "sequential / by H^-1", "low rank s"]
-    title = f"{torch.get_num_threads()} threads, 2 bits, rank {RANK}"
-    show(title, [*header, "steps: objective", "closed form f64 / low rank", "f32"], lines)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    conclude("calibration-cost", {"threads": torch.get_num_threads(), "rank": RANK, "rows": rows}, options.json)
 
 
 if __name__ == "__main__":

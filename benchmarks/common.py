@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
+import sys
 import tempfile
 import time
 import warnings
@@ -16,13 +19,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from tables import KINDS
 
 from qinit.adapter import ADAPTER_DIRECTORY
 from qinit.evaluate import perplexity
+from qinit.machine import machine
 from qinit.methods import METHODS
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
-from qinit.report import Report
+from qinit.report import Report, versions
 from qinit.runner import Finished, run
 
 # Other packages talk about themselves while they are imported, so transformers comes later, where it is used.
@@ -94,3 +99,31 @@ def show(title: str, header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(width=140, highlight=False).print(table)
+
+
+def conclude(kind: str, result: dict[str, Any], file: Path | None, seeds: list[int] | None = None) -> None:
+    """Print a result's tables and, if asked to, keep it as model_zoo/results does: with the command, the versions and
+    the machine. Arguments that are files are named without their directories."""
+    whole = {
+        "kind": kind,
+        "command": _command(),
+        "versions": versions(),
+        "machine": machine(),
+        "seeds": seeds,
+        **result,
+    }
+    for table in KINDS[kind](whole):
+        show(table.title, table.header, table.rows)
+    if file is not None:
+        file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+
+
+def _command() -> str:
+    words = []
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
+        if word == "--json":  # where the result goes is no part of it
+            next(arguments, None)
+        elif not word.startswith("--json="):
+            words.append(Path(word).name if "/" in word and Path(word).exists() else word)
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])

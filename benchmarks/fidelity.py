@@ -12,12 +12,11 @@ normal-float peers as LoftQ and bitsandbytes keep them (float32 absmax per block
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from common import full_precision, load_tokens, measure_start, show
+from common import conclude, full_precision, load_tokens, measure_start
 
 from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
@@ -39,25 +38,6 @@ def variants(options: argparse.Namespace) -> list[tuple[str, str, dict[str, Any]
         if options.polish:
             rows.append((f"eqft + text + polish {options.polish}", "eqft", {**text, "polish": options.polish}))
     return [row for row in rows if options.methods is None or row[1] in options.methods.split(",")]
-
-
-def draw(result: dict[str, Any]) -> None:
-    """Print the table, with each row's ratios to LoftQ at the same bits and rank."""
-    loftq = {(row["bits"], row["rank"]): row for row in result["rows"] if row["method"] == "loftq"}
-    lines = []
-    for row in result["rows"]:
-        peer = loftq[row["bits"], row["rank"]]
-        lines.append(
-            [
-                *(str(row["bits"]), str(row["rank"]), row["method"], f"{row['bits_per_weight']:.3f}"),
-                *(f"{row['weight_error']:.4f}", f"{row['perplexity']:.3f}"),
-                *(f"{row['perplexity'] / result['full_precision']:.4f}", f"{row['excess_nats']:.4f}"),
-                *(f"{row[key] / peer[key]:.3f}" for key in ("weight_error", "excess_nats")),
-            ]
-        )
-    header = ["bits", "rank", "method", "bits/weight", "weight error", "perplexity", "x full", "excess (nats)"]
-    title = f"start perplexity of {result['model']}, full precision {result['full_precision']:.3f}"
-    show(title, [*header, "error / LoftQ", "excess / LoftQ"], lines)
 
 
 def main() -> None:
@@ -111,9 +91,7 @@ def main() -> None:
                     }
                 )
     result = {"model": model.name, "tokens": len(tokens), "full_precision": reference, "rows": rows}
-    draw(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    conclude("fidelity", result, options.json, seeds=[0])
 
 
 if __name__ == "__main__":

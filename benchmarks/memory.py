@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--iter", type=int, default=None)
     parser.add_argument("--calibration", action="store_true")
     parser.add_argument("--format", nargs="+", default=["gptq", "dense"])
+    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--dir", help="where the temporary checkpoints go")
     parser.add_argument("--generate", nargs=3, metavar=("DIR", "SIZE", "LAYERS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -128,6 +129,7 @@ def main() -> None:
         peak_of(
             [*python, "eqft", "--out", f"{temporary}/out", "--quiet", *text]
         )  # compiling the kernel takes 200 MB, once
+    rows = []
     peaks: dict[str, dict[int, int]] = {name: {} for name in arguments.format}
     print(f"{'format':8} {'layers':>6} {'source GB':>9} {'peak MB':>8} {'reported MB':>11} {'seconds':>8}")
     for layers in LAYERS:
@@ -140,12 +142,22 @@ def main() -> None:
                 peak, seconds = peak_of([*python, "eqft", str(source), *options, "--overwrite", "--quiet"])
                 totals = json.loads((out / "qinit.json").read_text())["totals"]
                 peaks[name][layers] = peak
+                rows.append(
+                    {
+                        **{"format": name, "layers": layers, "source_bytes": totals["bytes_before"]},
+                        **{"peak_bytes": peak, "reported_bytes": totals["peak_memory_bytes"], "seconds": seconds},
+                    }
+                )
                 print(
                     f"{name:8} {layers:6} {totals['bytes_before'] / 1e9:9.2f} {peak / 1e6:8.0f} "
                     f"{totals['peak_memory_bytes'] / 1e6:11.0f} {seconds:8.1f}",
                     flush=True,
                 )
     failed = False
+    if arguments.json:
+        from common import conclude  # it imports torch, which the measured processes do on their own
+
+        conclude("memory", {"imports_bytes": baseline, "rows": rows}, arguments.json)
     for name, found in peaks.items():
         ratio, highest = found[LAYERS[1]] / found[LAYERS[0]], max(found.values())
         good = ratio <= MAX_RATIO and highest <= max_peak

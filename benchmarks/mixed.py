@@ -11,14 +11,13 @@ and loaded by stock transformers + peft). `closed` is the share of the log-perpl
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import load_tokens, measure_start, show
+from common import conclude, load_tokens, measure_start
 from transformers import AutoModelForCausalLM
 
 from qinit.calibration.choice import text_for
@@ -80,11 +79,9 @@ def main() -> None:
         low, high = (math.log(next(r["perplexity"] for r in rows if r["ratio"] == ratio)) for ratio in (0, 1))
         for row in rows:
             row["closed"] = (low - math.log(row["perplexity"])) / (low - high)
-        draw(directory.name, full, rank, given.calibration, rows)
         results.append({"rank": rank, "rows": rows})
-    if given.json:
-        value = {"model": directory.name, "full_precision": full, "calibration": given.calibration, "results": results}
-        given.json.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    value = {"model": directory.name, "full_precision": full, "calibration": given.calibration, "results": results}
+    conclude("mixed", value, given.json, seeds=[0])
 
 
 def in_memory(directory: Path, model: Any, tokens: torch.Tensor, window: int, common: dict[str, Any]) -> list[Any]:
@@ -145,15 +142,6 @@ def by_runs(directory: Path, tokens: torch.Tensor, window: int, common: dict[str
             rows.append({"ratio": ratio, "allocation": rule, "perplexity": start.perplexity})
             print(rows[-1], flush=True)
     return rows
-
-
-def draw(name: str, full: float, rank: int, calibration: str, rows: list[Any]) -> None:
-    lines = [
-        [f"{r['ratio']:g}", f"{2 + r['ratio']:g}", r["allocation"], f"{r['perplexity']:.3f}", f"{r['closed']:.3f}"]
-        for r in rows
-    ]
-    title = f"{name}, 2 and 3 bits, rank {rank}, calibration {calibration}, full precision {full:.3f}"
-    show(title, ["ratio", "bits", "allocation", "perplexity", "closed"], lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import load_tokens, show
+from common import conclude, load_tokens
 from transformers import AutoModelForCausalLM
 
 from qinit.checkpoint import Checkpoint
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=None)
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--json", type=Path, default=None, help="FILE.json writes FILE-2bit.json and so on")
     options = parser.parse_args()
     directory = options.model or demo_directory()
     tokens = load_tokens(directory, options.text.read_text(encoding="utf-8") if options.text else held_out_text())
@@ -56,7 +57,7 @@ def main() -> None:
     for bits in map(int, options.bits.split(",")):
         rows = []
         for name, (method, rounds) in VARIANTS.items():
-            row = [name]
+            errors, excess = [], []
             for rank in ranks:
                 squared = total = 0.0
                 for layer_name, layer in layers.items():
@@ -68,11 +69,12 @@ def main() -> None:
                     layer.weight.data = quantized + solution.low_rank.B @ solution.low_rank.A
                     energy = float(weight.square().sum())
                     squared, total = squared + solution.error**2 * energy, total + energy
-                excess = math.log(perplexity(model, tokens, options.window) / reference)
-                row += [f"{math.sqrt(squared / total):.4f}", f"{excess:.4f}"]
-            rows.append(row)
-        header = [f"{what}, rank {rank}" for rank in ranks for what in ("error", "excess nats")]
-        show(f"{bits} bits, full precision {reference:.3f}", ["variant", *header], rows)
+                excess.append(math.log(perplexity(model, tokens, options.window) / reference))
+                errors.append(math.sqrt(squared / total))
+            rows.append({"variant": name, "errors": errors, "excess_nats": excess})
+        value = {"model": directory.name, "bits": bits, "full_precision": reference, "ranks": list(ranks), "rows": rows}
+        file = options.json and options.json.with_name(f"{options.json.stem}-{bits}bit.json")
+        conclude("schedule", value, file, seeds=[0])
 
 
 if __name__ == "__main__":

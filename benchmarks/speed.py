@@ -18,7 +18,6 @@ both divided by what a copy and a matrix product reach on the machine in the sam
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import show
+from common import conclude
 
 from qinit.methods import METHODS
 from qinit.solver import LayerSpec, solve
@@ -96,30 +95,7 @@ def main() -> None:
     square = torch.randn(3584, 3584)
     flops = 2 * 3584**3 / timed(lambda: square @ square, 3)[0]
     rows = [measure(size, options.repeats, flops) for size in options.sizes.split(",")]
-    bandwidth = rows[-1]["bandwidth"]
-    show(
-        f"{torch.get_num_threads()} threads, product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s",
-        [
-            "size",
-            "eqft s",
-            "LoftQ s",
-            "NF4 pass s",
-            "LoftQ / eqft",
-            "eqft / NF4 pass",
-            "eqft / floor",
-            "errors eqft / LoftQ",
-        ],
-        [
-            [
-                *(row["size"], f"{row['eqft_seconds']:.3f}", f"{row['loftq_seconds']:.2f}"),
-                *(f"{row['nf4_seconds']:.3f}", f"{row['loftq_to_eqft']:.1f}", f"{row['eqft_to_nf4']:.2f}"),
-                *(f"{row['eqft_to_floor']:.1f}", f"{row['eqft_error']:.4f} / {row['loftq_error']:.4f}"),
-            ]
-            for row in rows
-        ],
-    )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    conclude("speed", {"threads": torch.get_num_threads(), "flops": flops, "rows": rows}, options.json)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from qinit.files import printable
 
 if TYPE_CHECKING:
     from qinit.estimate import Estimate
@@ -80,7 +82,14 @@ class Screen:
 
     def say(self, line: str) -> None:
         if not self._quiet:
-            self._console.print(line, soft_wrap=True)
+            self._console.print(printable(line), soft_wrap=True)
+
+    def progress(self, *, count: bool = False) -> Progress:
+        """Return a bar over bytes, or over a `count` of things: on a terminal only, and gone when it is done."""
+        columns = (TextColumn("{task.description}", markup=False), BarColumn())
+        rest = (MofNCompleteColumn(),) if count else (DownloadColumn(), TimeRemainingColumn())
+        terminal = self._console.is_terminal and not self._quiet
+        return Progress(*columns, *rest, console=self._console, disable=not terminal, transient=True)
 
     def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
         """Draw a run's progress and its result; returns its report."""
@@ -103,9 +112,7 @@ class Screen:
             self.say(f"note: {note}")
         report = None
         terminal = self._console.is_terminal and not self._quiet
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, console=self._console, disable=not terminal, transient=True)
-        with closing(events), bar as progress:  # closing: an interrupt here also ends the run
+        with closing(events), self.progress() as progress:  # closing: an interrupt here also ends the run
             task = progress.add_task("starting", total=plan.bytes_before)
             done = 0
             for event in events:
@@ -120,9 +127,11 @@ class Screen:
                         progress.update(task, description=f"block {block + 1} of {blocks}: finished before")
                     case Sampling(source):
                         text = "the model writes its calibration text" if source == "self" else f"reading {source}"
-                        progress.update(task, description=text)
+                        progress.update(task, description=printable(text))
                     case Measuring(block, blocks, layers):
-                        progress.update(task, description=f"block {block + 1} of {blocks}: measuring {layers[0]}")
+                        progress.update(
+                            task, description=printable(f"block {block + 1} of {blocks}: measuring {layers[0]}")
+                        )
                     case Allotted(allotted):
                         for line in _allocation_words(allotted):
                             self.say(line)
@@ -133,7 +142,7 @@ class Screen:
                         if held_out is not None and not terminal:
                             self.say(f"polish, step {step}: loss {loss:.4f}, held out {held_out:.4f}")
                     case Working(name):
-                        progress.update(task, description=name)
+                        progress.update(task, description=printable(name))
                     case Done(name, nbytes, row):
                         done += nbytes
                         progress.advance(task, nbytes)
@@ -150,7 +159,7 @@ class Screen:
         return report
 
     def _result(self, report: Report, directory: Path) -> None:
-        from qinit.card import load_snippet, packed_mixed, polish_words
+        from qinit.card import polish_words, snippet_of
 
         if self._quiet:
             return
@@ -183,7 +192,7 @@ class Screen:
             },
         )
         self.say("Load it:")
-        for line in load_snippet(str(report.source["class"]), str(directory), packed_mixed=packed_mixed(report)):
+        for line in snippet_of(report, str(directory)):
             self.say(f"    {line}")
 
     def plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:
@@ -194,7 +203,7 @@ class Screen:
         for layer in plan.layers:
             module = layer.target.module
             table.add_row(
-                module.name,
+                printable(module.name),
                 f"{module.out_features} x {module.in_features}",
                 "-" if layer.kept else str(layer.bits),
                 "-" if layer.kept else str(layer.group_size),
@@ -250,21 +259,32 @@ class Screen:
             rows = [row for cell in grid.of_kind(kind) for row in cell.rows]
             errors = [average(rows, field) for field in fields]
             cells = ["-" if error is None else f"{error:.4f}" for error in errors]
-            table.add_row(kind, str(len(rows)), bits_words(rows), *cells)
+            table.add_row(printable(kind), str(len(rows)), bits_words(rows), *cells)
         self._console.print(table)
         self._table(heading(report), summary(report))
         if pareto_front(report) is None:
             self.say(f"note: {NO_FRONT}")
 
-    def _table(self, title: str, rows: dict[str, str]) -> None:
-        self._console.print(title, style="italic", soft_wrap=True)  # a table's own title is wrapped at its width
-        table = Table(show_header=False, box=None)
-        for name, value in rows.items():
-            table.add_row(name, value)
+    def table(self, *columns: str, rows: Iterable[Sequence[str]]) -> None:
+        """Draw rows under these columns."""
+        if self._quiet:
+            return
+        table = Table(*columns, box=None, pad_edge=False, show_header=any(columns))
+        for row in rows:
+            table.add_row(*row)
         self._console.print(table)
 
-    def json_report(self, report: Report, out: Path) -> None:
-        sys.stdout.write(json.dumps({"directory": str(out.resolve()), **asdict(report)}) + "\n")
+    def _table(self, title: str, rows: dict[str, str]) -> None:
+        self._console.print(
+            printable(title), style="italic", soft_wrap=True
+        )  # a table's own title is wrapped at its width
+        table = Table(show_header=False, box=None)
+        for name, value in rows.items():
+            table.add_row(printable(name), printable(value))
+        self._console.print(table)
+
+    def json_report(self, report: Report, out: Path, **beside: Any) -> None:
+        sys.stdout.write(json.dumps({"directory": str(out.resolve()), **asdict(report), **beside}) + "\n")
 
     def json_plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:
         layers = [

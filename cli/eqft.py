@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import signal
 import sys
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qinit_cli.hush import hush
 from qinit_cli.options import (
     CALIBRATING,
     CHOOSING,
@@ -22,6 +22,7 @@ from qinit_cli.options import (
     recipe_options,
     takes,
 )
+from qinit_cli.push import push_after_run, quiet_hub
 
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
@@ -57,11 +58,18 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     from qinit.recipe import make_recipe
 
     screen = Screen(quiet=options["quiet"], to_stderr=options["json_output"])
+    repo_id = options.get("push_to_hub")
+    if options.get("private") and not repo_id:
+        raise RecipeError("--private: is about --push-to-hub REPO_ID, which is not given")
     recipe = make_recipe(options["recipe"], **recipe_options(options))
     if command == "meqft" and not recipe.mixed:
         raise RecipeError("meqft: give --ratio (0 to 1) or --target-bits; for one width use qinit eqft")
     if command == "eqft" and recipe.mixed:
         raise RecipeError(f"{options['recipe']}: asks for mixed widths; use qinit meqft")
+    if repo_id:
+        from qinit.push import require_name, require_ready
+
+        require_name(repo_id) if options["dry_run"] else require_ready(repo_id, options["token"])
     made, out = _planned(screen, recipe, options)
     if options["dry_run"]:
         from qinit.device import pick_device
@@ -78,24 +86,34 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
 
     overwrite, token = options["overwrite"], options["token"]
     check_output(made, out, overwrite)
+    target = {"private": options["private"], "token": token}
+    if repo_id:  # a night's run must not fail at its last step
+        from qinit.push import open_target
+
+        open_target(repo_id, **target)
     events = run(made, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token)
     with _interruptible(out):
         report = screen.follow(made, events)
-    if options["json_output"]:
-        screen.json_report(report, out)
+    pushed = None
+    try:
+        if repo_id:
+            pushed = push_after_run(screen, out, repo_id, **target)
+    finally:
+        if options["json_output"]:
+            screen.json_report(report, out, **({"pushed": pushed} if repo_id else {}))
 
 
 @contextmanager
 def _interruptible(out: Path) -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does, and say what is kept of it then."""
-    from qinit.errors import Interrupted
+    from qinit.errors import StoppedError
     from qinit.output import kept
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {kept(out) or 'nothing was left behind'}") from None
+        raise StoppedError(f"interrupted; {kept(out) or 'nothing was left behind'}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -107,17 +125,13 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
     if recipe.model is None:
         screen.say(f"No MODEL given: using {DEMO_TITLE}.")
 
-    for chatty in ("torchao", "torch.utils._pytree"):  # they warn on stderr while transformers imports them
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
+    hush()
     from qinit.calibration.choice import expected
     from qinit.device import pick_device
     from qinit.hub import header_directory, local_directory
     from qinit.plan import make_plan
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_hub(options["quiet"], options["debug"])
     device = pick_device(recipe.device)
     if recipe.model is None:
         directory, name = demo_directory(), DEMO_NAME

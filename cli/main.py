@@ -8,11 +8,18 @@ import traceback
 from typing import Annotated
 
 import typer
+from qinit_cli.compare import compare
+from qinit_cli.doctor import doctor
 from qinit_cli.eqft import eqft, meqft, plan
+from qinit_cli.eval import evaluate
+from qinit_cli.hide_token import hide_token
 from qinit_cli.methods import methods
+from qinit_cli.push import push
 from qinit_cli.report import report
+from qinit_cli.verify import verify
 
 INTERRUPTED = "interrupted; nothing was left behind"
+LONGEST_ERROR = 2000  # characters
 
 app = typer.Typer(
     name="qinit",
@@ -26,6 +33,11 @@ app.command()(meqft)
 app.command()(plan)
 app.command()(methods)
 app.command()(report)
+app.command()(push)
+app.command("eval")(evaluate)
+app.command()(verify)
+app.command()(doctor)
+app.command()(compare)
 
 
 def _show_version(value: bool) -> None:
@@ -46,8 +58,10 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 an error inside qinit, 2 bad input, 130 interrupted."""
-    from qinit.errors import Interrupted, QinitError
+    """Run the command line. Exit codes: 0 done, 1 an error inside qinit (doctor: qinit does not work here), 2 bad
+    input, 3 verify has found something, 130 interrupted."""
+    hide_token()
+    from qinit.errors import QinitError, StoppedError
 
     # Large tensors come and go for every layer: huge pages make them a tenth as expensive to get (torch's switch).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -62,7 +76,7 @@ def main() -> None:
         if stop.code == 130:  # what Typer makes of Ctrl-C, without a word
             _fail(INTERRUPTED, 130)
         raise
-    except Interrupted as error:
+    except StoppedError as error:
         _fail(str(error), 130)
     except QinitError as error:
         if debug:
@@ -81,7 +95,12 @@ def _with_notes(message: str, error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    from qinit.files import printable
+
+    line = printable(" ".join(message.splitlines()))
+    if len(line) > LONGEST_ERROR:  # someone's file was quoted in it
+        line = f"{line[: LONGEST_ERROR // 2]} ... {line[-LONGEST_ERROR // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 
 

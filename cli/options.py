@@ -26,7 +26,17 @@ OPTIONS: dict[str, Any] = {
     ],
     "token": Annotated[
         str | None,
-        typer.Option(help="Hub token; HF_TOKEN is used when left out. Never printed.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            help="Hub token; better HF_TOKEN, which no history keeps. Never printed.", rich_help_panel=MODEL_PANEL
+        ),
+    ],
+    "trust_remote_code": Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run code that the checkpoint brings (auto_map); it can do anything that you can.",
+            rich_help_panel=MODEL_PANEL,
+        ),
     ],
     "bits": Annotated[int | None, typer.Option(help="2, 3, 4 or 8.", show_default="2", rich_help_panel=METHOD_PANEL)],
     "rank": Annotated[
@@ -191,6 +201,16 @@ OPTIONS: dict[str, Any] = {
     "overwrite": Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run's directory.", rich_help_panel=OUTPUT_PANEL)
     ],
+    "push_to_hub": Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO_ID", help="Then push the run there, as `qinit push` does.", rich_help_panel=OUTPUT_PANEL
+        ),
+    ],
+    "private": Annotated[
+        bool,
+        typer.Option("--private", help="Make that repository a private one.", rich_help_panel=OUTPUT_PANEL),
+    ],
     "device": Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=RUN_PANEL)
     ],
@@ -204,7 +224,7 @@ OPTIONS: dict[str, Any] = {
     "quiet": Annotated[bool, typer.Option("--quiet", help="No progress, no table.", rich_help_panel=RUN_PANEL)],
     "debug": Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=RUN_PANEL)],
 }
-READING = ("model", "recipe", "revision", "token")
+READING = ("model", "recipe", "revision", "token", "trust_remote_code")
 QUANTIZING = ("rank", "iter", "group_size")
 MIXING = (
     "ratio",
@@ -222,29 +242,32 @@ CALIBRATING = (
     *("rounding", "act_order", "polish"),
 )
 CHOOSING = ("target_modules", "exclude", "lora_alpha", "use_rslora", "seed")
-WRITING = ("format", "save_dir", "out", "max_shard_size", "overwrite")
+WRITING = ("format", "save_dir", "out", "max_shard_size", "overwrite", "push_to_hub", "private")
 RUNNING = ("device", "dry_run", "json_output", "quiet", "debug")
 # What is no part of a recipe, though it has an option.
 BESIDE_THE_RECIPE = {
-    *("recipe", "token", "save_dir", "out", "overwrite", "dry_run", "json_output", "quiet", "debug"),
+    *("recipe", "token", "save_dir", "out", "overwrite", "push_to_hub", "private"),
+    *("dry_run", "json_output", "quiet", "debug"),
 }
 
 
-def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command these options, in this order; it gets them by keyword, None (a flag False) when left out."""
+def takes(*names: str, **own: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command its `own` options and these, in this order; it gets them by keyword, None (a flag False) when left
+    out."""
+    options = {**own, **{name: OPTIONS[name] for name in names}}
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
         parameters = [
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=False if OPTIONS[name].__origin__ is bool else None,
-                annotation=OPTIONS[name],
+                default=False if option.__origin__ is bool else None,
+                annotation=option,
             )
-            for name in names
+            for name, option in options.items()
         ]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {name: OPTIONS[name] for name in names}
+        command.__annotations__ = options
         return command
 
     return give

@@ -30,16 +30,20 @@ class OutputError(QinitError):
     """The result cannot be written where it was asked for."""
 
 
-class Interrupted(QinitError):  # noqa: N818
-    """The user has stopped the run; the message says what is kept of it."""
-
-
 class ReportError(QinitError):
     """A run's report is missing or damaged, or cannot be drawn here."""
 
 
+class CompareError(QinitError):
+    """What is to be compared, or the text to do it on, does not fit."""
+
+
 class HubError(QinitError):
     """The Hub refused, or cannot be reached."""
+
+
+class StoppedError(QinitError):
+    """Ctrl-C; the message says what is left behind or kept. The command line exits with 130."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

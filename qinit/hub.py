@@ -1,18 +1,19 @@
-"""The Hub: a model id becomes a local directory. Beside `calibration/hub_documents.py` the only use of the network."""
+"""The Hub: a model id becomes a local directory. Beside `push.py` and
+`calibration/hub_documents.py` the only use of the network."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from qinit.checkpoint import SINGLE_NAME, indexed_files, weight_files
 from qinit.errors import CheckpointError, HubError
-from qinit.safetensors_io import write_header_only
+from qinit.hub_errors import at_revision, checked_token, hub_errors
+from qinit.safetensors_io import raw_header, write_header_only
 
 # Other forms of the same weights, never fetched beside safetensors; "original/" holds Meta's.
 SKIPPED = [
@@ -55,8 +56,8 @@ def header_directory(model: str, revision: str | None = None, token: str | None 
         return cached
     except CheckpointError:
         pass  # not whole: the usual case
-    api, commit = HfApi(token=_stripped(token)), cached.name
-    with _hub_errors(model, revision, token):
+    api, commit = HfApi(token=checked_token(model, token)), cached.name
+    with hub_errors(model, revision, token):
         files = api.list_repo_files(model, revision=commit)
     _require_safetensors(model, revision, files)
     # What is not among the files is left for Checkpoint.open to miss.
@@ -66,13 +67,15 @@ def header_directory(model: str, revision: str | None = None, token: str | None 
     def fetch(name: str) -> dict[str, Any]:
         return _fetch_header(api, model, commit, name)
 
-    with _hub_errors(model, revision, token):
+    with hub_errors(model, revision, token):
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             headers = list(pool.map(fetch, missing))
         directory = _temporary_directory(model)
         for path in cached.iterdir():
-            if path.is_file():
-                (directory / path.name).symlink_to(path.resolve())
+            if path.name in wanted:
+                write_header_only(directory / path.name, raw_header(path)[0])
+            elif path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, directory / path.name)
         for name, header in zip(missing, headers, strict=True):
             write_header_only(directory / name, header)
     return directory
@@ -84,6 +87,8 @@ def _given_directory(model: str, revision: str | None) -> Path | None:
         is_directory, is_file = Path(model).is_dir(), Path(model).is_file()
     except OSError as error:
         raise CheckpointError(f"{model}: cannot be looked at ({error.strerror})") from None
+    if revision and (".." in revision or not re.fullmatch(r"[\w./+@-]+", revision)):  # it becomes a path in the cache
+        raise HubError(f"{model}: no branch, tag or commit is named so: '{revision}'")
     if is_directory:
         if revision:
             raise CheckpointError(f"{model}: is a local directory, which has no revision '{revision}'; leave it out")
@@ -97,15 +102,14 @@ def _given_directory(model: str, revision: str | None) -> Path | None:
 
 def _download(model: str, revision: str | None, token: str | None, skipped: list[str]) -> Path:
     """Fetch a repository without the files that `skipped` matches into the Hub's cache, or find it there."""
-    from huggingface_hub import get_token, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    token = _stripped(token)
-    if not re.fullmatch("[!-~]*", token or get_token() or ""):  # it would end up in the HTTP client's own error
-        raise HubError(
-            f"{_at(model, revision)}: the Hub token holds characters that no token has; check HF_TOKEN or --token"
-        )
-    with _hub_errors(model, revision, token):
-        return Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=skipped))
+    token = checked_token(at_revision(model, revision), token)
+    with hub_errors(model, revision, token):
+        directory = Path(snapshot_download(model, revision=revision, token=token, ignore_patterns=skipped))
+        if ".." in directory.parts:  # the commit's name is the Hub's word
+            raise ValueError(f"commit '{directory}'")
+    return directory
 
 
 def _fetch_header(api: Any, model: str, commit: str, name: str) -> dict[str, Any]:
@@ -133,58 +137,10 @@ def _temporary_directory(model: str) -> Path:
     return Path(made.name)
 
 
-@contextmanager
-def _hub_errors(model: str, revision: str | None, token: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into errors of one line that do not hold the token."""
-    from huggingface_hub import errors, get_token
-
-    at = _at(model, revision)
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise HubError(f"{at}: access is gated; ask for it on its page and set HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise HubError(f"{model}: the Hub has no revision '{revision}' of it") from None
-    except errors.RepositoryNotFoundError:
-        raise HubError(
-            f"{at}: no such directory here and no such model on the Hub (a private one needs HF_TOKEN)"
-        ) from None
-    except errors.HFValidationError as error:
-        raise CheckpointError(f"{model}: no such directory, and no Hub id ({error})") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if isinstance(error.__cause__, errors.HfHubHTTPError):
-            raise _refusal(at, error.__cause__) from None
-        raise HubError(
-            f"{at}: no such directory here, not in the local cache, and the Hub cannot be reached; "
-            "check the name and the network, or give a local directory"
-        ) from None
-    except errors.HfHubHTTPError as error:
-        raise _refusal(at, error) from None
-    except (OSError, errors.HTTPError) as error:  # a broken connection, a full disk
-        reason, secret = str(error), _stripped(token) or get_token()
-        if secret:
-            reason = reason.replace(secret, "***")
-        raise HubError(f"{at}: the download failed ({type(error).__name__}: {reason})") from None
-
-
 def _require_safetensors(model: str, revision: str | None, files: list[str]) -> None:
     if not any(file.endswith(".safetensors") and "/" not in file for file in files):
         raise CheckpointError(
-            f"{_at(model, revision)}: the Hub has no safetensors weights of it, and pickle weights can run code when "
-            "read; convert them where you trust them: "
+            f"{at_revision(model, revision)}: the Hub has no safetensors weights of it, and pickle weights can run "
+            "code when read; convert them where you trust them: "
             "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(NEW_DIR)"
         )
-
-
-def _at(model: str, revision: str | None) -> str:
-    return f"{model} at revision {revision}" if revision else model
-
-
-def _stripped(token: str | None) -> str | None:
-    return token.strip() if token else None
-
-
-def _refusal(at: str, error: Any) -> HubError:
-    status = error.response.status_code if error.response is not None else "unknown"
-    advice = "check HF_TOKEN or --token" if status in (401, 403) else "try again later"
-    return HubError(f"{at}: the Hub answered with status {status}; {advice}")

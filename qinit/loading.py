@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 from qinit.adapter import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.checkpoint import read_json
 from qinit.errors import CheckpointError
+from qinit.formats.gptq import width_of
 from qinit.report import REPORT_NAME
+from qinit.skeleton import loader
 
 MIXED_METHOD = "qinit_mixed_gptq"  # the name that transformers knows the quantizer for mixed widths by
 
@@ -23,6 +25,7 @@ def load(
     trainable: bool = False,
     dtype: Any = "auto",
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a directory that qinit wrote: dense, GPTQ with one width or GPTQ with a width per layer.
 
@@ -35,48 +38,93 @@ def load(
     the CPU. Memory: GPTQ stays packed (a training step keeps each layer's dequantized weight for the backward pass
     unless gradient checkpointing is on), dense takes 16 bits or more per weight; the adapter is float32.
 
+    `trust_remote_code` runs code that lies in the directory, for a model that transformers does not know.
+
     Raises CheckpointError if the directory or its adapter is missing, damaged or not qinit's, or if a package that it
     needs is not installed, and RecipeError if the device is not there.
     """
-    import transformers
-
     place = Path(directory)
     class_name, config = _read(place)
     if adapter:
         _require_adapter(place)
-    options: dict[str, Any] = {}
+    return load_parts(
+        place,
+        place / ADAPTER_DIRECTORY if adapter else None,
+        class_name,
+        config,
+        trainable,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def load_parts(
+    base: Path,
+    adapter: Path | None,
+    class_name: str,
+    config: dict[str, Any],
+    trainable: bool = False,
+    *,
+    dtype: Any = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a base whose config.json is `config`, and put an adapter on it, wherever the two lie; as `load` does."""
+    import transformers
+
+    own = "auto_map" in config
+    model_class = (
+        loader(config, trust_remote_code) if own and trust_remote_code else getattr(transformers, class_name, None)
+    )
+    if model_class is None:
+        code = " or, as the model is code that lies there, read it and pass trust_remote_code=True" if own else ""
+        raise CheckpointError(
+            f"{base}: transformers {transformers.__version__} has no {class_name}; install the version that "
+            f"{REPORT_NAME} names under versions{code}"
+        )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device is not None:
         from qinit.device import pick_device
 
         options["device_map"] = {"": pick_device(device)}
-    if "quantization_config" in config:
-        _require_packages(place)
-        if _is_mixed(config["quantization_config"]):
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"{base / 'config.json'}: its quantization_config is no object")
+    if quantization is not None and quantization.get("quant_method") == "gptq":
+        _require_packages(base)
+        if _is_mixed(quantization, base):
             _register_mixed()
-            options["config"] = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
-            options["config"].quantization_config = {**config["quantization_config"], "quant_method": MIXED_METHOD}
-    model = _load_base(place, class_name, dtype, options)
-    return _load_adapter(model, place, trainable) if adapter else model
+            try:
+                options["config"] = transformers.AutoConfig.from_pretrained(
+                    base, local_files_only=True, trust_remote_code=trust_remote_code
+                )
+            except Exception as error:  # a damaged configuration can break its class in any way
+                raise CheckpointError(f"{base / 'config.json'}: cannot be loaded ({_reason(error)})") from error
+            options["config"].quantization_config = {**quantization, "quant_method": MIXED_METHOD}
+    model = _load_base(base, model_class, dtype, options)
+    return model if adapter is None else _load_adapter(model, adapter, trainable)
 
 
-def width_of(name: str, quantization: dict[str, Any]) -> int:
-    """Return the bits of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that matches the
-    name from its start decides, else the base's bits."""
-    for pattern, override in (quantization.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
-            return int(override.get("bits", quantization["bits"]))
-    return int(quantization["bits"])
-
-
-def _is_mixed(quantization: dict[str, Any]) -> bool:
-    overrides = (quantization.get("dynamic") or {}).values()
-    return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
+def _is_mixed(quantization: Any, directory: Path) -> bool:
+    try:
+        overrides = (quantization.get("dynamic") or {}).values()
+        return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
+    except (AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: its quantization_config is not what qinit writes ({_reason(error)})"
+        ) from None
 
 
 def _read(directory: Path) -> tuple[str, dict[str, Any]]:
     """Return the class of a run's model and its config.json; raises CheckpointError."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give the one that qinit wrote")
+    if (directory / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: lies beside the base, so that transformers would load the model that it names "
+            "instead; qinit did not write it, move it away"
+        )
     advice = "qinit.load reads directories that qinit wrote; transformers' from_pretrained reads others"
     report = read_json(directory / REPORT_NAME, advice)
     source = report.get("source")
@@ -91,26 +139,24 @@ def _require_adapter(directory: Path) -> None:
         file = directory / ADAPTER_DIRECTORY / name
         if not file.is_file():
             raise CheckpointError(f"{file}: not found; load the base alone with adapter=False")
+    file = directory / ADAPTER_DIRECTORY / CONFIG_NAME
+    config = read_json(file, "")
+    if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # PEFT would import what that names
+        raise CheckpointError(f"{file}: not an adapter that qinit wrote; load the base alone with adapter=False")
 
 
 def _require_packages(directory: Path) -> None:
     missing = [package for package in ("gptqmodel", "optimum") if find_spec(package) is None]
     if missing:
+        from qinit.doctor.requirements import pip_command
+
+        needs = " and ".join(missing)
         raise CheckpointError(
-            f"{directory}: packed as GPTQ, which needs {' and '.join(missing)}; "
-            'pip install "gptqmodel>=7.6,<7.7" "optimum>=2.3"'
+            f"{directory}: packed as GPTQ, which needs {needs}; {pip_command(('gptqmodel', 'optimum'))}"
         )
 
 
-def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, Any]) -> Any:
-    import transformers
-
-    model_class = getattr(transformers, class_name, None)
-    if model_class is None:
-        raise CheckpointError(
-            f"{directory}: transformers {transformers.__version__} has no {class_name}; install the version that "
-            f"{REPORT_NAME} names under versions"
-        )
+def _load_base(directory: Path, model_class: Any, dtype: Any, options: dict[str, Any]) -> Any:
     try:
         model, info = model_class.from_pretrained(
             directory,
@@ -124,7 +170,9 @@ def _load_base(directory: Path, class_name: str, dtype: Any, options: dict[str, 
         raise CheckpointError(f"{directory}: cannot be loaded ({_reason(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:  # they would be random
-        raise CheckpointError(f"{directory}: lacks {len(missing)} weights of {class_name} ({', '.join(missing[:3])})")
+        raise CheckpointError(
+            f"{directory}: lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])})"
+        )
     return model
 
 
@@ -132,17 +180,16 @@ def _load_adapter(model: Any, directory: Path, trainable: bool) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(
-            model,
-            str(directory),
-            subfolder=ADAPTER_DIRECTORY,
-            is_trainable=trainable,
-            torch_device=str(model.device),  # else it reads the file on a GPU where there is one
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*adapter keys.*")  # factors that are missing would be random
+            return PeftModel.from_pretrained(
+                model,
+                str(directory),
+                is_trainable=trainable,
+                torch_device=str(model.device),  # else it reads the file on a GPU where there is one
+            )
     except Exception as error:  # as above
-        raise CheckpointError(
-            f"{directory / ADAPTER_DIRECTORY}: the adapter cannot be loaded ({_reason(error)})"
-        ) from error
+        raise CheckpointError(f"{directory}: the adapter cannot be loaded ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:

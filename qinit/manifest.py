@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qinit.errors import ReportError
+from qinit.files import JSON_BYTES, printable, read_regular
 
 MANIFEST_NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -36,7 +37,7 @@ def read_manifest(directory: Path) -> dict[str, str]:
     """Return the sum of each listed file. Raises ReportError when the list is missing or damaged."""
     path = directory / MANIFEST_NAME
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_regular(path, JSON_BYTES).decode("utf-8")
     except OSError as error:
         raise ReportError(f"{path}: cannot be read ({error.strerror}); qinit writes it beside every run") from None
     except UnicodeDecodeError:
@@ -46,7 +47,18 @@ def read_manifest(directory: Path) -> dict[str, str]:
     found = [_LINE.fullmatch(line) for line in lines[:-1]]
     if last is None or not all(found) or last[1] != _sum_of(lines[:-1]):
         raise ReportError(f"{path}: damaged (its last line is not the sum of the others); it vouches for nothing")
-    return {match[2]: match[1] for match in found if match}
+    sums = {match[2]: match[1] for match in found if match}
+    wrong = [name for name in sums if not _is_below(name)]
+    if wrong or len(sums) != len(found):
+        what = f"lists {wrong[0]!r}, which is no file below it" if wrong else "lists a file twice"
+        raise ReportError(f"{path}: {what}, so qinit did not write it; it vouches for nothing")
+    return sums
+
+
+def _is_below(name: str) -> bool:
+    path = PurePosixPath(name)
+    below = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return below and str(path) == printable(name) == name
 
 
 def listed(directory: Path) -> list[str]:
@@ -56,19 +68,28 @@ def listed(directory: Path) -> list[str]:
     return sorted(file.as_posix() for file in visible if file.as_posix() != MANIFEST_NAME)
 
 
+def manifest_text(sums: dict[str, str]) -> str:
+    """Return the list as it is written: what each file's sum is, sorted by name, and the last line."""
+    lines = [f"{value}  {name}" for name, value in sorted(sums.items())]
+    return "".join(f"{line}\n" for line in [*lines, f"# {_sum_of(lines)}"])
+
+
 def file_sum(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, read in pieces."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def bytes_sum(content: bytes) -> str:
+    """Return what `file_sum` returns for a file with this content."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def _sum_of(lines: list[str]) -> str:
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+    return bytes_sum("".join(f"{line}\n" for line in lines).encode())
 
 
 def _write(directory: Path, sums: dict[str, str]) -> None:
-    lines = [f"{value}  {name}" for name, value in sorted(sums.items())]
-    text = "".join(f"{line}\n" for line in [*lines, f"# {_sum_of(lines)}"])
     temporary = directory / f".{MANIFEST_NAME}.tmp"
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(manifest_text(sums), encoding="utf-8")
     temporary.replace(directory / MANIFEST_NAME)

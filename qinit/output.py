@@ -32,8 +32,9 @@ def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
     """Raise OutputError if the result cannot go to `out`: it exists, holds something else, or lacks space."""
     try:
         _check_output(plan, out, overwrite)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be looked at ({error.strerror}); choose another place with --out") from None
+    except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError before Python 3.13
+        reason = getattr(error, "strerror", error)
+        raise OutputError(f"{out}: cannot be looked at ({reason}); choose another place with --out") from None
 
 
 def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
@@ -164,7 +165,8 @@ def _words(plan: Plan, out: Path, error: OSError) -> str:
 
 def _needed(plan: Plan) -> int:
     polished = plan.adapter_bytes if plan.recipe.polish else 0
-    return plan.base_bytes + plan.adapter_bytes + polished + scratch_bytes(plan)
+    companions = plan.checkpoint.companion_bytes()
+    return plan.base_bytes + plan.adapter_bytes + companions + polished + scratch_bytes(plan)
 
 
 def _existing(out: Path) -> Path:
@@ -204,3 +206,14 @@ def _swap(run: Path, final: Path) -> None:
             replaced.rename(final)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file anew under a temporary name beside it, then rename. Raises OutputError; the old one is kept then."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); it is as it was") from None

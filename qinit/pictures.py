@@ -25,6 +25,7 @@ KEPT = "#dcdcdc"
 WIDTHS = "viridis"
 PANELS = (("weight", "error_start", "error"), ("output", "output_error_start", "output_error"))
 LABELLED, CROWDED = 48, 400  # more columns get no widths written in, more layers no lines between their dots
+MOST_CELLS = 100_000  # module types times layer numbers
 LONGEST, NARROW = 44, 28  # characters of a module type beside the axis, and under it
 
 
@@ -59,6 +60,12 @@ class Grid:
         groups: dict[tuple[str, int | None], list[LayerRow]] = {}
         for place, row in zip(places([row.name for row in self.rows]), self.rows, strict=True):
             groups.setdefault(place, []).append(row)
+        across, down = len({number for _, number in groups}), len({kind for kind, _ in groups})
+        if across * down > MOST_CELLS:
+            raise ReportError(
+                f"the report has {down} module types and {across} layer numbers, too many to be drawn; "
+                "is it one of qinit?"
+            )
         return {(kind, number): Cell(kind, number, tuple(rows)) for (kind, number), rows in groups.items()}
 
     @cached_property
@@ -114,9 +121,14 @@ def evaluations(report: Report) -> list[tuple[str, float, float | None]]:
     try:
         for one in report.totals.get("evaluations") or []:
             reference = one.get("reference_perplexity")
-            nats = math.log(one["perplexity"] / reference) if reference else None
-            found.append((str(one["text"]), float(one["perplexity"]), nats))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            nats = math.log(_finite(one["perplexity"]) / _finite(reference)) if reference else None
+            label = str(one["text"])
+            if one.get("length") is not None:
+                label += f", windows of {one['length']}"
+            if one.get("stride") is not None:
+                label += f", stride {one['stride']}"
+            found.append((label, _finite(one["perplexity"]), nats))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged("evaluations", error) from None
     return found
 
@@ -127,10 +139,12 @@ def pareto_front(report: Report) -> Front | None:
         found = report.totals.get("allocation") or {}
         if not found.get("chosen"):
             return None
-        front, uniform = (sorted((float(x), float(y)) for x, y in found.get(key, ())) for key in ("front", "uniform"))
-        bits, nats = map(float, found["chosen"])
+        front, uniform = (
+            sorted((_finite(x), _finite(y)) for x, y in found.get(key, ())) for key in ("front", "uniform")
+        )
+        bits, nats = map(_finite, found["chosen"])
         how, metric = str(found["allocation"]), str(found["metric"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged("allocation", error) from None
     measured = [(text, excess) for text, _, excess in evaluations(report) if excess is not None]
     points = [(bits, excess) for _, excess in measured]
@@ -159,23 +173,27 @@ def heading(report: Report, length: int = 200) -> str:
 
 def write_pictures(report: Report, directory: Path) -> tuple[Path, Path]:
     """Write report.png and report.html into a directory, each under a temporary name first; returns their paths."""
-    contents = {directory / PNG_NAME: png(report), directory / PAGE_NAME: page(report).encode()}
+    first, second = write_files(directory, {PNG_NAME: png(report), PAGE_NAME: page(report).encode()})
+    return first, second
+
+
+def write_files(directory: Path, contents: dict[str, bytes]) -> list[Path]:
+    """Write files into a directory, each under a temporary name first; returns their paths. Raises OutputError."""
     partial = directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for path, content in contents.items():
-            partial = path.with_name(f".{path.name}.partial")
+        for name, content in contents.items():
+            partial = directory / f".{name}.partial"
             try:
                 partial.write_bytes(content)
-                partial.replace(path)
+                partial.replace(directory / name)
             finally:
                 partial.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"{directory}: cannot be written ({error.strerror}: {partial.name}); choose another place with --out"
         ) from None
-    first, second = contents
-    return first, second
+    return [directory / name for name in contents]
 
 
 def png(report: Report) -> bytes:
@@ -184,7 +202,7 @@ def png(report: Report) -> bytes:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
-        raise _missing("matplotlib") from None
+        raise missing("matplotlib") from None
     grid, front = Grid(report.layers), pareto_front(report)
     panels = [panel for panel in PANELS if average(report.layers, panel[2]) is not None]
     height = min(max(0.3 * len(grid.kinds), 0.6), 60)
@@ -269,7 +287,7 @@ def _png_errors(axis: Any, grid: Grid, panel: tuple[str, str, str]) -> None:
     axis.set_xlabel(_errors_axis(grid))
     axis.set_ylabel(_error_unit(what))
     axis.set_title(_errors_title(what), loc="left", fontsize=11)
-    _png_clean(axis)
+    clean(axis)
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
 
 
@@ -287,11 +305,11 @@ def _png_front(axis: Any, front: Front) -> None:
     axis.set_xlabel("bits per weight")
     axis.set_ylabel("nats over full precision")
     axis.set_title(_front_title(front), loc="left", fontsize=11, parse_math=False)
-    _png_clean(axis)
+    clean(axis)
     axis.legend(frameon=False, fontsize=9)
 
 
-def _png_clean(axis: Any) -> None:
+def clean(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#ececec")
     axis.set_axisbelow(True)
@@ -335,7 +353,7 @@ def page(report: Report) -> str:
     try:
         import plotly.graph_objects as go
     except ImportError:
-        raise _missing("plotly") from None
+        raise missing("plotly") from None
     grid, front = Grid(report.layers), pareto_front(report)
     figures = {"bits": _page_bits(go, grid)}
     for panel in PANELS:
@@ -637,8 +655,15 @@ def _short(name: str, length: int = LONGEST) -> str:
     return name if len(name) <= length else f"{name[:half]}...{name[-half:]}"
 
 
-def _missing(package: str) -> ReportError:
+def missing(package: str) -> ReportError:
     return ReportError(f"the pictures need {package}, which is not installed; {INSTALL}")
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not abs(number) < 1e30:
+        raise ValueError(f"{value!r} is no number to draw")
+    return number
 
 
 def _damaged(key: str, error: Exception) -> ReportError:

@@ -220,7 +220,7 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
     Raises CheckpointError and TargetError.
     """
     checkpoint = Checkpoint.open(directory)
-    architecture = read_architecture(directory, checkpoint.config)
+    architecture = read_architecture(checkpoint, recipe.trust_remote_code)
     targets = select(resolve_targets(checkpoint, architecture), recipe.target_modules, recipe.exclude)
     layers = tuple(_plan_layer(recipe, target) for target in targets)
     plan = Plan(recipe, model_name, checkpoint, architecture, layers)
@@ -257,7 +257,13 @@ def _with_calibration(plan: Plan) -> Plan:
         recipe = recipe.model_copy(update={"calibration": chosen})
         plan = replace(plan, recipe=recipe, calibration_reason=reason)
     if recipe.calibrated:
-        check_source(recipe.calibration, checkpoint.directory, checkpoint.config, recipe.text_field)
+        check_source(
+            recipe.calibration,
+            checkpoint.directory,
+            checkpoint.config,
+            recipe.text_field,
+            trust_remote_code=recipe.trust_remote_code,
+        )
     if recipe.row.metric != "weight" and not recipe.calibrated:
         raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self or a text file")
     return plan

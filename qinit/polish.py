@@ -23,7 +23,7 @@ from qinit.calibration.samples import Samples
 from qinit.calibration.self_text import no_progress_bar
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.lowrank import LowRank
-from qinit.targets import named_class
+from qinit.skeleton import loader
 
 # Chosen on a 260K-parameter Llama at 2 bits by held-out loss and by the KL on fresh text that the model wrote.
 LEARNING_RATE = 0.015
@@ -82,6 +82,7 @@ def polish(
     seed: int,
     learning_rate: float = LEARNING_RATE,
     batch_size: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Generator[Progress, None, Polished]:
     """Improve the factors jointly; yields Progress, first for the start (step 0), and returns Polished.
 
@@ -104,7 +105,7 @@ def polish(
             f"polish: {len(samples.tokens)} samples, at least 2 are needed, one to learn from and one to check on; "
             "give more or longer text"
         )
-    teacher = _load(directory, config).to(device)
+    teacher = _load(directory, config, trust_remote_code).to(device)
     student = _make_student(teacher, bases, factors, device)
     repaired = {name: student.get_submodule(name) for name in factors}
     optimizer = torch.optim.AdamW(
@@ -289,25 +290,29 @@ def _make_student(
     return student
 
 
-def _load(directory: Path, config: dict[str, Any]) -> Any:
+def _load(directory: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """Load the source in float32, frozen, in eval mode, with every dropout and the key-value cache off."""
     import transformers
 
     try:
         model_config = transformers.AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
         for part in {id(part): part for part in (model_config, model_config.get_text_config())}.values():
             part.use_cache = False
             for key, value in vars(part).items():
                 if "drop" in key and isinstance(value, float):
                     setattr(part, key, 0.0)
-        model_class = named_class(config) or transformers.AutoModelForCausalLM
         with no_progress_bar():
-            model = model_class.from_pretrained(
-                directory, config=model_config, dtype=torch.float32, local_files_only=True
+            model = loader(config, trust_remote_code).from_pretrained(
+                directory,
+                config=model_config,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
             )
-    except Exception as error:  # a checkpoint can break its class in any way; code of its own is never run
+    except Exception as error:  # a checkpoint can break its class in any way
         reason = str(error).split("\n")[0]
         raise CheckpointError(
             f"{directory}: the source cannot be loaded for the polish ({type(error).__name__}: {reason})"

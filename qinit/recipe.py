@@ -7,16 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qinit.errors import RecipeError, did_you_mean
+from qinit.files import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.methods import CALIBRATED, Method, get_method
 from qinit.targets import ALL_LINEAR
 
 Bits = Literal[2, 3, 4, 8]
+MOST_TOKENS = 2**28
+LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
 
 class Recipe(BaseModel):
@@ -28,25 +30,25 @@ class Recipe(BaseModel):
     revision: str | None = None
     method: str = "eqft"
     bits: Bits = 2
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=LARGEST)
     iter: int | None = Field(None, ge=1, le=100)  # None: as many as the method's row says
     group_size: int = Field(64, ge=8)
     format: str = "gptq"
-    lora_alpha: float | None = Field(None, gt=0, allow_inf_nan=False)  # None: the rank
+    lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)  # None: the rank
     use_rslora: bool = False
     target_modules: str = ALL_LINEAR
     exclude: str | None = None
     calibration: str = "auto"  # decided by the plan; "none", or what `load_samples` takes
     text_field: str | None = None
-    calibration_samples: int = Field(128, ge=1)
-    calibration_length: int = Field(512, ge=2)
+    calibration_samples: int = Field(128, ge=1, le=LARGEST)
+    calibration_length: int = Field(512, ge=2, le=LARGEST)
     calibration_mode: Literal["sequential", "parallel"] = "sequential"
     rounding: Literal["gptq", "nearest"] | None = None  # None: the method's own
     act_order: bool = False
-    polish: int = Field(0, ge=0)
+    polish: int = Field(0, ge=0, le=LARGEST)
     max_shard_size: str = "5GB"
     device: str = "auto"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)  # what torch takes
     ratio: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)  # share of weights at bits_high: mixed widths
     bits_low: Bits | None = None
     bits_high: Bits | None = None
@@ -56,6 +58,7 @@ class Recipe(BaseModel):
     tie: Literal["none", "fused"] = "none"
     sensitivity: str | None = None  # a file that an earlier run has measured
     rank_budget: str | None = None  # total size of the adapter, as 20MB
+    trust_remote_code: bool = False  # run code that the checkpoint brings; never from a file
 
     @model_validator(mode="before")
     @classmethod
@@ -78,6 +81,13 @@ class Recipe(BaseModel):
     @classmethod
     def _whole_numbers_are_fine(cls, value: Any) -> Any:
         return float(value) if type(value) is int else value
+
+    @field_validator("lora_alpha")
+    @classmethod
+    def _divisible(cls, value: float | None) -> float | None:
+        if value is not None and value < 1e-9:  # A and B are divided by its square root, in float32
+            raise ValueError("expected at least 1e-9")
+        return value
 
     @field_validator("device")
     @classmethod
@@ -150,6 +160,9 @@ class Recipe(BaseModel):
         for option in ("rounding", "act_order"):
             if getattr(self, option) and method.iterations_fixed:
                 raise ValueError(f"{option}: method {method.name} has its own; leave it out")
+        tokens = self.calibration_samples * self.calibration_length
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"calibration_samples: {tokens} tokens in all, at most {MOST_TOKENS} are held in memory")
         if self.text_field and self.calibration in ("auto", "self", "random"):
             raise ValueError(f"text_field: there is no field to name in calibration {self.calibration}")
 
@@ -231,13 +244,18 @@ def _one_line(error: Any) -> str:
 
 def _read_recipe(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = parse_yaml(read_regular(file, YAML_BYTES))
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise RecipeError(f"{file}: not valid YAML ({error})") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: expected `option: value` lines, found {type(values).__name__}")
+    if values.get("trust_remote_code"):
+        raise RecipeError(
+            f"{file}: trust_remote_code: a recipe may come from anywhere, so only the command line can give it, as "
+            "--trust-remote-code"
+        )
     return values
 
 

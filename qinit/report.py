@@ -10,11 +10,19 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from qinit.errors import ReportError
+from qinit.files import read_regular
 
 REPORT_NAME = "qinit.json"
+REPORT_BYTES = 64 << 20  # a model of 70,000 experts has half of that
+# What a report may hold: whoever draws it has no other check.
+Count = Annotated[int, Field(ge=0, lt=2**60)]
+Size = Annotated[int, Field(ge=1, lt=2**60)]
+Measure = Annotated[float, Field(ge=0, le=1e30)]
 PACKAGES = ("qinit", "torch", "transformers", "peft", "numba", "numpy")
 
 
@@ -25,20 +33,20 @@ class LayerRow:
     calibration, the output errors are the same relative to the layer's output, and `tokens` were seen."""
 
     name: str
-    shape: tuple[int, int]
-    bits: int | None
-    group_size: int | None
-    rank: int
-    bytes_before: int
-    bytes_after: int
-    error_start: float | None
-    error: float | None
+    shape: tuple[Size, Size]
+    bits: Annotated[int, Field(ge=1, le=64)] | None
+    group_size: Count | None
+    rank: Count
+    bytes_before: Count
+    bytes_after: Count
+    error_start: Measure | None
+    error: Measure | None
     trace: tuple[float, ...]
     seconds: float
     kept: str | None = None
-    output_error_start: float | None = None
-    output_error: float | None = None
-    tokens: int | None = None
+    output_error_start: Measure | None = None
+    output_error: Measure | None = None
+    tokens: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Report:
 
         path, remedy = directory / REPORT_NAME, "pass the directory that `qinit eqft` wrote"
         try:
-            report = TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
+            report = TypeAdapter(cls).validate_json(read_regular(path, REPORT_BYTES), strict=True)
         except FileNotFoundError:
             what = "no such file" if directory.is_dir() else "no such directory"
             raise ReportError(f"{path if directory.is_dir() else directory}: {what}; {remedy}") from None
@@ -87,6 +95,10 @@ class Report:
             raise ReportError(f"{path}: not a report of qinit ({where}: {first['msg']}); {remedy}") from None
         if not report.layers:
             raise ReportError(f"{path}: not a report of qinit (it has no layers); {remedy}")
+        for key in ("bits_per_weight", "grid_bits_per_weight"):
+            value = report.totals.get(key, 0)
+            if type(value) not in (int, float) or not 0 <= value <= 64:
+                raise ReportError(f"{path}: not a report of qinit (totals.{key} is {value!r}); {remedy}")
         return report
 
 

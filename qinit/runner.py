@@ -323,6 +323,7 @@ def _polish(job: _Job) -> Generator[Event, None, None]:
         steps=plan.recipe.polish,
         device=job.device,
         seed=plan.recipe.seed,
+        trust_remote_code=plan.recipe.trust_remote_code,
     )
     errors: dict[str, float] = {}
     encoded: dict[str, torch.Tensor] = {}

@@ -12,6 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -21,10 +22,12 @@ from typing import Any
 import torch
 
 from qinit.errors import CheckpointError
+from qinit.files import open_regular, parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 CHUNK_BYTES = 16 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+MAX_DIMENSIONS = 64  # of a tensor: PyTorch's own limit
 HEADER_ONLY = "qinit_header_only"  # in a header's metadata: the data is elsewhere
 
 DTYPES: dict[str, torch.dtype] = {
@@ -95,21 +98,23 @@ class StoredTensor(TensorSpec):
 
 
 def _open(file: Path) -> FileIO:
+    with _readable(file):
+        return open_regular(file)
+
+
+@contextmanager
+def _readable(file: Path, where: str = "") -> Iterator[None]:
     try:
-        return file.open("rb", buffering=0)
+        yield
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{file}: cannot be read{where} ({error.strerror})") from error
 
 
 def _read_into(handle: FileIO, buffer: torch.Tensor, tensor: StoredTensor) -> None:
     view = memoryview(buffer.numpy().data)
     while view:
-        try:
+        with _readable(tensor.file, f" in tensor '{tensor.name}'"):
             got = handle.readinto(view)
-        except OSError as error:
-            raise CheckpointError(
-                f"{tensor.file}: cannot be read in tensor '{tensor.name}' ({error.strerror})"
-            ) from error
         if not got:
             raise CheckpointError(
                 f"{tensor.file}: ends inside tensor '{tensor.name}'; the file changed, is truncated or "
@@ -118,38 +123,17 @@ def _read_into(handle: FileIO, buffer: torch.Tensor, tensor: StoredTensor) -> No
         view = view[got:]
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"'{name}' stands there twice")
-        result[name] = value
-    return result
-
-
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Read and check one file's header: sizes match shapes, data neither overlaps nor leaves the file.
 
     A file of `write_header_only` passes too. Raises CheckpointError naming the file and the tensor.
     """
-    with _open(file) as handle:
-        size = os.fstat(handle.fileno()).st_size
-        prefix = handle.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{file}: not a whole safetensors file (header of {length} bytes in a file of {size}); "
-                "download or copy it again"
-            )
-        raw = handle.read(length)
+    header, length, size = raw_header(file)
+    metadata = header.pop("__metadata__", None)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
-        if not isinstance(header, dict):
-            raise ValueError("expected an object")
-        metadata = header.pop("__metadata__", None)
         tensors = {name: _parse_entry(file, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: corrupt safetensors header ({error}); download or copy it again") from None
+    except ValueError as error:
+        raise _corrupt(file, error) from None
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != end:
@@ -165,6 +149,31 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def raw_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a file's header as it stands there, its length and the file's; raises CheckpointError for none."""
+    with _open(file) as handle, _readable(file):
+        size = os.fstat(handle.fileno()).st_size
+        prefix = handle.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file}: not a whole safetensors file (header of {length} bytes in a file of {size}); "
+                "download or copy it again"
+            )
+        raw = handle.read(length)
+    try:
+        header = parse_json(raw)
+        if not isinstance(header, dict):
+            raise ValueError("expected an object")
+    except ValueError as error:
+        raise _corrupt(file, error) from None
+    return header, length, size
+
+
+def _corrupt(file: Path, error: ValueError) -> CheckpointError:
+    return CheckpointError(f"{file}: corrupt safetensors header ({error}); download or copy it again")
+
+
 def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -172,7 +181,7 @@ def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> StoredTe
         raise ValueError(f"tensor '{name}' lacks dtype, shape or data_offsets") from None
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor '{name}' has dtype {dtype!r}, known are {', '.join(DTYPES)}")
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    numbers = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
     if not all(type(n) is int and 0 <= n < 2**60 for n in numbers):
         raise ValueError(f"tensor '{name}' has a shape or offset that is no count")
     tensor = StoredTensor(name, DTYPES[dtype], tuple(shape), file, data_start + begin)

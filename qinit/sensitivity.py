@@ -32,6 +32,7 @@ from qinit.calibration.walk import Measuring, oriented, require_finite_input, un
 from qinit.calibration.whole import load_whole, read_tokens
 from qinit.checkpoint import not_decomposable
 from qinit.errors import CalibrationError, RecipeError
+from qinit.files import JSON_BYTES, parse_json, read_regular
 from qinit.solver import seed_of, solve, stored
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Sensitivity:
     def read(cls, file: Path) -> Sensitivity:
         """Read what `write` has written; raises RecipeError for a file that is damaged or something else."""
         try:
-            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+            return cls.from_json(parse_json(read_regular(file, JSON_BYTES)))
         except OSError as error:
             raise RecipeError(f"sensitivity: {file} cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError, RecipeError) as error:
@@ -140,7 +141,7 @@ def measure(
     )
     probe = _Probe(plan, options, part, device)
     try:
-        blocks = Blocks(plan, device)
+        blocks = Blocks.of(plan, device)
         yield from _streamed(blocks, probe, scratch)
     except NotStreamable:
         probe = _Probe(plan, options, part, device)
@@ -351,23 +352,34 @@ def _solve_all(
     """Solve layers at all of their options, with the statistics of their inputs where the recipe is calibrated."""
     meters: dict[str, Meter] = {}
     if probe.plan.recipe.calibrated:
-        meters = {layer.target.name: Meter([layer], probe.device, drift=False) for layer in layers}
+        shared: dict[str, str] = {}  # which layer's meter a layer reads: that of the first with the same input
+        inputs: dict[str, torch.Tensor] = {}
 
-        def measured(name: str) -> Any:
+        def measured(layer: LayerPlan) -> Any:
+            name = layer.target.name
+
             def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                require_finite_input(args[0], name, batch.start, probe.samples)
-                meters[name].add(unpadded(args[0], batch.mask), {})
+                if name not in shared:
+                    shared[name] = next((first for first, other in inputs.items() if other is args[0]), name)
+                if shared[name] == name:
+                    inputs[name] = args[0]
+                    require_finite_input(args[0], name, batch.start, probe.samples)
+                    meter = meters.setdefault(name, Meter([layer], probe.device, drift=False))
+                    meter.add(unpadded(args[0], batch.mask), {})
 
             return hook
 
-        hooks = [module.register_forward_pre_hook(measured(name)) for name, module in modules.items()]
+        hooks = [modules[layer.target.name].register_forward_pre_hook(measured(layer)) for layer in layers]
         for batch in probe.batches:
             run(batch)
+            inputs.clear()
         for hook in hooks:
             hook.remove()
+        meters = {name: meters[first] for name, first in shared.items()}
     for layer in layers:
         linear: Any = modules[layer.target.name]
-        statistics = meters.pop(layer.target.name).statistics(layer) if meters else None
+        meter = meters.get(layer.target.name)
+        statistics = meter.statistics(layer) if meter is not None else None
         probe.solve(layer, oriented(linear.weight.data, layer), statistics)
 
 

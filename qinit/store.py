@@ -113,8 +113,9 @@ class Store:
 
     def low_rank(self, layer: LayerPlan) -> LowRank:
         """Return L = B A of a finished layer, as PEFT computes it."""
-        A, B = (self.factors.read(name) for name in adapter.tensor_names(layer.target.module))
-        return adapter.decode(A, B, self.plan.recipe.lora_scale)
+        module = layer.target.module
+        tensors = {name: self.factors.read(name) for name in adapter.tensor_names(module)}
+        return adapter.decode(module, tensors, self.plan.recipe.lora_scale)
 
     def weight(self, layer: LayerPlan, device: torch.device) -> torch.Tensor:
         """Return Q + L [out, in] of a finished layer: what its trainer will have.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from qinit.checkpoint import Checkpoint
 from qinit.errors import CheckpointError, TargetError, did_you_mean
 from qinit.safetensors_io import StoredTensor
+from qinit.skeleton import build_model
 
 ALL_LINEAR = "all-linear"
 
@@ -48,24 +48,28 @@ class Target:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The model's linear modules in order, its base-model prefix and the class that loads it."""
+    """The model's linear modules in order, its base-model prefix, its class and its embeddings' shapes."""
 
     class_name: str
     base_prefix: str
     linear: tuple[LinearModule, ...]
+    embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
+def read_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Architecture:
     """Build the model on the meta device (no memory, no weights) and list its linear modules.
 
-    Output heads and modules whose weight is tied to an embedding are left out.
+    Output heads and modules whose weight is tied to an embedding are left out. Raises CheckpointError as `build_model`
+    does.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    model = build_model(directory, config, include_buffers=True)  # without, buffers are allocated, then dropped
+    # Without buffers they would be allocated, then dropped.
+    model = build_model(checkpoint, include_buffers=True, trust_remote_code=trust_remote_code)
     head = model.get_output_embeddings()
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    embeddings = {id(weight) for weight in tables.values()}
     set_by_parent = _set_by_parent(model)
     linear = []
     for name, module in model.named_modules():
@@ -75,49 +79,8 @@ def read_architecture(directory: Path, config: dict[str, Any]) -> Architecture:
         rows, columns = module.weight.shape
         out_features, in_features = (columns, rows) if transposed else (rows, columns)
         linear.append(LinearModule(name, out_features, in_features, transposed, id(module.weight) in set_by_parent))
-    return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear))
-
-
-def build_model(directory: Path, config: dict[str, Any], *, include_buffers: bool) -> Any:
-    """Build the model on the meta device; buffers that are no weights (rotary frequencies) only exist without
-    `include_buffers`. Raises CheckpointError for a configuration that transformers cannot build."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    config_file = directory / "config.json"
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # a config can break its class in any way; code of its own is never run
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(
-            f"{config_file}: transformers {transformers.__version__} does not know this model "
-            f"(model_type {config.get('model_type')!r}): {reason}"
-        ) from error
-    try:
-        with init_empty_weights(include_buffers=include_buffers):
-            model_class = named_class(config)
-            if model_class is not None:
-                model = model_class._from_config(model_config)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    except Exception as error:  # a config can break a constructor in any way
-        raise CheckpointError(
-            f"{config_file}: no model can be built from it ({type(error).__name__}: {error})"
-        ) from error
-    return model
-
-
-def named_class(config: dict[str, Any]) -> Any | None:
-    """Return the first of the configuration's architectures that transformers has, None if it has none of them."""
-    import transformers
-
-    for name in config.get("architectures") or ():
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    return None
+    shapes = {f"{name}.weight": tuple(weight.shape) for name, weight in tables.items()}
+    return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear), shapes)
 
 
 def _set_by_parent(model: Any) -> set[int]:
@@ -139,16 +102,35 @@ def _set_by_parent(model: Any) -> set[int]:
     return found
 
 
+def _require_shape(checkpoint: Checkpoint, parameter: str, expected: tuple[int, ...], base_prefix: str) -> None:
+    """Raise CheckpointError if the checkpoint has the parameter in another shape."""
+    tensor = find_tensor(checkpoint, parameter, base_prefix)
+    if tensor is not None and tensor.shape != expected:
+        raise CheckpointError(
+            f"{tensor.file}: tensor '{tensor.name}' has shape {list(tensor.shape)}, config.json says "
+            f"{list(expected)}; config and weights belong to different models"
+        )
+
+
+def find_tensor(checkpoint: Checkpoint, parameter: str, base_prefix: str) -> StoredTensor | None:
+    """Return what the checkpoint has for a parameter, None if it has nothing."""
+    names = possible_names(parameter, base_prefix)
+    return next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
+
+
 def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Target, ...]:
     """Match every linear module to its tensor, with or without the base-model prefix.
 
-    Raises CheckpointError when a weight is missing or has another shape than the architecture says.
+    Raises CheckpointError when a weight is missing or has another shape than the architecture says, embeddings too.
     """
+    for name, shape in architecture.embeddings.items():
+        _require_shape(checkpoint, name, shape, architecture.base_prefix)
     targets = []
     for module in architecture.linear:
-        names = possible_names(f"{module.name}.weight", architecture.base_prefix)
-        tensor = next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
+        parameter = f"{module.name}.weight"
+        tensor = find_tensor(checkpoint, parameter, architecture.base_prefix)
         if tensor is None:
+            names = possible_names(parameter, architecture.base_prefix)
             raise CheckpointError(
                 f"{checkpoint.directory}: no weight for module '{module.name}' of {architecture.class_name} "
                 f"(looked for {', '.join(names)})"
@@ -156,11 +138,9 @@ def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple
         expected = (module.out_features, module.in_features)
         if module.transposed:
             expected = expected[::-1]
-        if tensor.shape != expected:
-            raise CheckpointError(
-                f"{tensor.file}: tensor '{tensor.name}' has shape {list(tensor.shape)}, config.json says "
-                f"{list(expected)}; config and weights belong to different models"
-            )
+        _require_shape(checkpoint, parameter, expected, architecture.base_prefix)
+        if not tensor.numel:
+            raise CheckpointError(f"{tensor.file}: tensor '{tensor.name}' of shape {list(tensor.shape)} is empty")
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize not in (2, 4):
             raise CheckpointError(
                 f"{tensor.file}: tensor '{tensor.name}' is {tensor.dtype}; qinit reads float32, float16 and bfloat16"

@@ -5,17 +5,15 @@ Use `from tests.conftest import make_checkpoint`. torch and transformers are imp
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import threading
-from collections import Counter
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.hub_stand_in import StandInHub
 
 # Read by huggingface_hub when it is imported; a test that talks to a local stand-in lifts it for itself.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +24,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # Threads that wait for others sleep: spinning makes tiny matrices 100 times slower where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The stand-in for the Hub keeps LFS objects; huggingface_hub would send to Xet whatever the server says.
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(variable, None)
 
@@ -113,90 +113,20 @@ def weights_of(directory: Path) -> dict[str, bytes]:
     return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*.safetensors"))}
 
 
-class StandInHub:
-    """A Hub on this machine: serves the repositories in `repos` (id -> directory), each with one commit.
+def contents(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a directory."""
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
-    `status` (status code, X-Error-Code) overrides every answer; `requests` are the paths and tokens that were seen,
-    `served` counts each file's bytes. What is in `cut` ends after 8 bytes of its body.
-    """
 
-    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run of three shards with its SHA256SUMS, not to be changed."""
+    from qinit.manifest import write_manifest
 
-    def __init__(self) -> None:
-        self.repos: dict[str, Path] = {}
-        self.revisions = ["main", self.COMMIT]
-        self.status: tuple[int, str] | None = None
-        self.requests: list[tuple[str, str | None]] = []
-        self.served: Counter[str] = Counter()
-        self.cut: set[str] = set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def fetched(self) -> set[str]:
-        """Return the names of the files that were asked for."""
-        return {path.split(f"/resolve/{self.COMMIT}/")[1] for path, _ in self.requests if "/resolve/" in path}
-
-    def answer(self, path: str) -> tuple[int, str, bytes]:
-        """Return status, error code and body for a path."""
-        if self.status:
-            return (*self.status, b"{}")
-        head, _, rest = path.removeprefix("/api/models").lstrip("/").partition("?")[0].partition("/")
-        name, _, rest = rest.partition("/")
-        repo = self.repos.get(f"{head}/{name}")
-        kind, _, rest = rest.partition("/")
-        revision, _, file = rest.partition("/")
-        if repo is None:
-            return 404, "RepoNotFound", b"{}"
-        if revision not in self.revisions:
-            return 404, "RevisionNotFound", b"{}"
-        if kind == "resolve":
-            return 200, "", (repo / file).read_bytes()
-        files = [path for path in sorted(repo.rglob("*")) if path.is_file()]
-        entries = [
-            {"type": "file", "path": str(f.relative_to(repo)), "size": f.stat().st_size, "oid": f"{i:040x}"}
-            for i, f in enumerate(files)
-        ]
-        info = {"id": f"{head}/{name}", "sha": self.COMMIT, "siblings": [{"rfilename": e["path"]} for e in entries]}
-        return 200, "", json.dumps(entries if kind == "tree" else info).encode()
-
-    def _handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.requests.append((self.path, self.headers.get("Authorization")))
-                status, error, body = hub.answer(self.path)
-                name = self.path.rpartition("/")[2]
-                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-                if asked and status == 200:
-                    status, body = 206, body[int(asked[1]) : int(asked[2]) + 1]
-                self.send_response(status)
-                for field, value in {
-                    "Content-Length": str(len(body)),
-                    "Content-Type": "application/json",
-                    "ETag": f'"{hash(self.path):x}"',
-                    "X-Repo-Commit": hub.COMMIT,
-                    "X-Error-Code": error,
-                }.items():
-                    if value:
-                        self.send_header(field, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    hub.served[name] += len(body)
-                    self.wfile.write(body[:8] if name in hub.cut else body)
-                    self.close_connection = name in hub.cut
-
-            do_HEAD = do_GET  # noqa: N815
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        return Handler
+    place = tmp_path_factory.mktemp("finished")
+    quantize(make_checkpoint(place / "source"), place / "run", format="dense", max_shard_size="100KB")
+    write_manifest(place / "run")
+    return place / "run"
 
 
 @pytest.fixture
@@ -212,6 +142,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     yield stand_in
     stand_in.close()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Shorten what huggingface_hub waits before it tries again (1, 2, 4, 8 and 8 s); returns what it would have."""
+    waited, sleep = [], time.sleep
+
+    def short(seconds: float) -> None:
+        waited.append(seconds)
+        sleep(min(seconds, 0.001))
+
+    monkeypatch.setattr(time, "sleep", short)
+    return waited
 
 
 @pytest.fixture

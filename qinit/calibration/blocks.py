@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from qinit.checkpoint import count_nonfinite, require_finite
-from qinit.safetensors_io import StoredTensor
-from qinit.targets import build_model, possible_names
+from qinit.skeleton import build_model
+from qinit.weights import StoredWeights
 
 if TYPE_CHECKING:
+    from qinit.checkpoint import Checkpoint
     from qinit.plan import Plan
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Weights(Protocol):
+    """Where a model's parameters come from. `linear` names the modules that its row of blocks is known by."""
+
+    checkpoint: Checkpoint
+    trust_remote_code: bool
+    linear: Sequence[str]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a parameter of that name, as the model has it."""
+        ...
+
+    def read(self, name: str, device: torch.device) -> torch.Tensor | None:
+        """Return it in float32 on the device, in the module's own layout; None if there is none."""
+        ...
 
 
 class NotStreamable(Exception):  # noqa: N818
@@ -96,22 +112,22 @@ def _hidden(arguments: Arguments) -> torch.Tensor:
 
 
 class Blocks:
-    """The row of blocks that holds the plan's layers, all on the meta device until one is loaded.
+    """The row of blocks that holds the linear layers, all on the meta device until one is loaded.
 
     Raises NotStreamable when there is no such row.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.plan, self.device = plan, device
-        checkpoint = plan.checkpoint
-        self.model = build_model(checkpoint.directory, checkpoint.config, include_buffers=False).eval()
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self.weights, self.device = weights, device
+        trusted = weights.trust_remote_code
+        self.model = build_model(weights.checkpoint, include_buffers=False, trust_remote_code=trusted).eval()
         self.model.config.use_cache = False
         for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:  # some are trained, such as Gemma 4's layer_scalar
                     stored = self._read(f"{path}.{name}")
                     module._buffers[name] = buffer.to(device) if stored is None else stored.to(buffer.dtype)
-        self.path, self.blocks = _row_of_blocks(self.model, [layer.target.name for layer in plan.quantized])
+        self.path, self.blocks = _row_of_blocks(self.model, weights.linear)
         self.model.tie_weights()  # built without memory, each has become a parameter of its own
         first: dict[int, str] = {}
         self.outside = {  # parameters that lie in no block, each with the first name of the one that it is tied to
@@ -123,13 +139,20 @@ class Blocks:
         ends = [path + "." for path, module in self.model.named_modules() if module is output]
         self.head = {name for name in self.outside if any(name.startswith(end) for end in ends)}
         self.missing = [  # some checkpoints name the head as older versions of the model did
-            name for name, same_as in self.outside.items() if not self._find(same_as) and not self._find(name)
+            name for name, same_as in self.outside.items() if not weights.has(same_as) and not weights.has(name)
         ]
         if any(getattr(module, "is_kv_shared_layer", False) for module in self.blocks.modules()):
             raise NotStreamable("some blocks use the keys and values of others")
         for name, _ in self.blocks.named_parameters(remove_duplicate=False):
-            if self._find(f"{self.path}.{name}") is None:
+            if not weights.has(f"{self.path}.{name}"):
                 raise NotStreamable(f"the checkpoint has no tensor {self.path}.{name}")
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device) -> Blocks:
+        """The blocks of a plan's source, known by the layers that will be quantized."""
+        linear = [layer.target.name for layer in plan.quantized]
+        trusted = plan.recipe.trust_remote_code
+        return cls(StoredWeights(plan.checkpoint, plan.architecture, linear, trust_remote_code=trusted), device)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -211,18 +234,8 @@ class Blocks:
         for name, parameter in list(self.blocks[index].named_parameters()):
             _put(self.blocks[index], name, _frozen(torch.empty_like(parameter, device="meta")))
 
-    def _find(self, name: str) -> StoredTensor | None:
-        tensors = self.plan.checkpoint.tensors
-        names = possible_names(name, self.plan.architecture.base_prefix)
-        return next((tensors[candidate] for candidate in names if candidate in tensors), None)
-
     def _read(self, name: str) -> torch.Tensor | None:
-        tensor = self._find(name)
-        if tensor is None:
-            return None
-        raw = tensor.read()
-        require_finite(tensor, count_nonfinite(raw))
-        return raw.to(self.device, torch.float32)
+        return self.weights.read(name, self.device)
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -234,7 +247,7 @@ def _frozen(value: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
 
 
-def _row_of_blocks(model: nn.Module, names: list[str]) -> tuple[str, nn.ModuleList]:
+def _row_of_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleList]:
     """Return the one module list whose members hold all of `names` that lie in a list at all."""
     rows: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():

@@ -43,7 +43,7 @@ class Cost:
 def calibration_cost(plan: Plan, source: str, speed: float) -> Cost:
     """Estimate from headers what calibration on `source` takes at `speed` floating-point operations per second."""
     recipe = plan.recipe
-    facts = Facts.read(plan.checkpoint.directory, plan.checkpoint.config)
+    facts = Facts.of(plan)
     length = facts.clip(recipe.calibration_length)
     tokens = recipe.calibration_samples * length
     parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
@@ -63,7 +63,7 @@ def choose(plan: Plan, device: torch.device) -> tuple[str, str]:
     """Decide `auto` for this plan and machine: the source (`self` or `none`) and the reason, for people."""
     if plan.recipe.row.name != "eqft":
         return "none", f"method {plan.recipe.method} takes none"
-    facts = Facts.read(plan.checkpoint.directory, plan.checkpoint.config)
+    facts = Facts.of(plan)
     if not facts.causal or facts.start is None:
         return "none", "the model writes no text of its own; give --calibration FILE to start closer"
     free = free_memory(device)
@@ -138,7 +138,7 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
     recipe, checkpoint = plan.recipe, plan.checkpoint
     source, count, length = recipe.calibration, recipe.calibration_samples, recipe.calibration_length
     if not recipe.calibrated:
-        facts = Facts.read(checkpoint.directory, checkpoint.config)
+        facts = Facts.of(plan)
         writes = facts.causal and facts.start is not None and plan.bytes_before <= LARGEST_SHARE * free_memory(device)
         source, count, length = "self" if writes else "random", SENSITIVITY_SAMPLES, SENSITIVITY_LENGTH
     return load_samples(
@@ -151,4 +151,5 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
         text_field=recipe.text_field,
         token=token,
         device=device,
+        trust_remote_code=recipe.trust_remote_code,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qinit.errors import CalibrationError, did_you_mean
+from qinit.files import parse_json, read_regular
 
 JSON_SUFFIXES = {".jsonl", ".json"}
 LARGEST_FILE = 2**30  # bytes: a file is read whole, and calibration needs a few megabytes of it
@@ -18,28 +18,26 @@ def read_text(path: Path) -> str:
     try:
         if path.is_dir():
             raise CalibrationError(f"{path}: is a directory; give one text file or JSONL file")
-        if not path.is_file():
-            raise CalibrationError(f"{path}: is no regular file; give one text file or JSONL file")
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise CalibrationError(
-                f"{path}: has {size / 1e9:.1f} GB, at most {LARGEST_FILE / 1e9:.1f} GB are read; "
-                "give an excerpt, a few MB are plenty"
-            )
-        text = path.read_bytes().decode("utf-8-sig")
+        raw = read_regular(path, LARGEST_FILE)
+    except OSError as error:
+        advice = "give one text file or JSONL file, of a few MB; an excerpt is enough"
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    if b"\0" in raw:
+        raise CalibrationError(f"{path}: no text (byte {raw.index(0)} is NUL); give plain text in UTF-8")
+    try:
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{path}: not UTF-8 text (byte {error.start} cannot be decoded); convert it, or unpack it if it is packed"
         ) from None
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from None
     if not text.strip():
-        raise CalibrationError(f"{path}: holds no text" + (" (it is empty)" if size == 0 else ""))
+        raise CalibrationError(f"{path}: holds no text" + ("" if raw else " (it is empty)"))
     return text.replace("\r\n", "\n")
 
 
-def read_file(path: Path, text_field: str | None = None) -> list[str]:
-    """Return the documents of a file: one per line of JSONL, else the whole text as one.
+def read_file(path: Path, text_field: str | None = None, *, blanks: bool = False) -> list[str]:
+    """Return the documents of a file: one per line of JSONL, those without text only if `blanks`, else the whole text
+    as one.
 
     Raises CalibrationError, naming the line and the fields in it, for JSONL without text under `text_field`.
     """
@@ -52,11 +50,12 @@ def read_file(path: Path, text_field: str | None = None) -> list[str]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line.encode())
+        except ValueError as error:
             raise CalibrationError(f"{where}: not valid JSON ({error}); expected one object per line") from None
         documents.append(text_of(row, text_field, where))
-    return not_blank(documents, str(path), text_field)
+    kept = not_blank(documents, str(path), text_field)
+    return documents if blanks else kept
 
 
 def is_jsonl(path: Path) -> bool:

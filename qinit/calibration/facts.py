@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qinit.checkpoint import read_json
 from qinit.errors import CalibrationError
 
+if TYPE_CHECKING:
+    from qinit.plan import Plan
+
+LARGEST_VOCABULARY = 2**24  # the largest in use have about 10^6 tokens
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
@@ -32,7 +36,12 @@ class Facts:
     special: frozenset[int]
 
     @classmethod
-    def read(cls, directory: Path, config: dict[str, Any]) -> Facts:
+    def of(cls, plan: Plan) -> Facts:
+        """Take them from a plan's checkpoint."""
+        return cls.read(plan.checkpoint.directory, plan.checkpoint.config, plan.recipe.trust_remote_code)
+
+    @classmethod
+    def read(cls, directory: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Facts:
         """Take them from config.json, its text_config, generation_config.json (token ids only) and, for sizes that
         none of these spells out, the defaults of the model's configuration class."""
         generation_file = directory / "generation_config.json"
@@ -43,8 +52,8 @@ class Facts:
             config_file=directory / "config.json",
             architecture=", ".join(map(str, architectures)) or "no architecture",
             causal=_is_causal(architectures, config),
-            vocabulary=_size(directory, config, "vocab_size"),
-            positions=_size(directory, config, "max_position_embeddings", "n_positions"),
+            vocabulary=_size(directory, config, trust_remote_code, "vocab_size"),
+            positions=_size(directory, config, trust_remote_code, "max_position_embeddings", "n_positions"),
             start=next(iter(bos + eos), None),
             pad=next(iter(pad), None),
             special=frozenset([*bos, *eos, *pad, *_named_ids(config)]),
@@ -59,6 +68,11 @@ class Facts:
         if self.vocabulary is None:
             raise CalibrationError(
                 f"{self.config_file}: no vocab_size (nor one in text_config), so that no token ids can be drawn; "
+                "calibrate on a text file"
+            )
+        if self.vocabulary > LARGEST_VOCABULARY:
+            raise CalibrationError(
+                f"{self.config_file}: vocab_size is {self.vocabulary}, at most {LARGEST_VOCABULARY} are drawn from; "
                 "calibrate on a text file"
             )
         return self.vocabulary
@@ -105,7 +119,9 @@ def _ids(*places: dict[str, Any], key: str) -> Iterator[int]:
     config, generation = places
     for place in (config, _text_config(config), generation):
         value = place.get(key)
-        yield from (i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0)
+        yield from (
+            i for i in (value if isinstance(value, list) else [value]) if type(i) is int and 0 <= i < LARGEST_VOCABULARY
+        )
 
 
 def _named_ids(config: dict[str, Any]) -> Iterator[int]:
@@ -115,7 +131,7 @@ def _named_ids(config: dict[str, Any]) -> Iterator[int]:
                 yield from _ids(place, {}, key=key)
 
 
-def _size(directory: Path, config: dict[str, Any], *keys: str) -> int | None:
+def _size(directory: Path, config: dict[str, Any], trust_remote_code: bool, *keys: str) -> int | None:
     for place in (config, _text_config(config)):
         for key in keys:
             value = place.get(key)
@@ -124,7 +140,9 @@ def _size(directory: Path, config: dict[str, Any], *keys: str) -> int | None:
     import transformers
 
     try:
-        known = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        known = transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         values = [getattr(known.get_text_config(), key, None) for key in keys]
     except Exception:  # a config can break its class in any way; whoever builds the model says so
         return None

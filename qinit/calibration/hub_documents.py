@@ -10,6 +10,7 @@ from typing import Any
 
 from qinit.calibration.documents import not_blank, text_of
 from qinit.errors import CalibrationError, HubError, did_you_mean
+from qinit.hub_errors import checked_token, without_token
 
 DEFAULT_SPLIT = "train"
 INSTALL = 'pip install "qinit[datasets]"'
@@ -18,26 +19,34 @@ HUB_SOURCE = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(
 FILE_READERS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"}
 
 
-def read_hub(source: str, text_field: str | None, token: str | None, *, characters: int, documents: int) -> list[str]:
-    """Stream a Hub data set `name[:config][@split]` from its start; return its documents that are not blank until
-    there are `documents` of them with `characters` altogether. Only that much is fetched.
+def read_hub(
+    source: str,
+    text_field: str | None,
+    token: str | None,
+    *,
+    characters: float,
+    documents: int,
+    blanks: bool = False,
+    split: str = DEFAULT_SPLIT,
+) -> list[str]:
+    """Stream a Hub data set `name[:config][@split]` from its start; return its documents, those that are blank only if
+    `blanks`, until there are `documents` of them with `characters` altogether. Only that much is fetched. `split` is
+    read where the source names none.
 
     Raises CalibrationError for text that is not there, HubError in one line, without the token, for anything else.
     """
     spec = parse_hub(source)
-    token = _checked(source, token)
+    token = checked_token(source, token)
     load_dataset = _load_dataset(source)
     found: list[str] = []
     rows = size = 0
     try:
         with _no_progress_bar():
-            data = load_dataset(
-                spec["name"], spec["config"], split=spec["split"] or DEFAULT_SPLIT, streaming=True, token=token
-            )
+            data = load_dataset(spec["name"], spec["config"], split=spec["split"] or split, streaming=True, token=token)
             for row in data:
                 rows += 1
                 text = text_of(row, text_field, f"{source}, row {rows}")
-                if text.strip():
+                if blanks or text.strip():
                     found.append(text)
                     size += len(text)
                 if size >= characters and len(found) >= documents:
@@ -46,7 +55,8 @@ def read_hub(source: str, text_field: str | None, token: str | None, *, characte
         raise
     except Exception as error:  # a data set can fail in any way: HTTP, files, formats
         raise _hub_error(source, error, token) from None
-    return not_blank(found, source, text_field)
+    kept = not_blank(found, source, text_field)
+    return found if blanks else kept
 
 
 def parse_hub(source: str) -> dict[str, str | None]:
@@ -78,21 +88,8 @@ def _load_dataset(source: str) -> Any:
     return load_dataset
 
 
-def _checked(source: str, token: str | None) -> str | None:
-    from huggingface_hub import get_token
-
-    token = token.strip() if token else None
-    if not re.fullmatch("[!-~]*", token or get_token() or ""):  # it would end up in the HTTP client's own error
-        raise HubError(f"{source}: the Hub token holds characters that no token has; check HF_TOKEN or --token")
-    return token or None
-
-
 def _hub_error(source: str, error: Exception, token: str | None) -> HubError:
-    from huggingface_hub import get_token
-
-    reason = " ".join(str(error).split())
-    for secret in filter(None, (token, get_token())):
-        reason = reason.replace(secret, "***")
+    reason = without_token(str(error), token)
     kind = type(error).__name__
     hint = did_you_mean(source, ("random", "self"))
     if kind == "DatasetNotFoundError":
@@ -102,7 +99,7 @@ def _hub_error(source: str, error: Exception, token: str | None) -> HubError:
     if isinstance(error, ConnectionError) or "Connect" in kind or "OfflineModeIsEnabled" in kind + reason:
         return HubError(
             f"{source}: no such file here{hint}, and the Hub cannot be reached; check the name and the network, "
-            "or calibrate on a local file"
+            "or give a local file"
         )
     return HubError(
         f"{source}: the data set cannot be read ({kind}: {reason[:400]}); a configuration and a split are given as "

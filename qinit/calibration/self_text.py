@@ -19,7 +19,15 @@ LARGEST_BATCH = 64
 
 
 def write_text(
-    directory: Path, start: int, *, samples: int, length: int, seed: int, device: torch.device, memory: int = MEMORY
+    directory: Path,
+    start: int,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    device: torch.device,
+    memory: int = MEMORY,
+    trust_remote_code: bool = False,
 ) -> torch.Tensor:
     """Return int64 ids [samples, length] on the CPU: `start`, then tokens sampled from the model's own distribution.
 
@@ -27,7 +35,7 @@ def write_text(
     `memory` (bytes) bounds the batch; the text depends on it, and on nothing that a machine happens to have free.
     The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
     """
-    model = _load(directory).to(device)
+    model = _load(directory, trust_remote_code).to(device)
     size = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, memory)
     batches = []
     try:
@@ -70,7 +78,7 @@ def _sample(model: Any, start: int, count: int, length: int) -> torch.Tensor:
     return model.generate(input_ids=first, attention_mask=torch.ones_like(first), max_new_tokens=length - 1)
 
 
-def _load(directory: Path) -> Any:
+def _load(directory: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
@@ -80,7 +88,7 @@ def _load(directory: Path) -> Any:
                 directory,
                 dtype="auto",
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
             )

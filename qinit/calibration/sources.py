@@ -35,6 +35,7 @@ def load_samples(
     text_field: str | None = None,
     token: str | None = None,
     device: torch.device = CPU,
+    trust_remote_code: bool = False,
 ) -> Samples:
     """Return up to `samples` samples of up to `length` tokens, on the CPU, for the model in `directory`.
 
@@ -45,7 +46,7 @@ def load_samples(
     """
     kind = _kind(source)
     _check_field(source, kind, text_field)
-    facts = Facts.read(directory, config)
+    facts = Facts.read(directory, config, trust_remote_code)
     length = facts.clip(length)
     if samples < 1 or length < 2:
         raise CalibrationError(f"expected at least 1 sample of at least 2 tokens, found {samples} of {length}")
@@ -54,17 +55,23 @@ def load_samples(
         return Samples(tokens, None, f"{samples} samples of {length} random tokens, seed {seed}")
     if kind == "self":
         start = facts.require_start()
-        tokens = write_text(directory, start, samples=samples, length=length, seed=seed, device=device)
+        tokens = write_text(
+            directory,
+            start,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
         return Samples(tokens, None, f"{samples} texts of {length} tokens that the model wrote itself, seed {seed}")
 
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, trust_remote_code)
     if kind == "file":
         documents, name = read_file(Path(source), text_field), Path(source).name  # a card tells nobody's directories
     else:
-        enough = {"characters": characters_for(samples, length), "documents": 1}
-        if not facts.causal:
-            enough = {"characters": 0, "documents": 4 * samples}
-        documents, name = read_hub(source, text_field, token, **enough), source
+        characters, count = (characters_for(samples, length), 1) if facts.causal else (0, 4 * samples)
+        documents, name = read_hub(source, text_field, token, characters=characters, documents=count), source
     if facts.causal:
         # Joined by blank lines, as GPTQ's released code joins its calibration text (arXiv:2210.17323).
         text = "\n\n".join(documents)
@@ -76,11 +83,18 @@ def load_samples(
     return Samples(tokens, mask, f"{len(tokens)} texts of up to {tokens.shape[1]} tokens from {name}, seed {seed}")
 
 
-def check_source(source: str, directory: Path, config: dict[str, Any], text_field: str | None = None) -> None:
+def check_source(
+    source: str,
+    directory: Path,
+    config: dict[str, Any],
+    text_field: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
     """Raise what `load_samples` would, as far as it shows without the Hub, the weights and reading JSON."""
     kind = _kind(source)
     _check_field(source, kind, text_field)
-    facts = Facts.read(directory, config)
+    facts = Facts.read(directory, config, trust_remote_code)
     if kind == "random":
         _ids_to_draw(facts)
     elif kind == "self":
@@ -90,7 +104,7 @@ def check_source(source: str, directory: Path, config: dict[str, Any], text_fiel
             read_text(Path(source))
         else:
             require_datasets(source)
-        load_tokenizer(directory)
+        load_tokenizer(directory, trust_remote_code)
 
 
 def sampling_cost(parameters: int, samples: int, length: int) -> float:

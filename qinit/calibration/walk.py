@@ -85,7 +85,7 @@ class Walk:
     ):
         self.plan, self.samples, self.device = plan, samples, device
         self.sequential = mode == "sequential"
-        self.blocks = Blocks(plan, device)
+        self.blocks = Blocks.of(plan, device)
         self.layers = {layer.target.name: layer for layer in plan.quantized}
         self.batch = batch_size(plan, samples)
         self.scratch = scratch

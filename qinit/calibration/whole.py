@@ -11,6 +11,7 @@ from qinit.calibration.samples import Samples
 from qinit.calibration.statistics import Meter, Statistics
 from qinit.calibration.walk import Measuring, Seen, batch_size, oriented, require_finite_input, unpadded
 from qinit.errors import CalibrationError
+from qinit.skeleton import loader
 
 if TYPE_CHECKING:
     from qinit.plan import Plan
@@ -98,12 +99,15 @@ def _fisher(model: Any, plan: Plan, samples: Samples, device: torch.device) -> d
 
 def load_whole(plan: Plan) -> Any:
     """Load the source model in float32, to be used and not changed. Raises CalibrationError."""
-    import transformers
-
-    model_class: Any = getattr(transformers, plan.architecture.class_name)
-    directory = plan.checkpoint.directory
+    directory, trusted = plan.checkpoint.directory, plan.recipe.trust_remote_code
     try:
-        model = model_class.from_pretrained(directory, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        model = loader(plan.checkpoint.config, trusted).from_pretrained(
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=trusted,
+        )
     except Exception as error:  # a checkpoint can break its class in any way
         reason = " ".join(str(error).split())[:300]
         raise CalibrationError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,8 +45,15 @@ class Format(ABC):
     def decode(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
         """Return Q [out, in] in float32 from those tensors, as the loader sees it: what undoes `encode`.
 
-        The tensors must have the names, dtypes and shapes of `specs`.
+        The tensors must have the names, dtypes and shapes of `specs`, and no `flaws`.
         """
+
+    def flaws(
+        self, target: Target, tensors: Mapping[str, torch.Tensor], group_size: int
+    ) -> Iterator[tuple[str, str, str]]:
+        """Yield what is wrong with the values of those tensors, beside NaN and Inf: the name, what was expected, what
+        was found."""
+        yield from ()
 
     def quantization_config(self, widths: dict[str, int], group_size: int, kept: list[str]) -> dict[str, Any] | None:
         """Return config.json's `quantization_config`, or None when there is none.

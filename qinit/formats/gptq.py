@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,7 +74,7 @@ class GptqFormat(Format):
     def encode(self, target: Target, quantized: Quantized, grid: Grid) -> dict[str, torch.Tensor]:
         assert quantized.zeros is not None
         codes, bits = quantized.codes.cpu(), quantized.bits
-        g_idx = torch.arange(codes.shape[1], dtype=torch.int32) // quantized.group_size
+        g_idx = _group_indices(codes.shape[1], quantized.group_size)
         return {
             target.prefix + "qweight": pack_rows(codes, bits).T.contiguous(),
             target.prefix + "qzeros": pack_rows(quantized.zeros.cpu().T, bits),
@@ -83,13 +83,19 @@ class GptqFormat(Format):
         }
 
     def decode(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
-        qweight, qzeros, scales, g_idx = (tensors[target.prefix + part].cpu() for part in PARTS)
-        zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
-        result = torch.empty((target.module.out_features, target.module.in_features))
-        for rows in row_chunks(*result.shape):
-            codes = unpack_rows(qweight[:, rows].T, bits).float()
-            torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])
-        return result
+        return dequantized(*(tensors[target.prefix + part].cpu() for part in PARTS), bits=bits)
+
+    def flaws(
+        self, target: Target, tensors: Mapping[str, torch.Tensor], group_size: int
+    ) -> Iterator[tuple[str, str, str]]:
+        name = target.prefix + "g_idx"
+        wrong = (tensors[name] != _group_indices(target.module.in_features, group_size)).nonzero()
+        if len(wrong):
+            k = int(wrong[0])
+            yield name, f"{k // group_size} at input {k}", f"{int(tensors[name][k])} ({len(wrong)} such inputs)"
+        scales = tensors[target.prefix + "scales"]
+        if not_positive := int((scales <= 0).sum()):
+            yield target.prefix + "scales", "scales above 0", f"{not_positive} that are not"
 
     def quantization_config(self, widths: dict[str, int], group_size: int, kept: list[str]) -> dict[str, Any] | None:
         quantized = list(widths)
@@ -117,6 +123,31 @@ class GptqFormat(Format):
         if dynamic:
             config["dynamic"] = dynamic
         return config
+
+
+def _group_indices(in_features: int, group_size: int) -> torch.Tensor:
+    return torch.arange(in_features, dtype=torch.int32) // group_size
+
+
+def dequantized(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, *, bits: int
+) -> torch.Tensor:
+    """Return the weight [out, in] that four packed tensors stand for, s (q - z), in float32."""
+    zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
+    result = torch.empty((qweight.shape[1], len(groups)), device=qweight.device)
+    for rows in row_chunks(*result.shape):
+        codes = unpack_rows(qweight[:, rows].T, bits).float()
+        torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])
+    return result
+
+
+def width_of(name: str, quantization: dict[str, Any]) -> int:
+    """Return the bits of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that matches the
+    name from its start decides, else the base's bits."""
+    for pattern, override in (quantization.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+            return int(override.get("bits", quantization["bits"]))
+    return int(quantization["bits"])
 
 
 def _block_name(names: list[str]) -> str:

@@ -65,7 +65,8 @@ class TestRun:
             flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
         assert command("eqft", tiny_llama, *flags, "--out", "out")[0] == 0
         recipe = json.loads(Path("out/qinit.json").read_text())["recipe"]
-        assert recipe == {"model": str(tiny_llama), "method": "eqft", "revision": None, **UNCALIBRATED, **options}
+        unasked = {"method": "eqft", "revision": None, "trust_remote_code": False, **UNCALIBRATED}
+        assert recipe == {"model": str(tiny_llama), **unasked, **options}
         assert len(json.loads(Path("out/qinit.json").read_text())["layers"]) == 2
 
     def test_a_recipe_file_does_what_the_flags_do(self, command, tiny_llama):

@@ -80,3 +80,17 @@ def test_a_report_needs_no_torch(run):
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_what_would_steer_the_terminal_is_drawn_as_an_escape(command, run):
+    report = json.loads((run / "qinit.json").read_text())
+    report["model"] = "m\x1b]0;owned\x07"
+    report["layers"][0]["name"] = "model.layers.0.q\x1b[2J\u202e"
+    report["totals"]["evaluations"] = [{"text": "t\x9b", "perplexity": 2.0}]
+    (run / "qinit.json").write_text(json.dumps(report))
+    code, out, err = command("report", run)
+    assert (code, err) == (0, "")
+    assert not set("\x1b\x07\x9b\u202e") & set(out)
+    assert "q\\x1b[2J\\u202e" in out
+    assert "m\\x1b]0;owned\\x07: " in out
+    assert "perplexity on t\\x9b" in out

@@ -3,7 +3,7 @@ import ast
 import pytest
 import yaml
 
-from qinit.card import load_snippet, polish_words
+from qinit.card import hub_card, load_snippet, polish_words
 from tests.conftest import make_checkpoint, quantize
 
 
@@ -100,3 +100,49 @@ def test_the_lines_to_load_do_load(tiny_llama, tmp_path, monkeypatch):
     exec(body.split("```python\n")[1].split("```")[0], names)
     trainable = [name for name, value in names["model"].named_parameters() if value.requires_grad]
     assert len(trainable) == 28
+
+
+class TestOnTheHub:
+    @pytest.fixture
+    def run(self, tiny_llama, tmp_path):
+        report = quantize(tiny_llama, tmp_path / "out")
+        return (tmp_path / "out/README.md").read_text(), report
+
+    def front(self, text):
+        return yaml.safe_load(text.split("---\n")[1])
+
+    def test_the_lines_to_load_name_the_repository_and_nothing_else_of_the_body_changes(self, run):
+        text, report = run
+        card = hub_card(text, report, "me/tiny")
+        body = text.split("---\n", 2)[2]
+        assert card.split("---\n", 2)[2] == body.replace(
+            'from_pretrained(".", ', 'from_pretrained("me/tiny", '
+        ).replace('from_pretrained(base, ".", ', 'from_pretrained(base, "me/tiny", ')
+
+    @pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", "gpt2"])
+    def test_a_base_model_of_the_hub_is_related_to(self, run, model):
+        text, report = run
+        text = text.replace(f"base_model: {report.model}\n", f"base_model: {model}\n")
+        front = self.front(hub_card(text, report, "me/tiny"))
+        assert (front["base_model"], front["base_model_relation"]) == (model, "quantized")
+        assert {"qinit", "eqft", "lora"} <= set(front["tags"])
+        assert list(front)[:2] == ["base_model", "base_model_relation"]
+
+    def test_a_directory_or_the_demo_is_no_base_model_there(self, run, tmp_path, monkeypatch):
+        text, report = run
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "models/x").mkdir(parents=True)
+        for local in (report.model, "models/x", "demo", "../y"):
+            card = hub_card(text.replace(f"base_model: {report.model}\n", f"base_model: {local}\n"), report, "me/tiny")
+            assert not {"base_model", "base_model_relation"} & self.front(card).keys()
+
+    @pytest.mark.parametrize("text", ["", "# Mine\n", "---\n", "---\n: [\n---\nx", "---\n- a\n---\nx"])
+    def test_a_card_of_another_form_is_left_alone(self, run, text):
+        assert hub_card(text, run[1], "me/tiny") == text
+
+    def test_mixed_widths_are_fetched_first(self):
+        lines = load_snippet("LlamaForCausalLM", "me/x", packed_mixed=True, on_hub=True, revision="v2")
+        assert lines == [
+            "import qinit; from huggingface_hub import snapshot_download",
+            'model = qinit.load(snapshot_download("me/x", revision="v2"), trainable=True)',
+        ]

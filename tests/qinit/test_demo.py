@@ -1,3 +1,5 @@
+import ast
+
 from qinit import demo
 
 
@@ -26,3 +28,16 @@ def test_the_held_out_text_fills_many_windows_and_its_tokenizer_loads_as_trained
     assert len(tokens) > 20 * 512
     # transformers replaces some architectures' pre-tokenizers, which would silently spoil every perplexity.
     assert tokens == Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+
+
+def test_the_new_domain_is_code_without_docstrings_and_test_modules_are_not_trained_on():
+    training, test = demo.new_domain()
+    assert (training, test) == demo.new_domain()
+    assert 150_000 <= len(test) < len(training)
+    assert len(training) > 1_000_000
+    for text in (training, test):
+        tree = ast.parse(text)
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        assert not [node for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)]
+    lines = [{line for line in text.splitlines() if len(line) > 60} for text in (training, test)]
+    assert len(lines[0] & lines[1]) < 0.02 * len(lines[1])

@@ -4,6 +4,7 @@ from qinit.checkpoint import Checkpoint
 from qinit.errors import CheckpointError, HubError
 from qinit.hub import local_directory
 from tests.conftest import make_checkpoint
+from tests.hub_stand_in import READER
 
 MODEL = "someone/tiny"
 
@@ -82,15 +83,59 @@ def test_a_model_with_pickle_weights_only_says_how_to_convert(hub, repo):
         ((401, ""), "status 401; check HF_TOKEN"),
         ((403, ""), "status 403; check HF_TOKEN"),
         ((418, ""), "status 418; try again later"),
+        ((404, ""), "status 404; try again later"),
+        ((409, ""), "status 409; something else changed it meanwhile; try again"),
+        ((429, ""), "status 429; too many requests; try again later"),
+        ((500, ""), "status 500; try again later"),
+        ((503, ""), "status 503; try again later"),
     ],
 )
 def test_what_the_hub_refuses_is_named(hub, repo, status, message):
-    hub.status = status
+    hub.fail(status=status[0], code=status[1])
     with pytest.raises(HubError, match=message) as caught:
         local_directory(MODEL, revision="v9", token="hf_secret")
     assert MODEL in str(caught.value)
     assert "hf_secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"status": 401}, "status 401; check HF_TOKEN"),
+        ({"status": 403, "message": "no longer yours"}, r"status 403 \(no longer yours\); check HF_TOKEN"),
+        ({"status": 404, "code": "EntryNotFound"}, "status 404"),
+        ({"status": 409}, "status 409"),
+        ({"status": 429, "retry_after": 9}, "status 429; too many requests; try again in 9 s"),
+        ({"status": 503}, "status 503; try again later"),
+        ({"cut": True}, r"the download failed \("),
+    ],
+)
+def test_what_goes_wrong_with_one_file_is_one_line_and_the_rest_need_not_come_again(
+    hub, repo, no_waiting, fault, message
+):
+    last = max(repo.glob("*.safetensors")).name
+    hub.fail(last, **fault)
+    with pytest.raises(HubError, match=f"^{MODEL}: .*{message}") as caught:
+        local_directory(MODEL)
+    assert "\n" not in str(caught.value)
+    hub.faults.clear()
+    hub.requests.clear()
+    assert Checkpoint.open(local_directory(MODEL)).tensors.keys() == Checkpoint.open(repo).tensors.keys()
+    assert hub.fetched() <= {last, "config.json", "generation_config.json", "model.safetensors.index.json"}
+
+
+@pytest.mark.parametrize("fault", [{"status": 429, "retry_after": 0}, {"cut": True}])  # not a 5xx: that is the line
+def test_what_fails_for_a_while_is_tried_again(hub, repo, no_waiting, fault):
+    hub.fail(r"GET .*\.safetensors$", **fault, times=3)
+    assert Checkpoint.open(local_directory(MODEL)).tensors.keys() == Checkpoint.open(repo).tensors.keys()
+
+
+def test_a_private_model_needs_the_token(hub, repo):
+    hub.make_private(MODEL)
+    with pytest.raises(HubError, match="no such model on the Hub"):
+        local_directory(MODEL)
+    assert (local_directory(MODEL, token=READER) / "config.json").is_file()
 
 
 def test_an_unknown_model_and_an_unknown_revision_are_told_apart(hub, repo):
@@ -145,3 +190,16 @@ def test_a_file_is_not_a_model(hub, tiny_llama):
 def test_a_local_directory_has_no_revisions(tmp_path):
     with pytest.raises(CheckpointError, match="no revision 'v2'"):
         local_directory(str(tmp_path), revision="v2")
+
+
+@pytest.mark.parametrize("revision", ["../../../x", "a/../b", "a b", "a\nb", "\x1b[2J"])
+def test_a_revision_that_is_no_name_never_reaches_the_hub(hub, revision):
+    with pytest.raises(HubError, match="someone/tiny: no branch, tag or commit is named so: '"):
+        local_directory("someone/tiny", revision)
+    assert not hub.requests
+
+
+def test_a_commit_that_leads_out_of_the_cache_is_not_followed(hub, repo, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: f"{tmp_path}/snapshots/../private")
+    with pytest.raises(HubError, match="the Hub's answer cannot be used"):
+        local_directory("someone/tiny")

@@ -204,12 +204,8 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub, repo, tmp_path):
 )
 @pytest.mark.parametrize("when", ["first", "for the headers"])
 def test_what_the_hub_refuses_is_named(hub, repo, status, message, when):
-    answer = hub.answer
     hub.revisions.append("v9")
-    if when == "first":
-        hub.status = status
-    else:
-        hub.answer = lambda path: (*status, b"{}") if path.endswith(".safetensors") else answer(path)
+    hub.fail("" if when == "first" else r"\.safetensors$", *status)
     with pytest.raises(HubError, match=message) as caught:
         header_directory(MODEL, revision="v9", token="hf_secret")
     assert MODEL in str(caught.value)
@@ -218,7 +214,7 @@ def test_what_the_hub_refuses_is_named(hub, repo, status, message, when):
 
 
 def test_a_connection_that_is_cut_in_a_header_is_an_error(hub, repo):
-    hub.cut = {min(repo.glob("*.safetensors")).name}
+    hub.fail(min(repo.glob("*.safetensors")).name, cut=True)
     with pytest.raises(HubError, match=r"someone/tiny: the download failed \(") as caught:
         header_directory(MODEL)
     assert "\n" not in str(caught.value)

@@ -12,6 +12,7 @@ from qinit import loading
 from qinit.demo import demo_directory
 from qinit.errors import CheckpointError, RecipeError
 from qinit.formats import FORMATS
+from qinit.formats.gptq import width_of
 from qinit.plan import LayerPlan, Plan, make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import run
@@ -226,7 +227,7 @@ def test_the_device_is_where_everything_goes(dense):
     ],
 )
 def test_the_width_is_the_one_that_gptqmodel_reads(dynamic, expected):
-    assert loading.width_of("a.b", {"bits": 2, "dynamic": dynamic}) == expected
+    assert width_of("a.b", {"bits": 2, "dynamic": dynamic}) == expected
     gptq_only()
     from gptqmodel.quantization.config import dynamic_get
 
@@ -251,6 +252,25 @@ class TestErrors:
     def test_a_class_that_transformers_lacks(self, copied):
         (copied / "qinit.json").write_text('{"source": {"class": "NoSuchModel"}}')
         with pytest.raises(CheckpointError, match=r"transformers .* has no NoSuchModel"):
+            qinit.load(copied)
+
+    @pytest.mark.parametrize("changes", [{"peft_type": "IA3"}, {"megatron_config": {"a": 1}, "megatron_core": "own"}])
+    def test_an_adapter_that_qinit_did_not_write(self, copied, changes):
+        file = copied / "eqft_init/adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        with pytest.raises(CheckpointError, match=r"adapter_config.json: not an adapter that qinit wrote"):
+            qinit.load(copied)
+
+    @pytest.mark.parametrize("value", [5, [], {"dynamic": [1]}, {"dynamic": {"a": {"bits": 3}}}])
+    def test_a_quantization_that_qinit_did_not_write(self, copied, value):
+        file = copied / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": value}))
+        with pytest.raises(CheckpointError, match="its quantization_config is not what qinit writes"):
+            qinit.load(copied)
+
+    def test_an_adapter_beside_the_base_leads_nowhere(self, copied, llama):
+        (copied / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(llama)}))
+        with pytest.raises(CheckpointError, match="transformers would load the model that it names instead"):
             qinit.load(copied)
 
     @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qinit.errors import ReportError
 from qinit.manifest import MANIFEST_NAME, file_sum, listed, read_manifest, refresh, write_manifest
+from tests.fuzz import changed, changes, examples, file_of, only_qinit_errors
 
 
 @pytest.fixture
@@ -75,3 +80,52 @@ def test_cut_short_or_missing(directory: Path) -> None:
     path.unlink()
     with pytest.raises(ReportError, match="cannot be read"):
         read_manifest(directory)
+
+
+def listing(names):
+    """A list of sums with a right last line, whoever wrote it."""
+    lines = [f"{hashlib.sha256(b'').hexdigest()}  {name}" for name in names]
+    whole = "".join(f"{line}\n" for line in lines)
+    return f"{whole}# {hashlib.sha256(whole.encode()).hexdigest()}\n".encode()
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/../../x", "./a", "a//b", "a/", "..", ".", "a\x1b[2Jb", "a\rb", "\u202ea"]
+)
+def test_a_list_with_a_name_that_is_no_file_below_it_is_refused(tmp_path, name):
+    (tmp_path / MANIFEST_NAME).write_bytes(listing(["a", name]))
+    with pytest.raises(
+        ReportError, match=r"SHA256SUMS: lists '.*', which is no file below it, so qinit did not write it"
+    ):
+        read_manifest(tmp_path)
+
+
+def test_a_list_with_a_file_twice_is_refused(tmp_path):
+    (tmp_path / MANIFEST_NAME).write_bytes(listing(["a", "b", "a"]))
+    with pytest.raises(ReportError, match="lists a file twice"):
+        read_manifest(tmp_path)
+
+
+def test_a_list_that_is_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / MANIFEST_NAME)
+    with pytest.raises(ReportError, match="not a regular file"):
+        read_manifest(tmp_path)
+
+
+@examples(100)
+@given(st.binary(max_size=60) | st.builds(changed, st.just(listing(["a", "b/c.txt"])), changes))
+def test_fuzz_bytes_are_a_list_or_refused(raw):
+    with file_of(raw, MANIFEST_NAME) as file, only_qinit_errors():
+        assert read_manifest(file.parent).keys() == {"a", "b/c.txt"} or raw in (listing([]), listing(["a"]))
+
+
+@examples(100)
+@given(st.lists(st.text(min_size=1, max_size=8) | st.sampled_from(["..", "/", "a/../b"]), max_size=3))
+def test_fuzz_every_name_that_is_listed_is_below_the_directory(names):
+    with file_of(b"", "x") as file, only_qinit_errors():
+        try:
+            (file.parent / MANIFEST_NAME).write_bytes(listing(names))
+        except UnicodeEncodeError:
+            return
+        for name in read_manifest(file.parent):
+            assert os.path.normpath(file.parent / name) == f"{file.parent}/{name}"

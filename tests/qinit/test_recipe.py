@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qinit.errors import RecipeError
 from qinit.methods import CALIBRATED, METHODS
-from qinit.recipe import make_recipe, parse_size
+from qinit.recipe import Recipe, make_recipe, parse_size
+from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, texts
 
 
 def write(tmp_path, text):
@@ -287,3 +288,36 @@ def test_sizes_are_read_in_decimal_and_binary_units(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="expected a size like 5GB"):
         parse_size(text)
+
+
+GOOD_RECIPE = (
+    b"model: a\nbits: 3\nrank: 8\nlora_alpha: 2.5\ncalibration: self\nact_order: true\ntarget_modules: q_proj\n"
+)
+
+
+def read_back(raw):
+    """Read a recipe; one that is accepted can be kept in a report and be given again."""
+    with file_of(raw, "recipe.yaml") as file, only_qinit_errors():
+        recipe = make_recipe(file)
+        assert not recipe.trust_remote_code
+        assert make_recipe(**json.loads(json.dumps(recipe.model_dump()))) == recipe
+        assert recipe.alpha > 0
+        assert recipe.lora_scale > 0
+
+
+@examples(100)
+@given(st.binary(max_size=60) | st.builds(changed, st.just(GOOD_RECIPE), changes))
+def test_fuzz_bytes_are_a_recipe_or_refused(raw):
+    read_back(raw)
+
+
+@examples(200)
+@given(st.dictionaries(st.sampled_from(sorted(Recipe.model_fields)) | texts, json_values, max_size=3))
+def test_fuzz_values_are_a_recipe_or_refused(values):
+    read_back(yaml.safe_dump(values).encode())
+
+
+def test_a_recipe_may_say_that_it_trusts_no_code(tmp_path):
+    (tmp_path / "r.yaml").write_text("trust_remote_code: false\n")
+    assert make_recipe(tmp_path / "r.yaml", trust_remote_code=True).trust_remote_code
+    assert not make_recipe(tmp_path / "r.yaml").trust_remote_code

@@ -3,8 +3,11 @@ import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qinit.errors import ReportError
+from qinit.pictures import Grid, heading, pareto_front, summary
 from qinit.report import (
     REPORT_NAME,
     LayerRow,
@@ -16,6 +19,7 @@ from qinit.report import (
     relative_error,
     versions,
 )
+from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, with_value
 
 
 def row(shape, error, kept=None):
@@ -131,3 +135,45 @@ def test_means_of_what_there_is():
     assert mean_bits(rows[1:2]) is None
     assert average(rows, "error") == pytest.approx(0.4)
     assert average(rows, "output_error") is None
+
+
+FULL = Report(
+    "m",
+    "c",
+    {"method": "eqft", "rank": 4, "format": "dense"},
+    {"class": "C"},
+    {},
+    {
+        **{"bits_per_weight": 2.5, "grid_bits_per_weight": 2.25},
+        "allocation": {
+            **{"allocation": "sensitivity", "metric": "x", "chosen": [2.5, 1.0]},
+            **{"front": [[2.0, 3.0], [3.0, 0.5]], "uniform": [[2.0, 3.0]]},
+        },
+        "evaluations": [{"text": "t", "perplexity": 3.5, "reference_perplexity": 3.0}],
+    },
+    ("n",),
+    (row((3, 2), 0.5), replace(row((3, 2), None, kept="odd"), bits=None, group_size=None)),
+)
+
+
+def draw(raw):
+    """Read a report and put it into words, as `qinit report` does before it draws."""
+    with file_of(raw, REPORT_NAME) as file, only_qinit_errors():
+        report = Report.read(file.parent)
+        assert all(isinstance(word, str) for word in summary(report).values())
+        assert heading(report)
+        assert Grid(report.layers).kinds
+        pareto_front(report)
+        json.dumps(report.totals)
+
+
+@examples(100)
+@given(st.binary(max_size=40) | st.builds(changed, st.just(FULL.to_json().encode()), changes))
+def test_fuzz_bytes_are_a_report_or_refused(raw):
+    draw(raw)
+
+
+@examples(200)
+@given(st.integers(0, 10**7), json_values)
+def test_fuzz_a_report_with_a_value_replaced_is_read_or_refused(path, value):
+    draw(json.dumps(with_value(json.loads(FULL.to_json()), path, value)).encode())

@@ -9,6 +9,8 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qinit import sensitivity as module
@@ -20,12 +22,13 @@ from qinit.mixed import options
 from qinit.sensitivity import Sensitivity, measure
 from qinit.solver import seed_of, solve, stored
 from tests.conftest import FAMILIES
+from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, with_value
 from tests.qinit.calibration.models import OTHERS, make, padded, plan_of, random_samples, stock
 
 CPU = torch.device("cpu")
 MIXED = {"calibration": "none", "target_bits": 4, "bits_choices": [2, 3, 8]}
 LENGTHS = [12, 3, 7, 12, 9]
-OTHER_NAMES = ("gpt_neox", "t5")  # whole: the head is named otherwise in the file; an encoder and a decoder
+WHOLE = ("t5",)  # an encoder and a decoder
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,7 @@ class TestBlockByBlock:
         samples = padded(random_samples(5), LENGTHS) if mask else random_samples(5)
         found, events = measured(plan(family), samples)
         close(found, whole(plan(family), samples))
-        blocks = 1 if family in OTHER_NAMES else 2
+        blocks = 1 if family in WHOLE else 2
         assert [event.block for event in events] == ([0] if blocks == 1 else [0, 1, 0])
         assert all(isinstance(event, Measuring) and event.blocks == blocks for event in events)
         assert all(value > 0 for nats in found.nats.values() for value in nats.values())
@@ -342,3 +345,22 @@ class TestFile:
         file.write_text(json.dumps(broken))
         with pytest.raises(RecipeError, match=r"has nothing on model\.layers\.1\.mlp\.up_proj at 2 bits"):
             Sensitivity.read(file).check(plan("llama"), options(plan("llama")), file)
+
+
+GOOD_FILE = {"signature": {"model": "x"}, "how": "on text", "layers": {"a": {"2x4": 0.5, "3x4": 0.25}, "b": {"2x4": 1}}}
+
+
+@examples(150)
+@given(
+    st.binary(max_size=40)
+    | st.builds(changed, st.just(json.dumps(GOOD_FILE).encode()), changes)
+    | st.builds(with_value, st.just(GOOD_FILE), st.integers(0, 10**4), json_values).map(
+        lambda v: json.dumps(v).encode()
+    )
+)
+def test_fuzz_bytes_are_a_measurement_or_refused(raw):
+    with file_of(raw, "s.json") as file, only_qinit_errors():
+        read = Sensitivity.read(file)
+        assert all(0 <= nats < math.inf for layer in read.nats.values() for nats in layer.values())
+        read.write(file)
+        assert Sensitivity.read(file) == read

@@ -1,20 +1,25 @@
 import json
+import math
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from qinit.calibration.facts import Facts
 from qinit.checkpoint import Checkpoint
 from qinit.errors import CheckpointError, TargetError
 from qinit.targets import ALL_LINEAR, read_architecture, resolve_targets, select
 from tests.conftest import FAMILIES, make_checkpoint
+from tests.fuzz import examples, json_values, numbers, only_qinit_errors, with_value
 
 LLAMA_KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def targets_of(directory):
     checkpoint = Checkpoint.open(directory)
-    return resolve_targets(checkpoint, read_architecture(directory, checkpoint.config))
+    return resolve_targets(checkpoint, read_architecture(checkpoint))
 
 
 def edit_config(directory, **changes):
@@ -74,13 +79,13 @@ def test_tensors_with_the_base_prefix_resolve_for_a_base_model(tmp_path):
 @pytest.mark.parametrize("architectures", [None, ["NotAClass"], ["PretrainedConfig"]])
 def test_without_a_known_class_the_causal_model_of_the_type_is_taken(tiny_llama, architectures):
     edit_config(tiny_llama, architectures=architectures)
-    architecture = read_architecture(tiny_llama, Checkpoint.open(tiny_llama).config)
+    architecture = read_architecture(Checkpoint.open(tiny_llama))
     assert architecture.class_name == "LlamaForCausalLM"
 
 
 def test_building_the_architecture_takes_no_memory_for_weights(tiny_llama):
     edit_config(tiny_llama, hidden_size=1 << 20, intermediate_size=1 << 22)  # some 40 TB of weights
-    architecture = read_architecture(tiny_llama, json.loads((tiny_llama / "config.json").read_text()))
+    architecture = read_architecture(Checkpoint.open(tiny_llama))
     assert architecture.linear[-1].in_features == 1 << 22
 
 
@@ -88,7 +93,7 @@ def test_code_in_a_checkpoint_is_never_run_nor_asked_about(tiny_llama, tmp_path,
     monkeypatch.setattr("builtins.input", lambda _: "y")
     (tiny_llama / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
     edit_config(tiny_llama, model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
-    with pytest.raises(CheckpointError, match="does not know this model"):
+    with pytest.raises(CheckpointError, match="needs code that the checkpoint brings"):
         targets_of(tiny_llama)
     assert not (tmp_path / "ran").exists()
 
@@ -159,3 +164,55 @@ def test_selection_keeps_the_models_order_and_can_name_one_module(tiny_llama):
 def test_a_choice_that_matches_nothing_says_what_there_is(tiny_llama, wanted, exclude, message):
     with pytest.raises(TargetError, match=message):
         select(targets_of(tiny_llama), wanted, exclude)
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory):
+    """A model whose config.json tests replace, and what it was."""
+    directory = make_checkpoint(tmp_path_factory.mktemp("changing") / "llama")
+    return directory, json.loads((directory / "config.json").read_text())
+
+
+def plan_with(directory, config):
+    """Read what a plan reads of a configuration, and what a calibration reads beside it."""
+    (directory / "config.json").write_text(json.dumps(config))
+    with only_qinit_errors():
+        checkpoint = Checkpoint.open(directory)
+        architecture = read_architecture(checkpoint)
+        for target in resolve_targets(checkpoint, architecture):
+            assert math.prod(target.tensor.shape) == target.module.out_features * target.module.in_features > 0
+        facts = Facts.read(directory, checkpoint.config)
+        facts.clip(8)
+        facts.require_vocabulary()
+        facts.require_start()
+
+
+@examples(60)
+@given(st.integers(0, 10**4), json_values)
+def test_fuzz_a_configuration_with_a_value_replaced_is_read_or_refused(changing, path, value):
+    directory, config = changing
+    plan_with(directory, with_value(config, path, value))
+
+
+@examples(60)
+@given(st.data())
+def test_fuzz_a_configuration_with_another_number_is_read_or_refused(changing, data):
+    directory, config = changing
+    sizes = [name for name, value in config.items() if type(value) in (int, float)]
+    names = data.draw(st.lists(st.sampled_from([*sizes, "num_labels", "head_dim", "depth", "n_layer"]), max_size=2))
+    plan_with(directory, config | {name: data.draw(numbers) for name in names})
+
+
+def test_more_modules_than_the_tensors_can_be_of_are_not_built(tiny_llama, monkeypatch):
+    monkeypatch.setattr("qinit.skeleton.FEW_MODULES", 20)
+    monkeypatch.setattr("qinit.skeleton.MODULES_PER_TENSOR", 1)
+    with pytest.raises(CheckpointError, match="describes more than 21 modules, but the checkpoint holds 21 tensors"):
+        targets_of(tiny_llama)
+
+
+def test_the_bounds_leave_no_hook_behind(tiny_llama):
+    from torch.nn.modules import module
+
+    targets_of(tiny_llama)
+    assert not module._global_module_registration_hooks
+    assert not module._global_buffer_registration_hooks

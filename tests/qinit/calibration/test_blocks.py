@@ -58,7 +58,7 @@ def test_block_by_block_the_hidden_states_are_those_of_the_whole_model(family, d
         plan = plan_of(make(tmp_path / family, family))
     samples = padded(random_samples(5), [12, 3, 7, 12, 9]) if mask else random_samples(5)
     expected = stock_states(plan, samples)
-    blocks = Blocks(plan, CPU)
+    blocks = Blocks.of(plan, CPU)
     assert len(blocks) == 2
     assert blocks.prefix(1) == BLOCKS.get(family, "model.layers") + ".1."
     with torch.no_grad(), blocks.surroundings():
@@ -77,7 +77,7 @@ def test_block_by_block_the_hidden_states_are_those_of_the_whole_model(family, d
 
 class TestMemory:
     def test_only_what_lies_before_the_blocks_is_loaded_for_the_first_states(self, tmp_path):
-        blocks = Blocks(plan_of(make(tmp_path / "m", "llama")), CPU)
+        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
         assert on_meta(blocks.model)
         with blocks.surroundings():
             loaded = {name for name, parameter in blocks.model.named_parameters() if not parameter.is_meta}
@@ -85,7 +85,7 @@ class TestMemory:
         assert on_meta(blocks.model)
 
     def test_a_tied_head_is_the_embedding_and_is_loaded(self, tmp_path):
-        blocks = Blocks(plan_of(make(tmp_path / "m", "llama", tie_word_embeddings=True)), CPU)
+        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama", tie_word_embeddings=True)), CPU)
         samples = random_samples(2)
         with torch.no_grad(), blocks.surroundings():
             hidden, _ = blocks.calls(samples.tokens, None)
@@ -93,13 +93,13 @@ class TestMemory:
         assert on_meta(blocks.model)
 
     def test_it_is_given_back_after_an_error_too(self, tmp_path):
-        blocks = Blocks(plan_of(make(tmp_path / "m", "llama")), CPU)
+        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
         with pytest.raises(RuntimeError), blocks.surroundings():
             raise RuntimeError
         assert on_meta(blocks.model)
 
     def test_the_blocks_are_in_their_places_again_after_a_failed_pass(self, tmp_path):
-        blocks = Blocks(plan_of(make(tmp_path / "m", "llama")), CPU)
+        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
         real = list(blocks.blocks)
         with torch.no_grad(), blocks.surroundings(), pytest.raises(NotStreamable, match="without its blocks"):
             blocks.calls(torch.full((1, 4), 10**6), None)  # no such token
@@ -109,25 +109,25 @@ class TestMemory:
 def test_trained_buffers_come_from_the_checkpoint(tmp_path):
     source = make(tmp_path / "m", "gemma4")
     edit(source, lambda tensors: tensors["model.layers.1.layer_scalar"].fill_(0.25))
-    block = Blocks(plan_of(source), CPU).load(1)
+    block = Blocks.of(plan_of(source), CPU).load(1)
     assert block.layer_scalar.item() == 0.25
 
 
 class TestNotStreamable:
     def test_an_encoder_and_a_decoder_are_two_rows(self, tmp_path):
         with pytest.raises(NotStreamable, match="2 rows of blocks"):
-            Blocks(plan_of(make(tmp_path / "t5", "t5")), CPU)
+            Blocks.of(plan_of(make(tmp_path / "t5", "t5")), CPU)
 
     def test_layers_in_no_row_at_all(self, tmp_path):
         plan = plan_of(make(tmp_path / "bert", "bert"), target_modules="transform.dense")
         with pytest.raises(NotStreamable, match="no blocks"):
-            Blocks(plan, CPU)
+            Blocks.of(plan, CPU)
 
     def test_a_tensor_that_the_checkpoint_lacks(self, tmp_path):
         source = make(tmp_path / "m", "llama")
         edit(source, lambda tensors: tensors.pop("model.layers.1.input_layernorm.weight"))
         with pytest.raises(NotStreamable, match=r"no tensor model\.layers\.1\.input_layernorm\.weight"):
-            Blocks(plan_of(source), CPU)
+            Blocks.of(plan_of(source), CPU)
         options = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "format": "dense"}
         report = quantize(source, tmp_path / "out", group_size=32, **options)
         assert any("whole model in memory: the checkpoint has no tensor" in note for note in report.notes)
@@ -137,7 +137,7 @@ class TestNotStreamable:
             tmp_path / "m", "gemma4", num_hidden_layers=3, num_kv_shared_layers=1, layer_types=["full_attention"] * 3
         )
         with pytest.raises(NotStreamable, match="keys and values of others"):
-            Blocks(plan_of(source), CPU)
+            Blocks.of(plan_of(source), CPU)
 
     def test_a_missing_embedding(self, tmp_path):
         source = make(tmp_path / "m", "llama")
@@ -149,7 +149,7 @@ class TestNotStreamable:
         source = make(tmp_path / "m", "llama")
         edit(source, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
         with pytest.raises(CheckpointError, match="up_proj"):
-            Blocks(plan_of(source), CPU).load(0)
+            Blocks.of(plan_of(source), CPU).load(0)
 
     @pytest.mark.parametrize("mode", ["parallel", "sequential"])
     def test_a_run_takes_the_whole_model_instead_and_says_so(self, mode, tmp_path):

@@ -2,12 +2,16 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from qinit.calibration.documents import read_file
 from qinit.calibration.sources import check_source, load_samples, sampling_cost
 from qinit.checkpoint import read_json
 from qinit.demo import demo_directory, held_out_text
 from qinit.errors import CalibrationError
 from tests.conftest import make_checkpoint
+from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors
 from tests.qinit.calibration.tiny import UNKNOWN, add_tokenizer, make_bert, make_reader, words
 
 IDS = list(range(4, 254))  # 250 words: 31 windows of 8, 2 left over
@@ -300,15 +304,15 @@ class TestRefusals:
         assert refusal(tmp_path / "a.txt", llama).startswith(f"{tmp_path / 'a.txt'}: {message}")
 
     def test_a_file_that_cannot_be_read(self, llama, text, monkeypatch):
-        def fail(_):
+        def fail(*_):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("pathlib.Path.read_bytes", fail)
-        assert refusal(text, llama) == f"{text}: cannot be read (Permission denied)"
+        monkeypatch.setattr("qinit.calibration.documents.read_regular", fail)
+        assert refusal(text, llama).startswith(f"{text}: cannot be read (Permission denied); give one text file")
 
     def test_a_file_too_large_to_be_read_whole(self, llama, text, monkeypatch):
         monkeypatch.setattr("qinit.calibration.documents.LARGEST_FILE", 100)
-        assert "give an excerpt" in refusal(text, llama)
+        assert "an excerpt is enough" in refusal(text, llama)
 
     def test_text_that_tokenizes_to_nothing(self, tmp_path):
         directory = make_reader(tmp_path / "model")
@@ -351,3 +355,17 @@ def test_a_file_called_random_is_given_with_its_directory(llama, tmp_path, monke
 
 def test_the_cost_of_writing_is_two_operations_per_parameter_and_token():
     assert sampling_cost(7_000_000_000, 128, 2048) == 2 * 7e9 * 128 * 2048
+
+
+@examples(150)
+@given(
+    st.sampled_from(["a.txt", "a.jsonl"]),
+    st.binary(max_size=40)
+    | st.lists(json_values, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
+    | st.builds(changed, st.just(b'{"text": "w5 w6", "n": [1, {"a": null}]}\n\n{"text": "w7"}\n'), changes),
+)
+def test_fuzz_bytes_are_documents_or_refused(name, raw):
+    with file_of(raw, name) as file, only_qinit_errors():
+        documents = read_file(file)
+        assert any(document.strip() for document in documents)
+        "".join(documents).encode()

@@ -35,6 +35,10 @@ def test_q_is_stored_in_the_checkpoint_s_dtype_and_orientation(grid, dtype, tran
     assert values.is_contiguous()
     expected = GRIDS[grid].dequantize(q).to(DENSE.storage(target))
     assert torch.equal(values.T if transposed else values, expected)
+    decoded = DENSE.decode(target, stored, 2, 16)
+    assert decoded.dtype == torch.float32
+    assert decoded.is_contiguous()
+    assert torch.equal(decoded, expected.float())
 
 
 def test_it_holds_every_grid_and_shape_and_needs_no_configuration():

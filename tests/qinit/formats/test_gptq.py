@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from qinit.formats import FORMATS
+from qinit.formats.gptq import dequantized
+from qinit.formats.packing import pack_rows
 from qinit.grids import GRIDS, Quantized
 from qinit.safetensors_io import StoredTensor
 from qinit.targets import LinearModule, Target
@@ -48,6 +50,31 @@ def test_an_independent_reading_of_the_format_gives_q(bits):
     assert np.array_equal(values.T, INT.dequantize(q).numpy())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_decoding_gives_the_solvers_q_back_bit_by_bit(bits):
+    q, target = random_codes(bits), make_target()
+    stored = GPTQ.encode(target, q, INT)
+    assert not list(GPTQ.flaws(target, stored, GROUP))
+    found = GPTQ.decode(target, stored, bits, GROUP)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, INT.dequantize(q))
+
+
+def test_a_group_index_out_of_place_is_named():
+    target = make_target()
+    stored = GPTQ.encode(target, random_codes(2), INT)
+    stored[target.prefix + "g_idx"][[5, 70]] = torch.tensor([99, 0], dtype=torch.int32)
+    expected = (target.prefix + "g_idx", "0 at input 5", "99 (2 such inputs)")
+    assert list(GPTQ.flaws(target, stored, GROUP)) == [expected]
+
+
+def test_a_scale_that_no_search_finds_is_named():
+    target = make_target()
+    stored = GPTQ.encode(target, random_codes(2), INT)
+    stored[target.prefix + "scales"][1, :2] = torch.tensor([0.0, -0.5])
+    assert list(GPTQ.flaws(target, stored, GROUP)) == [(target.prefix + "scales", "scales above 0", "2 that are not")]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_what_is_stored_is_what_was_announced(bits, transposed):
@@ -74,7 +101,7 @@ def test_gptqmodel_unpacks_the_same_numbers(bits):
             assert buffer.shape == stored[target.prefix + name].shape
             buffer.copy_(stored[target.prefix + name])
     # float16 is the kernel's type: s (q - z) is rounded once.
-    expected = INT.dequantize(q).half().float()
+    expected = GPTQ.decode(target, stored, bits, GROUP).half().float()
     torch.testing.assert_close(module.dequantize_weight().T.float(), expected, rtol=2.0**-11, atol=0)
 
 
@@ -205,3 +232,23 @@ def test_gptqmodel_reads_the_width_of_every_module():
 )
 def test_a_block_that_the_loader_does_not_know_is_named(names, block):
     assert GPTQ.quantization_config(dict.fromkeys(names, 2), 64, []).get("block_name_to_quantize") == block
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_weights_come_back_as_the_kernel_has_them(bits):
+    quantized = random_codes(bits)
+    tensors = GPTQ.encode(make_target(), quantized, INT)
+    parts = [tensors[f"model.layers.0.mlp.up_proj.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")]
+    assert torch.equal(dequantized(*parts, bits=bits), INT.dequantize(quantized).half())
+
+
+def test_the_groups_are_those_that_are_stored():
+    quantized = random_codes(4)
+    tensors = GPTQ.encode(make_target(), quantized, INT)
+    order = torch.randperm(IN, generator=torch.Generator().manual_seed(0))
+    prefix = "model.layers.0.mlp.up_proj."
+    shuffled = pack_rows(quantized.codes[:, order].contiguous(), 4).T.contiguous()
+    found = dequantized(
+        shuffled, tensors[prefix + "qzeros"], tensors[prefix + "scales"], tensors[prefix + "g_idx"][order], bits=4
+    )
+    assert torch.equal(found, INT.dequantize(quantized).half()[:, order])

@@ -1,0 +1,63 @@
+"""Writes the README's tables from the results in model_zoo/results: `make results-table`.
+
+    python benchmarks/results_table.py [--check] [FILE]
+
+What stands between `<!-- results:NAME -->` and `<!-- /results -->` is replaced by the command of
+model_zoo/results/NAME.json and its tables. With --check nothing is written; the exit code is 1 if something would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from tables import KINDS, Table
+
+from qinit import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "model_zoo" / "results"
+BLOCK = re.compile(r"(<!-- results:(?P<name>[\w.-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def block(name: str, results: Path = RESULTS) -> str:
+    """Return what stands in the README for one result: its command and its tables."""
+    file = results / f"{name}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in results.glob("*.json")))
+        sys.exit(f"error: <!-- results:{name} -->: no {file.name} in {results.name}; there are {known}")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    command = f"`{result['command']}`:" if result["command"] else "The command was not recorded:"
+    return "\n\n".join([command, *map(titled, KINDS[result["kind"]](result))]) + "\n"
+
+
+def titled(table: Table) -> str:
+    return f"*{table.title}*\n\n{markdown.table(table.header, table.rows)}"
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """Return a text with every marked block written anew."""
+    if len(re.findall(r"<!-- results:", text)) != len(BLOCK.findall(text)):
+        sys.exit("error: a <!-- results:NAME --> has no <!-- /results --> after it")
+    return BLOCK.sub(lambda match: match[1] + block(match["name"], results) + match[3], text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    before = options.file.read_text(encoding="utf-8")
+    after = filled(before)
+    if options.check:
+        if before != after:
+            sys.exit(f"error: {options.file.name} is not what model_zoo/results says; run make results-table")
+        return
+    options.file.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

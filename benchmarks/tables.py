@@ -1,0 +1,154 @@
+"""Results to tables, for the screen and for the README: what a table shows is written down once, here.
+
+A result is a JSON object with `kind` (which of the functions below draws it), `command`, `versions`, `machine` and
+`seeds` (null where that was not recorded), and what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, the names of the columns, and rows of words."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def fidelity(result: Result) -> list[Table]:
+    """Starts, with each row's ratios to LoftQ at the same bits and rank."""
+    loftq = {(row["bits"], row["rank"]): row for row in result["rows"] if row["method"] == "loftq"}
+    rows = []
+    for row in result["rows"]:
+        peer = loftq[row["bits"], row["rank"]]
+        rows.append(
+            [
+                *(str(row["bits"]), str(row["rank"]), row["method"], f"{row['bits_per_weight']:.3f}"),
+                *(f"{row['weight_error']:.4f}", f"{row['perplexity']:.3f}"),
+                *(f"{row['perplexity'] / result['full_precision']:.4f}", f"{row['excess_nats']:.4f}"),
+                *(f"{row[key] / peer[key]:.3f}" for key in ("weight_error", "excess_nats")),
+            ]
+        )
+    header = ["bits", "rank", "method", "bits/weight", "weight error", "perplexity", "x full", "excess (nats)"]
+    title = f"start perplexity of {result['model']}, full precision {result['full_precision']:.3f}"
+    return [Table(title, [*header, "error / LoftQ", "excess / LoftQ"], rows)]
+
+
+def finetune(result: Result) -> list[Table]:
+    """Where fine-tuning ends from each start, at each learning rate."""
+    rates = list(result["rows"][0]["ends"])
+    ceiling = min(result["rows"][0]["ends"].values())
+    rows = [
+        [
+            *(row["start_from"], f"{row['start']:.3f}", *(f"{row['ends'][rate]:.3f}" for rate in rates)),
+            *(f"{min(row['ends'].values()):.3f}", f"{min(row['ends'].values()) / ceiling:.3f}"),
+        ]
+        for row in result["rows"]
+    ]
+    title = f"{result['model']}, {result['bits']} bits, rank {result['rank']}: perplexity after {result['steps']} steps"
+    header = ["start from", "start", *(f"end at {float(rate):g}" for rate in rates), "best", "/ 16-bit LoRA"]
+    return [Table(title, header, rows)]
+
+
+def mixed(result: Result) -> list[Table]:
+    """What mixed widths buy, one table for each rank."""
+    tables = []
+    for one in result["results"]:
+        rows = [
+            [f"{r['ratio']:g}", f"{2 + r['ratio']:g}", r["allocation"], f"{r['perplexity']:.3f}", f"{r['closed']:.3f}"]
+            for r in one["rows"]
+        ]
+        title = f"{result['model']}, 2 and 3 bits, rank {one['rank']}, calibration {result['calibration']}"
+        title += f", full precision {result['full_precision']:.3f}"
+        tables.append(Table(title, ["ratio", "bits", "allocation", "perplexity", "closed"], rows))
+    return tables
+
+
+def schedule(result: Result) -> list[Table]:
+    """Variants of EQFT's row."""
+    ranks = result["ranks"]
+    header = [f"{what}, rank {rank}" for rank in ranks for what in ("error", "excess nats")]
+    rows = [
+        [
+            row["variant"],
+            *(f"{value:.4f}" for pair in zip(row["errors"], row["excess_nats"], strict=True) for value in pair),
+        ]
+        for row in result["rows"]
+    ]
+    title = f"{result['bits']} bits, full precision {result['full_precision']:.3f}"
+    return [Table(title, ["variant", *header], rows)]
+
+
+GPTQ, SOLVER = ("gptq_s", "gptq_by_inverse_s"), ("solver_parallel_s", "solver_sequential_s")
+
+
+def calibration_cost(result: Result) -> list[Table]:
+    """The solver against GPTQ, and the exact low rank under H against its closed form."""
+    rows = [
+        [
+            *(str(r["size"]), *(f"{r[key]:.3f}" for key in (*GPTQ, *SOLVER))),
+            *(f"{r[solver] / r[gptq]:.2f}" for gptq in GPTQ for solver in SOLVER),
+        ]
+        for r in result["rows"]
+    ]
+    header = ["size", "GPTQ s", "GPTQ by H^-1 s", "parallel s", "sequential s", "parallel / GPTQ", "sequential / GPTQ"]
+    header += ["parallel / by H^-1", "sequential / by H^-1"]
+    closed = [
+        [
+            *(str(r["size"]), f"{r['low_rank_s']:.3f}", f"{r['low_rank_steps']}: {r['low_rank_objective']:.4f}"),
+            *(f"{r[key] / r['low_rank_s']:.0f}" for key in ("closed_form_float64_s", "closed_form_float32_s")),
+        ]
+        for r in result["rows"]
+    ]
+    title = f"{result['threads']} threads, 2 bits, rank {result['rank']}"
+    names = ["size", "low rank s", "steps: objective", "closed form f64 / low rank", "f32"]
+    return [Table(title, header, rows), Table("the exact low rank under H", names, closed)]
+
+
+def speed(result: Result) -> list[Table]:
+    """One matrix: EQFT, LoftQ, one NF4 pass, and the floor."""
+    rows = [
+        [
+            *(row["size"], f"{row['eqft_seconds']:.3f}", f"{row['loftq_seconds']:.2f}", f"{row['nf4_seconds']:.3f}"),
+            *(f"{row['loftq_to_eqft']:.1f}", f"{row['eqft_to_nf4']:.2f}", f"{row['eqft_to_floor']:.1f}"),
+            f"{row['eqft_error']:.4f} / {row['loftq_error']:.4f}",
+        ]
+        for row in result["rows"]
+    ]
+    bandwidth = result["rows"][-1]["bandwidth"]
+    title = f"{result['threads']} threads, product {result['flops'] / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
+    header = ["size", "eqft s", "LoftQ s", "NF4 pass s", "LoftQ / eqft", "eqft / NF4 pass", "eqft / floor"]
+    return [Table(title, [*header, "errors eqft / LoftQ"], rows)]
+
+
+def memory(result: Result) -> list[Table]:
+    """Peak memory by depth."""
+    rows = [
+        [
+            *(row["format"], str(row["layers"]), f"{row['source_bytes'] / 1e9:.2f}", f"{row['peak_bytes'] / 1e6:.0f}"),
+            *(f"{row['reported_bytes'] / 1e6:.0f}", f"{row['seconds']:.1f}"),
+        ]
+        for row in result["rows"]
+    ]
+    title = f"imports alone: {result['imports_bytes'] / 1e6:.0f} MB"
+    return [Table(title, ["format", "layers", "source GB", "peak MB", "reported MB", "seconds"], rows)]
+
+
+def compare(result: Result) -> list[Table]:
+    """`qinit compare`."""
+    from qinit.compare import table
+
+    return [Table(table.title(result), table.header(result), table.lines(result))]
+
+
+KINDS: dict[str, Callable[[Result], list[Table]]] = {
+    **{"fidelity": fidelity, "finetune": finetune, "mixed": mixed, "schedule": schedule, "speed": speed},
+    **{"calibration-cost": calibration_cost, "memory": memory, "compare": compare},
+}

@@ -1,0 +1,129 @@
+"""`qinit verify`: reread a run's directory and say whether it is still what was written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qinit.verification import Event, Finding
+
+WANTING = 3  # the exit code when something was found
+SHOWN = 20  # findings in words; --json has them all
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="What the run was made from, a directory or a Hub id: every layer's errors are measured anew.",
+            show_default=False,
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.", show_default="the run's own")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN is used when left out. Never printed.")] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Of a run that was moved: make the adapter name its base where it is now.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Everything that was found as JSON on stdout, nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the exit code.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Reread what was written: hashes, shapes, values, errors, the adapter's scale and base.
+
+    Exit code 0: sound. 3: something is wrong, and named. 2: DIR is no run, or the source cannot be read.
+    """
+    from qinit_cli.draw import Screen
+    from qinit_cli.hush import hush
+
+    from qinit.verification import point_to
+    from qinit.verification import verify as verified
+
+    hush()
+    screen = Screen(quiet=quiet or json_output)
+    found, counts = _followed(screen, verified(directory, _source(directory, source, revision, token)))
+    fixed = fix and any(each.moved for each in found) and all(each.moved or not each.grave for each in found)
+    if fixed:
+        point_to(directory)
+        found = [each for each in found if not each.moved]
+    problems = [each for each in found if each.grave]
+    for each in found[:SHOWN]:
+        screen.say(str(each) if each.grave else f"note: {each}")
+    if len(found) > SHOWN:
+        screen.say(f"... and {len(found) - SHOWN} more (--json has them all)")
+    if fixed:
+        screen.say(f"fixed: the adapter names {directory.resolve()} as its base")
+    elif any(each.moved for each in found):
+        advice = "once the rest is in order" if len([each for each in problems if not each.moved]) else "to do so"
+        screen.say(f"`qinit verify {directory} --fix` makes the adapter name its base where it is now; run it {advice}")
+    screen.say(_verdict(directory, len(problems), counts, source))
+    if json_output:
+        kinds = {"problems": problems, "notes": [each for each in found if not each.grave]}
+        value = {"directory": str(directory.resolve()), "sound": not problems, "fixed": fixed, "checked": counts}
+        rows = {kind: [_described(each) for each in findings] for kind, findings in kinds.items()}
+        sys.stdout.write(json.dumps({**value, **rows}) + "\n")
+    if problems:
+        raise typer.Exit(WANTING)
+
+
+def _source(directory: Path, model: str | None, revision: str | None, token: str | None) -> Path | None:
+    """Find the source; of a Hub id, the revision that the run was made from, unless another is asked for."""
+    if model is None:
+        return None
+    from qinit.errors import ReportError
+    from qinit.hub import local_directory
+    from qinit.report import Report
+
+    if revision is None and not Path(model).is_dir():
+        try:
+            made_from = Report.read(directory).source
+        except ReportError:
+            made_from = {}  # it will be found wanting
+        revision = made_from.get("revision") if made_from.get("model") == model else None
+    return local_directory(model, revision, token)
+
+
+def _followed(screen: Any, events: Iterator[Event]) -> tuple[list[Finding], dict[str, int]]:
+    """Draw the progress; returns what was found and how much was looked at."""
+    from qinit.verification import Checked, Finding, Stage
+
+    found: list[Finding] = []
+    counts = Counter({"file": 0, "tensor": 0, "layer": 0})
+    with screen.progress() as progress:
+        task = progress.add_task("starting", total=None)
+        for event in events:
+            match event:
+                case Stage(what, nbytes):
+                    progress.reset(task, total=nbytes, description=what)
+                case Checked(kind, name, nbytes):
+                    counts[kind] += 1
+                    progress.update(task, advance=nbytes, description=name)
+                case Finding():
+                    found.append(event)
+    return found, {f"{kind}s": count for kind, count in counts.items()}
+
+
+def _verdict(directory: Path, problems: int, counts: dict[str, int], source: str | None) -> str:
+    looked = f"{counts['files']} files by their hashes, {counts['tensors']} tensors by their values"
+    if source is not None:
+        looked += f", {counts['layers']} layers by their errors against {source}"
+    if not problems:
+        return f"{directory}: sound ({looked})"
+    return f"{directory}: {problems} problem{'s' if problems > 1 else ''} ({looked})"
+
+
+def _described(finding: Finding) -> dict[str, Any]:
+    return {"file": finding.file, "what": finding.what, "expected": finding.expected, "found": finding.found}

@@ -1,0 +1,224 @@
+"""From options to a comparison: everything is checked before the first weight is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qinit.calibration.facts import Facts
+from qinit.checkpoint import Checkpoint
+from qinit.compare.comparison import CEILINGS, CELLS, FULL, LORA, Comparison, Row, fingerprint
+from qinit.compare.texts import Text, split
+from qinit.device import pick_device
+from qinit.errors import CompareError, OutputError, RecipeError, did_you_mean
+from qinit.finetune import Training
+from qinit.methods import CALIBRATED, METHODS
+from qinit.plan import Plan, make_plan
+from qinit.recipe import Recipe, make_recipe
+
+RESULT_NAME = "compare.json"
+METHODS_DEFAULT = ("eqft", "eqft:none", "loftq", "qpissa", "qlora")
+LENGTH = 2048  # of a window, as in the quantization literature
+
+
+def make_comparison(
+    checkpoint: Checkpoint,
+    model: str,
+    out: Path,
+    *,
+    methods: Sequence[str],
+    bits: Sequence[int],
+    options: dict[str, Any],
+    texts: Sequence[Text],
+    window: int,
+    training: Training | None = None,
+    learn: Text | None = None,
+    ceilings: Sequence[str] = CEILINGS,
+    rates: Sequence[float] = (),
+    full_rates: Sequence[float] = (),
+    seeds: Sequence[int] = (0,),
+    windows: int | None = None,
+    keep_runs: bool = False,
+) -> Comparison:
+    """Check everything and return the comparison. A method is a name of the method table, or `NAME:SOURCE` with a
+    calibration of its own; `options` are a recipe's; at most `windows` windows of each text are measured.
+
+    Raises CompareError for what does not fit, RecipeError for a method, a width or an option that there is not.
+    """
+    _check_numbers(training, rates, full_rates, seeds)
+    texts = _checked_texts(checkpoint, texts, window, windows)
+    validation = None
+    if training is not None:
+        learn, validation = _checked_learning(checkpoint, learn, training)
+    rows = _ceilings(ceilings, rates, full_rates) if training else [Row(FULL, 16, None, (), 16.0)]
+    for width in bits:
+        for method in methods:
+            recipe = _recipe(method, width, options)
+            plan = make_plan(recipe, checkpoint.directory, model)
+            rows.append(Row(method, width, plan.recipe, tuple(rates), _bits_as_stored(plan)))
+    names = [row.name for row in rows]
+    if len(set(names)) < len(names):
+        raise CompareError(
+            f"--methods, --bits: some are given twice ({', '.join(methods)}; {', '.join(map(str, bits))})"
+        )
+    return Comparison(
+        model=model,
+        directory=checkpoint.directory,
+        out=out,
+        rows=tuple(rows),
+        texts=tuple(texts),
+        window=window,
+        training=training,
+        learn=learn,
+        validation=validation,
+        seeds=tuple(seeds),
+        device=str(pick_device(options.get("device") or "auto")),
+        fingerprint=fingerprint(checkpoint),
+        keep_runs=keep_runs,
+    )
+
+
+def check_place(comparison: Comparison, overwrite: bool) -> None:
+    """Raise OutputError if the comparison's directory holds something else; with `overwrite` an earlier comparison's
+    cells are removed, so that nothing of it is reused."""
+    out, file = comparison.out, comparison.out / RESULT_NAME
+    elsewhere = "choose another place with --out"
+    try:
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out}: exists and is no directory; {elsewhere}")
+        if not out.exists() or not any(out.iterdir()):
+            return
+        if not file.is_file():
+            raise OutputError(f"{out}: exists and has no {RESULT_NAME}, so qinit compare did not write it; {elsewhere}")
+        if overwrite:
+            shutil.rmtree(out / CELLS, ignore_errors=True)
+            return
+        found = json.loads(file.read_text(encoding="utf-8"))
+        theirs = found["fingerprint"], found["model"]
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be looked at ({error.strerror}); {elsewhere}") from None
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(f"{file}: not what qinit compare writes; {elsewhere}, or pass --overwrite") from None
+    if theirs[0] != comparison.fingerprint:
+        raise OutputError(
+            f"{out}: holds a comparison of another model ({theirs[1]}); {elsewhere}, or pass --overwrite to replace it"
+        )
+
+
+def _check_numbers(
+    training: Training | None, rates: Sequence[float], full_rates: Sequence[float], seeds: Sequence[int]
+) -> None:
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise CompareError(
+            f"--seeds: expected different numbers from 0 up, found {', '.join(map(str, seeds)) or 'none'}"
+        )
+    if training is None:
+        return
+    for option, values in (("--learning-rates", rates), ("--full-learning-rates", full_rates)):
+        wrong = [value for value in values if not (math.isfinite(value) and value > 0)]
+        if wrong or not values or len(set(values)) < len(values):
+            found = ", ".join(f"{value:g}" for value in values) or "none"
+            raise CompareError(f"{option}: expected different positive numbers, found {found}")
+    for option, value in (
+        ("--finetune", training.steps),
+        ("--batch", training.batch),
+        ("--micro-batch", 1 if training.micro_batch is None else training.micro_batch),
+    ):
+        if value < 1:
+            raise CompareError(f"{option}: expected 1 or more, found {value}")
+
+
+def _checked_texts(checkpoint: Checkpoint, texts: Sequence[Text], window: int, windows: int | None) -> list[Text]:
+    _check_length(checkpoint, "--length", window)
+    if windows is not None and windows < 1:
+        raise CompareError(f"--windows: expected 1 or more, found {windows}")
+    names = [text.name for text in texts]
+    if len(set(names)) < len(names):
+        raise CompareError(f"--text: two texts have the same name ({', '.join(names)}); rename one of the files")
+    for text in texts:
+        if len(text.ids) < window:
+            raise CompareError(
+                f"{text.name}: has {len(text.ids)} tokens, fewer than one window of {window}; "
+                "give more text, or a shorter --length"
+            )
+    return [Text(text.name, text.ids[: windows and windows * window]) for text in texts]
+
+
+def _checked_learning(checkpoint: Checkpoint, learn: Text | None, training: Training) -> tuple[Text, Text]:
+    """Return what is trained on and what learning rates are chosen by."""
+    if learn is None:
+        raise CompareError("--finetune: needs a text to train on; give --train-text FILE (or a data set's id)")
+    _check_length(checkpoint, "--train-length", training.length)
+    part, validation = split(learn)
+    needed = training.batch * training.length
+    if len(part.ids) < needed or len(validation.ids) < training.length:
+        raise CompareError(
+            f"{learn.name}: has {len(learn.ids)} tokens to train on, a tenth of them kept for validation; expected "
+            f"{training.batch} windows of {training.length} and one for validation; give more text, or a smaller "
+            "--batch or --train-length"
+        )
+    return part, validation
+
+
+def _check_length(checkpoint: Checkpoint, option: str, length: int) -> None:
+    if length < 2:
+        raise CompareError(f"{option}: expected 2 tokens or more, found {length}")
+    facts = Facts.read(checkpoint.directory, checkpoint.config)
+    if not facts.causal:
+        raise CompareError(f"{checkpoint.directory}: is no causal language model ({facts.architecture})")
+    if facts.clip(length) < length:
+        raise CompareError(f"{option}: the model takes {facts.positions} tokens, found {length}")
+
+
+def default_length(checkpoint: Checkpoint) -> int:
+    """Return the length of a window: 2048 tokens, or what the model takes if that is less."""
+    return Facts.read(checkpoint.directory, checkpoint.config).clip(LENGTH)
+
+
+def _ceilings(names: Sequence[str], rates: Sequence[float], full_rates: Sequence[float]) -> list[Row]:
+    for name in names:
+        if name not in CEILINGS:
+            raise CompareError(f"--ceilings: no '{name}'{did_you_mean(name, CEILINGS)}; known are lora and full")
+    return [Row(name, 16, None, tuple(rates if name == LORA else full_rates), 16.0) for name in names]
+
+
+def _recipe(method: str, bits: int, options: dict[str, Any]) -> Recipe:
+    """Return a method's recipe; it gets the calibration options only if it can use them."""
+    name, _, source = method.partition(":")
+    if name not in METHODS:
+        raise RecipeError(f"--methods: no '{name}'{did_you_mean(name, METHODS)}; known are {', '.join(METHODS)}")
+    row = METHODS[name]
+    values = {key: value for key, value in options.items() if value is not None}
+    if source:
+        values["calibration"] = source
+    elif row.metric == "weight" and name not in CALIBRATED:
+        values["calibration"] = "none"
+    elif row.metric != "weight" and values.get("calibration", "auto") == "auto":
+        values["calibration"] = "self"
+    dropped = set()
+    if values.get("calibration") == "none":
+        dropped = {"text_field", "rounding", "act_order", "polish"}
+    elif values.get("calibration", "auto") in ("auto", "self", "random"):
+        dropped = {"text_field"}
+    if row.iterations_fixed:
+        dropped |= {"rounding", "act_order"}
+    values = {key: value for key, value in values.items() if key not in dropped}
+    if row.grid != "int":
+        values["format"] = "dense"  # no packed format holds it
+    return make_recipe(**{"format": "dense", **values, "method": name, "bits": bits})
+
+
+def _bits_as_stored(plan: Plan) -> float:
+    """Return bits per quantized weight as the method's packed form holds them: GPTQ for the integer grid where it
+    takes the same layers, else what the grid needs (for normal floats a float32 absmax per group)."""
+    recipe = plan.recipe.model_dump() | {"format": "gptq"}
+    try:
+        packed = make_plan(Recipe(**recipe), plan.checkpoint.directory, plan.model_name)
+    except (ValueError, RecipeError, CompareError):
+        return plan.grid_bits_per_weight
+    same = len(packed.quantized) == len(plan.quantized)
+    return packed.bits_per_weight if same else plan.grid_bits_per_weight

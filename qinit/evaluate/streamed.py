@@ -1,0 +1,96 @@
+"""Logits of a model that is larger than memory: one block of it at a time, over all windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qinit.adapter import StoredAdapter
+from qinit.calibration.blocks import Blocks, NotStreamable
+from qinit.calibration.carried import Batch, Calls, Carried
+from qinit.checkpoint import Checkpoint
+from qinit.errors import CheckpointError
+from qinit.evaluate.figures import Logits
+from qinit.evaluate.subject import Subject
+from qinit.evaluate.windows import Windows
+from qinit.targets import read_architecture
+from qinit.weights import StoredWeights
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a model has read all windows; `done` of `blocks`."""
+
+    model: str
+    done: int
+    blocks: int
+
+
+class Streamed:
+    """A model whose blocks are in memory one after the other, in float32, with Q + s B A as their weights.
+
+    Raises NotStreamable for a model that is no single row of blocks, or whose weights are stored in another way.
+    """
+
+    def __init__(self, subject: Subject, windows: Windows, batch_size: int, device: torch.device) -> None:
+        self.name, self.windows, self.device = subject.name, windows, device
+        self.blocks = Blocks(_weights(subject), device)
+        if self.blocks.missing:
+            raise NotStreamable(f"the checkpoint has no tensor {self.blocks.missing[0]}")
+        count = len(windows)
+        self.batches = [Batch(at, min(at + batch_size, count), None) for at in range(0, count, batch_size)]
+        self.carried: Carried | None = None
+
+    @torch.no_grad()
+    def read(self, file: Path, streams: int) -> Iterator[Block]:
+        """Carry the hidden states of all windows through all blocks; `file` holds them where memory is short, as one of
+        `streams` such stores."""
+        calls = Calls()
+        with self.blocks.surroundings():
+            for batch in self.batches:
+                hidden, found = self.blocks.calls(self.windows.tokens[batch.rows], None)
+                calls.add(batch, found)
+                if self.carried is None:
+                    self.carried = Carried((len(self.windows), *hidden.shape[1:]), file, streams)
+                self.carried.write(batch, hidden)
+        assert self.carried is not None
+        for index in range(len(self.blocks)):
+            block = self.blocks.load(index)
+            for batch in self.batches:
+                states = self.carried.read(batch).to(self.device)
+                self.carried.write(batch, calls.of(batch, index)(block, states))
+            self.blocks.unload(index)
+            yield Block(self.name, index + 1, len(self.blocks))
+
+    def logits(self) -> Logits:
+        """Return what gives the logits once all has been read; the head must be in memory (`blocks.surroundings`)."""
+
+        def run(rows: slice) -> torch.Tensor:
+            assert self.carried is not None
+            states = self.carried.states[rows].to(self.device)
+            return self.blocks.after(self.windows.tokens[rows], None, states).logits
+
+        return run
+
+
+def _weights(subject: Subject) -> StoredWeights:
+    checkpoint = Checkpoint.open(subject.base, quantized=True)
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization is not None:
+        how = [quantization.get(key) for key in ("quant_method", "checkpoint_format")]
+        if how != ["gptq", "gptq_v2"]:
+            raise NotStreamable(f"its weights are packed as {how[0]}, and streaming reads gptq_v2 only")
+    architecture = read_architecture(checkpoint)
+    adapter = None
+    if subject.adapter is not None:
+        try:
+            adapter = StoredAdapter.open(subject.adapter)
+        except CheckpointError as error:
+            raise NotStreamable(str(error)) from error
+        other = adapter.factors.keys() - {module.name for module in architecture.linear}
+        if other:
+            raise NotStreamable(f"{subject.adapter}: has factors for {min(other)}, which is no linear layer inside")
+    return StoredWeights(checkpoint, architecture, adapter=adapter)

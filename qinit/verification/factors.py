@@ -1,0 +1,89 @@
+"""The adapter: its configuration, the scale that follows from it, its tensors and the base that it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from qinit import adapter
+from qinit.checkpoint import read_json
+from qinit.errors import CheckpointError, ReportError
+from qinit.manifest import refresh
+from qinit.report import Report
+from qinit.safetensors_io import StoredTensor, read_header
+from qinit.verification.findings import Finding, from_error
+from qinit.verification.written import Written, compare, differing
+
+CONFIG_FILE = f"{adapter.ADAPTER_DIRECTORY}/{adapter.CONFIG_NAME}"
+WEIGHTS_FILE = f"{adapter.ADAPTER_DIRECTORY}/{adapter.WEIGHTS_STEM}.safetensors"
+BASE_KEY = "base_model_name_or_path"
+
+
+def check_adapter(written: Written) -> Generator[Finding, None, dict[str, StoredTensor]]:
+    """Compare the adapter with what the report says was written; returns its tensors that are as they should be."""
+    directory, rows = written.directory, written.report.layers
+    ranks = [(written.modules[row.name], row.rank) for row in rows]
+    try:
+        config = read_json(directory / CONFIG_FILE, "the adapter is incomplete; run qinit again")
+    except CheckpointError as error:
+        yield from_error(directory, CONFIG_FILE, error)
+    else:
+        expected = adapter.adapter_config(written.recipe, written.architecture, ranks, "")
+        yield from differing(CONFIG_FILE, "", _comparable(expected), _comparable(config))
+        yield from _check_base(written, config.get(BASE_KEY))
+    try:
+        found = read_header(directory / WEIGHTS_FILE)
+    except CheckpointError as error:
+        yield from_error(directory, WEIGHTS_FILE, error)
+        return {}
+    specs = {spec.name: spec for module, rank in ranks for spec in adapter.specs(module, rank)}
+    problems = {name: compare(directory, directory / WEIGHTS_FILE, specs[name], found.get(name)) for name in specs}
+    yield from filter(None, problems.values())
+    for name in sorted(found.keys() - specs.keys()):
+        yield Finding(WEIGHTS_FILE, f"tensor '{name}' belongs to no layer of the report")
+    return {name: tensor for name, tensor in found.items() if name in specs and not problems[name]}
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without its base; target modules, which are a set, in order."""
+    targets = config.get("target_modules")
+    ordered = sorted(map(str, targets)) if isinstance(targets, list) else targets
+    return {key: value for key, value in config.items() if key != BASE_KEY} | {"target_modules": ordered}
+
+
+def _check_base(written: Written, named: Any) -> Iterator[Finding]:
+    here = str(written.directory.resolve())
+    if not isinstance(named, str) or not named:
+        yield Finding(CONFIG_FILE, BASE_KEY, here, named, moved=True)
+    elif not Path(named).is_absolute() and not Path(named).exists():
+        yield Finding(CONFIG_FILE, f"the base is '{named}' on the Hub, which was not looked at", grave=False)
+    elif str(Path(named).resolve()) != here:
+        # PeftModel.from_pretrained(base, DIR) asks nobody; AutoPeftModel and some trainers load what stands here.
+        if not Path(named).exists():
+            what = "the directory was moved; who loads the base that the adapter names (AutoPeftModel) will not find it"
+            yield Finding(CONFIG_FILE, what, here, named, grave=False, moved=True)
+        elif _is_copy(written.report, Path(named)):
+            what = "this is a copy; who loads the base that the adapter names (AutoPeftModel) gets the original's"
+            yield Finding(CONFIG_FILE, what, here, named, grave=False, moved=True)
+        else:
+            yield Finding(CONFIG_FILE, f"{BASE_KEY}, which is another model", here, named, moved=True)
+
+
+def _is_copy(report: Report, other: Path) -> bool:
+    """Whether another directory holds a run with the same layers, errors and all."""
+    try:
+        return Report.read(other).layers == report.layers
+    except ReportError:
+        return False
+
+
+def point_to(directory: Path) -> None:
+    """Make the adapter name the directory, where it is now, as its base, and SHA256SUMS know of it."""
+    config = read_json(directory / CONFIG_FILE, "the adapter is incomplete; run qinit again")
+    config[BASE_KEY] = str(directory.resolve())
+    temporary = directory / adapter.ADAPTER_DIRECTORY / f".{adapter.CONFIG_NAME}.tmp"
+    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(directory / CONFIG_FILE)
+    refresh(directory, [CONFIG_FILE])

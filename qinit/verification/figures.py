@@ -1,0 +1,68 @@
+"""The report against itself: its rows against its recipe, its totals against its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from qinit.recipe import Recipe
+from qinit.report import REPORT_NAME, LayerRow, Report, average
+from qinit.verification.findings import Finding
+
+ROUNDING = 1e-9  # the sums are made anew from the same numbers
+
+
+def check_rows(report: Report, recipe: Recipe) -> Iterator[Finding]:
+    """Name each row that no run of this recipe can have. What comes later relies on sound rows."""
+    names = [row.name for row in report.layers]
+    for name in sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+        yield Finding(REPORT_NAME, f"{name} has more than one row")
+    if all(row.kept is not None for row in report.layers):
+        yield Finding(REPORT_NAME, "no layer is quantized")
+    for row in report.layers:
+        for key, expected, fits in _bounds(row, recipe):
+            if not fits:
+                yield Finding(REPORT_NAME, f"{row.name}: {key}", expected, getattr(row, key))
+
+
+def _bounds(row: LayerRow, recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
+    """Yield a row's fields, what each of them may be, and whether it is that."""
+    yield "shape", "two counts", min(row.shape) > 0
+    most = max(min(row.shape), 0)
+    if recipe.rank_budget is None:
+        yield "rank", min(recipe.rank, most), row.rank == min(recipe.rank, most)
+    else:
+        yield "rank", f"1 to {most}", 1 <= row.rank <= most
+    for key in ("error_start", "error", "output_error_start", "output_error"):
+        value = getattr(row, key)
+        yield key, "a finite size", value is None or 0 <= value < 1e100
+    if row.kept is not None:
+        for key in ("bits", "group_size", "error_start", "error"):
+            yield key, "nothing, as the layer was kept", getattr(row, key) is None
+        return
+    yield "bits", " or ".join(map(str, recipe.widths)), row.bits in recipe.widths
+    group_size = min(recipe.group_size, row.shape[1])
+    yield "group_size", group_size, row.group_size == group_size
+    for key in ("error_start", "error"):
+        yield key, "a number", getattr(row, key) is not None
+
+
+def check_totals(report: Report) -> Iterator[Finding]:
+    """Compare the report's totals with its rows, which must be sound."""
+    quantized = [row for row in report.layers if row.kept is None]
+    weights = sum(row.shape[0] * row.shape[1] for row in quantized)
+    expected: dict[str, float] = {
+        "layers": len(quantized),
+        "layers_kept": len(report.layers) - len(quantized),
+        "quantized_weights": weights,
+        "bits_per_weight": round(8 * sum(row.bytes_after for row in quantized) / weights, 4),
+        "adapter_bytes": sum(4 * row.rank * sum(row.shape) for row in report.layers),
+    }
+    for key in ("error_start", "error", "output_error_start", "output_error"):
+        if (value := average(report.layers, key)) is not None:
+            expected[key] = value
+    for key, made_anew in expected.items():
+        found = report.totals.get(key)
+        if not isinstance(found, int | float) or not math.isclose(found, made_anew, rel_tol=ROUNDING):
+            yield Finding(REPORT_NAME, f"totals: {key}, made anew from the rows", made_anew, found)

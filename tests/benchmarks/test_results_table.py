@@ -1,0 +1,89 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The generator, imported as it runs: with benchmarks/ in front."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import results_table
+
+    yield results_table
+    for name in ("results_table", "tables"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(table, monkeypatch):
+    """Return a function that runs the generator; it returns what the process would end with."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["results_table.py", *map(str, arguments)])
+        try:
+            table.main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return call
+
+
+def test_the_readme_says_what_the_results_say(run):
+    assert run("--check", README) == 0
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "model_zoo/results").glob("*.json")), ids=lambda file: file.stem)
+def test_every_result_can_be_drawn_and_names_no_place(table, file):
+    result = json.loads(file.read_text())
+    assert {"kind", "command", "versions", "machine", "seeds"} <= result.keys()
+    assert not [word for word in ("/home/", "/work/", "/root/", "/tmp/") if word in file.read_text()]
+    drawn = table.block(file.stem)
+    assert drawn.startswith(f"`{result['command']}`:")
+    for one in table.KINDS[result["kind"]](result):
+        assert one.rows
+        assert {len(row) for row in one.rows} == {len(one.header)}
+        assert f"| {' | '.join(one.rows[-1])} |" in drawn
+
+
+def test_a_marked_block_is_replaced_and_nothing_else(table, run, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- results:memory -->\nold\n<!-- /results -->\nafter\n")
+    assert run("--check", file) == "error: README.md is not what model_zoo/results says; run make results-table"
+    assert "old" in file.read_text()
+    assert run(file) == 0
+    text = file.read_text()
+    assert text.startswith("before\n<!-- results:memory -->\n`python benchmarks/memory.py`:\n")
+    assert text.endswith("\n<!-- /results -->\nafter\n")
+    assert "| gptq | 4 | 4.04 | 1768 | 1768 | 69.4 |" in text
+    assert "old" not in text
+    assert run("--check", file) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "<!-- results:nothing -->\n<!-- /results -->\n",
+            "error: <!-- results:nothing -->: no nothing.json in results",
+        ),
+        ("<!-- results:memory -->\nno end\n", "error: a <!-- results:NAME --> has no <!-- /results --> after it"),
+    ],
+)
+def test_marks_that_do_not_fit(run, tmp_path, text, message):
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    assert run(file).startswith(message)
+    assert file.read_text() == text
+
+
+def test_fidelitys_ratios_are_to_loftq_at_the_same_bits_and_rank(table):
+    row = {"bits": 2, "rank": 4, "bits_per_weight": 2.5, "weight_error": 0.5, "perplexity": 8.0, "excess_nats": 0.4}
+    rows = [{**row, "method": "loftq"}, {**row, "method": "eqft", "weight_error": 0.25, "excess_nats": 0.1}]
+    (one,) = table.KINDS["fidelity"]({"model": "m", "full_precision": 4.0, "rows": rows})
+    assert one.rows[1] == ["2", "4", "eqft", "2.500", "0.2500", "8.000", "2.0000", "0.1000", "0.500", "0.250"]

@@ -1,0 +1,423 @@
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qinit import finetune
+from qinit.compare import measure, workers
+from tests.conftest import make_checkpoint
+from tests.qinit.calibration.tiny import add_tokenizer, make_bert, make_reader, words
+
+TEXT = words(*(4 + i * 37 % 250 for i in range(400)))
+TRAINING = words(*(4 + i * i % 97 for i in range(900)))
+STARTS = (
+    "--methods",
+    "loftq,eqft:none",
+    "--bits",
+    2,
+    "--rank",
+    4,
+    "--text",
+    "test.txt",
+    "--length",
+    16,
+    "--out",
+    "out",
+)
+TUNING = ("--finetune", 2, "--train-text", "train.txt", "--train-length", 16, "--batch", 2)
+TUNING = (*TUNING, "--learning-rates", "0.001,0.01", "--seeds", "0,1", "--micro-batch", 1)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama with a word tokenizer; no test changes it."""
+    return make_reader(tmp_path_factory.mktemp("models") / "llama", initializer_range=0.1)
+
+
+@pytest.fixture
+def compare(command, llama):
+    """Return a function that runs `qinit compare MODEL ARGUMENTS` where test.txt and train.txt are."""
+    Path("test.txt").write_text(TEXT)
+    Path("train.txt").write_text(TRAINING)
+    Path("short.txt").write_text(words(7, 8, 9))
+    return lambda *arguments, model=llama: command("compare", model, *arguments)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave the pictures out, which take a second."""
+    for module in ("matplotlib.figure", "plotly.graph_objects"):
+        monkeypatch.setitem(sys.modules, module, None)
+
+
+def result():
+    return json.loads(Path("out/compare.json").read_text())
+
+
+def cells():
+    """Return every cell's file with its contents and the time it was written."""
+    files = sorted(Path("out/cells").glob("*/*.json"))
+    return {str(path.relative_to("out/cells")): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+class TestTable:
+    @pytest.fixture
+    def orders(self, monkeypatch):
+        """Record which windows each fine-tuning saw in which order, by seed."""
+        seen = []
+        draw = finetune.batches
+
+        def record(count, training, seed):
+            order = list(draw(count, training, seed))
+            seen.append((seed, tuple(map(tuple, order))))
+            return iter(order)
+
+        monkeypatch.setattr("qinit.finetune.batches", record)
+        return seen
+
+    def test_starts_and_ends(self, compare, orders):
+        code, out, err = compare(*STARTS, *TUNING)
+        assert (code, err) == (0, "")
+        lora, full, loftq, eqft = result()["rows"]
+        assert [(row["method"], row["bits"]) for row in (lora, full, loftq, eqft)] == [
+            *[("lora", 16), ("full", 16), ("loftq", 2), ("eqft:none", 2)]
+        ]
+        assert [row["bits_per_weight"] for row in (lora, full, loftq)] == [16, 16, 2.5]
+        assert 2.25 < eqft["bits_per_weight"] < 3.5  # as GPTQ stores it, group indices and all
+        assert lora["start"] == full["start"]
+        assert eqft["weight_error"] < loftq["weight_error"]
+        for row in (lora, full, loftq, eqft):
+            assert [one["rate"] for one in row["rates"]] == ([1e-4, 1e-3] if row is full else [1e-3, 1e-2])
+            best = min(row["rates"], key=lambda one: one["validation"])
+            assert row["rate"] == best["rate"]
+            end = row["end"]["test.txt"]
+            values = list(end["seeds"].values())
+            assert list(end["seeds"]) == ["0", "1"]
+            assert end["seeds"]["0"] == best["end"]["test.txt"]
+            assert end["mean"] == pytest.approx(sum(values) / 2)
+            assert end["spread"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+            differences = [end["seeds"][seed] - lora["end"]["test.txt"]["seeds"][seed] for seed in ("0", "1")]
+            assert row["less_lora"]["test.txt"]["mean"] == pytest.approx(sum(differences) / 2, abs=1e-9)
+            assert row["to_lora"]["test.txt"] == pytest.approx(end["mean"] / lora["end"]["test.txt"]["mean"])
+            assert row["failed"] == []
+        assert lora["less_lora"]["test.txt"] == {"mean": 0, "spread": 0}
+        # Every row saw the same windows in the same order, for each seed.
+        assert len(orders) == 12
+        assert len(set(orders)) == len({seed for seed, _ in orders}) == 2
+        lines = [line.split() for line in out.splitlines()]
+        assert ["bits", "method", "bits/weight"] in [line[:3] for line in lines]
+        assert ["2", "loftq", "2.500", f"{loftq['start']['test.txt']:.3f}"] in [line[:4] for line in lines]
+        assert "16/16" in out
+        markdown = Path("out/compare.md").read_text()
+        assert f"| 2 | loftq | 0.001 | {loftq['rates'][0]['validation']:.3f} |" in markdown
+        assert Path("out/compare.png").read_bytes()[1:4] == b"PNG"
+        page = Path("out/compare.html").read_text()
+        assert "eqft:none, 2 bits" in page
+        assert "llama: methods side by side" in page
+        assert not list(Path("out/cells").rglob("run"))  # nothing is left to be done from them
+        assert str(Path.cwd()) not in Path("out/compare.json").read_text()
+
+    def test_starts_alone(self, compare, undrawn):
+        code, out, err = compare(*STARTS, "--windows", 3, "--keep-runs", "--json")
+        assert code == 0
+        found = json.loads(out)
+        assert [row["method"] for row in found["rows"]] == ["full", "loftq", "eqft:none"]
+        assert found["texts"][0]["tokens"] == 48
+        assert (found["training"], found["rows"][1]["rates"], found["rows"][1]["end"]) == (None, [], None)
+        assert found == result()
+        assert "full precision" in err
+        assert (Path("out/cells/loftq-2bit/run/qinit.json")).is_file()
+        assert not Path("out/compare.png").exists()
+
+    def test_the_start_is_what_stock_loaders_load(self, compare, llama, undrawn):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from qinit.evaluate import perplexity
+
+        assert compare(*STARTS, "--keep-runs", "--quiet") == (0, "", "")
+        tokens = torch.tensor(AutoTokenizer.from_pretrained(llama)(TEXT, add_special_tokens=False).input_ids)
+        run = Path("out/cells/eqft-none-2bit/run")
+        model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, run, subfolder="eqft_init")
+        assert result()["rows"][2]["start"]["test.txt"] == pytest.approx(perplexity(model, tokens, 16), rel=1e-6)
+
+    def test_calibration_goes_to_those_that_can_use_it(self, compare, undrawn):
+        asked = ("--calibration", "test.txt", "--calibration-samples", 4, "--calibration-length", 16)
+        code, _, err = compare(*STARTS, *asked, "--methods", "eqft,eqft:none,loftq,qera", "--quiet")
+        assert (code, err) == (0, "")
+        found = {row["method"]: row for row in result()["rows"]}
+        starts = {name: json.loads(cells()[f"{name}-2bit/start.json"][0]) for name in ("eqft", "eqft-none", "loftq")}
+        assert "test.txt" in starts["eqft"]["calibration"]["text"]
+        assert starts["eqft-none"]["calibration"] is starts["loftq"]["calibration"] is None
+        assert found["eqft"]["start"] != found["eqft:none"]["start"]
+
+    def test_a_rate_that_is_too_high_is_shown_and_not_chosen(self, compare, undrawn):
+        code, out, _ = compare(
+            *STARTS, *TUNING, "--learning-rates", "0.001,1e30", "--ceilings", "lora", "--finetune", 3
+        )
+        assert code == 0
+        row = result()["rows"][0]
+        assert row["rate"] == 0.001
+        assert row["rates"][1]["diverged"] == "the loss was no finite number at step 2"
+        assert row["rates"][1]["end"] is row["rates"][1]["validation"] is None
+        assert "lora-16bit/rate1e+30-seed0: the loss was no finite number" in out
+
+    def test_activations_computed_again_change_nothing(self, compare, undrawn):
+        few = (*STARTS, *TUNING, "--ceilings", "lora", "--methods", "eqft:none", "--seeds", "0")
+        assert compare(*few, "--quiet")[0] == 0
+        kept = result()["rows"]
+        assert compare(*few, "--quiet", "--gradient-checkpointing")[0] == 0
+        for one, other in zip(kept, result()["rows"], strict=True):
+            assert one["end"]["test.txt"]["mean"] == pytest.approx(other["end"]["test.txt"]["mean"], rel=1e-5)
+
+
+class TestResuming:
+    def test_nothing_is_done_twice(self, compare, undrawn):
+        compare(*STARTS, *TUNING)
+        before, first = cells(), result()
+        code, out, _ = compare(*STARTS, *TUNING)
+        assert code == 0
+        assert cells() == before
+        assert result() == first
+        assert "16 of 16 cells are there from an earlier run" in out
+
+    def test_after_an_interrupt_finished_cells_are_kept(self, compare, undrawn, monkeypatch):
+        done = []
+        work = measure.work
+
+        def stopped(comparison, cell, progress):
+            if len(done) == 7:
+                raise KeyboardInterrupt
+            done.append(cell)
+            return work(comparison, cell, progress)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "work", stopped)
+            code, _, err = compare(*STARTS, *TUNING)
+        assert code == 130
+        assert err == "error: interrupted; finished cells are kept in out, and the same command goes on\n"
+        before = cells()
+        assert len(before) == 7
+        assert compare(*STARTS, *TUNING)[0] == 0
+        after = cells()
+        assert {name: after[name] for name in before} == before
+        assert len(after) == 16
+        resumed = result()
+        assert compare(*STARTS, *TUNING, "--overwrite")[0] == 0
+        assert result()["rows"] == resumed["rows"]
+
+    def test_other_steps_keep_the_starts_and_other_text_keeps_nothing(self, compare, undrawn):
+        compare(*STARTS, *TUNING, "--ceilings", "lora")
+        before = cells()
+        compare(*STARTS, *TUNING, "--ceilings", "lora", "--finetune", 3)
+        after = cells()
+        same = {name for name in before if before[name] == after[name]}
+        # The start of loftq is written again with its run, which had been removed; its figures are the old ones.
+        assert "lora-16bit/start.json" in same
+        assert not any("rate" in name for name in same)
+        for name in ("loftq-2bit/start.json", "eqft-none-2bit/start.json"):
+            one, other = (json.loads(found[name][0]) for found in (before, after))
+            assert one["perplexities"] == other["perplexities"]
+        Path("test.txt").write_text(TEXT + " " + words(4, 5, 6))
+        compare(*STARTS, *TUNING, "--ceilings", "lora", "--finetune", 3)
+        assert not {name for name, value in after.items() if cells()[name] == value}
+
+    def test_another_learning_rate_is_added(self, compare, undrawn):
+        asked = (*STARTS, *TUNING, "--ceilings", "lora", "--methods", "loftq")
+        compare(*asked)
+        before = cells()
+        compare(*asked, "--learning-rates", "0.001,0.003,0.01")
+        after = cells()
+        assert {name for name in before if "rate" in name and before[name] == after[name]} >= {
+            *("lora-16bit/rate0.001-seed0.json", "loftq-2bit/rate0.01-seed0.json")
+        }
+        assert "loftq-2bit/rate0.003-seed0.json" in after
+
+    def test_a_damaged_cell_is_made_anew(self, compare, undrawn):
+        compare(*STARTS)
+        first = result()
+        Path("out/cells/loftq-2bit/start.json").write_text('{"signature": ')
+        assert compare(*STARTS)[0] == 0
+        assert result()["rows"] == first["rows"]
+
+    def test_a_dry_run_says_what_is_left_and_writes_nothing(self, compare, undrawn):
+        code, out, err = compare(*STARTS, *TUNING, "--dry-run")
+        assert (code, err) == (0, "")
+        assert not Path("out").exists()
+        assert "left  eqft-none-2bit/rate0.001-seed0" in out
+        assert "16 of 16 cells are left: about " in out
+        compare(*STARTS, *TUNING, "--ceilings", "lora")
+        before = cells()
+        code, out, _ = compare(*STARTS, *TUNING, "--dry-run", "--json")
+        found = json.loads(out)
+        assert {one["cell"]: one["done"] for one in found["cells"]}["full-16bit/start"] is False
+        assert (len(found["cells"]), found["left"], cells()) == (16, 4, before)
+        assert found["seconds"] > found["seconds_per_step"] > 0
+        assert "nothing left to do" in compare(*STARTS, *TUNING, "--dry-run", "--ceilings", "lora")[1]
+
+
+class TestWorkers:
+    def test_two_processes_find_what_one_finds(self, compare, undrawn):
+        few = (*STARTS, *TUNING, "--ceilings", "lora", "--methods", "eqft:none", "--learning-rates", 0.01)
+        code, out, err = compare(*few, "--jobs", 2)
+        assert (code, err) == (0, "")
+        found = result()
+        assert compare(*few, "--overwrite", "--quiet")[0] == 0
+        for one, other in zip(found["rows"], result()["rows"], strict=True):
+            assert one["start"]["test.txt"] == pytest.approx(other["start"]["test.txt"], rel=1e-5)
+            assert one["end"]["test.txt"]["mean"] == pytest.approx(other["end"]["test.txt"]["mean"], rel=1e-4)
+        assert "6/6 " in out
+
+    def test_a_killed_worker_is_one_line(self, compare, undrawn, monkeypatch):
+        monkeypatch.setattr("qinit_cli.compare.hush", _Dying())
+        code, _, err = compare(*STARTS, "--jobs", 2)
+        assert code == 2
+        assert "its worker process was killed, for want of memory perhaps; run again with fewer --jobs" in err
+
+
+class _Dying:
+    """Does nothing here, and ends the process that it is sent to."""
+
+    def __call__(self):
+        pass
+
+    def __reduce__(self):
+        return functools.partial, (os._exit, 1)
+
+
+class TestFailures:
+    def test_a_failed_cell_says_why_and_stops_no_other(self, compare, undrawn, monkeypatch):
+        run = measure.run
+
+        def fail(plan, directory, **options):
+            if plan.recipe.method == "loftq":
+                raise torch.OutOfMemoryError("no room for\nthis")
+            return run(plan, directory, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(measure, "run", fail)
+            code, out, err = compare(*STARTS, *TUNING, "--ceilings", "lora")
+        assert (code, err) == (1, "")
+        assert "failed: loftq, 2 bits: OutOfMemoryError: no room for this" in out
+        lora, loftq, eqft = result()["rows"]
+        assert loftq["failed"] == ["OutOfMemoryError: no room for this"]
+        assert (loftq["start"], loftq["end"]) == (None, None)
+        assert lora["end"]
+        assert eqft["end"]
+        before = cells()
+        assert compare(*STARTS, *TUNING, "--ceilings", "lora")[0] == 0
+        assert result()["rows"][1]["end"]
+        assert {name: cells()[name] for name in before} == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--methods", "loftqq"), "--methods: no 'loftqq' (did you mean 'loftq'?); known are qlora, loftq, "),
+            (("--methods", "loftq,loftq"), "--methods, --bits: some are given twice (loftq, loftq; 2)"),
+            (("--bits", "8"), "bits: method loftq offers [2, 3, 4], found 8"),
+            (("--bits", "two"), "--bits: expected numbers like 2,3,4, found 'two'"),
+            (("--text", "short.txt"), "short.txt: has 3 tokens, fewer than one window of 16"),
+            (("--length", 129), "--length: the model takes 128 tokens, found 129"),
+            (("--length", 1), "--length: expected 2 tokens or more, found 1"),
+            (("--windows", 0), "--windows: expected 1 or more, found 0"),
+            (("--jobs", 0), "--jobs: expected 1 or more, found 0"),
+            (("--text", "gone.txt"), "gone.txt: no such file, and no data set id"),
+            (
+                ("--text", "test.txt", "--text", "./test.txt"),
+                "--text: two texts have the same name (test.txt, test.txt",
+            ),
+            (("--finetune", 2), "--finetune: needs a text to train on; give --train-text FILE"),
+            (("--train-text", "train.txt"), "--train-text: there is nothing to train; give --finetune STEPS"),
+            ((*TUNING, "--finetune", 0), "--finetune: expected 1 or more, found 0"),
+            ((*TUNING, "--batch", 60), "train.txt: has 900 tokens to train on, a tenth of them kept for validation"),
+            ((*TUNING, "--micro-batch", 0), "--micro-batch: expected 1 or more, found 0"),
+            ((*TUNING, "--learning-rates", "0,1"), "--learning-rates: expected different positive numbers, found 0, 1"),
+            ((*TUNING, "--learning-rates", "nan"), "--learning-rates: expected different positive numbers, found nan"),
+            ((*TUNING, "--full-learning-rates", "-1"), "--full-learning-rates: expected different positive numbers"),
+            (
+                (*TUNING, "--ceilings", "lorra"),
+                "--ceilings: no 'lorra' (did you mean 'lora'?); known are lora and full",
+            ),
+            ((*TUNING, "--seeds", "1,1"), "--seeds: expected different numbers from 0 up, found 1, 1"),
+            (("--calibration", "gone.txt", "--methods", "eqft"), "gone.txt: no such file"),
+            (("--rank", 0), "rank: input should be greater than or equal to 1, found 0"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_leaves_nothing(self, compare, arguments, message):
+        code, out, err = compare(*STARTS, *arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"error: {message}")
+        assert err.count("\n") == 1
+        assert not Path("out").exists()
+
+    def test_no_text_for_a_model_of_ones_own(self, compare):
+        code, _, err = compare("--bits", 2)
+        assert code == 2
+        assert "--text: what to measure on is missing" in err
+
+    def test_a_tokenizer_of_another_model(self, compare, tmp_path):
+        model = add_tokenizer(make_checkpoint(tmp_path / "other"), size=300)
+        Path("test.txt").write_text(words(*range(200, 299)))
+        code, _, err = compare(*STARTS, model=model)
+        assert code == 2
+        assert "the tokenizer made token id 298, but the model has ids up to 255" in err
+
+    def test_a_model_without_a_tokenizer(self, compare, tiny_llama):
+        code, _, err = compare(*STARTS, model=tiny_llama)
+        assert code == 2
+        assert "has no tokenizer files" in err or "no tokenizer" in err
+
+    def test_an_encoder(self, compare, tmp_path):
+        code, _, err = compare(*STARTS, model=make_bert(tmp_path / "bert"))
+        assert code == 2
+        assert "bert: is no causal language model (BertForMaskedLM)" in err
+
+    def test_a_full_disk_is_one_line_and_finished_cells_are_kept(self, compare, undrawn, monkeypatch):
+        replace = Path.replace
+
+        def full(path, target):
+            if "loftq" in str(path):
+                raise OSError(28, "No space left on device")
+            return replace(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", full)
+            code, _, err = compare(*STARTS)
+        assert code == 2
+        assert err == (
+            "error: out/cells/loftq-2bit/start.json: cannot be written (No space left on device); "
+            "finished cells are kept\n"
+        )
+        assert list(cells()) == ["full-16bit/start.json"]
+
+    def test_a_directory_that_holds_something_else(self, compare, undrawn, tmp_path):
+        Path("out").mkdir()
+        Path("out/diary.txt").write_text("mine")
+        for more in ((), ("--overwrite",)):
+            code, _, err = compare(*STARTS, *more)
+            assert code == 2
+            assert "out: exists and has no compare.json, so qinit compare did not write it" in err
+        assert Path("out/diary.txt").read_text() == "mine"
+
+    def test_a_directory_that_holds_another_models_comparison(self, compare, undrawn, tmp_path):
+        assert compare(*STARTS, "--methods", "loftq")[0] == 0
+        before = cells()
+        other = make_reader(tmp_path / "other", seed=1)
+        code, _, err = compare(*STARTS, model=other)
+        assert code == 2
+        assert "out: holds a comparison of another model (llama); choose another place with --out" in err
+        assert cells() == before
+        assert compare(*STARTS, "--methods", "loftq", "--overwrite", model=other)[0] == 0
+        assert result()["model"] == "other"
+
+    def test_damaged_results_are_not_built_on(self, compare):
+        Path("out").mkdir()
+        Path("out/compare.json").write_text("[]")
+        code, _, err = compare(*STARTS)
+        assert code == 2
+        assert "out/compare.json: not what qinit compare writes" in err

@@ -1,0 +1,138 @@
+"""`qinit verify` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+
+from qinit.manifest import MANIFEST_NAME, listed, write_manifest
+from tests.cli.test_main import process
+from tests.conftest import make_checkpoint, quantize
+from tests.qinit.verification.runs import edit_json, edit_tensors
+
+CONFIG = "eqft_init/adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("made")
+    source = make_checkpoint(place / "source")
+    quantize(source, place / "run", group_size=32)
+    if not (place / "run" / MANIFEST_NAME).is_file():
+        write_manifest(place / "run")
+    return source, place / "run"
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    return shutil.copytree(made[1], tmp_path / "run")
+
+
+def test_a_sound_run_is_said_to_be_sound_and_by_what(made, tmp_path):
+    source, run = made
+    result = process("verify", run, "--source", source, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    count = len(listed(run))
+    looked = f"{count} files by their hashes, 91 tensors by their values, 14 layers by their errors against {source}"
+    assert result.stdout == f"{run}: sound ({looked})\n"
+
+
+def test_quiet_says_nothing(command, made, run):
+    assert command("verify", made[1], "--quiet") == (0, "", "")
+    (run / "README.md").unlink()
+    assert command("verify", run, "--quiet") == (3, "", "")
+
+
+def test_a_flipped_bit_in_any_file_is_3_and_a_line_that_names_the_file(command, run):
+    rng = random.Random(0)
+    for name in [*listed(run), MANIFEST_NAME]:
+        sound = (run / name).read_bytes()
+        damaged = bytearray(sound)
+        damaged[rng.randrange(len(sound))] ^= 1 << rng.randrange(8)
+        (run / name).write_bytes(damaged)
+        code, out, err = command("verify", run)
+        assert (code, err) == (3, ""), name
+        first = out.splitlines()[0]
+        what = "damaged" if name == MANIFEST_NAME else "has changed since it was written: SHA-256: expected "
+        assert first.startswith(f"{name}: {what}"), first
+        assert " problem" in out.splitlines()[-1]
+        (run / name).write_bytes(sound)
+    assert command("verify", run)[0] == 0
+
+
+def test_json_has_every_finding_with_file_expected_and_found(command, made, run):
+    edit_json(run / "config.json", lambda config: config["quantization_config"].update(bits=3))
+    edit_tensors(run / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    write_manifest(run)
+    (run / "stray.txt").write_text("x")
+    code, out, err = command("verify", run, "--source", made[0], "--json")
+    assert (code, err) == (3, "")
+    value = json.loads(out)
+    assert (value["directory"], value["sound"], value["fixed"]) == (str(run), False, False)
+    assert value["checked"] == {"files": len(listed(run)) - 1, "tensors": 91, "layers": 14}
+    assert value["problems"] == [
+        {"file": "config.json", "what": "quantization_config.bits", "expected": 2, "found": 3},
+        {
+            **{"file": "model.safetensors", "what": "tensor 'model.norm.weight' is not the source's"},
+            **{"expected": None, "found": None},
+        },
+    ]
+    assert [note["file"] for note in value["notes"]] == ["stray.txt", CONFIG]
+
+
+def test_a_moved_run_is_sound_and_fix_makes_its_adapter_name_the_base(command, run, tmp_path):
+    place = run.rename(tmp_path / "place")
+    code, out, _ = command("verify", place)
+    assert code == 0
+    assert f"`qinit verify {place} --fix` makes the adapter name its base where it is now" in out
+    code, out, _ = command("verify", place, "--fix")
+    assert code == 0
+    assert f"fixed: the adapter names {place} as its base" in out
+    assert json.loads((place / CONFIG).read_text())["base_model_name_or_path"] == str(place)
+    code, out, _ = command("verify", place, "--fix", "--json")
+    assert (code, json.loads(out)["notes"], json.loads(out)["fixed"]) == (0, [], False)
+
+
+def test_fix_leaves_a_damaged_run_alone(command, run):
+    edit_json(run / CONFIG, lambda config: config.update(r=9))
+    before = (run / CONFIG).read_bytes()
+    code, out, _ = command("verify", run, "--fix")
+    assert code == 3
+    assert f"{CONFIG}: r: expected 4, found 9" in out
+    assert "run it once the rest is in order" in out
+    assert (run / CONFIG).read_bytes() == before
+
+
+def test_many_findings_are_shown_in_part(command, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("qinit_cli.verify.SHOWN", 5)
+    other = make_checkpoint(tmp_path / "other", seed=3)
+    code, out, _ = command("verify", run, "--source", other)
+    assert code == 3
+    lines = out.splitlines()
+    assert sum("is not the source's" in line or "against the source" in line for line in lines[:5]) == 4  # and a note
+    assert lines[5].startswith("... and ")
+
+
+@pytest.mark.parametrize("arguments", [("gone",), (".",), ("RUN", "--source", "./gone")])
+def test_what_is_no_run_and_what_is_no_source_is_bad_input(command, run, arguments):
+    code, out, err = command("verify", *(run if word == "RUN" else word for word in arguments))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+
+
+def test_a_source_on_the_hub_is_read_at_the_run_s_revision(command, made, run, hub):
+    source, _ = made
+    hub.repos["owner/tiny"] = source
+    edit_json(run / "qinit.json", lambda report: report["source"].update(model="owner/tiny", revision="main"))
+    write_manifest(run)
+    code, out, err = command("verify", run, "--source", "owner/tiny")
+    assert (code, err) == (0, "")
+    assert "14 layers by their errors against owner/tiny" in out
+    assert any("/revision/main" in path for path, _ in hub.requests)
+    code, _, err = command("verify", run, "--source", "owner/tiny", "--revision", "gone")
+    assert code == 2
+    assert "the Hub has no revision 'gone'" in err

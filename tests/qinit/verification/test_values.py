@@ -1,0 +1,145 @@
+"""Values: finite, in the format's form, and with the source the errors that the report has."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from qinit.errors import CheckpointError
+from qinit.safetensors_io import read_header, write_header_only
+from tests.conftest import make_checkpoint
+from tests.qinit.verification.runs import KINDS, edit_json, edit_tensors, vouched
+
+BASE, FACTORS = "model.safetensors", "eqft_init/adapter_model.safetensors"
+UP = "model.layers.0.mlp.up_proj"
+B = f"base_model.model.{UP}.lora_B.weight"
+
+
+def spoil(name, value, place=0):
+    return lambda tensors: tensors[name].view(-1).__setitem__(place, value)
+
+
+def flip(name, bit):
+    return lambda tensors: tensors[name].view(-1)[0].bitwise_xor_(1 << bit)
+
+
+ALONE = {
+    "NaN in a scale": (BASE, spoil(f"{UP}.scales", float("nan")), "holds 1 NaN or Inf among 256 values"),
+    "Inf in a norm": (BASE, spoil("model.norm.weight", float("inf")), "holds 1 NaN or Inf among 64 values"),
+    "NaN in a factor": (FACTORS, spoil(B, float("nan")), "holds 1 NaN or Inf among 512 values"),
+    "a group index": (BASE, spoil(f"{UP}.g_idx", 9, 40), "'model.layers.0.mlp.up_proj.g_idx': expected 1 at input 40"),
+    "a negative scale": (BASE, spoil(f"{UP}.scales", -0.5), "expected scales above 0, found 1 that are not"),
+}
+AGAINST = {
+    "a code": (BASE, flip(f"{UP}.qweight", 2), f"{UP}: error_start against the source: expected 0."),
+    "a zero point": (BASE, flip(f"{UP}.qzeros", 0), f"{UP}: error_start against the source: expected 0."),
+    "a scale": (BASE, spoil(f"{UP}.scales", 0.5), f"{UP}: error_start against the source: expected 0."),
+    "a factor": (FACTORS, lambda tensors: tensors[B].mul_(1.1), f"{UP}: error against the source: expected 0."),
+    "a norm": (BASE, spoil("model.norm.weight", 2), "tensor 'model.norm.weight' is not the source's"),
+}
+
+
+@pytest.mark.parametrize(("file", "change", "expected"), ALONE.values(), ids=ALONE)
+def test_values_that_no_run_writes_are_named_without_the_source(file, change, expected, copy_of):
+    _, run = copy_of("gptq")
+    edit_tensors(run / file, change)
+    (found,) = vouched(run)
+    assert found.startswith(f"{file}: tensor '")
+    assert expected in found
+
+
+@pytest.mark.parametrize(("file", "change", "expected"), AGAINST.values(), ids=AGAINST)
+def test_what_only_the_source_can_tell_is_named(file, change, expected, copy_of):
+    source, run = copy_of("gptq")
+    edit_tensors(run / file, change)
+    assert vouched(run) == []
+    found = vouched(run, source)
+    assert any(line.startswith(f"{file}: {expected}") for line in found), found
+    assert not any(f"{each}: error" in line for line in found for each in ("q_proj", "layers.1.mlp.up_proj"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_in_the_report_that_was_not_measured_is_found(kind, copy_of):
+    source, run = copy_of(kind)
+
+    def change(report):
+        row = next(row for row in report["layers"] if row["bits"])
+        row["error"] *= 1.001  # the totals will contradict it too
+
+    edit_json(run / "qinit.json", change)
+    found = vouched(run, source)
+    assert sum("totals: error, made anew" in line for line in found) == 1
+    assert sum(": error against the source: expected " in line for line in found) == 1
+
+
+def test_a_layer_that_was_kept_has_the_sources_weight_and_a_plain_start(copy_of):
+    source, run = copy_of("kept")
+    edit_tensors(run / BASE, lambda tensors: tensors["h.0.attn.c_proj.weight"].mul_(2))
+    edit_tensors(run / FACTORS, spoil("base_model.model.h.0.attn.c_proj.lora_B.weight", 1.0))
+    assert vouched(run, source) == [
+        f"{BASE}: tensor 'h.0.attn.c_proj.weight' is not the source's",
+        f"{FACTORS}: tensor 'base_model.model.h.0.attn.c_proj.lora_B.weight', of a layer that was kept: "
+        "expected zeros, found other values",
+    ]
+
+
+def test_the_same_architecture_with_other_weights_differs_in_every_layer(copy_of, tmp_path):
+    _, run = copy_of("gptq")
+    other = make_checkpoint(tmp_path / "other", "llama", seed=1)
+    found = vouched(run, other)
+    assert sum("error_start against the source" in line for line in found) == 14
+    assert any("tensor 'lm_head.weight' is not the source's" in line for line in found)
+
+
+def test_a_source_of_another_shape_is_named_and_its_weights_are_not_compared(copy_of, tmp_path):
+    _, run = copy_of("gptq")
+    other = make_checkpoint(tmp_path / "other", "llama", intermediate_size=160)
+    found = vouched(run, other)
+    assert "config.json: differs from the source's: intermediate_size: expected 160, found 128" in found
+    assert any("totals: bytes_before, found in the source" in line for line in found)
+    assert any("the source is another model: " in line for line in found)
+    assert not any("against the source: " in line for line in found)
+
+
+def test_a_source_with_another_type_is_named(copy_of, tmp_path):
+    _, run = copy_of("dense")
+    other = make_checkpoint(tmp_path / "other", "llama", "float32")
+    found = vouched(run, other)
+    assert any("expected float32 [64], found bfloat16 [64]" in line for line in found)
+    assert any(f"{UP}: bytes_before, against the source: expected 32768, found 16384" in line for line in found)
+
+
+def test_a_source_that_cannot_be_read_is_an_error(copy_of, tmp_path):
+    source, run = copy_of("gptq")
+    with pytest.raises(CheckpointError, match="no such directory"):
+        vouched(run, tmp_path / "gone")
+    source_copy = shutil.copytree(source, tmp_path / "source")
+    header = read_header(source_copy / BASE)
+    entries = {n: {"dtype": "BF16", "shape": t.shape, "data_offsets": [0, 0]} for n, t in header.items()}
+    end = 0
+    for name, tensor in header.items():
+        entries[name]["data_offsets"] = [end, end := end + tensor.nbytes]
+    write_header_only(source_copy / BASE, entries)
+    with pytest.raises(CheckpointError, match=rf"{source_copy / BASE}: ends inside tensor"):
+        vouched(run, source_copy)
+
+
+def test_files_that_were_copied_are_the_source_s(copy_of, tmp_path):
+    source, run = copy_of("gptq")
+    other = shutil.copytree(source, tmp_path / "other")
+    (other / "generation_config.json").write_text("{}")
+    (other / "tokenizer.json").write_text("{}")
+    found = vouched(run, other)
+    assert sorted(found) == [
+        "generation_config.json: is not the source's",
+        "tokenizer.json: is missing, but the source has it",
+    ]
+
+
+def test_a_tensor_that_the_source_has_and_the_run_has_not_is_named(copy_of, tmp_path):
+    _, run = copy_of("gptq")
+    other = make_checkpoint(tmp_path / "other", "llama")
+    edit_tensors(other / BASE, lambda tensors: tensors.update(extra=torch.zeros(3)))
+    assert "config.json: the source's tensor 'extra' is not among the weights" in vouched(run, other)
