@@ -405,7 +405,7 @@ class TestAnotherRun:
 
         file = place / "text.txt"
         file.write_text("one")
-        monkeypatch.setattr("qinit.calibration.sources.check_source", lambda *_: None)
+        monkeypatch.setattr("qinit.calibration.sources.check_source", lambda *_, **__: None)
         plan = make_plan(make_recipe(calibration=str(file)), llama, "name")
         one = signature(plan, torch.device("cpu"))
         file.write_text("two")
