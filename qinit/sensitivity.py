@@ -76,7 +76,7 @@ class Sensitivity:
                 str(name): {_width_and_rank(key): _number(value) for key, value in options.items()}
                 for name, options in values["layers"].items()
             }
-            signature, how = dict(values["signature"]), str(values["how"])
+            signature, how = dict(values["signature"].items()), str(values["how"])
         except OSError as error:
             raise RecipeError(f"sensitivity: {file} cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
