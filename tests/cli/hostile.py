@@ -581,6 +581,7 @@ for name, damage, says in (
     ("400 digits", measured(b'{"a":{"2x4":1' + b"0" * 400 + b"}}"), "OverflowError"),
     ("true", measured(b'{"a":{"2x4":true}}'), "True is no number of nats"),
     ("no width", measured(b'{"a":{"x":1}}'), NONE_OF_QINIT),
+    ("signature as pairs", sensitivity(b'{"signature":[[1,2]],"how":"x","layers":{}}'), NONE_OF_QINIT),
     ("layers as a list", measured(b"[1]"), NONE_OF_QINIT),
     ("a layer twice", measured(b'{"a":{},"a":{}}'), "'a' stands there twice"),
     ("of another model", measured(b"{}"), "was measured for another model (None, now"),

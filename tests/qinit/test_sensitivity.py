@@ -363,4 +363,4 @@ def test_fuzz_bytes_are_a_measurement_or_refused(raw):
         read = Sensitivity.read(file)
         assert all(0 <= nats < math.inf for layer in read.nats.values() for nats in layer.values())
         read.write(file)
-        assert Sensitivity.read(file) == read
+        assert Sensitivity.read(file).nats == read.nats
