@@ -72,7 +72,7 @@ class Sensitivity:
                 str(name): {_width_and_rank(key): _number(value) for key, value in options.items()}
                 for name, options in values["layers"].items()
             }
-            return cls(dict(values["signature"]), str(values["how"]), nats)
+            return cls(dict(values["signature"].items()), str(values["how"]), nats)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise RecipeError(f"{type(error).__name__}: {error}") from None
 
@@ -83,16 +83,7 @@ class Sensitivity:
     def read(cls, file: Path) -> Sensitivity:
         """Read what `write` has written; raises RecipeError for a file that is damaged or something else."""
         try:
-<<<<<<< HEAD
             return cls.from_json(parse_json(read_regular(file, JSON_BYTES)))
-=======
-            values = parse_json(read_regular(file, JSON_BYTES))
-            nats = {
-                str(name): {_width_and_rank(key): _number(value) for key, value in options.items()}
-                for name, options in values["layers"].items()
-            }
-            signature, how = dict(values["signature"].items()), str(values["how"])
->>>>>>> hostile
         except OSError as error:
             raise RecipeError(f"sensitivity: {file} cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError, RecipeError) as error:

@@ -14,6 +14,7 @@ from qinit.grids.base import row_chunks
 from qinit.lowrank import COLD_STEPS, Approximation, LowRank, full_svd, random_basis, subspace
 from qinit.methods import Method
 
+CANCELLED = 1e-3  # a difference of squares in float32 that is smaller has lost three digits or more
 OUTPUT_ROWS = 256  # enough to know an output error to a few percent, and nearly free
 FINAL_STEPS = 2  # the last fit is what the trainer starts from: converge it
 
@@ -127,7 +128,10 @@ def _solve_for_weight(weight: torch.Tensor, spec: LayerSpec, seed: int) -> Solut
             residual = _stored_residual(weight, quantized, spec)
         if method.refit:
             approximation = _fit(residual, spec, approximation, seed)
-            error = max(_norm(residual) ** 2 - approximation.captured, 0.0) ** 0.5
+            whole = _norm(residual) ** 2
+            rest = whole - approximation.captured
+            lost = rest < CANCELLED * whole  # to rounding: measure what is left instead
+            error = residual_norm(residual, approximation.factors) if lost else rest**0.5
         else:
             error = residual_norm(residual, approximation.factors if approximation else None)
         trace.append(error / norm if norm else 0.0)

@@ -25,9 +25,11 @@ def reference(monkeypatch):
 def assert_alike(found, expected, hessian):
     (quantized, residual), (other, other_residual) = found, expected
     # Sums in another order turn a code now and then, and the feedback carries it through the rest of its row; rows
-    # in which nothing has turned are the same to the last float16.
+    # in which nothing has turned are the same to the last float16. (A group of one weight has many zero points that
+    # are equally good, and which one is taken depends on the processor.)
+    assert (quantized.codes == other.codes).float().mean() >= (0.85 if quantized.bits == 8 else 0.98)
     same = (quantized.codes == other.codes).all(1) & (quantized.zeros == other.zeros).all(1)
-    assert same.float().mean() >= (0.4 if quantized.bits == 8 else 0.5)
+    assert same.any()
     torch.testing.assert_close(quantized.scales[same], other.scales[same], rtol=2.0**-10, atol=0)
     torch.testing.assert_close(residual[same], other_residual[same], rtol=0, atol=2e-4)
     assert error(residual, hessian) == pytest.approx(error(other_residual, hessian), rel=0.05)
