@@ -15,8 +15,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 JSON_BYTES = 64 << 20  # the index of a model of 10^12 parameters has some 15 MB
 YAML_BYTES = 1 << 18  # PyYAML takes two seconds for that
 JSON_VALUES = 4_000_000  # about 100 bytes each in memory, whatever the text is
@@ -96,10 +94,14 @@ def parse_json(raw: bytes) -> Any:
 def parse_yaml(raw: bytes) -> Any:
     """Parse YAML of plain values in UTF-8; raises ValueError for what is none, and for anchors, aliases, tags of code
     and names that stand there twice: a page of aliases can stand for more than all memory."""
+    import yaml
+
+    from qinit.plain_yaml import PlainLoader
+
     if len(raw) > YAML_BYTES:
         raise ValueError(f"more than {YAML_BYTES} bytes")
     try:
-        return yaml.load(raw.decode("utf-8"), Loader=_PlainLoader)
+        return yaml.load(raw.decode("utf-8"), Loader=PlainLoader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except (AttributeError, IndexError, KeyError, TypeError):  # what PyYAML makes of `!!bool maybe`
@@ -119,20 +121,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' stands there twice")
     return result
-
-
-class _PlainLoader(yaml.SafeLoader):
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if getattr(event, "anchor", None) is not None:
-            line = event.start_mark.line + 1
-            raise yaml.YAMLError(f"line {line}: '{event.anchor}' is an anchor or alias; write the value itself")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        made = super().construct_mapping(node, deep)
-        if len(made) != len(node.value):
-            names = [str(key.value) for key, _ in node.value]
-            twice = next((f"'{name}'" for name in names if names.count(name) > 1), "a name")
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1} and on: {twice} stands there twice")
-        return made

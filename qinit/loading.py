@@ -47,6 +47,9 @@ def load(
     class_name, config = _read(place)
     if adapter:
         _require_adapter(place)
+    quantization = config.get("quantization_config")
+    if quantization is not None and not (isinstance(quantization, dict) and quantization.get("quant_method") == "gptq"):
+        raise _not_ours(place)
     return load_parts(
         place,
         place / ADAPTER_DIRECTORY if adapter else None,
@@ -90,7 +93,7 @@ def load_parts(
         options["device_map"] = {"": pick_device(device)}
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
-        raise CheckpointError(f"{base / 'config.json'}: its quantization_config is no object")
+        raise _not_ours(base)
     if quantization is not None and quantization.get("quant_method") == "gptq":
         _require_packages(base)
         if _is_mixed(quantization, base):
@@ -110,10 +113,14 @@ def _is_mixed(quantization: Any, directory: Path) -> bool:
     try:
         overrides = (quantization.get("dynamic") or {}).values()
         return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
-    except (AttributeError, KeyError) as error:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: its quantization_config is not what qinit writes ({_reason(error)})"
-        ) from None
+    except (AttributeError, KeyError):
+        raise _not_ours(directory) from None
+
+
+def _not_ours(directory: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{directory / 'config.json'}: its quantization_config is not what qinit writes; run qinit again"
+    )
 
 
 def _read(directory: Path) -> tuple[str, dict[str, Any]]:

@@ -121,11 +121,11 @@ def test_a_hostile_answer_of_a_hub_is_one_line_and_2_and_leaves_nothing(command,
     hub.repos["a/b"] = world.model
     answer = hub.answer
 
-    def hostile(path):
+    def hostile(method, path, token, sent):
         if "evil" in path:
-            return 200, "", b"{}"
-        status, error, body = answer(path)
-        return status, error, body if "/resolve/" in path else json.dumps(change(path, json.loads(body))).encode()
+            return 200, {}, b"{}"
+        status, headers, body = answer(method, path, token, sent)
+        return status, headers, body if "/resolve/" in path else json.dumps(change(path, json.loads(body))).encode()
 
     hub.answer = hostile
     before = snapshot(tmp_path)

@@ -237,7 +237,9 @@ print(json.dumps([adapted, trainable]))
 @pytest.fixture
 def environment(hub, tmp_path):
     """What makes any process talk to the stand-in, with caches of its own."""
-    return {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
+    home = tmp_path / "home"  # HF_HUB_CACHE wins over HF_HOME, and some packages set it when they are imported
+    caches = {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
+    return {**caches, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": WRITER}
 
 
 def test_as_a_process_what_was_pushed_is_loaded_by_the_repo_id_alone(run, hub, tmp_path, environment):

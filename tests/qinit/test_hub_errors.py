@@ -1,7 +1,7 @@
 import pytest
 
 from qinit.errors import CheckpointError, HubError
-from qinit.hub_errors import LONGEST, checked_token, hub_errors, without_token
+from qinit.hub_errors import LONGEST, UNREADABLE, checked_token, hub_errors, without_token
 
 SECRET = "hf_secret"
 
@@ -39,7 +39,12 @@ def test_both_tokens_are_starred_in_one_line(monkeypatch):
 @pytest.mark.parametrize("kind", [OSError, RuntimeError, ValueError, KeyError, TypeError, ConnectionResetError])
 def test_anything_that_goes_wrong_is_one_line_without_the_token(kind, doing):
     text = said(kind(f"Bearer {SECRET}\nand more"), doing)
-    assert text.startswith(f"me/x: the {doing} failed ({kind.__name__}: ")
+    what = (
+        "the Hub's answer cannot be used"
+        if doing == "download" and issubclass(kind, UNREADABLE)
+        else f"the {doing} failed"
+    )
+    assert text.startswith(f"me/x: {what} ({kind.__name__}: ")
     assert "***" in text
     assert SECRET not in text
     assert "\n" not in text
