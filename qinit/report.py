@@ -66,7 +66,7 @@ class Report:
     def method(self) -> str:
         """The method's name, as the command is called."""
         mixed = any(self.recipe.get(key) is not None for key in ("ratio", "target_bits"))
-        return "meqft" if mixed else str(self.recipe["method"])
+        return "meqft" if mixed else str(self.recipe.get("method", ""))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
