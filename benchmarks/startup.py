@@ -43,8 +43,8 @@ from contextlib import redirect_stdout
 from io import StringIO
 started = time.perf_counter()
 from qinit_cli import main
-from qinit_cli.quiet import quiet
-quiet()
+from qinit_cli.hush import hush
+hush()
 import accelerate, qinit.estimate, qinit.grids.integer_cpu, qinit.rounding_cpu, qinit.mixed, qinit.hub
 from transformers import LlamaForCausalLM
 imported, cpu = time.perf_counter(), time.process_time()
