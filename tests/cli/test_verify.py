@@ -21,8 +21,6 @@ def made(tmp_path_factory):
     place = tmp_path_factory.mktemp("made")
     source = make_checkpoint(place / "source")
     quantize(source, place / "run", group_size=32)
-    if not (place / "run" / MANIFEST_NAME).is_file():
-        write_manifest(place / "run")
     return source, place / "run"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from qinit.manifest import MANIFEST_NAME, write_manifest
+from qinit.manifest import write_manifest
 from qinit.verification import Finding, verify
 from tests.conftest import make_checkpoint, quantize
 
@@ -36,8 +36,6 @@ def make_run(kind: str, place: Path) -> tuple[Path, Path]:
     if "ratio" in options:
         options = {**options, "allocation": "random"}
     quantize(source, run, **options)
-    if not (run / MANIFEST_NAME).is_file():
-        write_manifest(run)
     return source, run
 
 
