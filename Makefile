@@ -51,7 +51,7 @@ demo: $(STAMP)  ## Quantize the demo model to 2 bits, compare it with its peers,
 
 # One thread for each of two cells at a time; finished cells are kept, so that it can be stopped and started again.
 compare: $(STAMP)  ## Every method at 2, 3 and 4 bits, fine-tuned with three seeds; about half an hour
-	$(BIN)/qinit compare --finetune 64 --learning-rates 0.001,0.002,0.004,0.008 \
+	$(BIN)/qinit compare --finetune 64 --learning-rates 0.002,0.004,0.006,0.008 \
 	  --full-learning-rates 0.0004,0.0008,0.0016 --length 256 --windows 48 \
 	  --calibration-samples 64 --calibration-length 256 --jobs 2
 

@@ -30,22 +30,12 @@ from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.grids import GRIDS
-from qinit.lowrank import COLD_STEPS, Approximation, LowRank
 from qinit.methods import CALIBRATED, METHODS, Method
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.solver import LayerSpec, seed_of, solve
 
 EQFT = CALIBRATED["eqft"]
-OUTPUT_SUBSPACE = calibrated.output_subspace
-
-
-def quantize_first(residual: torch.Tensor, hessian: torch.Tensor, rank: int, basis: torch.Tensor, steps: int) -> Any:
-    """In place of the first fit: no adapter yet."""
-    if steps == COLD_STEPS:
-        empty = LowRank(torch.zeros(len(residual), rank), torch.zeros(rank, residual.shape[1]))
-        return Approximation(empty, basis, 0.0)
-    return OUTPUT_SUBSPACE(residual, hessian, rank, basis, steps + COLD_STEPS)
 
 
 # name: row, rounds, mode, what is replaced in the solver, text
@@ -59,7 +49,8 @@ VARIANTS: dict[str, Variant] = {
     "sequential without correcting the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.0}, "self"),
     "three quarters of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.75}, "self"),
     "all of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 1.0}, "self"),
-    "quantize first": (EQFT, ROUNDS, "sequential", {"output_subspace": quantize_first}, "self"),
+    "quantize first": (replace(EQFT, start="quantize"), ROUNDS, "sequential", {}, "self"),
+    "low rank first": (replace(EQFT, start="low-rank"), ROUNDS, "sequential", {}, "self"),
     "H with the adapter's directions": (EQFT, ROUNDS, "sequential", {"without": lambda h, _: h.clone()}, "self"),
     "no coordinate descent": (replace(EQFT, passes=0), ROUNDS, "sequential", {}, "self"),
     "one pass of it over each block": (replace(EQFT, passes=1), ROUNDS, "sequential", {}, "self"),

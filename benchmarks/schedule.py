@@ -24,16 +24,18 @@ from qinit.methods import METHODS, Method
 from qinit.solver import LayerSpec, seed_of, solve
 
 EQFT = METHODS["eqft"]
+LOW_RANK_FIRST = replace(EQFT, start="low-rank")
 VARIANTS: dict[str, tuple[Method, int]] = {
-    "min-max scales": (replace(EQFT, search="minmax", relaxation=1.0), 5),
-    "quantize first": (replace(EQFT, start="quantize", relaxation=1.0), 5),
-    "low rank first": (replace(EQFT, relaxation=1.0), 5),
-    "low rank first, relaxed 1.5": (replace(EQFT, relaxation=1.5), 5),
-    "low rank first, relaxed 2 (eqft)": (EQFT, 5),
-    "low rank first, relaxed 2.5": (replace(EQFT, relaxation=2.5), 5),
-    "low rank first, 10 rounds": (replace(EQFT, relaxation=1.0), 10),
-    "low rank first, relaxed 2, 10 rounds": (EQFT, 10),
-    "low rank first, relaxed 2.5, 10 rounds": (replace(EQFT, relaxation=2.5), 10),
+    "min-max scales": (replace(LOW_RANK_FIRST, search="minmax", relaxation=1.0), 5),
+    "quantize first": (replace(EQFT, start="quantize"), 5),
+    "low rank first": (replace(LOW_RANK_FIRST, relaxation=1.0), 5),
+    "low rank first, relaxed 1.5": (replace(LOW_RANK_FIRST, relaxation=1.5), 5),
+    "low rank first, relaxed 2": (LOW_RANK_FIRST, 5),
+    "low rank first, relaxed 2.5": (replace(LOW_RANK_FIRST, relaxation=2.5), 5),
+    "low rank first, 10 rounds": (replace(LOW_RANK_FIRST, relaxation=1.0), 10),
+    "low rank first, relaxed 2, 10 rounds": (LOW_RANK_FIRST, 10),
+    "low rank first, relaxed 2.5, 10 rounds": (replace(LOW_RANK_FIRST, relaxation=2.5), 10),
+    "eqft": (EQFT, 5),
 }
 
 

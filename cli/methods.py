@@ -49,6 +49,8 @@ def _described(row: Method, calibration: str) -> dict[str, Any]:
 
 def _schedule(row: Method) -> list[str]:
     """Say in words what happens in which order, and what of it is kept."""
+    from qinit.methods import LARGE_SHARE
+
     count = f"{row.iterations} round{'s' if row.iterations > 1 else ''}"
     if row.metric != "weight" and row.start == "low-rank" and row.iterations_fixed:  # as qinit.peers alternates
         count = f"at most {count}, until the error rises"
@@ -59,12 +61,18 @@ def _schedule(row: Method) -> list[str]:
         words.append("low rank of W first, quantize the rest, low rank kept")
     else:
         first = "part of the rank for W first" if row.preserve else "quantize first"
-        words.append("low rank first" if row.start == "low-rank" else first)
+        if row.start == "either":
+            where = "at 2 bits and " if row.metric == "weight" else ""
+            words.append(
+                f"low rank first {where}at ranks above 1/{1 / LARGE_SHARE:g} of the inputs, else quantize first"
+            )
+        else:
+            words.append("low rank first" if row.start == "low-rank" else first)
         words.append(count if row.iterations_fixed else f"{count} (--iter)")
     if row.passes:
         words.append("coordinate descent on codes and scales")
     if row.relaxation != 1:
-        words.append(f"over-relaxed by {row.relaxation:g}")
+        words.append(f"over-relaxed by {row.relaxation:g}{' where low rank is first' if row.start == 'either' else ''}")
     if row.refit and row.iterations > 1:
         words.append("best round kept" if row.keep_best else "last round kept")
     if row.split != "balanced":

@@ -29,33 +29,40 @@ def alternate(
 ) -> tuple[Quantized, Approximation, tuple[float, ...]]:
     """Minimise tr((T - Q - L) H (T - Q - L)') over Q on the integer grid and L of rank r.
 
-    T is W, corrected for what the layers in front have left: see `corrected`. Low rank first: L is fitted to T,
-    and the rest is rounded with error feedback under the part of H that the adapter cannot repair (`without`).
-    Each later round sweeps over codes and scales under that part, and every round fits L again. No step raises the
-    error, so the last round is the best. Returns Q, L (fitted to Q as stored) and the error after each round relative
-    to tr(T H T'), measured on TRACE_ROWS rows.
+    T is W, corrected for what the layers in front have left: see `corrected`. Low rank first (where
+    `Method.low_rank_first` says so): L is fitted to T, and the rest is rounded with error feedback under the part of H
+    that the adapter cannot repair (`without`). Quantize first: T is rounded under H, and L fitted to the error, before
+    the first round. Each later round sweeps over codes and scales under that part of H, and every round fits L again.
+    No step raises the error, so the last round is the best. Returns Q, L (fitted to Q as stored) and the error after
+    each round relative to tr(T H T'), measured on TRACE_ROWS rows.
     """
     method, grid = spec.method, GRIDS[spec.method.grid]
     hessian = stable_hessian(statistics)
     target = corrected(weight, statistics)
     basis = random_basis(weight.shape[1], spec.rank, seed, weight.device)
-    approximation = output_subspace(target, hessian, spec.rank, basis, COLD_STEPS)
+    options: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "search": method.search}
+    feedback: dict[str, Any] = {"damp": ROUNDING_DAMPING, "act_order": method.act_order, "passes": method.passes}
     quantized: Quantized | None = None
+    if method.low_rank_first(spec.bits, spec.rank, weight.shape):
+        approximation = output_subspace(target, hessian, spec.rank, basis, COLD_STEPS)
+    else:
+        if method.rounding == "nearest":
+            quantized, residual = grid.quantize(target, target, **options)
+        else:
+            quantized, residual = round_gptq(target, hessian, **feedback, **options)
+        approximation = output_subspace(residual, hessian, spec.rank, basis, COLD_STEPS)
     traced = slice(0, None, max(1, len(weight) // TRACE_ROWS))
     whole = output_norm(target[traced], hessian)
     trace = []
     for round_number in range(spec.iterations):
         factors = approximation.factors
         rest = torch.addmm(target, factors.B, factors.A, alpha=-1)
-        options: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "search": method.search}
         if method.rounding == "nearest":
             quantized, residual = grid.quantize(rest, target, previous=quantized, **options)
         else:
             seen = without(hessian, factors.A)
             if quantized is None:
-                quantized, residual = round_gptq(
-                    rest, seen, damp=ROUNDING_DAMPING, act_order=method.act_order, passes=method.passes, **options
-                )
+                quantized, residual = round_gptq(rest, seen, **feedback, **options)
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
                 if method.passes:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from qinit.errors import RecipeError, did_you_mean
 
+LARGE_SHARE = 1 / 8  # of a layer's inputs
+
 
 @dataclass(frozen=True)
 class Method:
@@ -16,7 +18,7 @@ class Method:
     source: str
     grid: str
     search: str
-    start: Literal["none", "quantize", "low-rank"]  # "none": no low rank at all, a plain LoRA start
+    start: Literal["none", "quantize", "low-rank", "either"]  # "none": a plain LoRA start; "either": low_rank_first
     iterations: int
     rounding: Literal["nearest", "gptq"] = "nearest"
     metric: Literal["weight", "diagonal", "activation", "fisher"] = "weight"  # all but "weight" need calibration
@@ -31,6 +33,17 @@ class Method:
     iterations_fixed: bool = True  # False: the recipe's `iter` sets them
     passes: int = 0  # of coordinate descent over each block of columns: as it is rounded, and in each later round
     act_order: bool = False
+
+    def low_rank_first(self, bits: int, rank: int, shape: tuple[int, ...]) -> bool:
+        """Whether a layer of `shape` (out, in) starts from the low rank of W itself, or else from that of W - Q.
+
+        The first starts closer where codes are few, but puts the largest part of the weights into the adapter, where
+        training disturbs it: it wants a rate three times lower and ends higher. So of rows that leave it open, those
+        layers get it whose rank is a large share of their inputs, and all at 2 bits without calibration (README).
+        """
+        if self.start != "either":
+            return self.start == "low-rank"
+        return rank > LARGE_SHARE * shape[1] or (bits == 2 and self.metric == "weight")
 
 
 METHODS = {
@@ -73,7 +86,7 @@ METHODS = {
             metric="fisher",
         ),
         Method(
-            *("eqft", "qinit", "int", "mse", "low-rank", 5),
+            *("eqft", "qinit", "int", "mse", "either", 5),
             keep_best=True,
             relaxation=2.0,
             svd="subspace",
@@ -84,7 +97,7 @@ METHODS = {
 # What a row becomes when there is calibration.
 CALIBRATED = {
     "eqft": Method(
-        *("eqft", "qinit", "int", "mse", "low-rank", 2),
+        *("eqft", "qinit", "int", "mse", "either", 2),
         rounding="gptq",
         metric="activation",
         passes=2,

@@ -101,18 +101,20 @@ def _solve_for_weight(weight: torch.Tensor, spec: LayerSpec, seed: int) -> Solut
     Alternates rounding a target X to the grid, Q = round(X), and fitting L to W - Q. Plain alternation
     (LoftQ, arXiv:2310.08659, algorithm 1) has X = W - L; it stalls once few codes change. Over-relaxed,
     X += w (W - L - X) with w = 2 moves to the mirror image of X at the set of reachable targets, and the
-    same number of rounds ends at a lower error. The last round is always plain.
+    same number of rounds ends at a lower error. The last round is always plain; so are all where quantizing
+    goes first: there the larger steps gain nothing and make L larger.
     """
     method, grid = spec.method, GRIDS[spec.method.grid]
     norm = _norm(weight)
-    approximation = _fit(weight, spec, None, seed) if method.start == "low-rank" else None
+    low_rank_first = method.low_rank_first(spec.bits, spec.rank, weight.shape)
+    approximation = _fit(weight, spec, None, seed) if low_rank_first else None
     target = weight
     best: tuple[float, Quantized, Approximation | None] | None = None
     quantized: Quantized | None = None
     trace = []
     for round_number in range(spec.iterations):
         if approximation is not None:
-            plain = round_number in (0, spec.iterations - 1)
+            plain = round_number in (0, spec.iterations - 1) or not low_rank_first
             target = _moved(target, weight, approximation.factors, 1.0 if plain else method.relaxation)
         residual = torch.empty(0)  # frees the last one before the next is made
         quantized, residual = grid.quantize(

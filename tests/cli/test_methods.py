@@ -61,9 +61,13 @@ def test_a_published_schedule_is_said_in_words(command, name, words):
 def test_eqft_is_listed_with_and_without_calibration(command):
     without, with_it = (row for row in listed(command) if row["name"] == "eqft")
     assert (without["calibration"], with_it["calibration"]) == ("none", "where there is some")
-    assert without["schedule"] == ["low rank first", "5 rounds (--iter)", "over-relaxed by 2", "best round kept"]
+    assert without["schedule"] == [
+        "low rank first at 2 bits and at ranks above 1/8 of the inputs, else quantize first",
+        *("5 rounds (--iter)", "over-relaxed by 2 where low rank is first", "best round kept"),
+    ]
     assert with_it["schedule"] == [
-        *("low rank first", f"{CALIBRATED['eqft'].iterations} rounds (--iter)"),
+        "low rank first at ranks above 1/8 of the inputs, else quantize first",
+        f"{CALIBRATED['eqft'].iterations} rounds (--iter)",
         *("coordinate descent on codes and scales", "last round kept"),
     ]
 

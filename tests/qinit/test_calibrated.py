@@ -103,6 +103,30 @@ def test_no_round_raises_the_error(bits, act_order):
     assert solution.trace[-1] < solution.trace[0]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_quantizing_first_leaves_little_to_the_adapter(bits, rounding):
+    weight, statistics = draw(96, 128), measured(128)
+    first, other = (
+        solve(weight, spec(bits, rounding=rounding, start=start), statistics=statistics)
+        for start in ("quantize", "low-rank")
+    )
+    for quantity in (output_norm, lambda matrix, _: float(matrix.norm())):
+        carried = [quantity(s.low_rank.B @ s.low_rank.A, statistics.hessian) for s in (first, other)]
+        assert carried[0] < 0.7 * carried[1]
+    assert first.output_error < 1.5 * other.output_error
+
+
+@pytest.mark.parametrize(("rank", "start"), [(4, "quantize"), (16, "quantize"), (17, "low-rank")])
+def test_the_order_is_that_of_the_row(rank, start):
+    weight, statistics = draw(64, 128), measured(128)
+    chosen, named = (
+        all_parts(solve(weight, spec(rank=rank, **changes), statistics=statistics))
+        for changes in ({}, {"start": start})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(chosen, named, strict=True))
+
+
 def test_the_trace_is_relative_to_the_target_under_the_stable_hessian():
     weight, statistics = draw(48, 128), measured(128, tokens=200)
     quantized, approximation, trace = alternate(weight, spec(), statistics, seed=0)

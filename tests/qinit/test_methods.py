@@ -54,6 +54,20 @@ def test_eqft_keeps_its_best_iterate_and_takes_its_iterations_from_the_recipe():
     assert not row.iterations_fixed
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_eqft_fits_the_low_rank_first_where_it_is_large_and_at_two_bits_without_text(bits):
+    blind, calibrated = get_method("eqft"), get_method("eqft", calibrated=True)
+    for rank, large in ((1, False), (16, False), (17, True), (64, True)):
+        for out in (32, 128, 1024):
+            assert calibrated.low_rank_first(bits, rank, (out, 128)) == large
+            assert blind.low_rank_first(bits, rank, (out, 128)) == (large or bits == 2)
+
+
+@pytest.mark.parametrize(("name", "first"), [("qlora", False), ("loftq", False), ("qpissa", True), ("lq-lora", True)])
+def test_a_published_row_has_one_order_at_any_rank(name, first):
+    assert {METHODS[name].low_rank_first(bits, rank, (64, 64)) for bits in (2, 4) for rank in (1, 64)} == {first}
+
+
 def test_an_unknown_method_is_answered_with_the_nearest_name():
     with pytest.raises(RecipeError, match=r"no 'loftqq' \(did you mean 'loftq'\?\).*eqft"):
         get_method("loftqq")

@@ -67,7 +67,7 @@ def test_block_by_block_the_figures_are_those_of_what_the_stock_loaders_load(sou
     assert expected.kl > 0.1  # what is compared is not noise
     # ... and neither base, nor scale, nor adapter is beside the point.
     alone = figures(Subject("base", directory), windows=windows, stream="always")
-    assert abs(alone.loss - expected.loss) > 1e-2
+    assert abs(alone.loss - expected.loss) > 5e-3
     assert alone.loss == pytest.approx(
         figures(Subject("base", directory), windows=windows, stream="never").loss, rel=2e-6
     )
