@@ -41,22 +41,6 @@ def fidelity(result: Result) -> list[Table]:
     return [Table(title, [*header, "error / LoftQ", "excess / LoftQ"], rows)]
 
 
-def finetune(result: Result) -> list[Table]:
-    """Where fine-tuning ends from each start, at each learning rate."""
-    rates = list(result["rows"][0]["ends"])
-    ceiling = min(result["rows"][0]["ends"].values())
-    rows = [
-        [
-            *(row["start_from"], f"{row['start']:.3f}", *(f"{row['ends'][rate]:.3f}" for rate in rates)),
-            *(f"{min(row['ends'].values()):.3f}", f"{min(row['ends'].values()) / ceiling:.3f}"),
-        ]
-        for row in result["rows"]
-    ]
-    title = f"{result['model']}, {result['bits']} bits, rank {result['rank']}: perplexity after {result['steps']} steps"
-    header = ["start from", "start", *(f"end at {float(rate):g}" for rate in rates), "best", "/ 16-bit LoRA"]
-    return [Table(title, header, rows)]
-
-
 def mixed(result: Result) -> list[Table]:
     """What mixed widths buy, one table for each rank."""
     tables = []
@@ -149,6 +133,6 @@ def compare(result: Result) -> list[Table]:
 
 
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
-    **{"fidelity": fidelity, "finetune": finetune, "mixed": mixed, "schedule": schedule, "speed": speed},
+    **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration-cost": calibration_cost, "memory": memory, "compare": compare},
 }

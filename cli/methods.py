@@ -64,7 +64,7 @@ def _schedule(row: Method) -> list[str]:
         if row.start == "either":
             where = "at 2 bits and " if row.metric == "weight" else ""
             words.append(
-                f"low rank first {where}at ranks above 1/{1 / LARGE_SHARE:g} of the inputs, else quantize first"
+                f"low rank first {where}at ranks from 1/{1 / LARGE_SHARE:g} of the inputs on, else quantize first"
             )
         else:
             words.append("low rank first" if row.start == "low-rank" else first)

@@ -43,7 +43,7 @@ class Method:
         """
         if self.start != "either":
             return self.start == "low-rank"
-        return rank > LARGE_SHARE * shape[1] or (bits == 2 and self.metric == "weight")
+        return rank >= LARGE_SHARE * shape[1] or (bits == 2 and self.metric == "weight")
 
 
 METHODS = {
