@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from qinit import calibrated
 from qinit.calibration.sources import load_samples
+from qinit.calibration.statistics import Statistics
 from qinit.calibration.walk import Seen, Walk
 from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
@@ -36,6 +37,13 @@ from qinit.recipe import make_recipe
 from qinit.solver import LayerSpec, seed_of, solve
 
 EQFT = CALIBRATED["eqft"]
+
+
+def with_identity(statistics: Statistics) -> torch.Tensor:
+    """Return H + mean(diag H) I."""
+    hessian = statistics.hessian.clone()
+    hessian.diagonal().add_(float(hessian.diagonal().mean()))
+    return hessian
 
 
 # name: row, rounds, mode, what is replaced in the solver, text
@@ -60,8 +68,10 @@ VARIANTS: dict[str, Variant] = {
     "3 rounds": (EQFT, 3, "sequential", {}, "self"),
     "5 rounds": (EQFT, 5, "sequential", {}, "self"),
     "damping .01 in the rounding": (EQFT, ROUNDS, "sequential", {"ROUNDING_DAMPING": 0.01}, "self"),
-    "H with .001 of the identity": (EQFT, ROUNDS, "sequential", {"HESSIAN_DAMPING": 0.001}, "self"),
-    "H with .3 of the identity": (EQFT, ROUNDS, "sequential", {"HESSIAN_DAMPING": 0.3}, "self"),
+    "H as measured": (EQFT, ROUNDS, "sequential", {"SHRINKAGE": 0.0}, "self"),
+    "a tenth of its diagonal added": (EQFT, ROUNDS, "sequential", {"SHRINKAGE": 0.1}, "self"),
+    "three times its diagonal added": (EQFT, ROUNDS, "sequential", {"SHRINKAGE": 3.0}, "self"),
+    "its mean diagonal added": (EQFT, ROUNDS, "sequential", {"stable_hessian": with_identity}, "self"),
 }
 
 

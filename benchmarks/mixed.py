@@ -1,6 +1,7 @@
 """What mixed widths buy: the perplexity at each ratio, by sensitivity and by rules that look at nothing.
 
-    python benchmarks/mixed.py [--model DIR --text FILE --window 512] [--ranks 2] [--group-size 64] [--calibration none]
+    python benchmarks/mixed.py [--model DIR --text FILE --window 512 --windows N] [--ranks 2] [--group-size 64]
+                               [--calibration none]
 
 Every layer is solved at 2 and at 3 bits once; an allocation puts the layers of its choice together in memory (without
 calibration that is what a run writes, byte for byte; with calibration each layer is solved for what the original model
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--text", type=Path, default=None)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=None, help="no more than so many windows of the text")
     parser.add_argument("--ranks", default="2")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--calibration", default="none")
@@ -68,6 +70,7 @@ def main() -> None:
     given = parser.parse_args()
     directory = given.model or demo_directory()
     tokens = load_tokens(directory, given.text.read_text(encoding="utf-8") if given.text else held_out_text())
+    tokens = tokens[: given.windows and given.windows * given.window]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     full = perplexity(model, tokens, given.window)
     results = []

@@ -63,9 +63,8 @@ def _schedule(row: Method) -> list[str]:
         first = "part of the rank for W first" if row.preserve else "quantize first"
         if row.start == "either":
             where = "at 2 bits and " if row.metric == "weight" else ""
-            words.append(
-                f"low rank first {where}at ranks from 1/{1 / LARGE_SHARE:g} of the inputs on, else quantize first"
-            )
+            large = f"where A and B have at least 1/{1 / LARGE_SHARE:g} of the layer's weights"
+            words.append(f"low rank first {where}{large}, else quantize first")
         else:
             words.append("low rank first" if row.start == "low-rank" else first)
         words.append(count if row.iterations_fixed else f"{count} (--iter)")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from qinit.errors import RecipeError, did_you_mean
 
-LARGE_SHARE = 1 / 8  # of a layer's inputs
+LARGE_SHARE = 1 / 4  # of a layer's weights
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Method:
 
         The first starts closer where codes are few, but puts the largest part of the weights into the adapter, where
         training disturbs it: it wants a rate three times lower and ends higher. So of rows that leave it open, those
-        layers get it whose rank is a large share of their inputs, and all at 2 bits without calibration (README).
+        layers get it whose A and B hold a large share of the numbers that W does, and all at 2 bits without
+        calibration (README).
         """
         if self.start != "either":
             return self.start == "low-rank"
-        return rank >= LARGE_SHARE * shape[1] or (bits == 2 and self.metric == "weight")
+        return rank * sum(shape) >= LARGE_SHARE * math.prod(shape) or (bits == 2 and self.metric == "weight")
 
 
 METHODS = {

@@ -62,11 +62,11 @@ def test_eqft_is_listed_with_and_without_calibration(command):
     without, with_it = (row for row in listed(command) if row["name"] == "eqft")
     assert (without["calibration"], with_it["calibration"]) == ("none", "where there is some")
     assert without["schedule"] == [
-        "low rank first at 2 bits and at ranks from 1/8 of the inputs on, else quantize first",
+        "low rank first at 2 bits and where A and B have at least 1/4 of the layer's weights, else quantize first",
         *("5 rounds (--iter)", "over-relaxed by 2 where low rank is first", "best round kept"),
     ]
     assert with_it["schedule"] == [
-        "low rank first at ranks from 1/8 of the inputs on, else quantize first",
+        "low rank first where A and B have at least 1/4 of the layer's weights, else quantize first",
         f"{CALIBRATED['eqft'].iterations} rounds (--iter)",
         *("coordinate descent on codes and scales", "last round kept"),
     ]
