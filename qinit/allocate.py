@@ -29,6 +29,7 @@ FRONT_POINTS = 17
 FRONT_GAP, FRONT_GAP_OF_TWO = 1e-4, 5e-3  # relative: it is for a picture, and two budgets take far longer
 ROUNDING = 1e-12  # of a budget: what a sum of sizes may be off by
 OBJECTIVE = 1e3  # of all losses together; the solver stops 1e-6 from the best
+CUTS = 10  # how often an allocation that exceeds a budget by less than the solver's tolerance is forbidden
 NODES = 10**5  # where the solver takes the best so far; no time limit, as the same input gives the same widths
 
 
@@ -115,18 +116,23 @@ def knapsack(
         # Counted from the least that can be had, and in units of what is left, so that the solver's tolerance is small.
         shares = above * useful / (room or 1.0)
         constraints.append(LinearConstraint(shares[None], ub=1.0 if room else 0.0))
-    with _silenced():
-        found = milp(
-            OBJECTIVE * nats / max(float(nats.sum()), sys.float_info.min),
-            constraints=constraints,
-            integrality=np.ones(len(owner)),
-            bounds=Bounds(0, useful.astype(np.float64)),
-            options={"mip_rel_gap": gap, "node_limit": NODES},
-        )
-    if found.x is None:
-        raise RecipeError(f"target_bits: no allocation was found under this budget ({found.message})")
-    picks = tuple(int(k) for k in np.flatnonzero(found.x > 0.5) - first)
-    # The solver works to a tolerance; the budget is met all the same.
+    for attempt in range(CUTS + 1):
+        with _silenced():
+            found = milp(
+                OBJECTIVE * nats / max(float(nats.sum()), sys.float_info.min),
+                constraints=constraints,
+                integrality=np.ones(len(owner)),
+                bounds=Bounds(0, useful.astype(np.float64)),
+                options={"mip_rel_gap": gap, "node_limit": NODES},
+            )
+        if found.x is None:
+            raise RecipeError(f"target_bits: no allocation was found under this budget ({found.message})")
+        taken = found.x > 0.5
+        picks = tuple(int(k) for k in np.flatnonzero(taken) - first)
+        # The solver works to a tolerance; the budget is met all the same.
+        if attempt == CUTS or not any(_over(_chosen(items, picks), stored_bits, adapter_bytes)):
+            break
+        constraints.append(LinearConstraint(taken[None].astype(np.float64), ub=len(items) - 1))  # all but these
     return _within(items, picks, stored_bits, adapter_bytes)
 
 
@@ -170,14 +176,23 @@ def _silenced() -> Iterator[None]:
         os.close(saved)
 
 
+def _chosen(items: Sequence[Item], picks: Sequence[int]) -> list[Choice]:
+    return [item.totals[pick] for item, pick in zip(items, picks, strict=True)]
+
+
+def _over(chosen: Sequence[Choice], stored_bits: float, adapter_bytes: int | None) -> tuple[bool, bool]:
+    """Whether these exceed the budget of bits, and that of the adapter."""
+    too_large = adapter_bytes is not None and sum(c.adapter_bytes for c in chosen) > adapter_bytes
+    return sum(c.stored_bits for c in chosen) > stored_bits * (1 + ROUNDING), too_large
+
+
 def _within(
     items: Sequence[Item], picks: tuple[int, ...], stored_bits: float, adapter_bytes: int | None
 ) -> tuple[int, ...]:
     """Take the least harmful step down until both budgets hold to the last bit."""
     while True:
-        chosen = [item.totals[pick] for item, pick in zip(items, picks, strict=True)]
-        over = sum(c.stored_bits for c in chosen) > stored_bits * (1 + ROUNDING)
-        too_large = adapter_bytes is not None and sum(c.adapter_bytes for c in chosen) > adapter_bytes
+        chosen = _chosen(items, picks)
+        over, too_large = _over(chosen, stored_bits, adapter_bytes)
         if not over and not too_large:
             return picks
         steps = [
@@ -244,7 +259,7 @@ def front(items: Sequence[Item], weights: int, adapter_bytes: int | None = None)
     for step in range(FRONT_POINTS):
         budget = low + (high - low) * step / (FRONT_POINTS - 1)
         picks = knapsack(items, budget, adapter_bytes, gap=gap)
-        chosen = [item.totals[k] for item, k in zip(items, picks, strict=True)]
+        chosen = _chosen(items, picks)
         points.append((sum(c.stored_bits for c in chosen) / weights, sum(c.nats for c in chosen)))
     best: list[tuple[float, float]] = []
     for point in sorted(points):

@@ -86,6 +86,11 @@ class TestKnapsack:
         again = total(shuffled, knapsack(shuffled, budget))
         assert again[2] == pytest.approx(total(items, picks)[2], rel=1e-6, abs=1e-6)
 
+    @pytest.mark.parametrize("low", [(1.0, 1, 1e-7), (1.0, 0, 0.25)])
+    def test_what_exceeds_a_budget_by_less_than_the_solver_sees_is_not_taken(self, low):
+        items = [item("a", (1.0, 1, 0.0), (2.0, 0, 0.0)), item("b", low, (1e6, 0, 0.0))]
+        assert knapsack(items, 1e6 + 1, 1) == (0, 1)  # (1, 1) is a millionth too large
+
     def test_a_budget_that_can_be_met_exactly_is(self):
         items = layers([7, 13, 64, 10**9 + 7], nats=1.0)
         for count in range(5):
