@@ -11,7 +11,6 @@ nowhere else.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import load_tokens, show
+from common import conclude, load_tokens
 from transformers import AutoModelForCausalLM
 
 from qinit import calibrated
@@ -46,6 +45,8 @@ def with_identity(statistics: Statistics) -> torch.Tensor:
     return hessian
 
 
+ONCE = {"PREPARATIONS": 1}
+
 # name: row, rounds, mode, what is replaced in the solver, text
 Variant = tuple[Method, int, str, dict[str, Any], str]
 ROUNDS = EQFT.iterations
@@ -58,6 +59,7 @@ VARIANTS: dict[str, Variant] = {
     "three quarters of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.75}, "self"),
     "all of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 1.0}, "self"),
     "quantize first": (replace(EQFT, start="quantize"), ROUNDS, "sequential", {}, "self"),
+    "quantize first, rounded once before": (replace(EQFT, start="quantize"), ROUNDS, "sequential", ONCE, "self"),
     "low rank first": (replace(EQFT, start="low-rank"), ROUNDS, "sequential", {}, "self"),
     "H with the adapter's directions": (EQFT, ROUNDS, "sequential", {"without": lambda h, _: h.clone()}, "self"),
     "no coordinate descent": (replace(EQFT, passes=0), ROUNDS, "sequential", {}, "self"),
@@ -140,33 +142,17 @@ def main() -> None:
         linear.weight.data = value.T if type(linear).__name__ == "Conv1D" else value
 
     chosen = options.variants.split(";") if options.variants else list(VARIANTS)
-    results = []
+    rows = []
     for bits in map(int, options.bits.split(",")):
         for name in chosen:
-            line = [name]
+            rows.append({"bits": bits, "variant": name, "perplexities": [], "kl": []})
             for rank in ranks:
                 run(VARIANTS[name], directory, options, bits, rank, repair)
-                value, kl = perplexity(model, tokens, options.window), divergence(model, fresh, reference)
-                results.append({"bits": bits, "rank": rank, "variant": name, "perplexity": value, "kl": kl})
-                line += [f"{value:.3f}", f"{value / full:.4f}", f"{kl:.4f}"]
-            print(*line, flush=True)
-        rows = [
-            [
-                name,
-                *(
-                    f"{found[key] / (full if key == 'perplexity' else 1):.4f}"
-                    for found in results
-                    if (found["bits"], found["variant"]) == (bits, name)
-                    for key in ("perplexity", "kl")
-                ),
-            ]
-            for name in chosen
-        ]
-        header = [f"{what}, rank {rank}" for rank in ranks for what in ("x full", "KL")]
-        show(f"{directory.name}, {bits} bits, full precision {full:.3f}", ["variant", *header], rows)
-    if options.json:
-        result = {"model": directory.name, "full_precision": full, "rows": results}
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                rows[-1]["perplexities"].append(perplexity(model, tokens, options.window))
+                rows[-1]["kl"].append(divergence(model, fresh, reference))
+            print(rows[-1], flush=True)
+    value = {"model": directory.name, "full_precision": full, "ranks": ranks, "rows": rows}
+    conclude("calibration", value, options.json, seeds=[0])
 
 
 if __name__ == "__main__":

@@ -70,6 +70,29 @@ def schedule(result: Result) -> list[Table]:
     return [Table(title, ["variant", *header], rows)]
 
 
+def calibration(result: Result) -> list[Table]:
+    """Variants of EQFT's row with calibration."""
+    full, ranks = result["full_precision"], result["ranks"]
+    header = [f"{what}, rank {rank}" for rank in ranks for what in ("x full", "KL")]
+    tables = []
+    for bits in dict.fromkeys(row["bits"] for row in result["rows"]):
+        rows = [
+            [
+                row["variant"],
+                *(
+                    f"{value:.4f}"
+                    for perplexity, kl in zip(row["perplexities"], row["kl"], strict=True)
+                    for value in (perplexity / full, kl)
+                ),
+            ]
+            for row in result["rows"]
+            if row["bits"] == bits
+        ]
+        title = f"{result['model']}, {bits} bits, full precision {full:.3f}, KL on its own text in nats"
+        tables.append(Table(title, ["variant", *header], rows))
+    return tables
+
+
 GPTQ, SOLVER = ("gptq_s", "gptq_by_inverse_s"), ("solver_parallel_s", "solver_sequential_s")
 
 
@@ -134,5 +157,5 @@ def compare(result: Result) -> list[Table]:
 
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
-    **{"calibration-cost": calibration_cost, "memory": memory, "compare": compare},
+    **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
 }
