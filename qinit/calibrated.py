@@ -54,21 +54,20 @@ def alternate(
     whole = output_norm(target[traced], hessian)
     trace = []
     for round_number in range(-prepared, spec.iterations):
-        rest, seen = target, hessian
-        if approximation is not None:
-            factors = approximation.factors
-            rest, seen = torch.addmm(target, factors.B, factors.A, alpha=-1), without(hessian, factors.A)
+        factors = approximation.factors if approximation is not None else None
+        rest = target if factors is None else torch.addmm(target, factors.B, factors.A, alpha=-1)
         if method.rounding == "nearest":
             quantized, residual = grid.quantize(rest, target, previous=quantized, **options)
         else:
+            seen = hessian if factors is None else without(hessian, factors.A)
             if quantized is None or round_number <= 0:
                 quantized, residual = round_gptq(rest, seen, **feedback, **options)
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
                 if method.passes:
                     descend(quantized, residual, seen, method.passes)
-            if approximation is not None:
-                residual.addmm_(approximation.factors.B, approximation.factors.A)
+            if factors is not None:
+                residual.addmm_(factors.B, factors.A)
         if spec.storage not in (None, torch.float32):
             residual = target - grid.dequantize(quantized).to(spec.storage).float()
         if approximation is None:
