@@ -115,7 +115,7 @@ def test_quantizing_first_leaves_little_to_the_adapter(bits, rounding):
     )
     for quantity in (output_norm, lambda matrix, _: float(matrix.norm())):
         carried = [quantity(s.low_rank.B @ s.low_rank.A, statistics.hessian) for s in (first, other)]
-        assert carried[0] < 0.75 * carried[1]
+        assert carried[0] < (0.75 if bits == 2 else 0.7) * carried[1]
     assert first.output_error < 1.5 * other.output_error
 
 
