@@ -45,7 +45,11 @@ def with_identity(statistics: Statistics) -> torch.Tensor:
     return hessian
 
 
-ONCE = {"PREPARATIONS": 1}
+def a_share(share: float) -> dict[str, Any]:
+    """Replaces `corrected` by one that makes good a share of the drift only."""
+    whole = calibrated.corrected
+    return {"corrected": lambda weight, drift, factor: torch.lerp(weight, whole(weight, drift, factor), share)}
+
 
 # name: row, rounds, mode, what is replaced in the solver, text
 Variant = tuple[Method, int, str, dict[str, Any], str]
@@ -55,11 +59,9 @@ VARIANTS: dict[str, Variant] = {
     "random tokens": (EQFT, ROUNDS, "sequential", {}, "random"),
     "eqft": (EQFT, ROUNDS, "sequential", {}, "self"),
     "one pass, each layer for itself (parallel)": (EQFT, ROUNDS, "parallel", {}, "self"),
-    "sequential without correcting the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.0}, "self"),
-    "three quarters of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 0.75}, "self"),
-    "all of the drift": (EQFT, ROUNDS, "sequential", {"CORRECTION": 1.0}, "self"),
+    "sequential without correcting the drift": (EQFT, ROUNDS, "sequential", a_share(0.0), "self"),
+    "half of the drift": (EQFT, ROUNDS, "sequential", a_share(0.5), "self"),
     "quantize first": (replace(EQFT, start="quantize"), ROUNDS, "sequential", {}, "self"),
-    "quantize first, rounded once before": (replace(EQFT, start="quantize"), ROUNDS, "sequential", ONCE, "self"),
     "low rank first": (replace(EQFT, start="low-rank"), ROUNDS, "sequential", {}, "self"),
     "H with the adapter's directions": (EQFT, ROUNDS, "sequential", {"without": lambda h, _: h.clone()}, "self"),
     "no coordinate descent": (replace(EQFT, passes=0), ROUNDS, "sequential", {}, "self"),
@@ -67,9 +69,9 @@ VARIANTS: dict[str, Variant] = {
     "nearest rounding": (replace(EQFT, rounding="nearest"), 5, "sequential", {}, "self"),
     "act order": (replace(EQFT, act_order=True), ROUNDS, "sequential", {}, "self"),
     "1 round": (EQFT, 1, "sequential", {}, "self"),
-    "3 rounds": (EQFT, 3, "sequential", {}, "self"),
+    "2 rounds": (EQFT, 2, "sequential", {}, "self"),
     "5 rounds": (EQFT, 5, "sequential", {}, "self"),
-    "damping .01 in the rounding": (EQFT, ROUNDS, "sequential", {"ROUNDING_DAMPING": 0.01}, "self"),
+    "damping .01 in rounding and correction": (EQFT, ROUNDS, "sequential", {"DAMPING": 0.01}, "self"),
     "H as measured": (EQFT, ROUNDS, "sequential", {"SHRINKAGE": 0.0}, "self"),
     "a tenth of its diagonal added": (EQFT, ROUNDS, "sequential", {"SHRINKAGE": 0.1}, "self"),
     "three times its diagonal added": (EQFT, ROUNDS, "sequential", {"SHRINKAGE": 3.0}, "self"),

@@ -21,15 +21,13 @@ BLOCK = 128  # columns, or one group if that is more
 
 @dataclass(frozen=True)
 class Block:
-    """The columns that a step works on, how it searches scales (ratios empty: they are given) and how often it passes
-    over them."""
+    """The columns that a step works on, and how it searches scales (ratios empty: they are given)."""
 
     columns: slice
     levels: int
     group_size: int
     ratios: torch.Tensor
     refinements: int
-    passes: int
 
 
 def round_gptq(
@@ -41,7 +39,7 @@ def round_gptq(
     search: str,
     damp: float = DAMPING,
     act_order: bool = False,
-    passes: int = 0,
+    factor: torch.Tensor | None = None,
 ) -> tuple[Quantized, torch.Tensor]:
     """Round `target` X [out, in] with error feedback under `hessian` [in, in]; return Q and the residual X - Q.
 
@@ -50,8 +48,7 @@ def round_gptq(
     sum_k D_k |(E L)_k|^2; so, from the last column to the first, Q_k = round(X_k + sum_{j>k} E_j L_jk).
     A group's scale is found when the group is reached, for what the feedback has made of it, weighted by D. With
     `act_order` columns are taken by falling H_kk, and scales are found beforehand, weighted by the diagonal of H.
-    So many `passes` of coordinate descent go over a block before the next is reached, on its codes and scales under
-    its own part of that sum, the columns behind it held (not with `act_order`, whose blocks cut through groups).
+    `factor` [in, in] is `damped_cholesky` of the same, where it is at hand; it is overwritten.
     Raises QinitError if no damping makes H positive definite.
     """
     columns = target.shape[1]
@@ -63,22 +60,18 @@ def round_gptq(
         _find_scales(target, hessian.diagonal(), quantized, ratios, refinements)
         ratios = ratios[:0]
         hessian, x, group_of = hessian[order][:, order], target[:, order].contiguous(), group_of[order]
-    feedback = damped_cholesky(hessian, damp)
+    feedback = damped_cholesky(hessian, damp) if factor is None or order is not None else factor
     conditional = feedback.diagonal().square()
     feedback.div_(feedback.diagonal().clone())
     residual = torch.empty_like(x)
-    step, descend_step = _steps(target)
+    step = _steps(target)[0]
     for part in reversed(column_blocks(columns, group_size)):
         moved = x[:, part].clone(memory_format=torch.contiguous_format)  # a view of it all would be x itself
         if part.stop < columns:
             moved = torch.addmm(moved, residual[:, part.stop :], feedback[part.stop :, part])
-        block = Block(part, 2**bits - 1, group_size, ratios, refinements, passes)
+        block = Block(part, 2**bits - 1, group_size, ratios, refinements)
         weights, own = conditional[part] / conditional[part].mean(), feedback[part, part].contiguous()
         step(block, quantized, x, moved, residual, own, weights, group_of[part])
-        if passes and order is None:
-            scaled = own * conditional[part]
-            image = moved.sub_(x[:, part]).add_(residual[:, part])  # (E L)'s block: moved is X + E L - E
-            descend_step(block, quantized, image @ scaled.T, residual, own @ scaled.T)
     if order is not None:
         back = torch.argsort(order)
         quantized = replace(quantized, codes=quantized.codes[:, back].contiguous())
@@ -95,8 +88,8 @@ def descend(quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor,
     step = _steps(residual)[1]
     for part in column_blocks(residual.shape[1], quantized.group_size):
         gradient = residual @ hessian[:, part]
-        block = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0, passes)
-        step(block, quantized, gradient, residual, hessian[part, part].contiguous())
+        block = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0)
+        step(block, quantized, gradient, residual, hessian[part, part].contiguous(), passes)
 
 
 def damped_cholesky(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -226,13 +219,18 @@ def feed_back_block_torch(
 
 
 def descend_block_torch(
-    block: Block, quantized: Quantized, gradient: torch.Tensor, residual: torch.Tensor, hessian: torch.Tensor
+    block: Block,
+    quantized: Quantized,
+    gradient: torch.Tensor,
+    residual: torch.Tensor,
+    hessian: torch.Tensor,
+    passes: int,
 ) -> None:
     """Pass over one block; `gradient` [out, b] is (E H)'s block, hessian [b, b] is H's."""
     assert quantized.zeros is not None
     first, width = block.columns.start, gradient.shape[1]
     groups = [(start, min(start + block.group_size, width)) for start in range(0, width, block.group_size)]
-    for start, stop in groups * block.passes:
+    for start, stop in groups * passes:
         group = (first + start) // block.group_size
         scale, zero = quantized.scales[:, group].clone(), quantized.zeros[:, group].float()
         for k in range(start, stop):

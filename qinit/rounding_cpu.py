@@ -46,7 +46,12 @@ def feed_back_block(
 
 
 def descend_block(
-    block: Block, quantized: Quantized, gradient: torch.Tensor, residual: torch.Tensor, hessian: torch.Tensor
+    block: Block,
+    quantized: Quantized,
+    gradient: torch.Tensor,
+    residual: torch.Tensor,
+    hessian: torch.Tensor,
+    passes: int,
 ) -> None:
     """As `qinit.rounding.descend_block_torch`."""
     assert quantized.zeros is not None
@@ -55,7 +60,7 @@ def descend_block(
         block.columns.start,
         np.float32(block.levels),
         block.group_size,
-        block.passes,
+        passes,
         quantized.codes.numpy(),
         quantized.scales.numpy(),
         quantized.zeros.numpy(),
