@@ -30,10 +30,10 @@ def alternate(
 
     T is W, corrected for what the layers in front have left: see `corrected`. Quantize first: T is rounded with error
     feedback under H, and then anew under the part of H that the adapter cannot repair (`without`), which leaves to L
-    what L has found. Low rank first (where `Method.low_rank_first` says so): L is fitted to T, and the rest rounded
-    under that part of H at once. Every later round sweeps over codes and scales under it, which raises no error, and
-    every round fits L again. Returns Q, L (fitted to Q as stored) and the error after each round relative to
-    tr(T H T'), measured on TRACE_ROWS rows.
+    what L has found; so in every round but the last, and twice at least. Low rank first (where
+    `Method.low_rank_first` says so): L is fitted to T, and the rest rounded under that part of H, once. The rounds that
+    remain sweep over codes and scales under it, which raises no error, and every round fits L again. Returns Q, L
+    (fitted to Q as stored) and the error after each round relative to tr(T H T'), measured on TRACE_ROWS rows.
     """
     method, grid = spec.method, GRIDS[spec.method.grid]
     hessian = stable_hessian(statistics)
@@ -45,10 +45,10 @@ def alternate(
     options: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "search": method.search}
     quantized: Quantized | None = None
     approximation: Approximation | None = None
+    roundings = max(2, spec.iterations - 1)
     if method.low_rank_first(spec.bits, spec.rank, weight.shape):
         approximation = output_subspace(target, hessian, spec.rank, basis, COLD_STEPS)
-        factor = None
-    settled = False  # whether the codes know what the adapter repairs
+        factor, roundings = None, 1
     traced = slice(0, None, max(1, len(weight) // TRACE_ROWS))
     whole = output_norm(target[traced], hessian)
     trace = []
@@ -59,11 +59,11 @@ def alternate(
             quantized, residual = grid.quantize(rest, target, previous=quantized, **options)
         else:
             seen = hessian if factors is None else without(hessian, factors.A)
-            if quantized is None or not settled:
+            if quantized is None or round_number < roundings:
                 quantized, residual = round_gptq(
                     rest, seen, damp=DAMPING, act_order=method.act_order, factor=factor, **options
                 )
-                settled, factor = factors is not None, None
+                factor = None
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
                 descend(quantized, residual, seen, method.passes)

@@ -129,16 +129,27 @@ def test_the_order_is_that_of_the_row(rank, start):
     assert all(torch.equal(a, b) for a, b in zip(chosen, named, strict=True))
 
 
-@pytest.mark.parametrize(("start", "roundings"), [("quantize", 2), ("low-rank", 1)])
-def test_codes_are_rounded_anew_until_they_know_what_the_adapter_repairs(start, roundings, monkeypatch):
+@pytest.mark.parametrize(
+    ("start", "rounds", "roundings"),
+    [("quantize", 1, 1), ("quantize", 2, 2), ("quantize", 3, 2), ("quantize", 5, 4), ("low-rank", 4, 1)],
+)
+def test_what_the_rounds_do(start, rounds, roundings, monkeypatch):
     steps = []
     for step in (round_gptq, descend):
         monkeypatch.setattr(
             calibrated, step.__name__, lambda *args, step=step, **given: steps.append(step) or step(*args, **given)
         )
-    solution = solve(draw(96, 128), spec(iterations=4, start=start), statistics=measured(128))
-    assert steps == [round_gptq] * roundings + [descend] * (4 - roundings)
-    assert solution.trace[roundings - 1] <= solution.trace[0]
+    solution = solve(draw(96, 128), spec(iterations=rounds, start=start), statistics=measured(128))
+    assert steps == [round_gptq] * roundings + [descend] * (rounds - roundings)
+    assert len(solution.trace) == rounds
+
+
+def test_more_rounds_of_quantize_first_come_closer():
+    statistics, errors = measured(128), {}
+    for rounds in (1, 3, 5):
+        found = [solve(draw(96, 128, seed=seed), spec(iterations=rounds), statistics=statistics) for seed in range(4)]
+        errors[rounds] = sum(solution.output_error for solution in found)
+    assert errors[5] < 0.99 * errors[3] < 0.95 * errors[1]
 
 
 def test_the_second_rounding_of_quantize_first_comes_closer():
