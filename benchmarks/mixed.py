@@ -174,7 +174,12 @@ def by_runs(directory: Path, tokens: torch.Tensor, window: int, common: dict[str
     rows = []
     for ratio in (0, *RATIOS, 1):
         for rule in ("sensitivity", "uniform") if ratio in RATIOS else ("sensitivity",):
-            chosen = {**common, "ratio": float(ratio), "allocation": rule}
+            chosen = {
+                **common,
+                "ratio": float(ratio),
+                "allocation": rule,
+                "format": "dense",
+            }  # stock loaders take no mixed gptq
             start = measure_start(directory, tokens, window, "eqft", **chosen)
             rows.append({"ratio": ratio, "allocation": rule, "perplexity": start.perplexity})
             print(rows[-1], flush=True)
