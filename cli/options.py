@@ -47,7 +47,7 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             "--iter",
             help="Rounds of quantize and fit.",
-            show_default="2, without calibration 5",
+            show_default="3, without calibration 5",
             rich_help_panel=METHOD_PANEL,
         ),
     ],

@@ -32,7 +32,7 @@ class Method:
     relaxation: float = 1.0  # how far the target moves towards W - L each round; 1 is plain alternation
     svd: Literal["full", "subspace"] = "full"
     iterations_fixed: bool = True  # False: the recipe's `iter` sets them
-    passes: int = 2  # of coordinate descent over each block of columns, in every round after the codes are rounded
+    passes: int = 0  # of coordinate descent over each block of columns, in every round after the codes are rounded
     act_order: bool = False
 
     def low_rank_first(self, bits: int, rank: int, shape: tuple[int, ...]) -> bool:
@@ -102,6 +102,7 @@ CALIBRATED = {
         *("eqft", "qinit", "int", "mse", "either", 3),
         rounding="gptq",
         metric="activation",
+        passes=2,
         svd="subspace",
         iterations_fixed=False,
     )
