@@ -30,6 +30,11 @@ from qinit.recipe import make_recipe
 from qinit.report import Report, versions
 from qinit.runner import Finished, run
 
+SETTINGS = (
+    "THP_MEM_ALLOC_ENABLE",
+    "OMP_WAIT_POLICY",
+)  # in the environment: part of the command that a result is kept with
+
 # Other packages talk about themselves while they are imported, so transformers comes later, where it is used.
 logging.disable(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -126,4 +131,5 @@ def _command() -> str:
             next(arguments, None)
         elif not word.startswith("--json="):
             words.append(Path(word).name if "/" in word and Path(word).exists() else word)
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    return shlex.join([*settings, "python", f"benchmarks/{Path(sys.argv[0]).name}", *words])

@@ -24,6 +24,7 @@ import torch
 from common import conclude, load_tokens, measure_start
 from transformers import AutoModelForCausalLM
 
+from qinit.allocate import ROUNDING
 from qinit.calibration.choice import text_for
 from qinit.calibration.walk import Seen, Walk
 from qinit.demo import demo_directory, held_out_text
@@ -144,7 +145,7 @@ def searched(plan: Plan, loss: Callable[[dict[str, int]], float]) -> float:
     narrows at most one other, within the budget."""
     choices = items(plan, None)
     sizes = {item.names[0]: {choice.bits: choice.stored_bits for choice in item.totals} for item in choices}
-    limit = budget(plan, choices) * (1 + 1e-12)
+    limit = budget(plan, choices) * (1 + ROUNDING)
     widths = widths_of(plan)
     low, high = min(plan.recipe.widths), max(plan.recipe.widths)
     least = loss(widths)
@@ -154,10 +155,11 @@ def searched(plan: Plan, loss: Callable[[dict[str, int]], float]) -> float:
             for narrowed in [None, *(name for name, bits in widths.items() if bits == high)]:
                 step = {**widths, widened: high} | ({narrowed: low} if narrowed else {})
                 if sum(sizes[name][bits] for name, bits in step.items()) <= limit:
-                    steps.append((loss(step), len(steps), step))
-        if not steps or min(steps)[0] >= least:
+                    steps.append((loss(step), step))
+        best, widths = min(steps, key=lambda step: step[0], default=(least, widths))
+        if best >= least:
             return least
-        least, _, widths = min(steps)
+        least = best
 
 
 def finish(events: Any) -> Sensitivity:
@@ -174,12 +176,8 @@ def by_runs(directory: Path, tokens: torch.Tensor, window: int, common: dict[str
     rows = []
     for ratio in (0, *RATIOS, 1):
         for rule in ("sensitivity", "uniform") if ratio in RATIOS else ("sensitivity",):
-            chosen = {
-                **common,
-                "ratio": float(ratio),
-                "allocation": rule,
-                "format": "dense",
-            }  # stock loaders take no mixed gptq
+            chosen = {**common, "ratio": float(ratio), "allocation": rule}
+            chosen["format"] = "dense"  # stock loaders take no mixed gptq
             start = measure_start(directory, tokens, window, "eqft", **chosen)
             rows.append({"ratio": ratio, "allocation": rule, "perplexity": start.perplexity})
             print(rows[-1], flush=True)

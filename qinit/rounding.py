@@ -48,7 +48,7 @@ def round_gptq(
     sum_k D_k |(E L)_k|^2; so, from the last column to the first, Q_k = round(X_k + sum_{j>k} E_j L_jk).
     A group's scale is found when the group is reached, for what the feedback has made of it, weighted by D. With
     `act_order` columns are taken by falling H_kk, and scales are found beforehand, weighted by the diagonal of H.
-    `factor` [in, in] is `damped_cholesky` of the same, where it is at hand; it is overwritten.
+    `factor` [in, in] is `damped_cholesky` of the same, where it is at hand: overwritten, or not used with `act_order`.
     Raises QinitError if no damping makes H positive definite.
     """
     columns = target.shape[1]

@@ -144,10 +144,12 @@ def test_what_the_rounds_do(start, rounds, roundings, monkeypatch):
     assert len(solution.trace) == rounds
 
 
-def test_more_rounds_of_quantize_first_come_closer():
+@pytest.mark.parametrize("bits", [2, 3])
+def test_more_rounds_of_quantize_first_come_closer(bits):
     statistics, errors = measured(128), {}
     for rounds in (1, 3, 5):
-        found = [solve(draw(96, 128, seed=seed), spec(iterations=rounds), statistics=statistics) for seed in range(4)]
+        layer_spec = spec(bits, iterations=rounds)
+        found = [solve(draw(96, 128, seed=seed), layer_spec, statistics=statistics) for seed in range(4)]
         errors[rounds] = sum(solution.output_error for solution in found)
     assert errors[5] < 0.99 * errors[3] < 0.95 * errors[1]
 
@@ -216,7 +218,7 @@ class TestDrift:
             solution = solve(self.weight, layer_spec, statistics=statistics)
             found = stored(solution.quantized, layer_spec) + solution.low_rank.B @ solution.low_rank.A
             outputs[statistics.drift is None] = output_norm(self.weight + self.shift - found, H)
-        assert outputs[False] < 0.7 * outputs[True]
+        assert outputs[False] < 0.55 * outputs[True]
 
     def test_the_weight_is_left_alone(self):
         kept = self.weight.clone()
