@@ -29,11 +29,12 @@ from qinit.calibration.choice import text_for
 from qinit.calibration.walk import Seen, Walk
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
+from qinit.fisher import measure
 from qinit.mixed import allotted, budget, items, options, planned
 from qinit.plan import Plan, make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import _read_weight
-from qinit.sensitivity import Sensitivity, measure
+from qinit.sensitivity import Sensitivity
 from qinit.solver import seed_of, solve, stored
 
 CPU = torch.device("cpu")

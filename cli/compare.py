@@ -201,10 +201,7 @@ def _texts(
     count, learning = len(texts), []
     if training:
         if options["train_text"]:
-            sources = [
-                source if Path(source).exists() or "@" in source else f"{source}@train"
-                for source in options["train_text"]
-            ]
+            sources = [_training_split(source) for source in options["train_text"]]
             learning = read(sources, training.steps * training.batch * training.length)
         elif demo:
             learning = [Text("code", new[0], "one text")]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qinit import adapter, sensitivity
+from qinit import adapter, fisher
 from qinit.calibration import Samples, Statistics
 from qinit.calibration.blocks import NotStreamable
 from qinit.calibration.choice import text_for
@@ -158,7 +158,7 @@ def _allotted(job: _Job) -> Generator[Event, None, None]:
     record = job.journal.find("sensitivity")
     if record is None:
         samples = yield from _text(job)
-        measured = yield from sensitivity.measure(job.plan, choices, samples, job.device, job.place.scratch)
+        measured = yield from fisher.measure(job.plan, choices, samples, job.device, job.place.scratch)
         job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
     else:
         measured = Sensitivity.from_json(record["measured"])

@@ -253,7 +253,7 @@ class TestWhatIsKept:
             with pytest.raises(Crash):
                 finish(llama, place / "out", **options)
         assert kept(place / "out").startswith("the measured sensitivities are kept")
-        monkeypatch.setattr("qinit.sensitivity.measure", crash)
+        monkeypatch.setattr("qinit.fisher.measure", crash)
         finish(llama, place / "out", **options)
         assert contents(place / "out") == wanted
 
