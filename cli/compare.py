@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,8 @@ from qinit_cli.hush import hush
 from qinit_cli.options import CALIBRATING, CHOOSING, OUTPUT_PANEL, QUANTIZING, RUN_PANEL, RUNNING, takes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qinit.checkpoint import Checkpoint
     from qinit.compare.comparison import Comparison
     from qinit.compare.texts import Text
@@ -38,7 +41,9 @@ COMPARING: dict[str, Any] = {
         ),
         "eqft,eqft:none,loftq,qpissa,qlora",
     ),
-    "bits": _option(str, COMPARE_PANEL, "Widths.", "2,3,4"),
+    "bits": _option(
+        str, COMPARE_PANEL, "Widths; for eqft also averages, as 2.5: half of the weights get 2, half 3.", "2,3,4"
+    ),
     "text": _option(
         *(list[str], COMPARE_PANEL, "A file or a Hub data set to measure on; may be given again."),
         *("the demo model's", "SOURCE"),
@@ -161,7 +166,7 @@ def _made(options: dict[str, Any], board: Any) -> Comparison:
         name,
         options["out"] or Path("model_zoo") / "compare" / short,
         methods=_words(_or(options["methods"], ",".join(METHODS_DEFAULT))),
-        bits=_numbers(options, "bits", int, "2,3,4"),
+        bits=_numbers(options, "bits", _width, "2,3,4"),
         options={key: options[key] for key in (*RECIPE, "trust_remote_code", "format", "device")},
         texts=texts,
         window=window,
@@ -216,7 +221,7 @@ def _training_split(source: str) -> str:
     return source if Path(source).exists() or "@" in source else f"{source}@train"
 
 
-def _numbers(options: dict[str, Any], name: str, kind: type, default: str) -> list[Any]:
+def _numbers(options: dict[str, Any], name: str, kind: Callable[[str], Any], default: str) -> list[Any]:
     from qinit.errors import CompareError
 
     given = _or(options[name], default)
@@ -224,6 +229,14 @@ def _numbers(options: dict[str, Any], name: str, kind: type, default: str) -> li
         return [kind(word) for word in _words(given)]
     except ValueError:
         raise CompareError(f"--{name.replace('_', '-')}: expected numbers like {default}, found '{given}'") from None
+
+
+def _width(word: str) -> float:
+    """Read a width, whole ones as whole; raises ValueError."""
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError
+    return int(value) if value == int(value) else value
 
 
 def _words(text: str) -> list[str]:

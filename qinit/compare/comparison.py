@@ -23,18 +23,20 @@ CELLS = "cells"  # the directory of a comparison's cells
 LAYOUT = 1  # of a cell's file; another number makes all of them anew
 # What of this package decides a figure: another version of it, released or not, makes all cells anew.
 DECIDING = {
-    *("adapter", "calibrated", "calibration", "evaluate", "finetune", "formats", "grids", "lowrank", "magr", "methods"),
-    *("mixed", "peers", "plan", "polish", "recipe", "rounding", "rounding_cpu", "runner", "solver", "store", "targets"),
+    *("adapter", "allocate", "calibrated", "calibration", "evaluate", "finetune", "fisher", "formats", "grids"),
+    *("lowrank", "magr", "methods", "mixed", "peers", "plan", "polish", "recipe", "rounding", "rounding_cpu"),
+    *("runner", "solver", "store", "targets"),
 }
 SAMPLE_BYTES = 4096  # of each tensor, that tell a model from a fine-tuned one
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a method (`eqft:none` is eqft without calibration) at a width, or a ceiling in 16 bits."""
+    """A line of the table: a method (`eqft:none` is eqft without calibration) at a width, or a ceiling in 16 bits.
+    A width between two of the grid's is a mix of both, by count."""
 
     method: str
-    bits: int
+    bits: float
     recipe: Recipe | None
     rates: tuple[float, ...]
     bits_per_weight: float
@@ -42,7 +44,7 @@ class Row:
     @property
     def name(self) -> str:
         """The row's name in file names."""
-        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.method)}-{self.bits}bit"
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.method)}-{self.bits:g}bit"
 
     @property
     def fresh(self) -> bool:

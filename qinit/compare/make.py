@@ -17,6 +17,7 @@ from qinit.device import pick_device
 from qinit.errors import CompareError, OutputError, RecipeError, did_you_mean
 from qinit.evaluate.text import length_for
 from qinit.finetune import Training
+from qinit.grids import GRIDS
 from qinit.methods import CALIBRATED, METHODS
 from qinit.plan import Plan, make_plan
 from qinit.recipe import Recipe, make_recipe
@@ -31,7 +32,7 @@ def make_comparison(
     out: Path,
     *,
     methods: Sequence[str],
-    bits: Sequence[int],
+    bits: Sequence[float],
     options: dict[str, Any],
     texts: Sequence[Text],
     window: int,
@@ -62,9 +63,8 @@ def make_comparison(
             rows.append(Row(method, width, plan.recipe, tuple(rates), _bits_as_stored(plan)))
     names = [row.name for row in rows]
     if len(set(names)) < len(names):
-        raise CompareError(
-            f"--methods, --bits: some are given twice ({', '.join(methods)}; {', '.join(map(str, bits))})"
-        )
+        widths = ", ".join(map(str, bits))
+        raise CompareError(f"--methods, --bits: some are given twice ({', '.join(methods)}; {widths})")
     return Comparison(
         model=model,
         directory=checkpoint.directory,
@@ -186,7 +186,7 @@ def _ceilings(names: Sequence[str], rates: Sequence[float], full_rates: Sequence
     return [Row(name, 16, None, tuple(rates if name == LORA else full_rates), 16.0) for name in names]
 
 
-def _recipe(method: str, bits: int, options: dict[str, Any]) -> Recipe:
+def _recipe(method: str, bits: float, options: dict[str, Any]) -> Recipe:
     """Return a method's recipe; it gets the calibration options only if it can use them."""
     name, _, source = method.partition(":")
     if name not in METHODS:
@@ -209,7 +209,21 @@ def _recipe(method: str, bits: int, options: dict[str, Any]) -> Recipe:
     values = {key: value for key, value in values.items() if key not in dropped}
     if row.grid != "int":
         values["format"] = "dense"  # no packed format holds it
-    return make_recipe(**{"format": "dense", **values, "method": name, "bits": bits})
+    return make_recipe(**{"format": "dense", **values, "method": name, **_widths(name, bits)})
+
+
+def _widths(method: str, bits: float) -> dict[str, Any]:
+    """Return the recipe's options for a width: one for all layers, or the two of the grid's that it lies between."""
+    offered = GRIDS[METHODS["eqft"].grid].bits
+    if method == "eqft" and bits not in offered and min(offered) < bits < max(offered):
+        low, high = max(width for width in offered if width < bits), min(width for width in offered if width > bits)
+        return {"ratio": (bits - low) / (high - low), "bits_low": low, "bits_high": high}
+    if isinstance(bits, int):
+        return {"bits": bits}
+    raise CompareError(
+        f"--bits: {bits:g} is a mix of two widths, which eqft alone has, between {min(offered)} and {max(offered)} "
+        f"bits; found {method}, give it whole widths (another --out keeps another table)"
+    )
 
 
 def _bits_as_stored(plan: Plan) -> float:

@@ -156,6 +156,20 @@ class TestTable:
         assert starts["eqft-none"]["calibration"] is starts["loftq"]["calibration"] is None
         assert found["eqft"]["start"] != found["eqft:none"]["start"]
 
+    def test_a_width_between_two_is_a_mix(self, compare, undrawn):
+        few = ("--methods", "eqft", "--calibration", "random", "--calibration-samples", 4, "--calibration-length", 16)
+        code, out, err = compare(*STARTS, *few, "--bits", "2,2.5,3,6", "--keep-runs")
+        assert (code, err) == (0, "")
+        _, two, half, three, six = result()["rows"]
+        assert [row["bits"] for row in (two, half, three, six)] == [2, 2.5, 3, 6]
+        assert three["start"]["test.txt"] != half["start"]["test.txt"] != two["start"]["test.txt"]
+        assert two["bits_per_weight"] < half["bits_per_weight"] < three["bits_per_weight"] < six["bits_per_weight"]
+        assert three["weight_error"] < half["weight_error"] < two["weight_error"]
+        for name, widths in {"2.5": {2, 3}, "6": {4, 8}}.items():
+            layers = json.loads(Path(f"out/cells/eqft-{name}bit/run/qinit.json").read_text())["layers"]
+            assert {layer["bits"] for layer in layers} == widths
+        assert ["2.5", "eqft"] in [line.split()[:2] for line in out.splitlines()]
+
     def test_a_rate_that_is_too_high_is_shown_and_not_chosen(self, compare, undrawn):
         code, out, _ = compare(
             *STARTS, *TUNING, "--learning-rates", "0.001,1e30", "--ceilings", "lora", "--finetune", 3
@@ -320,6 +334,12 @@ class TestFailures:
             (("--methods", "loftqq"), "--methods: no 'loftqq' (did you mean 'loftq'?); known are qlora, loftq, "),
             (("--methods", "loftq,loftq"), "--methods, --bits: some are given twice (loftq, loftq; 2)"),
             (("--bits", "8"), "bits: method loftq offers [2, 3, 4], found 8"),
+            (
+                ("--bits", "2.5"),
+                "--bits: 2.5 is a mix of two widths, which eqft alone has, between 2 and 8 bits; found loftq,",
+            ),
+            (("--methods", "eqft:none", "--bits", "1.5"), "--bits: 1.5 is a mix of two widths, which eqft alone has"),
+            (("--bits", "inf"), "--bits: expected numbers like 2,3,4, found 'inf'"),
             (("--bits", "two"), "--bits: expected numbers like 2,3,4, found 'two'"),
             (("--text", "short.txt"), "short.txt: has 3 tokens, fewer than one window of 16"),
             (("--length", 129), "--length: the model takes 128 tokens, found 129"),
