@@ -1,6 +1,6 @@
-"""Writes the README's tables from the results in model_zoo/results: `make results-table`.
+"""Writes the tables of README.md and study.md from the results in model_zoo/results: `make results-table`.
 
-    python benchmarks/results_table.py [--check] [FILE]
+    python benchmarks/results_table.py [--check] [FILE...]
 
 What stands between `<!-- results:NAME -->` and `<!-- /results -->` is replaced by the command of
 model_zoo/results/NAME.json and its tables. With --check nothing is written; the exit code is 1 if something would be.
@@ -20,11 +20,12 @@ from qinit import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "model_zoo" / "results"
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "study.md")
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w.-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def block(name: str, results: Path = RESULTS) -> str:
-    """Return what stands in the README for one result: its command and its tables."""
+    """Return what stands between the marks of one result: its command and its tables."""
     file = results / f"{name}.json"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in results.glob("*.json")))
@@ -47,16 +48,16 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "README.md")
+    parser.add_argument("files", type=Path, nargs="*", default=FILES)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    before = options.file.read_text(encoding="utf-8")
-    after = filled(before)
-    if options.check:
-        if before != after:
-            sys.exit(f"error: {options.file.name} is not what model_zoo/results says; run make results-table")
-        return
-    options.file.write_text(after, encoding="utf-8")
+    for file in options.files:
+        before = file.read_text(encoding="utf-8")
+        after = filled(before)
+        if options.check and before != after:
+            sys.exit(f"error: {file.name} is not what model_zoo/results says; run make results-table")
+        if not options.check:
+            file.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":
