@@ -19,10 +19,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import conclude, load_tokens
+from common import conclude, finish, load_tokens
 from transformers import AutoModelForCausalLM
 
 from qinit import calibrated
+from qinit.calibration.outputs import output_metrics
 from qinit.calibration.sources import load_samples
 from qinit.calibration.statistics import Statistics
 from qinit.calibration.walk import Seen, Walk
@@ -30,12 +31,13 @@ from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.grids import GRIDS
-from qinit.lowrank import Approximation, LowRank, output_subspace
+from qinit.lowrank import OutputMetric
 from qinit.methods import CALIBRATED, METHODS, Method
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.solver import LayerSpec, seed_of, solve
 
+CPU = torch.device("cpu")
 EQFT = CALIBRATED["eqft"]
 
 
@@ -46,38 +48,9 @@ def with_identity(statistics: Statistics) -> torch.Tensor:
     return hessian
 
 
-class OutputsByGradient:
-    """Replaces `output_subspace`: an output's errors count by the mean squared gradient there. (That is all that
-    two-sided weighting can change here: rows of codes are rounded one by one, whatever they weigh.)"""
-
-    def __init__(self) -> None:
-        self.weights: dict[str, torch.Tensor] = {}
-        self.layer = ""
-
-    def measure(self, directory: Path, names: list[str], tokens: torch.Tensor) -> None:
-        """Find every layer's weights [out], with labels drawn from the model's own distribution."""
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        squares = dict.fromkeys(names, 0.0)
-        for name in names:
-
-            def add(_module: Any, _arguments: Any, output: torch.Tensor, name: str = name) -> None:
-                def keep(gradient: torch.Tensor) -> None:
-                    squares[name] += gradient.flatten(0, -2).square().sum(0)
-
-                output.register_hook(keep)
-
-            model.get_submodule(name).register_forward_hook(add)
-        generator = torch.Generator().manual_seed(0)
-        for batch in tokens.split(4):
-            rows = model(input_ids=batch).logits.flatten(0, 1).log_softmax(-1)
-            labels = torch.multinomial(rows.detach().exp(), 1, generator=generator)
-            (-rows.gather(1, labels).sum()).backward()
-        self.weights = {name: (value + 1e-3 * value.mean()).sqrt() for name, value in squares.items()}
-
-    def __call__(self, residual: torch.Tensor, *rest: Any) -> Approximation:
-        weights = self.weights[self.layer][:, None]
-        found = output_subspace(residual * weights, *rest)
-        return replace(found, factors=LowRank(found.factors.B / weights, found.factors.A))
+def diagonal(metric: OutputMetric) -> OutputMetric:
+    """Forget how outputs go together."""
+    return OutputMetric(torch.zeros_like(metric.leading), metric.rest + metric.leading.square().sum(0))
 
 
 def a_share(share: float) -> dict[str, Any]:
@@ -111,13 +84,8 @@ VARIANTS: dict[str, Variant] = {
     "a tenth of its diagonal added": (EQFT, ROUNDS, "sequential", {"SHRINKAGE": 0.1}, "self"),
     "three times its diagonal added": (EQFT, ROUNDS, "sequential", {"SHRINKAGE": 3.0}, "self"),
     "its mean diagonal added": (EQFT, ROUNDS, "sequential", {"stable_hessian": with_identity}, "self"),
-    "outputs weighted by their gradient": (
-        EQFT,
-        ROUNDS,
-        "sequential",
-        {"output_subspace": OutputsByGradient()},
-        "self",
-    ),
+    "all outputs alike (no G)": (replace(EQFT, metric="activation"), ROUNDS, "sequential", {}, "self"),
+    "the diagonal of G": (EQFT, ROUNDS, "sequential", {"outputs": diagonal}, "self"),
     "rank kept before quantizing (the row of SRR)": (METHODS["srr"], 1, "sequential", {}, "self"),
 }
 
@@ -142,20 +110,21 @@ def run(variant: Variant, directory: Path, options: Any, bits: int, rank: int, r
     samples = load_samples(
         source, directory, plan.checkpoint.config, samples=options.samples, length=options.length, seed=0
     )
-    weighted = replaced.get("output_subspace")
-    if weighted is not None:
-        weighted.measure(directory, [layer.target.name for layer in plan.quantized], samples.tokens[:16])
+    changed = replaced.get("outputs", lambda metric: metric)
+    metrics = finish(output_metrics(plan, samples, CPU)) if row.metric == "kfac" else {}
     with ExitStack() as stack:
         for name, value in replaced.items():
-            stack.enter_context(patch.object(calibrated, name, value))
-        for event in Walk(plan, samples, torch.device("cpu"), mode):
+            if name != "outputs":
+                stack.enter_context(patch.object(calibrated, name, value))
+        for event in Walk(plan, samples, CPU, mode):
             if not isinstance(event, Seen):
                 continue
             spec = LayerSpec(row, bits, event.layer.group_size, event.layer.rank, rounds)
             name = event.layer.target.name
-            if weighted is not None:
-                weighted.layer = name
-            solution = solve(event.weight, spec, seed_of(name, 0), event.statistics)
+            statistics = event.statistics
+            if statistics is not None and name in metrics:
+                statistics = replace(statistics, outputs=changed(metrics[name]))
+            solution = solve(event.weight, spec, seed_of(name, 0), statistics)
             assert solution.low_rank is not None
             value = GRIDS[row.grid].dequantize(solution.quantized) + solution.low_rank.B @ solution.low_rank.A
             if event.repair is not None:  # sequential

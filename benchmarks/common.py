@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Generator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -49,6 +50,15 @@ class Start:
     report: Report
     perplexity: float
     seconds: float
+
+
+def finish(events: Generator[Any, None, Any]) -> Any:
+    """Run a generator to its end and return its result."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
 
 
 def load_tokens(model: Path, text: str) -> torch.Tensor:

@@ -17,15 +17,17 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import conclude, load_tokens, measure_start
+from common import conclude, finish, load_tokens, measure_start
 from transformers import AutoModelForCausalLM
 
 from qinit.allocate import ROUNDING
 from qinit.calibration.choice import text_for
+from qinit.calibration.outputs import output_metrics
 from qinit.calibration.walk import Seen, Walk
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
@@ -34,7 +36,6 @@ from qinit.mixed import allotted, budget, items, options, planned
 from qinit.plan import Plan, make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import _read_weight
-from qinit.sensitivity import Sensitivity
 from qinit.solver import seed_of, solve, stored
 
 CPU = torch.device("cpu")
@@ -46,8 +47,9 @@ def solved(plan: Plan, samples: Any, bits: int) -> dict[str, torch.Tensor]:
     """Return Q + B A of every layer at one width."""
     found = {}
     if plan.recipe.calibrated:
+        metrics = finish(output_metrics(plan, samples, CPU))
         events = (event for event in Walk(plan, samples, CPU, "parallel") if isinstance(event, Seen))
-        seen = [(event.layer, event.weight, event.statistics) for event in events]
+        seen = [(e.layer, e.weight, replace(e.statistics, outputs=metrics[e.layer.target.name])) for e in events]
     else:
         seen = [(layer, _read_weight(layer, CPU), None) for layer in plan.quantized]
     for layer, weight, statistic in seen:
@@ -161,15 +163,6 @@ def searched(plan: Plan, loss: Callable[[dict[str, int]], float]) -> float:
         if best >= least:
             return least
         least = best
-
-
-def finish(events: Any) -> Sensitivity:
-    """Run a generator to its end and return its result."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
 
 
 def by_runs(directory: Path, tokens: torch.Tensor, window: int, common: dict[str, Any]) -> list[Any]:

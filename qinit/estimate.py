@@ -9,19 +9,21 @@ import torch
 
 from qinit.calibration.choice import (
     EFFICIENCY,
-    SENSITIVITY_LENGTH,
-    SENSITIVITY_SAMPLES,
+    GRADIENT_LENGTH,
+    GRADIENT_SAMPLES,
+    PASSES,
     calibration_cost,
     measured_speed,
 )
+from qinit.calibration.outputs import DIRECTIONS
 from qinit.calibration.statistics import Statistics
+from qinit.lowrank import OutputMetric
 from qinit.plan import LayerPlan, Plan
 from qinit.polish import BATCH_TOKENS, polish_flops
 from qinit.solver import LayerSpec, solve
 
 LARGEST_SAMPLE = 1024  # rows and columns of the matrix that is solved to learn the solver's speed
 INPUTS_OF_HALF = 4000  # with calibration: where a solve's matrix products, that grow with the inputs, are half of it
-PASSES = 8  # forward twice and a pass back, in forward passes, to measure sensitivities
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
     solving = _per_cost(spec, device) * sum(_cost(spec, *_shape(layer)) for layer in plan.quantized)
     allocating = 0.0
     if plan.pending:
-        tokens = SENSITIVITY_SAMPLES * SENSITIVITY_LENGTH
+        tokens = GRADIENT_SAMPLES * GRADIENT_LENGTH
         weights = sum(layer.weights for layer in plan.quantized)
         products = 2 * tokens * (PASSES * parameters + len(recipe.widths) * weights)
         allocating = products / (EFFICIENCY * speed) + len(recipe.widths) * solving / spec.iterations
@@ -75,6 +77,8 @@ def _per_cost(spec: LayerSpec, device: torch.device) -> float:
         statistics = Statistics(inputs, inputs.diagonal(), width, drift=0.01 * weight)
         if spec.method.metric == "fisher":
             statistics = replace(statistics, fisher=weight.square())
+        if spec.method.metric == "kfac":
+            statistics = replace(statistics, outputs=OutputMetric(weight[:DIRECTIONS], inputs.diagonal()))
         started = time.perf_counter()
         solve(weight, replace(spec, rank=min(spec.rank, width)), 0, statistics)
         seconds = time.perf_counter() - started

@@ -55,28 +55,52 @@ def subspace(matrix: torch.Tensor, rank: int, basis: torch.Tensor, steps: int = 
     return _balanced(range_basis @ U, S, Vh @ right.T, rank, basis=right @ Vh.T)
 
 
-def output_subspace(
-    residual: torch.Tensor, hessian: torch.Tensor, rank: int, basis: torch.Tensor, steps: int = 1
-) -> Approximation:
-    """The rank-r L that is best under tr((E - L) H (E - L)') for `residual` E [out, in] and `hessian` H [in, in].
+@dataclass(frozen=True)
+class OutputMetric:
+    """G = R' R + diag(d) [out, out], positive definite: what an error at a layer's output costs. `leading` R [k, out],
+    `rest` d [out], float32."""
 
-    L = U U' E with U the r leading eigenvectors of E H E', so no root, eigendecomposition or inverse of H is
-    needed; the same optimum as QERA's closed form (arXiv:2410.06040, theorem 2), singular H included. U is found
-    by `steps` rounds of subspace iteration from `basis` [in, p] and a Rayleigh-Ritz step. In the result, `basis`
-    [in, p] starts the next search: after codes were chosen with the rows of A in view, what is left lies along
-    them. `captured` is the sum of the r eigenvalues: what L takes away from tr(E H E').
+    leading: torch.Tensor
+    rest: torch.Tensor
+
+    def times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return G M for M [out, p]."""
+        return torch.addmm(self.rest[:, None] * matrix, self.leading.T, self.leading @ matrix)
+
+
+def output_subspace(
+    residual: torch.Tensor,
+    hessian: torch.Tensor,
+    rank: int,
+    basis: torch.Tensor,
+    steps: int = 1,
+    metric: OutputMetric | None = None,
+) -> Approximation:
+    """The rank-r L that is best under tr(G (E - L) H (E - L)') for `residual` E [out, in], `hessian` H [in, in] and
+    `metric` G [out, out] (None: the identity).
+
+    L = U U' G E with U the r leading eigenvectors of E H E' G, U' G U = I, so no root, eigendecomposition or inverse
+    of either is needed; the same optimum as G^-1/2 SVD_r(G^1/2 E H^1/2) H^-1/2 (for G = I QERA's closed form,
+    arXiv:2410.06040, theorem 2), singular H included. U is found by `steps` rounds of subspace iteration from `basis`
+    [in, p] and a Rayleigh-Ritz step. In the result, `basis` [in, p] starts the next search: after codes were chosen
+    with the rows of A in view, what is left lies along them. `captured` is the sum of the r eigenvalues: what L takes
+    away from tr(G E H E').
     """
     for _ in range(steps):
         outputs = torch.linalg.qr(residual @ (hessian @ basis)).Q
-        basis = residual.T @ outputs
+        if metric is not None:
+            inner = torch.linalg.cholesky(_symmetric(outputs.T @ metric.times(outputs)))
+            outputs = torch.linalg.solve_triangular(inner, outputs.T, upper=False).T
+        basis = residual.T @ (outputs if metric is None else metric.times(outputs))
     values, vectors = torch.linalg.eigh(_symmetric(basis.T @ (hessian @ basis)))
     vectors = vectors.flip(1)
-    rows, S, Vh = torch.linalg.svd((basis @ vectors[:, :rank]).T, full_matrices=False)
+    left, small = torch.linalg.qr(outputs @ vectors[:, :rank])  # their columns are not orthogonal but under G
+    rows, S, Vh = torch.linalg.svd(small @ (basis @ vectors[:, :rank]).T, full_matrices=False)
     captured = float(values.flip(0)[:rank].clamp(min=0).double().sum())
     # Equal norms, A with orthogonal rows of one length, so that a step of training moves all r directions alike: on two
     # models it ended 0.3 to 0.9 % lower than from B = U sqrt(S), A = sqrt(S) V', where the leading ones run ahead.
     size = float(S.double().square().mean()) ** 0.25 or 1.0
-    factors = LowRank(B=outputs @ (vectors[:, :rank] @ rows * (S / size)), A=size * Vh)
+    factors = LowRank(B=left @ (rows * (S / size)), A=size * Vh)
     return Approximation(factors, basis @ vectors, captured)
 
 

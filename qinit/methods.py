@@ -22,7 +22,7 @@ class Method:
     start: Literal["none", "quantize", "low-rank", "either"]  # "none": a plain LoRA start; "either": low_rank_first
     iterations: int
     rounding: Literal["nearest", "gptq"] = "nearest"
-    metric: Literal["weight", "diagonal", "activation", "fisher"] = "weight"  # all but "weight" need calibration
+    metric: Literal["weight", "diagonal", "activation", "kfac", "fisher"] = "weight"  # the others need calibration
     split: Literal["balanced", "A", "B"] = "balanced"  # which factor starts with the singular values
     preserve: bool = False  # some of the rank goes to the weight itself, before the rest is quantized
     magr: bool = False  # outliers are shrunk before rounding, where the inputs allow it
@@ -101,7 +101,7 @@ CALIBRATED = {
     "eqft": Method(
         *("eqft", "qinit", "int", "mse", "either", 3),
         rounding="gptq",
-        metric="activation",
+        metric="kfac",
         passes=2,
         svd="subspace",
         iterations_fixed=False,

@@ -20,6 +20,7 @@ from qinit import adapter, fisher
 from qinit.calibration import Samples, Statistics
 from qinit.calibration.blocks import NotStreamable
 from qinit.calibration.choice import text_for
+from qinit.calibration.outputs import output_metrics
 from qinit.calibration.walk import Measuring, Passing, Seen, Walk
 from qinit.calibration.whole import whole_model
 from qinit.checkpoint import count_nonfinite, not_decomposable, require_finite
@@ -30,7 +31,7 @@ from qinit.finish import complete, copy_companions, make_report
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.journal import Journal
-from qinit.lowrank import LowRank
+from qinit.lowrank import LowRank, OutputMetric
 from qinit.mixed import allotted, options
 from qinit.output import Workplace, check_output, check_space, working
 from qinit.plan import LayerPlan, Plan
@@ -195,23 +196,34 @@ def _calibrated(job: _Job) -> Generator[Event, None, None]:
             f"calibration: {samples.count} tokens are fewer than the {widest} inputs of the widest layer, so H is "
             f"singular and damped more; {8 * widest} or more are better"
         )
+    metrics = yield from _output_metrics(job, samples)
     for event in _walk(job, samples):
         if not isinstance(event, Seen):
             yield event
             continue
-        layer = event.layer
+        layer, statistics = event.layer, event.statistics
         if layer.target.name in job.store.rows:
             continue
         yield Working(layer.target.tensor.name, layer.target.tensor.nbytes)
-        if event.statistics is None:
+        if statistics is None:
             yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
-        row = _solve_layer(job, layer, event.weight, event.statistics)
+        elif layer.target.name in metrics:
+            statistics = replace(statistics, outputs=metrics[layer.target.name])
+        row = _solve_layer(job, layer, event.weight, statistics)
         if event.repair is not None:
             event.repair(layer, job.store.weight(layer, job.device))
         yield Done(layer.target.tensor.name, layer.target.tensor.nbytes, row)
     for layer in plan.quantized:
         if layer.target.name not in job.store.rows:
             yield job.note(f"{layer.target.name}: lies outside of the model's blocks, so solved without data")
+
+
+def _output_metrics(job: _Job, samples: Samples) -> Generator[Event, None, dict[str, OutputMetric]]:
+    """Measure what errors at the layers' outputs cost, if the method asks for it and there are layers left to solve."""
+    plan = job.plan
+    if plan.recipe.row.metric != "kfac" or all(layer.target.name in job.store.rows for layer in plan.quantized):
+        return {}
+    return (yield from output_metrics(plan, samples, job.device, job.place.scratch))
 
 
 def _walk(job: _Job, samples: Samples) -> Iterator[Measuring | Passing | Noted | Seen]:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 LONGEST = 300.0  # seconds that `auto` may spend without being asked, on a machine of nominal speed:
 NOMINAL_SPEED = {"cpu": 1.5e11, "cuda": 5e13}  # so that a busy machine writes the same bytes as an idle one
 EFFICIENCY = 0.3  # of a matrix product's speed that a model reaches
+PASSES = 8  # forward twice and a pass back, in forward passes
+GRADIENT_SAMPLES, GRADIENT_LENGTH = 16, 256  # of the text are taken back too
 TOKEN_SECONDS = 4e-4  # per layer of the model and token written: what a step costs beside its arithmetic
-SENSITIVITY_SAMPLES, SENSITIVITY_LENGTH = 16, 256  # of text to allocate widths by
 LARGEST_SHARE = 0.5  # of the free memory that a model may take for writing its text
 AUTO_SOURCE = "self"
 
@@ -51,6 +52,8 @@ def calibration_cost(plan: Plan, source: str, speed: float) -> Cost:
     products = sum(layer.target.module.in_features**2 for layer in plan.quantized)
     passes = 8 if recipe.calibration_mode == "sequential" else 2  # two models, up to each group of layers, and on
     measuring = (2 * passes * weights + 2 * products) * tokens / (EFFICIENCY * speed)
+    if recipe.row.metric == "kfac":
+        measuring += 2 * PASSES * parameters * GRADIENT_SAMPLES * GRADIENT_LENGTH / (EFFICIENCY * speed)
     writing = 0.0
     if source == AUTO_SOURCE:
         layers = len({layer.target.name.rsplit(".", 1)[0] for layer in plan.quantized})
@@ -140,7 +143,7 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
     if not recipe.calibrated:
         facts = Facts.of(plan)
         writes = facts.causal and facts.start is not None and plan.bytes_before <= LARGEST_SHARE * free_memory(device)
-        source, count, length = "self" if writes else "random", SENSITIVITY_SAMPLES, SENSITIVITY_LENGTH
+        source, count, length = "self" if writes else "random", GRADIENT_SAMPLES, GRADIENT_LENGTH
     return load_samples(
         source,
         checkpoint.directory,

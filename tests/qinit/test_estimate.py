@@ -32,7 +32,7 @@ def test_without_calibration_all_the_time_is_the_solver_s(seconds):
 def test_what_else_is_asked_for_takes_its_time(seconds):
     found = seconds(calibration="random", polish=5)
     assert min(found.calibrating, found.solving, found.polishing) > 0
-    assert seconds(calibration="random", calibration_samples=256).calibrating > 1.9 * found.calibrating
+    assert seconds(calibration="random", calibration_samples=256).calibrating > 1.7 * found.calibrating
     assert seconds(calibration="random", polish=50).polishing == pytest.approx(10 * found.polishing)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qinit import fisher as module
-from qinit.calibration import carried
+from qinit import fisher
+from qinit.calibration import backward, carried
 from qinit.calibration.blocks import NotStreamable
 from qinit.calibration.walk import Measuring
 from qinit.errors import CalibrationError, CheckpointError
@@ -57,7 +57,7 @@ def whole(monkeypatch):
             yield
 
         with monkeypatch.context() as patched:
-            patched.setattr(module, "_streamed", refuse)
+            patched.setattr(backward, "_streamed", refuse)
             return measured(plan, samples)[0]
 
     return call
@@ -77,7 +77,7 @@ def pairs(plan):
     predicted: dict[tuple[str, int], float] = {}
     for seed in range(4):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(module, "seed_of", lambda name, _seed: seed_of(name, 0))
+            patched.setattr(fisher, "seed_of", lambda name, _seed: seed_of(name, 0))
             again = replace(made, recipe=made.recipe.model_copy(update={"seed": seed}))
             for name, nats in measured(again, samples)[0].nats.items():
                 for (bits, _), value in nats.items():
@@ -177,8 +177,8 @@ class TestBlockByBlock:
         close(measured(plan("llama"), first)[0], measured(plan("llama"), other)[0])
 
     def test_only_the_first_tokens_count(self, plan, monkeypatch):
-        monkeypatch.setattr(module, "SENSITIVITY_SAMPLES", 3)
-        monkeypatch.setattr(module, "SENSITIVITY_LENGTH", 8)
+        monkeypatch.setattr(backward, "GRADIENT_SAMPLES", 3)
+        monkeypatch.setattr(backward, "GRADIENT_LENGTH", 8)
         samples = random_samples(7, 12)
         found, _ = measured(plan("llama"), samples)
         cut = replace(samples, tokens=samples.tokens[:3, :8].clone())
@@ -188,12 +188,12 @@ class TestBlockByBlock:
     def test_experts_that_no_token_reaches_lose_nothing(self, plan, monkeypatch):
         made = plan("llama")
         name = "model.layers.1.mlp.down_proj"
-        solved = module._Probe.listening
+        solved = fisher._Errors.listening
 
         def deaf(self, modules):  # as the walk: a module that is never called
             return solved(self, {key: value for key, value in modules.items() if key != name})
 
-        monkeypatch.setattr(module._Probe, "listening", deaf)
+        monkeypatch.setattr(fisher._Errors, "listening", deaf)
         nats = measured(made, random_samples(5))[0].nats
         assert set(nats[name].values()) == {0.0}
         assert sum(not any(values.values()) for values in nats.values()) == 1
@@ -212,7 +212,7 @@ class TestBlockByBlock:
 class TestMemory:
     def test_one_block_at_a_time_is_in_memory(self, plan, monkeypatch):
         kept, here = [], []
-        real = module.Blocks
+        real = backward.Blocks
 
         class Watched(real):
             def __init__(self, *args):
@@ -224,7 +224,7 @@ class TestMemory:
                 here.append(index)
                 return super().load(index)
 
-        monkeypatch.setattr(module, "Blocks", Watched)
+        monkeypatch.setattr(backward, "Blocks", Watched)
         made = plan("llama")
         for event in measure(made, options(made), random_samples(), CPU):
             assert all(parameter.is_meta for parameter in kept[0].model.parameters()), event

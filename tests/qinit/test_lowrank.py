@@ -3,7 +3,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qinit.lowrank import COLD_STEPS, closed_form, full_svd, output_subspace, random_basis, subspace, without
+from qinit.lowrank import (
+    COLD_STEPS,
+    OutputMetric,
+    closed_form,
+    full_svd,
+    output_subspace,
+    random_basis,
+    subspace,
+    without,
+)
 
 SHAPES = [(48, 32), (32, 48), (64, 64), (200, 20), (20, 200)]
 
@@ -188,6 +197,53 @@ def test_the_output_factors_of_nothing_are_finite():
     factors = fit_output(torch.zeros(48, 32), second_moment(32, 400), 4).factors
     assert not factors.B.any()
     assert torch.isfinite(factors.A).all()
+
+
+def output_metric(rows: int, directions: int, seed: int = 0) -> OutputMetric:
+    return OutputMetric(draw(directions, rows, seed=seed), 0.1 + draw(rows, 1, seed=seed + 1)[:, 0].square())
+
+
+def two_sided(matrix: torch.Tensor, metric: OutputMetric, hessian: torch.Tensor) -> float:
+    """tr(G M H M'), float64."""
+    matrix, G = matrix.double(), metric.times(torch.eye(len(metric.rest))).double()
+    return float(((G @ matrix @ hessian.double()) * matrix).sum())
+
+
+@pytest.mark.parametrize("tokens", [7, 400])
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("shape", OUTPUT_SHAPES)
+def test_under_a_metric_of_outputs_it_is_the_optimum_of_that_closed_form(shape, rank, tokens):
+    residual, hessian, metric = decaying(*shape), second_moment(shape[1], tokens), output_metric(shape[0], 5)
+    basis = random_basis(shape[1], rank, 0, residual.device)
+    found = output_subspace(residual, hessian, rank, basis, 20, metric)
+    G = metric.times(torch.eye(shape[0])).double()
+    torch.testing.assert_close(
+        G, metric.leading.T.double() @ metric.leading.double() + metric.rest.double().diag(), rtol=1e-5, atol=1e-5
+    )
+    values, vectors = torch.linalg.eigh(G)
+    root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+    best = closed_form((root @ residual.double()).float(), hessian, rank)
+    B = (inverse @ best.B.double()).float()
+    left = two_sided(residual - found.factors.B @ found.factors.A, metric, hessian)
+    whole = two_sided(residual, metric, hessian)
+    expected = two_sided(residual - B @ best.A, metric, hessian)
+    assert left == pytest.approx(expected, rel=1e-3, abs=1e-6 * whole)
+    assert found.captured == pytest.approx(whole - left, rel=1e-4)
+    plain = output_subspace(residual, hessian, rank, basis, 20).factors
+    assert left <= two_sided(residual - plain.B @ plain.A, metric, hessian) * (1 + 1e-4)
+    # Factors as without a metric: orthogonal, A's rows of one length, both of one norm.
+    columns, rows = found.factors.B.T @ found.factors.B, found.factors.A @ found.factors.A.T
+    assert float(columns.trace()) == pytest.approx(float(rows.trace()), rel=1e-4)
+    torch.testing.assert_close(columns, columns.diagonal().diag(), rtol=0, atol=1e-5 * float(columns.max()))
+    torch.testing.assert_close(rows, rows[0, 0] * torch.eye(rank), rtol=0, atol=1e-5 * float(rows[0, 0]))
+
+
+def test_a_metric_that_is_the_identity_changes_nothing():
+    residual, hessian = decaying(48, 32), second_moment(32, 400)
+    basis = random_basis(32, 4, 0, residual.device)
+    identity = OutputMetric(torch.zeros(3, 48), torch.ones(48))
+    plain, found = (output_subspace(residual, hessian, 4, basis, 12, metric) for metric in (None, identity))
+    torch.testing.assert_close(found.factors.B @ found.factors.A, plain.factors.B @ plain.factors.A, rtol=0, atol=1e-4)
 
 
 def test_under_the_identity_the_output_subspace_is_the_svd():

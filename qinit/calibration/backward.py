@@ -1,0 +1,200 @@
+"""A pass forward and a pass back, block by block: the gradients at the outputs of all layers, and what enters them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qinit.calibration.blocks import Blocks, NotStreamable
+from qinit.calibration.carried import Batch, Calls, Carried, batches_of
+from qinit.calibration.choice import GRADIENT_LENGTH, GRADIENT_SAMPLES
+from qinit.calibration.samples import Samples
+from qinit.calibration.walk import Measuring, unpadded
+from qinit.calibration.whole import load_whole, read_tokens
+from qinit.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from qinit.plan import LayerPlan, Plan
+
+BATCH_TOKENS = 1024  # logits [batch, length, vocabulary] and their gradient are in memory
+Run = Callable[[Batch], Any]  # takes a batch through the layers at hand
+
+
+class Probe:
+    """What is done with the gradient g of minus the log-probability of a token drawn from the model's own distribution,
+    as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information."""
+
+    def __init__(self, plan: Plan, samples: Samples, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        part = slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH)
+        mask = None if samples.mask is None else samples.mask[part]
+        self.samples = Samples(samples.tokens[part], mask, samples.origin)
+        self.layers = {layer.target.name: layer for layer in plan.quantized}
+        self.batches = list(batches_of(self.samples, max(1, BATCH_TOKENS // self.samples.tokens.shape[1])))
+        self.mask: torch.Tensor | None = None
+        self.generator = torch.Generator().manual_seed(plan.recipe.seed)
+        self.start = torch.zeros((), device=device, requires_grad=True)  # gives a gradient to what has none yet
+        self.outside: list[LayerPlan] = []  # layers in front of the blocks or behind them
+
+    def prepare(self, layers: list[LayerPlan], modules: dict[str, nn.Module], run: Run) -> None:
+        """Called before the pass back reaches these layers."""
+
+    def add(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Called with a layer's input [tokens, in] and the gradient [tokens, out] at its output, for each batch."""
+        raise NotImplementedError
+
+    @contextmanager
+    def listening(self, modules: dict[str, nn.Module]) -> Iterator[None]:
+        """Add what arrives at the modules of these layers in every pass within."""
+
+        def keep(name: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+                x = args[0].detach()
+                if not output.requires_grad:
+                    output = output + self.start
+                output.register_hook(
+                    lambda gradient: self.add(
+                        name, unpadded(x, self.mask).float(), unpadded(gradient, self.mask).float()
+                    )
+                )
+                return output
+
+            return hook
+
+        hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def require_number(self, value: torch.Tensor | float, what: str) -> None:
+        """Raise CalibrationError for NaN and for what only an overflow makes."""
+        if not -inf <= float(value) < inf:
+            raise CalibrationError(
+                f"{what}: NaN or Inf on the text ({self.samples.origin}) that widths are allocated by; the model "
+                "overflows there: try other text, or --allocation uniform"
+            )
+
+    def loss(self, outputs: Any) -> torch.Tensor:
+        """Return minus the log-probability of labels drawn from the model's own distribution, summed over tokens. A
+        model without logits is taken to have a Gaussian one around its last hidden state, relative to that's size."""
+        logits = getattr(outputs, "logits", None)
+        if logits is None:
+            hidden = outputs[0].float()
+            rows = unpadded(hidden, self.mask)
+            self.require_number(rows.detach().abs().sum(), "the model's output")
+            noise = torch.randn(rows.shape, generator=self.generator).to(rows.device)
+            return (rows * noise).sum() / rows.detach().square().sum(-1).mean().sqrt()
+        rows = unpadded(logits, self.mask).float().log_softmax(-1)
+        self.require_number(rows.detach().sum(), "the model's output")
+        labels = torch.multinomial(rows.detach().exp().cpu(), 1, generator=self.generator)
+        return -rows.gather(1, labels.to(rows.device)).sum()
+
+
+def backward(make: Callable[[], Any], scratch: Path | None) -> Generator[Measuring, None, Any]:
+    """Take the text of a Probe that `make` makes forward and back; yields Measuring, returns the Probe.
+
+    The pass forward keeps what enters each block, the pass back takes the blocks in reverse, so that one block is in
+    memory at a time. A model that is no row of blocks is taken whole. Raises CalibrationError and CheckpointError.
+    """
+    probe = make()
+    try:
+        yield from _streamed(Blocks.of(probe.plan, probe.device), probe, scratch)
+    except NotStreamable:
+        probe = make()
+        yield from _whole(probe)
+    return probe
+
+
+def _streamed(blocks: Blocks, probe: Probe, scratch: Path | None) -> Iterator[Measuring]:
+    samples, device, count = probe.samples, probe.device, len(blocks)
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        if blocks.missing:
+            raise NotStreamable(f"the checkpoint has no tensor {blocks.missing[0]}")
+        calls = Calls()
+        states: list[Carried] = []
+        probe.outside = [layer for name, layer in probe.layers.items() if not name.startswith(blocks.path + ".")]
+        yield Measuring(0, count, tuple(probe.layers))
+        with torch.no_grad():
+            with blocks.surroundings():
+                for batch in probe.batches:
+                    hidden, found = blocks.calls(samples.tokens[batch.rows], batch.long_mask)
+                    calls.add(batch, found)
+                    if not states:
+                        shape = (len(samples.tokens), *hidden.shape[1:])
+                        states = [Carried(shape, Path(directory) / str(i), count + 1) for i in range(count + 1)]
+                    states[0].write(batch, hidden)
+            for index in range(count):
+                block = blocks.load(index)
+                for batch in probe.batches:
+                    output = calls.of(batch, index)(block, states[index].read(batch).to(device))
+                    states[index + 1].write(batch, output)
+                blocks.unload(index)
+        gradient = states[-1]  # at the output of the block that is next
+
+        def end(batch: Batch, hidden: torch.Tensor | None = None) -> Any:
+            x = gradient.read(batch).to(device) if hidden is None else hidden
+            return blocks.after(samples.tokens[batch.rows], batch.long_mask, x)
+
+        with blocks.surroundings(head=True):
+            modules = {layer.target.name: blocks.model.get_submodule(layer.target.name) for layer in probe.outside}
+            with torch.no_grad():
+                probe.prepare(probe.outside, modules, end)
+            with probe.listening(modules), torch.enable_grad():
+                for batch in probe.batches:
+                    probe.mask = batch.mask
+                    hidden = gradient.read(batch).to(device, copy=True).requires_grad_()
+                    probe.loss(end(batch, hidden)).backward()
+                    gradient.write(batch, _gradient(hidden))
+        for index in reversed(range(count)):
+            prefix = blocks.prefix(index)
+            inside = [layer for name, layer in probe.layers.items() if name.startswith(prefix)]
+            yield Measuring(index, count, tuple(layer.target.name for layer in inside))
+            block = blocks.load(index)
+            modules = {layer.target.name: block.get_submodule(layer.target.name[len(prefix) :]) for layer in inside}
+
+            def run(
+                batch: Batch, block: nn.Module = block, index: int = index, hidden: torch.Tensor | None = None
+            ) -> torch.Tensor:
+                x = states[index].read(batch).to(device) if hidden is None else hidden
+                return calls.of(batch, index)(block, x)
+
+            with torch.no_grad():
+                probe.prepare(inside, modules, run)
+            with probe.listening(modules), torch.enable_grad():
+                for batch in probe.batches:
+                    probe.mask = batch.mask
+                    hidden = states[index].read(batch).to(device, copy=True).requires_grad_()
+                    run(batch, hidden=hidden).backward(gradient.read(batch).to(device))
+                    gradient.write(batch, _gradient(hidden))
+            blocks.unload(index)
+
+
+def _gradient(hidden: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+
+
+def _whole(probe: Probe) -> Iterator[Measuring]:
+    plan, samples, device = probe.plan, probe.samples, probe.device
+    model = load_whole(plan).to(device).requires_grad_(False)
+    yield Measuring(0, 1, tuple(probe.layers))
+    modules = {name: model.get_submodule(name) for name in probe.layers}
+
+    def run(batch: Batch) -> Any:
+        mask = None if batch.mask is None else batch.mask.to(device)
+        return read_tokens(model, samples.tokens[batch.rows].to(device), mask, plan)
+
+    with torch.no_grad():
+        probe.prepare(list(probe.layers.values()), modules, run)
+    with probe.listening(modules), torch.enable_grad():
+        for batch in probe.batches:
+            probe.mask = batch.mask
+            probe.loss(run(batch)).backward()
