@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch
 from common import conclude
 
 from qinit.calibration import Statistics
+from qinit.calibration.outputs import DIRECTIONS
 from qinit.grids import GRIDS
-from qinit.lowrank import COLD_STEPS, output_subspace, random_basis
+from qinit.lowrank import COLD_STEPS, OutputMetric, output_subspace, random_basis
 from qinit.methods import CALIBRATED
 from qinit.rounding import round_gptq
 from qinit.solver import LayerSpec, solve
@@ -84,8 +86,11 @@ def main() -> None:
         )
         factor, _ = timed(lambda h=hessian: torch.linalg.cholesky(h))
         published, _ = timed(lambda h=hessian: published_factor(h))
-        plain, _ = timed(lambda: solve(weight, spec, 0, Statistics(hessian, hessian.diagonal(), 10**6)))  # noqa: B023
-        full, _ = timed(lambda: solve(weight, spec, 0, Statistics(hessian, hessian.diagonal(), 10**6, drift)))  # noqa: B023
+        metric = OutputMetric(torch.randn(DIRECTIONS, size, generator=generator), torch.ones(size))
+        alone = Statistics(hessian, hessian.diagonal(), 10**6, outputs=metric)
+        plain, _ = timed(lambda s=alone: solve(weight, spec, 0, s))  # noqa: B023
+        drifted = replace(alone, drift=drift)
+        full, _ = timed(lambda s=drifted: solve(weight, spec, 0, s))  # noqa: B023
         residual = weight - GRIDS["int"].dequantize(quantized)
         exact64, closed = timed(lambda: by_eigendecomposition(residual, hessian, torch.float64), 1)  # noqa: B023
         exact32, _ = timed(lambda: by_eigendecomposition(residual, hessian, torch.float32), 1)  # noqa: B023

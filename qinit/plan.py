@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Float32 weight, residual and one temporary of the same size, codes twice, the source and the packed result.
 PEAK_BYTES_PER_WEIGHT = 18
 FACTOR_COPIES = 5  # of the polish: the factors, gradients, two moments, the best iterate
+LOGITS_COPIES = 4  # of the pass back: logits, log-probabilities, probabilities, the gradient
+BATCH_TOKENS, LOGITS_BYTES = 1024, 1 << 28  # of a batch of it, at most, and of its logits
 HESSIANS = 4  # H itself, without what the adapter repairs, its Cholesky factor and one temporary
 
 
@@ -143,6 +145,10 @@ class Plan:
         squares = 4 * sum(layer.target.module.in_features**2 for layer in self.quantized)
         streamed = self.recipe.row.metric != "fisher"  # else a gradient and its square beside every weight
         solving += self._measuring_bytes if streamed else source + 2 * held + squares
+        if self.recipe.row.metric == "kfac":  # the pass back has the head and some copies of its outputs
+            head = max(self.checkpoint.tensors.values(), key=lambda tensor: tensor.numel)
+            tokens = min(BATCH_TOKENS, self.recipe.calibration_samples * self.recipe.calibration_length)
+            solving = max(solving, 4 * head.numel + LOGITS_COPIES * min(LOGITS_BYTES, 4 * tokens * max(head.shape)))
         writing = self.bytes_before if self.recipe.calibration == "self" else 0
         polishing = 0
         if self.recipe.polish:

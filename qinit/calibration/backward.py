@@ -15,15 +15,16 @@ from torch import nn
 from qinit.calibration.blocks import Blocks, NotStreamable
 from qinit.calibration.carried import Batch, Calls, Carried, batches_of
 from qinit.calibration.choice import GRADIENT_LENGTH, GRADIENT_SAMPLES
+from qinit.calibration.facts import Facts
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring, unpadded
 from qinit.calibration.whole import load_whole, read_tokens
 from qinit.errors import CalibrationError
+from qinit.plan import BATCH_TOKENS, LOGITS_BYTES
 
 if TYPE_CHECKING:
     from qinit.plan import LayerPlan, Plan
 
-BATCH_TOKENS = 1024  # logits [batch, length, vocabulary] and their gradient are in memory
 Run = Callable[[Batch], Any]  # takes a batch through the layers at hand
 
 
@@ -37,7 +38,8 @@ class Probe:
         mask = None if samples.mask is None else samples.mask[part]
         self.samples = Samples(samples.tokens[part], mask, samples.origin)
         self.layers = {layer.target.name: layer for layer in plan.quantized}
-        self.batches = list(batches_of(self.samples, max(1, BATCH_TOKENS // self.samples.tokens.shape[1])))
+        tokens = min(BATCH_TOKENS, LOGITS_BYTES // (4 * (Facts.of(plan).vocabulary or 1)))
+        self.batches = list(batches_of(self.samples, max(1, tokens // self.samples.tokens.shape[1])))
         self.mask: torch.Tensor | None = None
         self.generator = torch.Generator().manual_seed(plan.recipe.seed)
         self.start = torch.zeros((), device=device, requires_grad=True)  # gives a gradient to what has none yet

@@ -196,6 +196,11 @@ class TestCalibration:
         assert needed(make_checkpoint(tmp_path / "wide", intermediate_size=256)) > needed()
         assert needed(make_checkpoint(tmp_path / "deep", num_hidden_layers=4)) == needed()
 
+    def test_working_memory_counts_the_head_and_the_logits_of_the_pass_back(self, tmp_path):
+        directory = make_checkpoint(tmp_path / "many-words", vocab_size=50_000)
+        plan = plan_of(directory, calibration="random")
+        assert plan.working_bytes == 4 * 50_000 * 64 + 4 * 4 * 1024 * 50_000
+
     def test_working_memory_counts_what_needs_the_whole_model(self, tiny_llama):
         few = {"calibration_samples": 1, "calibration_length": 2}
         plan = plan_of(tiny_llama, calibration="random", **few)
