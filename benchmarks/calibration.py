@@ -111,7 +111,8 @@ def run(variant: Variant, directory: Path, options: Any, bits: int, rank: int, r
         source, directory, plan.checkpoint.config, samples=options.samples, length=options.length, seed=0
     )
     changed = replaced.get("outputs", lambda metric: metric)
-    metrics = finish(output_metrics(plan, samples, CPU)) if row.metric == "kfac" else {}
+    measured = finish(output_metrics(plan, samples, CPU)) if row.metric == "kfac" else {}
+    metrics = {name: changed(metric) for name, metric in measured.items()}
     with ExitStack() as stack:
         for name, value in replaced.items():
             if name != "outputs":
@@ -122,8 +123,8 @@ def run(variant: Variant, directory: Path, options: Any, bits: int, rank: int, r
             spec = LayerSpec(row, bits, event.layer.group_size, event.layer.rank, rounds)
             name = event.layer.target.name
             statistics = event.statistics
-            if statistics is not None and name in metrics:
-                statistics = replace(statistics, outputs=changed(metrics[name]))
+            if statistics is not None:
+                statistics = replace(statistics, outputs=metrics.get(name))
             solution = solve(event.weight, spec, seed_of(name, 0), statistics)
             assert solution.low_rank is not None
             value = GRIDS[row.grid].dequantize(solution.quantized) + solution.low_rank.B @ solution.low_rank.A

@@ -31,10 +31,8 @@ from qinit.recipe import make_recipe
 from qinit.report import Report, versions
 from qinit.runner import Finished, run
 
-SETTINGS = (
-    "THP_MEM_ALLOC_ENABLE",
-    "OMP_WAIT_POLICY",
-)  # in the environment: part of the command that a result is kept with
+# In the environment: part of the command that a result is kept with.
+SETTINGS = ("THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY")
 
 # Other packages talk about themselves while they are imported, so transformers comes later, where it is used.
 logging.disable(logging.WARNING)

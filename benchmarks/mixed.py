@@ -32,6 +32,7 @@ from qinit.calibration.walk import Seen, Walk
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.fisher import measure
+from qinit.lowrank import OutputMetric
 from qinit.mixed import allotted, budget, items, options, planned
 from qinit.plan import Plan, make_plan
 from qinit.recipe import make_recipe
@@ -43,13 +44,12 @@ RATIOS = (0.25, 0.5, 0.75)
 SEEDS = range(5)
 
 
-def solved(plan: Plan, samples: Any, bits: int) -> dict[str, torch.Tensor]:
+def solved(plan: Plan, samples: Any, metrics: dict[str, OutputMetric], bits: int) -> dict[str, torch.Tensor]:
     """Return Q + B A of every layer at one width."""
     found = {}
     if plan.recipe.calibrated:
-        metrics = finish(output_metrics(plan, samples, CPU))
         events = (event for event in Walk(plan, samples, CPU, "parallel") if isinstance(event, Seen))
-        seen = [(e.layer, e.weight, replace(e.statistics, outputs=metrics[e.layer.target.name])) for e in events]
+        seen = [(e.layer, e.weight, replace(e.statistics, outputs=metrics.get(e.layer.target.name))) for e in events]
     else:
         seen = [(layer, _read_weight(layer, CPU), None) for layer in plan.quantized]
     for layer, weight, statistic in seen:
@@ -106,7 +106,8 @@ def in_memory(
 
     base = plan_for(0.5)
     samples = text_for(base, CPU, None)
-    values = {bits: solved(base, samples, bits) for bits in (2, 3)}
+    metrics = finish(output_metrics(base, samples, CPU)) if base.recipe.calibrated else {}
+    values = {bits: solved(base, samples, metrics, bits) for bits in (2, 3)}
     sensitivity = finish(measure(base, options(base), samples, CPU))
 
     transposed = {layer.target.name: layer.target.module.transposed for layer in base.quantized}

@@ -26,7 +26,8 @@ TRACE_ROWS = 64
 def alternate(
     weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, seed: int
 ) -> tuple[Quantized, Approximation, tuple[float, ...]]:
-    """Minimise tr((T - Q - L) H (T - Q - L)') over Q on the integer grid and L of rank r.
+    """Minimise tr((T - Q - L) H (T - Q - L)') over Q on the integer grid, and tr(G (T - Q - L) H (T - Q - L)') over
+    L of rank r, G the metric of the outputs in the statistics (None: the identity).
 
     T is W, corrected for what the layers in front have left: see `corrected`. Quantize first: T is rounded with error
     feedback under H, and then anew under the part of H that the adapter cannot repair (`without`), which leaves to L

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qinit.calibration.backward import Probe, Run, backward
+from qinit.calibration.backward import OverflowedError, Probe, Run, backward, require_number
 from qinit.calibration.samples import Samples
 from qinit.calibration.statistics import Meter, Statistics
 from qinit.calibration.walk import Measuring, oriented, require_finite_input, unpadded
 from qinit.checkpoint import not_decomposable
+from qinit.errors import CalibrationError
 from qinit.sensitivity import Sensitivity, signature
 from qinit.solver import seed_of, solve, stored
 
@@ -45,11 +46,17 @@ def measure(
     Takes a part of `samples` forward and back, see `backward`; one block with its errors is in memory at a time.
     Raises CalibrationError and CheckpointError.
     """
-    probe: _Errors = yield from backward(partial(_Errors, plan, options, samples, device), scratch)
-    probe.fill_in()
+    try:
+        probe: _Errors = yield from backward(partial(_Errors, plan, options, samples, device), scratch)
+        probe.fill_in()
+        for name, squares in probe.squares.items():
+            require_number(sum(squares.values()), name)
+    except OverflowedError as what:
+        raise CalibrationError(
+            f"{what}: NaN or Inf on the text ({samples.origin}) that widths are allocated by; the model overflows "
+            "there: try other text, or --allocation uniform"
+        ) from None
     total = max(probe.samples.count, 1)
-    for name, squares in probe.squares.items():
-        probe.require_number(sum(squares.values()), name)
     nats = {
         layer.target.name: {
             pair: probe.squares[layer.target.name].get(pair, 0.0) / (2 * total) for pair in options[layer.target.name]

@@ -207,8 +207,8 @@ def _calibrated(job: _Job) -> Generator[Event, None, None]:
         yield Working(layer.target.tensor.name, layer.target.tensor.nbytes)
         if statistics is None:
             yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
-        elif layer.target.name in metrics:
-            statistics = replace(statistics, outputs=metrics[layer.target.name])
+        else:
+            statistics = replace(statistics, outputs=metrics.get(layer.target.name))
         row = _solve_layer(job, layer, event.weight, statistics)
         if event.repair is not None:
             event.repair(layer, job.store.weight(layer, job.device))

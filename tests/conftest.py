@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,16 @@ def make_checkpoint(
 def tiny_llama(tmp_path: Path) -> Path:
     """A Llama of 2 layers, width 64, bfloat16, one safetensors file."""
     return make_checkpoint(tmp_path / "tiny-llama")
+
+
+def exhausted(events: Generator[Any, None, Any]) -> tuple[Any, list[Any]]:
+    """Run a generator to its end; returns its result and what it yielded."""
+    seen = []
+    while True:
+        try:
+            seen.append(next(events))
+        except StopIteration as stop:
+            return stop.value, seen
 
 
 def quantize(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from math import inf
@@ -19,7 +20,6 @@ from qinit.calibration.facts import Facts
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring, unpadded
 from qinit.calibration.whole import load_whole, read_tokens
-from qinit.errors import CalibrationError
 from qinit.plan import BATCH_TOKENS, LOGITS_BYTES
 
 if TYPE_CHECKING:
@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 Run = Callable[[Batch], Any]  # takes a batch through the layers at hand
 
 
-class Probe:
+class OverflowedError(Exception):
+    """NaN, or what only an overflow makes; the message says where."""
+
+
+def require_number(value: torch.Tensor | float, what: str) -> None:
+    """Raise OverflowedError for NaN and Inf; minus Inf is the log-probability of a token that cannot be."""
+    if not -inf <= float(value) < inf:
+        raise OverflowedError(what)
+
+
+class Probe(ABC):
     """What is done with the gradient g of minus the log-probability of a token drawn from the model's own distribution,
     as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information."""
 
@@ -45,12 +55,12 @@ class Probe:
         self.start = torch.zeros((), device=device, requires_grad=True)  # gives a gradient to what has none yet
         self.outside: list[LayerPlan] = []  # layers in front of the blocks or behind them
 
-    def prepare(self, layers: list[LayerPlan], modules: dict[str, nn.Module], run: Run) -> None:
+    def prepare(self, layers: list[LayerPlan], modules: dict[str, nn.Module], run: Run) -> None:  # noqa: B027 - optional
         """Called before the pass back reaches these layers."""
 
+    @abstractmethod
     def add(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Called with a layer's input [tokens, in] and the gradient [tokens, out] at its output, for each batch."""
-        raise NotImplementedError
 
     @contextmanager
     def listening(self, modules: dict[str, nn.Module]) -> Iterator[None]:
@@ -77,14 +87,6 @@ class Probe:
             for hook in hooks:
                 hook.remove()
 
-    def require_number(self, value: torch.Tensor | float, what: str) -> None:
-        """Raise CalibrationError for NaN and for what only an overflow makes."""
-        if not -inf <= float(value) < inf:
-            raise CalibrationError(
-                f"{what}: NaN or Inf on the text ({self.samples.origin}) that widths are allocated by; the model "
-                "overflows there: try other text, or --allocation uniform"
-            )
-
     def loss(self, outputs: Any) -> torch.Tensor:
         """Return minus the log-probability of labels drawn from the model's own distribution, summed over tokens. A
         model without logits is taken to have a Gaussian one around its last hidden state, relative to that's size."""
@@ -92,11 +94,11 @@ class Probe:
         if logits is None:
             hidden = outputs[0].float()
             rows = unpadded(hidden, self.mask)
-            self.require_number(rows.detach().abs().sum(), "the model's output")
+            require_number(rows.detach().abs().sum(), "the model's output")
             noise = torch.randn(rows.shape, generator=self.generator).to(rows.device)
             return (rows * noise).sum() / rows.detach().square().sum(-1).mean().sqrt()
         rows = unpadded(logits, self.mask).float().log_softmax(-1)
-        self.require_number(rows.detach().sum(), "the model's output")
+        require_number(rows.detach().sum(), "the model's output")
         labels = torch.multinomial(rows.detach().exp().cpu(), 1, generator=self.generator)
         return -rows.gather(1, labels.to(rows.device)).sum()
 
@@ -105,7 +107,8 @@ def backward(make: Callable[[], Any], scratch: Path | None) -> Generator[Measuri
     """Take the text of a Probe that `make` makes forward and back; yields Measuring, returns the Probe.
 
     The pass forward keeps what enters each block, the pass back takes the blocks in reverse, so that one block is in
-    memory at a time. A model that is no row of blocks is taken whole. Raises CalibrationError and CheckpointError.
+    memory at a time. A model that is no row of blocks is taken whole. Raises OverflowedError where the model's output
+    is no number, CalibrationError and CheckpointError.
     """
     probe = make()
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qinit.calibration.backward import Probe, backward
+from qinit.calibration.backward import OverflowedError, Probe, backward
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring
 from qinit.lowrank import OutputMetric
@@ -37,13 +37,9 @@ def output_metrics(
     """
     try:
         probe: _Moments = yield from backward(partial(_Moments, plan, samples, device), scratch)
-    except _OverflowsError:  # who looks at the activations will say where
+    except OverflowedError:  # who looks at the activations will say where
         return {}
     return {name: metric for name in probe.power if (metric := probe.metric(name)) is not None}
-
-
-class _OverflowsError(Exception):
-    """The model's output is no number."""
 
 
 class _Moments(Probe):
@@ -70,10 +66,6 @@ class _Moments(Probe):
         for _ in range(STEPS):
             basis = rows.T @ torch.linalg.qr(rows @ basis).Q
         self.leading[name] = basis.T
-
-    def require_number(self, value: torch.Tensor | float, what: str) -> None:
-        if not isfinite(float(value)):
-            raise _OverflowsError
 
     def metric(self, name: str) -> OutputMetric | None:
         """Return a layer's metric; None where gradients overflow."""

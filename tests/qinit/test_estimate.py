@@ -32,7 +32,11 @@ def test_without_calibration_all_the_time_is_the_solver_s(seconds):
 def test_what_else_is_asked_for_takes_its_time(seconds):
     found = seconds(calibration="random", polish=5)
     assert min(found.calibrating, found.solving, found.polishing) > 0
-    assert seconds(calibration="random", calibration_samples=256).calibrating > 1.7 * found.calibrating
+    one, two = ({"calibration": "random", "calibration_samples": count} for count in (128, 256))
+    walk = [seconds(method="cloq", **options).calibrating for options in (one, two)]
+    assert walk[1] > 1.9 * walk[0]
+    back = [seconds(**options).calibrating - there for options, there in zip((one, two), walk, strict=True)]
+    assert 0 < back[0] == pytest.approx(back[1])  # the pass back takes a part of the text only
     assert seconds(calibration="random", polish=50).polishing == pytest.approx(10 * found.polishing)
 
 

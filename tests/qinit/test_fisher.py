@@ -17,7 +17,7 @@ from qinit.errors import CalibrationError, CheckpointError
 from qinit.fisher import measure
 from qinit.mixed import options
 from qinit.solver import seed_of, solve, stored
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, exhausted
 from tests.qinit.calibration.models import OTHERS, make, padded, plan_of, random_samples, stock
 
 CPU = torch.device("cpu")
@@ -38,13 +38,7 @@ def plan(tmp_path_factory):
 
 
 def measured(plan, samples, pairs=None, **rest):
-    events = measure(plan, pairs or options(plan), samples, CPU, **rest)
-    seen = []
-    while True:
-        try:
-            seen.append(next(events))
-        except StopIteration as stop:
-            return stop.value, seen
+    return exhausted(measure(plan, pairs or options(plan), samples, CPU, **rest))
 
 
 @pytest.fixture

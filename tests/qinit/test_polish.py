@@ -11,7 +11,7 @@ from qinit.lowrank import LowRank
 from qinit.methods import METHODS
 from qinit.polish import Polished, Progress, polish, polish_flops
 from qinit.solver import LayerSpec, seed_of, solve, stored
-from tests.conftest import make_checkpoint
+from tests.conftest import exhausted, make_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -55,12 +55,8 @@ def run(directory, bases, factors, samples, **options):
     if isinstance(samples, torch.Tensor):
         samples = Samples(samples, None, "random")
     config = json.loads((directory / "config.json").read_text())
-    events, generator = [], polish(directory, config, bases, factors, samples, **options)
-    while True:
-        try:
-            events.append(next(generator))
-        except StopIteration as stop:
-            return events, stop.value
+    result, events = exhausted(polish(directory, config, bases, factors, samples, **options))
+    return events, result
 
 
 def same(one, other):

@@ -84,6 +84,25 @@ class TestLoading:
             assert relative(x @ (base + low_rank).T, wanted) == pytest.approx(row.output_error, rel=1e-3)
 
 
+def test_the_low_rank_is_fitted_under_what_the_outputs_cost(llama, tmp_path, monkeypatch):
+    def adapter(out):
+        *_, last = events_of(llama, out, **MORE)
+        return last, safetensors.torch.load_file(out / "eqft_init/adapter_model.safetensors")
+
+    with_metric, weighed = adapter(tmp_path / "with")
+
+    def nothing(*_):
+        return {}
+        yield
+
+    monkeypatch.setattr(runner, "output_metrics", nothing)
+    without, plain = adapter(tmp_path / "without")
+    assert all(not torch.equal(weighed[name], plain[name]) for name in plain)
+    # Under H alone, where all outputs count alike, a low rank that is fitted to that is the closer one.
+    errors = [sum(row.output_error for row in last.report.layers) for last in (with_metric, without)]
+    assert errors[1] < errors[0]
+
+
 class TestReport:
     def test_events_tell_of_the_text_the_passes_and_the_layers(self, llama, tmp_path):
         *events, last = events_of(llama, tmp_path / "out")

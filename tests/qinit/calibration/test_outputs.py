@@ -8,7 +8,7 @@ from qinit.calibration.blocks import NotStreamable
 from qinit.calibration.outputs import DIRECTIONS, FLOOR, SHRINKAGE, output_metrics
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, exhausted
 from tests.qinit.calibration.models import OTHERS, make, padded, plan_of, random_samples, stock
 
 CPU = torch.device("cpu")
@@ -16,12 +16,9 @@ LENGTHS = [12, 3, 7, 12, 9]
 
 
 def measured(plan, samples, **rest):
-    events = output_metrics(plan, samples, CPU, **rest)
-    while True:
-        try:
-            assert isinstance(next(events), Measuring)
-        except StopIteration as stop:
-            return stop.value
+    found, seen = exhausted(output_metrics(plan, samples, CPU, **rest))
+    assert all(isinstance(event, Measuring) for event in seen)
+    return found
 
 
 def whole(metric):
@@ -93,9 +90,10 @@ def test_padding_changes_nothing(tmp_path):
         torch.tensor([[True] * 12 + [False] * 4] * 3),
         samples.origin,
     )
-    for name, metric in measured(plan, longer).items():
-        torch.testing.assert_close(whole(metric), whole(measured(plan, samples)[name]), rtol=1e-3, atol=1e-3)
-        break
+    found, expected = measured(plan, longer), measured(plan, samples)
+    assert found.keys() == expected.keys()
+    for name, metric in found.items():
+        torch.testing.assert_close(whole(metric), whole(expected[name]), rtol=1e-3, atol=1e-3)
 
 
 def test_block_by_block_it_is_what_the_whole_model_gives(tmp_path, monkeypatch):

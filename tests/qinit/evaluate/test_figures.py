@@ -6,6 +6,7 @@ import torch
 
 from qinit.errors import QinitError
 from qinit.evaluate import cut_windows, measure, perplexity
+from tests.conftest import exhausted
 
 
 class Guess(torch.nn.Module):
@@ -66,12 +67,7 @@ def figures_of(table, windows, batch_size, reference=None):
         lambda rows: table[windows.tokens[rows]],
         None if reference is None else lambda rows: reference[windows.tokens[rows]],
     )
-    done = []
-    while True:
-        try:
-            done.append(next(steps))
-        except StopIteration as end:
-            return end.value, done
+    return exhausted(steps)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from qinit.evaluate.figures import logits_of
 from qinit.evaluate.job import Block, choose_way, evaluate
 from qinit.evaluate.subject import Subject
 from tests.compat.stock import load, load_base
+from tests.conftest import exhausted
 from tests.qinit.calibration.models import make
 from tests.qinit.evaluate.runs import CPU, TOKENS, figures, make_run, make_source, subject
 
@@ -50,12 +51,7 @@ def test_block_by_block_the_figures_are_those_of_what_the_stock_loaders_load(sou
     windows = cut_windows(TOKENS, 25, 10)
     steps = measure(windows, 3, logits_of(stock.eval(), windows), logits_of(load_base(source).eval(), windows))
     with torch.no_grad():
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                expected = end.value
-                break
+        expected, _ = exhausted(steps)
     original = Subject("original", source)
     streamed = figures(subject(directory), original, windows, stream="always", batch_size=4)
     loaded = figures(subject(directory), original, windows, stream="never", batch_size=2)
