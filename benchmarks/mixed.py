@@ -1,12 +1,13 @@
 """What mixed widths buy: the perplexity at each ratio, by sensitivity and by rules that look at nothing.
 
     python benchmarks/mixed.py [--model DIR --text FILE --window 512 --windows N] [--ranks 2] [--group-size 64]
-                               [--calibration none] [--search]
+                               [--calibration none] [--search | --runs sensitivity,uniform]
 
 Every layer is solved at 2 and at 3 bits once; an allocation puts the layers of its choice together in memory (without
 calibration that is what a run writes, byte for byte; with calibration each layer is solved for what the original model
-delivers, where a run also lets later layers make good what earlier ones left: --runs makes real runs, written to disk
-and loaded by stock transformers + peft). `closed` is the share of the log-perplexity between 2 and 3 bits.
+delivers, where a run also lets later layers make good what earlier ones left: --runs ALLOCATIONS makes real runs,
+written to disk and loaded by stock transformers + peft). `closed` is the share of the log-perplexity between 2 and 3
+bits.
 --search adds what no rule can be expected to reach: the best allocation that swapping layers one for one leads to when
 every step is judged by the perplexity of the measured text itself (hundreds of evaluations; small models).
 """
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--search", action="store_true", help="also search on the measured text itself")
-    parser.add_argument("--runs", action="store_true", help="real runs, by sensitivity and uniform only")
+    parser.add_argument("--runs", default="", help="real runs by these allocations, e.g. sensitivity,uniform")
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args()
     directory = given.model or demo_directory()
@@ -85,8 +86,10 @@ def main() -> None:
     for rank in map(int, given.ranks.split(",")):
         common: dict[str, Any] = {"rank": rank, "group_size": given.group_size, "calibration": given.calibration}
         common |= {"calibration_samples": given.samples, "calibration_length": given.length}
-        rows = by_runs(directory, tokens, given.window, common) if given.runs else None
-        rows = rows or in_memory(directory, model, tokens, given.window, common, given.search)
+        if given.runs:
+            rows = by_runs(directory, tokens, given.window, common, given.runs.split(","))
+        else:
+            rows = in_memory(directory, model, tokens, given.window, common, given.search)
         low, high = (math.log(next(r["perplexity"] for r in rows if r["ratio"] == ratio)) for ratio in (0, 1))
         for row in rows:
             row["closed"] = (low - math.log(row["perplexity"])) / (low - high)
@@ -166,11 +169,13 @@ def searched(plan: Plan, loss: Callable[[dict[str, int]], float]) -> float:
         least = best
 
 
-def by_runs(directory: Path, tokens: torch.Tensor, window: int, common: dict[str, Any]) -> list[Any]:
+def by_runs(
+    directory: Path, tokens: torch.Tensor, window: int, common: dict[str, Any], allocations: list[str]
+) -> list[Any]:
     """Make real runs, each measuring for itself."""
     rows = []
     for ratio in (0, *RATIOS, 1):
-        for rule in ("sensitivity", "uniform") if ratio in RATIOS else ("sensitivity",):
+        for rule in allocations if ratio in RATIOS else ("sensitivity",):
             chosen = {**common, "ratio": float(ratio), "allocation": rule}
             chosen["format"] = "dense"  # stock loaders take no mixed gptq
             start = measure_start(directory, tokens, window, "eqft", **chosen)

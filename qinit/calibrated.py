@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WARM_STEPS = 2
 FINAL_STEPS = 3
 DAMPING = 0.1  # of H's mean diagonal: what the adapter repairs is gone from H, so its smallest eigenvalues are zero
-SHRINKAGE = 1.0  # of the diagonal, added to it: inputs that go together in the text need not do so in other domains
+SHRINKAGE = 0.3  # of the diagonal, added to it: inputs that go together in the text need not do so in other domains
 FLOOR = 1e-3  # of the mean diagonal, added too: inputs that the text never shows
 TOKENS_PER_INPUT = 1  # below, H is singular
 TRACE_ROWS = 64
