@@ -111,7 +111,7 @@ def in_memory(
     samples = text_for(base, CPU, None)
     metrics = finish(output_metrics(base, samples, CPU)) if base.recipe.calibrated else {}
     values = {bits: solved(base, samples, metrics, bits) for bits in (2, 3)}
-    sensitivity = finish(measure(base, options(base), samples, CPU))
+    sensitivity = finish(measure(base, options(base), samples, CPU, outputs=metrics))
 
     transposed = {layer.target.name: layer.target.module.transposed for layer in base.quantized}
 

@@ -10,7 +10,7 @@ look a third better than it is, but summing before squaring is so much noisier t
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from qinit.sensitivity import Sensitivity, signature
 from qinit.solver import seed_of, solve, stored
 
 if TYPE_CHECKING:
+    from qinit.lowrank import OutputMetric
     from qinit.plan import LayerPlan, Plan
 
 ROUNDS = 1  # of the solver: the first one already shows what the layer cannot hold
@@ -40,14 +41,16 @@ def measure(
     samples: Samples,
     device: torch.device,
     scratch: Path | None = None,
+    outputs: Mapping[str, OutputMetric] | None = None,
 ) -> Generator[Measuring, None, Sensitivity]:
     """Measure every quantized layer at its `options` (bits, rank); yields Measuring and returns the Sensitivity.
 
+    `outputs` are the metrics of the layers' outputs that the run will fit their low rank under, by name.
     Takes a part of `samples` forward and back, see `backward`; one block with its errors is in memory at a time.
     Raises CalibrationError and CheckpointError.
     """
     try:
-        probe: _Errors = yield from backward(partial(_Errors, plan, options, samples, device), scratch)
+        probe: _Errors = yield from backward(partial(_Errors, plan, options, samples, device, outputs or {}), scratch)
         probe.fill_in()
         for name, squares in probe.squares.items():
             require_number(sum(squares.values()), name)
@@ -81,10 +84,15 @@ class _Errors(Probe):
     """Adds up (g' E x)^2 for every layer and option, as gradients arrive at the layers' outputs."""
 
     def __init__(
-        self, plan: Plan, options: dict[str, list[tuple[int, int]]], samples: Samples, device: torch.device
+        self,
+        plan: Plan,
+        options: dict[str, list[tuple[int, int]]],
+        samples: Samples,
+        device: torch.device,
+        outputs: Mapping[str, OutputMetric],
     ) -> None:
         super().__init__(plan, samples, device)
-        self.options = options
+        self.options, self.outputs = options, outputs
         self.squares: dict[str, dict[tuple[int, int], float]] = {name: {} for name in self.layers}
         self.candidates: dict[str, list[_Candidate]] = {}
 
@@ -121,6 +129,8 @@ class _Errors(Probe):
             linear: Any = modules[layer.target.name]
             meter = meters.get(layer.target.name)
             statistics = meter.statistics(layer) if meter is not None else None
+            if statistics is not None:
+                statistics = replace(statistics, outputs=self.outputs.get(layer.target.name))
             self._solve(layer, oriented(linear.weight.data, layer), statistics)
 
     def _solve(self, layer: LayerPlan, weight: torch.Tensor, statistics: Statistics | None) -> None:

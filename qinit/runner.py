@@ -107,6 +107,7 @@ class _Job:
     journal: Journal
     token: str | None
     samples: Samples | None = None
+    outputs: dict[str, OutputMetric] | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -159,7 +160,8 @@ def _allotted(job: _Job) -> Generator[Event, None, None]:
     record = job.journal.find("sensitivity")
     if record is None:
         samples = yield from _text(job)
-        measured = yield from fisher.measure(job.plan, choices, samples, job.device, job.place.scratch)
+        metrics = yield from _output_metrics(job, samples)
+        measured = yield from fisher.measure(job.plan, choices, samples, job.device, job.place.scratch, metrics)
         job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
     else:
         measured = Sensitivity.from_json(record["measured"])
@@ -196,7 +198,8 @@ def _calibrated(job: _Job) -> Generator[Event, None, None]:
             f"calibration: {samples.count} tokens are fewer than the {widest} inputs of the widest layer, so H is "
             f"singular and damped more; {8 * widest} or more are better"
         )
-    metrics = yield from _output_metrics(job, samples)
+    unsolved = any(layer.target.name not in job.store.rows for layer in plan.quantized)
+    metrics = (yield from _output_metrics(job, samples)) if unsolved else {}
     for event in _walk(job, samples):
         if not isinstance(event, Seen):
             yield event
@@ -219,11 +222,12 @@ def _calibrated(job: _Job) -> Generator[Event, None, None]:
 
 
 def _output_metrics(job: _Job, samples: Samples) -> Generator[Event, None, dict[str, OutputMetric]]:
-    """Measure what errors at the layers' outputs cost, if the method asks for it and there are layers left to solve."""
-    plan = job.plan
-    if plan.recipe.row.metric != "kfac" or all(layer.target.name in job.store.rows for layer in plan.quantized):
-        return {}
-    return (yield from output_metrics(plan, samples, job.device, job.place.scratch))
+    """Measure, once, what errors at the layers' outputs cost, if the method asks for it."""
+    if job.outputs is None:
+        job.outputs = {}
+        if job.plan.recipe.calibrated and job.plan.recipe.row.metric == "kfac":
+            job.outputs = yield from output_metrics(job.plan, samples, job.device, job.place.scratch)
+    return job.outputs
 
 
 def _walk(job: _Job, samples: Samples) -> Iterator[Measuring | Passing | Noted | Seen]:

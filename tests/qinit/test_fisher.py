@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from qinit import fisher
 from qinit.calibration import backward, carried
 from qinit.calibration.blocks import NotStreamable
+from qinit.calibration.outputs import output_metrics
 from qinit.calibration.walk import Measuring
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.fisher import measure
@@ -201,6 +202,18 @@ class TestBlockByBlock:
         for bits in (2, 3):
             sums = [sum(values[bits, rank] for values in nats.values()) for rank in (1, 2, 4)]
             assert sums == sorted(sums, reverse=True)
+
+
+class TestOutputs:
+    def test_the_low_rank_is_fitted_under_the_metrics_that_the_run_has(self, plan):
+        made = plan_of(plan("llama").checkpoint.directory, **{**MIXED, "calibration": "random", "rank": 4})
+        samples = random_samples(16, 24)
+        metrics = exhausted(output_metrics(made, samples, CPU))[0]
+        plain, weighed = (measured(made, samples, **rest)[0] for rest in ({}, {"outputs": metrics}))
+        lost = [{name: sum(nats.values()) for name, nats in found.nats.items()} for found in (plain, weighed)]
+        assert lost[0].keys() == lost[1].keys() == metrics.keys()
+        assert all(lost[0][name] != lost[1][name] for name in metrics)
+        assert sum(lost[1].values()) < sum(lost[0].values())  # what outputs cost is what is measured
 
 
 class TestMemory:
