@@ -23,7 +23,8 @@ from rich.table import Table
 from tables import KINDS
 
 from qinit.adapter import ADAPTER_DIRECTORY
-from qinit.evaluate import perplexity
+from qinit.evaluate import Figures, cut_windows, measure
+from qinit.evaluate.figures import evaluating, logits_of
 from qinit.machine import machine
 from qinit.methods import METHODS
 from qinit.plan import make_plan
@@ -34,6 +35,8 @@ from qinit.runner import Finished, run
 # In the environment: part of the command that a result is kept with.
 SETTINGS = ("THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY")
 
+BATCH = 8  # windows that are measured at once
+
 # Other packages talk about themselves while they are imported, so transformers comes later, where it is used.
 logging.disable(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -42,11 +45,11 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 @dataclass(frozen=True)
 class Start:
-    """Where fine-tuning would start: a report and the perplexity of base + adapter, as a trainer loads them."""
+    """Where fine-tuning would start: a report and the figures of base + adapter, as a trainer loads them."""
 
     method: str
     report: Report
-    perplexity: float
+    figures: Figures
     seconds: float
 
 
@@ -86,24 +89,30 @@ def quantize(model: Path, out: Path, method: str, **options: Any) -> Report:
     return last.report
 
 
-def measure_start(model: Path, tokens: torch.Tensor, window: int, method: str, **options: Any) -> Start:
-    """Quantize into a temporary directory, load with transformers and peft, and measure the perplexity."""
+def measure_start(
+    model: Path, tokens: torch.Tensor, window: int, method: str, *, reference: Any = None, **options: Any
+) -> Start:
+    """Quantize into a temporary directory, load with transformers and peft, and measure it on a text; beside the
+    `reference`, the model in full precision, its KL divergence from that too."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "run"
         started = time.perf_counter()
         report = quantize(model, out, method, **options)
         seconds = time.perf_counter() - started
-        value = perplexity(load_for_training(out, torch.float32), tokens, window)
-    return Start(method, report, value, seconds)
+        start = load_for_training(out, torch.float32)
+    windows = cut_windows(tokens, window)
+    other = None if reference is None else logits_of(reference, windows)
+    with evaluating(start):
+        found = finish(measure(windows, BATCH, logits_of(start, windows), other))
+    return Start(method, report, found, seconds)
 
 
-def full_precision(model: Path, tokens: torch.Tensor, window: int) -> float:
-    """Perplexity of the source checkpoint."""
+def full_precision(model: Path) -> Any:
+    """Load the source checkpoint."""
     from transformers import AutoModelForCausalLM
 
     with redirect_stderr(StringIO()):
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return perplexity(loaded, tokens, window)
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
 def show(title: str, header: list[str], rows: list[list[str]]) -> None:

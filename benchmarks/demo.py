@@ -30,14 +30,15 @@ def main() -> None:
     half = len(tokens) // 2 // WINDOW * WINDOW
     train, test = tokens[:half], tokens[half:]
 
-    reference = full_precision(model, test, WINDOW)
+    reference = perplexity(full_precision(model), test, WINDOW)
     rows = [["full precision", "16", f"{_megabytes(model):.1f}", "", f"{reference:.2f}", ""]]
     for method in PEERS:
         start = measure_start(model, test, WINDOW, method, bits=2, rank=16)
         totals = start.report.totals
         disk = totals["base_bytes"] + totals["adapter_bytes"]
         row = [method, f"{totals['grid_bits_per_weight']:.2f} (stored: 16)", f"{disk / 1e6:.1f}"]
-        rows.append([*row, f"{totals['error']:.3f}", f"{start.perplexity:.2f}", _excess(start.perplexity, reference)])
+        found = start.figures.perplexity
+        rows.append([*row, f"{totals['error']:.3f}", f"{found:.2f}", _excess(found, reference)])
     trainee = load_for_training(run_directory, torch.float32)
     value = perplexity(trainee, test, WINDOW)
     totals = json.loads((run_directory / "qinit.json").read_text(encoding="utf-8"))["totals"]

@@ -6,7 +6,8 @@
 
 Every method goes through the whole path: written to disk, loaded with stock transformers + peft. The
 default ranks are 16 and 1 % of the model's width. Bits per weight count scales and zero points: for the
-normal-float peers as LoftQ and bitsandbytes keep them (float32 absmax per block), for qinit as stored.
+normal-float peers as LoftQ and bitsandbytes keep them (float32 absmax per block), for qinit as stored. KL is that of
+the next token from the model in full precision, on the same text.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from common import conclude, full_precision, load_tokens, measure_start
 
 from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
+from qinit.evaluate import perplexity
 
 DATA_FREE = ("qlora", "loftq", "qpissa", "eqft")
 CALIBRATED = ("lqer", "qera", "eora", "cloq", "srr", "eqft")
@@ -63,7 +65,8 @@ def main() -> None:
     tokens = load_tokens(model, text)[: options.windows and options.windows * options.window]
     width = Checkpoint.open(model).config["hidden_size"]
     ranks = [int(r) for r in options.ranks.split(",")] if options.ranks else [16, max(1, width // 100)]
-    reference = full_precision(model, tokens, options.window)
+    full = full_precision(model)
+    reference = perplexity(full, tokens, options.window)
     print(f"{model.name}: width {width}, {len(tokens)} tokens, full precision perplexity {reference:.3f}")
     rows = []
     for bits in map(int, options.bits.split(",")):
@@ -72,10 +75,10 @@ def main() -> None:
                 chosen = {"bits": bits, "rank": rank, "group_size": options.group_size, **extra}
                 if options.format:
                     chosen["format"] = options.format
-                start = measure_start(model, tokens, options.window, method, **chosen)
-                print(f"{bits} bits, rank {rank}, {label}: {start.perplexity:.3f}", flush=True)
+                start = measure_start(model, tokens, options.window, method, reference=full, **chosen)
+                print(f"{bits} bits, rank {rank}, {label}: {start.figures.perplexity:.3f}", flush=True)
                 totals = start.report.totals
-                excess = math.log(start.perplexity / reference)
+                excess = math.log(start.figures.perplexity / reference)
                 packed = totals[
                     "bits_per_weight" if start.report.recipe["format"] == "gptq" else "grid_bits_per_weight"
                 ]
@@ -86,8 +89,9 @@ def main() -> None:
                         "method": label,
                         "bits_per_weight": packed,
                         "weight_error": totals["error"],
-                        "perplexity": start.perplexity,
+                        "perplexity": start.figures.perplexity,
                         "excess_nats": excess,
+                        "kl": start.figures.kl,
                     }
                 )
     result = {"model": model.name, "tokens": len(tokens), "full_precision": reference, "rows": rows}

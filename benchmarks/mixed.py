@@ -179,7 +179,7 @@ def by_runs(
             chosen = {**common, "ratio": float(ratio), "allocation": rule}
             chosen["format"] = "dense"  # stock loaders take no mixed gptq
             start = measure_start(directory, tokens, window, "eqft", **chosen)
-            rows.append({"ratio": ratio, "allocation": rule, "perplexity": start.perplexity})
+            rows.append({"ratio": ratio, "allocation": rule, "perplexity": start.figures.perplexity})
             print(rows[-1], flush=True)
     return rows
 

@@ -25,6 +25,7 @@ class Table:
 def fidelity(result: Result) -> list[Table]:
     """Starts, with each row's ratios to LoftQ at the same bits and rank."""
     loftq = {(row["bits"], row["rank"]): row for row in result["rows"] if row["method"] == "loftq"}
+    kl = ["KL"] if all("kl" in row for row in result["rows"]) else []  # earlier results have none
     rows = []
     for row in result["rows"]:
         peer = loftq[row["bits"], row["rank"]]
@@ -33,12 +34,13 @@ def fidelity(result: Result) -> list[Table]:
                 *(str(row["bits"]), str(row["rank"]), row["method"], f"{row['bits_per_weight']:.3f}"),
                 *(f"{row['weight_error']:.4f}", f"{row['perplexity']:.3f}"),
                 *(f"{row['perplexity'] / result['full_precision']:.4f}", f"{row['excess_nats']:.4f}"),
+                *(f"{row['kl']:.4f}" for _ in kl),
                 *(f"{row[key] / peer[key]:.3f}" for key in ("weight_error", "excess_nats")),
             ]
         )
     header = ["bits", "rank", "method", "bits/weight", "weight error", "perplexity", "x full", "excess (nats)"]
     title = f"start perplexity of {result['model']}, full precision {result['full_precision']:.3f}"
-    return [Table(title, [*header, "error / LoftQ", "excess / LoftQ"], rows)]
+    return [Table(title, [*header, *kl, "error / LoftQ", "excess / LoftQ"], rows)]
 
 
 def mixed(result: Result) -> list[Table]:

@@ -88,3 +88,5 @@ def test_fidelitys_ratios_are_to_loftq_at_the_same_bits_and_rank(table):
     rows = [{**row, "method": "loftq"}, {**row, "method": "eqft", "weight_error": 0.25, "excess_nats": 0.1}]
     (one,) = table.KINDS["fidelity"]({"model": "m", "full_precision": 4.0, "rows": rows})
     assert one.rows[1] == ["2", "4", "eqft", "2.500", "0.2500", "8.000", "2.0000", "0.1000", "0.500", "0.250"]
+    (one,) = table.KINDS["fidelity"]({"model": "m", "full_precision": 4.0, "rows": [{**r, "kl": 0.03} for r in rows]})
+    assert (one.header[8], one.rows[1][8:]) == ("KL", ["0.0300", "0.500", "0.250"])
