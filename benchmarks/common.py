@@ -23,8 +23,7 @@ from rich.table import Table
 from tables import KINDS
 
 from qinit.adapter import ADAPTER_DIRECTORY
-from qinit.evaluate import Figures, cut_windows, measure
-from qinit.evaluate.figures import evaluating, logits_of
+from qinit.evaluate import Figures, figures_of
 from qinit.machine import machine
 from qinit.methods import METHODS
 from qinit.plan import make_plan
@@ -34,8 +33,6 @@ from qinit.runner import Finished, run
 
 # In the environment: part of the command that a result is kept with.
 SETTINGS = ("THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY")
-
-BATCH = 8  # windows that are measured at once
 
 # Other packages talk about themselves while they are imported, so transformers comes later, where it is used.
 logging.disable(logging.WARNING)
@@ -99,11 +96,7 @@ def measure_start(
         started = time.perf_counter()
         report = quantize(model, out, method, **options)
         seconds = time.perf_counter() - started
-        start = load_for_training(out, torch.float32)
-    windows = cut_windows(tokens, window)
-    other = None if reference is None else logits_of(reference, windows)
-    with evaluating(start):
-        found = finish(measure(windows, BATCH, logits_of(start, windows), other))
+        found = figures_of(load_for_training(out, torch.float32), tokens, window, reference=reference)
     return Start(method, report, found, seconds)
 
 

@@ -25,17 +25,19 @@ class TwoSided:
 
     metric: OutputMetric | None = None
 
-    def round_gptq(self, target: torch.Tensor, hessian: torch.Tensor, **options: Any) -> tuple[Quantized, torch.Tensor]:
+    def round_gptq(
+        self, target: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None = None, **options: Any
+    ) -> tuple[Quantized, torch.Tensor]:
         """As `qinit.rounding.round_gptq`, from the last chunk to the first, each with those before it in view."""
         if self.metric is None:
-            return rounding.round_gptq(target, hessian, **options)
-        options["factor"] = rounding.damped_cholesky(hessian, options["damp"])
+            return rounding.round_gptq(target, hessian, factor=factor, **options)
+        if factor is None:
+            factor = rounding.damped_cholesky(hessian, options["damp"])
         left = target.new_zeros(len(self.metric.leading), target.shape[1])  # R E of the rows that are done
         done, residuals = [], []
         for rows, answer in reversed(list(_answers(self.metric))):
             shift = answer @ left
-            factor = options["factor"].clone()
-            quantized, moved = rounding.round_gptq(target[rows] + shift, hessian, **{**options, "factor": factor})
+            quantized, moved = rounding.round_gptq(target[rows] + shift, hessian, factor=factor.clone(), **options)
             residuals.append(moved - shift)
             done.append(quantized)
             left += self.metric.leading[:, rows] @ residuals[-1]

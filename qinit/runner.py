@@ -198,8 +198,9 @@ def _calibrated(job: _Job) -> Generator[Event, None, None]:
             f"calibration: {samples.count} tokens are fewer than the {widest} inputs of the widest layer, so H is "
             f"singular and damped more; {8 * widest} or more are better"
         )
-    unsolved = any(layer.target.name not in job.store.rows for layer in plan.quantized)
-    metrics = (yield from _output_metrics(job, samples)) if unsolved else {}
+    if all(layer.target.name in job.store.rows for layer in plan.quantized):
+        return
+    metrics = yield from _output_metrics(job, samples)
     for event in _walk(job, samples):
         if not isinstance(event, Seen):
             yield event
@@ -225,7 +226,7 @@ def _output_metrics(job: _Job, samples: Samples) -> Generator[Event, None, dict[
     """Measure, once, what errors at the layers' outputs cost, if the method asks for it."""
     if job.outputs is None:
         job.outputs = {}
-        if job.plan.recipe.calibrated and job.plan.recipe.row.metric == "kfac":
+        if job.plan.recipe.row.metric == "kfac":
             job.outputs = yield from output_metrics(job.plan, samples, job.device, job.place.scratch)
     return job.outputs
 
@@ -233,8 +234,6 @@ def _output_metrics(job: _Job, samples: Samples) -> Generator[Event, None, dict[
 def _walk(job: _Job, samples: Samples) -> Iterator[Measuring | Passing | Noted | Seen]:
     """Walk block by block, or take the whole model where that is not possible."""
     plan, store = job.plan, job.store
-    if all(layer.target.name in store.rows for layer in plan.quantized):
-        return
     if plan.recipe.row.metric != "fisher":
         under_way = False
         try:

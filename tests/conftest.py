@@ -5,9 +5,10 @@ Use `from tests.conftest import make_checkpoint`. torch and transformers are imp
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def make_checkpoint(
 def tiny_llama(tmp_path: Path) -> Path:
     """A Llama of 2 layers, width 64, bfloat16, one safetensors file."""
     return make_checkpoint(tmp_path / "tiny-llama")
+
+
+def rewrite_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the parsed header of a safetensors file and write it back over the data, its length fixed."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    new = json.dumps(header).encode()
+    file.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
 
 
 def exhausted(events: Generator[Any, None, Any]) -> tuple[Any, list[Any]]:

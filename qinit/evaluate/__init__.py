@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qinit.evaluate.figures import Figures, measure, perplexity
+from qinit.evaluate.figures import Figures, figures_of, measure, perplexity
 from qinit.evaluate.windows import Windows, cut_windows
 
-__all__ = ["Figures", "Windows", "cut_windows", "measure", "perplexity"]
+__all__ = ["Figures", "Windows", "cut_windows", "figures_of", "measure", "perplexity"]

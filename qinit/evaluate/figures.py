@@ -70,18 +70,27 @@ def measure(
 
 
 def perplexity(model: Any, tokens: torch.Tensor, window: int = 512, batch_size: int = 8) -> float:
-    """Return exp of the mean next-token loss over non-overlapping windows of `tokens` [n], see `cut_windows`.
+    """Return exp of the mean next-token loss over non-overlapping windows of `tokens` [n]; raises as `figures_of`."""
+    return figures_of(model, tokens, window, batch_size).perplexity
 
-    Raises QinitError for a text shorter than one window, and when the model predicts NaN or Inf.
+
+def figures_of(
+    model: Any, tokens: torch.Tensor, window: int = 512, batch_size: int = 8, reference: Any = None
+) -> Figures:
+    """Measure a loaded model, beside a loaded `reference` if there is one, on non-overlapping windows of `tokens` [n],
+    see `cut_windows`.
+
+    Raises QinitError for a text shorter than one window, and as `measure`.
     """
     windows = cut_windows(tokens, window)
+    other = None if reference is None else logits_of(reference, windows)
     with evaluating(model):
-        steps = measure(windows, batch_size, logits_of(model, windows))
+        steps = measure(windows, batch_size, logits_of(model, windows), other)
         while True:
             try:
                 next(steps)
             except StopIteration as end:
-                return end.value.perplexity
+                return end.value
 
 
 def logits_of(model: Any, windows: Windows) -> Logits:

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from qinit.safetensors_io import INDEX_NAME, SafetensorsWriter
-from tests.conftest import make_checkpoint
+from tests.conftest import make_checkpoint, rewrite_header
 
 QUICK = ("--rank", 4, "--iter", 1)
 
@@ -32,18 +32,7 @@ def edit_weight(name, change):
 
 
 def edit_header(change):
-    """Change the parsed header and write it back over the data, its length fixed."""
-
-    def edit(source):
-        file = source / "model.safetensors"
-        raw = file.read_bytes()
-        length = int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8 : 8 + length])
-        change(header)
-        new = json.dumps(header).encode()
-        file.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
-
-    return edit
+    return lambda source: rewrite_header(source / "model.safetensors", change)
 
 
 def config(**changes):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from typing import Any
 
 from tests.cli.hostile.world import NORM, UP, World, add, edit_config, sparse
+from tests.conftest import rewrite_header
 
 
 def raw_file(header: bytes, data: bytes = b"", length: int | None = None) -> Callable[[World], object]:
@@ -22,17 +22,7 @@ def entry(text: bytes) -> Callable[[World], object]:
 
 def header(change: Callable[[dict[str, Any]], object]) -> Callable[[World], object]:
     """Change the good file's header; its data stay."""
-
-    def damage(world: World) -> None:
-        file = world.model / "model.safetensors"
-        raw = file.read_bytes()
-        length = int.from_bytes(raw[:8], "little")
-        values = json.loads(raw[8 : 8 + length])
-        change(values)
-        new = json.dumps(values).encode()
-        file.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
-
-    return damage
+    return lambda world: rewrite_header(world.model / "model.safetensors", change)
 
 
 def shift(name: str, by: int) -> Callable[[World], object]:
