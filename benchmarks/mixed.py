@@ -87,7 +87,7 @@ def main() -> None:
         common: dict[str, Any] = {"rank": rank, "group_size": given.group_size, "calibration": given.calibration}
         common |= {"calibration_samples": given.samples, "calibration_length": given.length}
         if given.runs:
-            rows = by_runs(directory, tokens, given.window, common, given.runs.split(","))
+            rows = by_runs(directory, model, tokens, given.window, common, given.runs.split(","))
         else:
             rows = in_memory(directory, model, tokens, given.window, common, given.search)
         low, high = (math.log(next(r["perplexity"] for r in rows if r["ratio"] == ratio)) for ratio in (0, 1))
@@ -170,16 +170,16 @@ def searched(plan: Plan, loss: Callable[[dict[str, int]], float]) -> float:
 
 
 def by_runs(
-    directory: Path, tokens: torch.Tensor, window: int, common: dict[str, Any], allocations: list[str]
+    directory: Path, model: Any, tokens: torch.Tensor, window: int, common: dict[str, Any], allocations: list[str]
 ) -> list[Any]:
-    """Make real runs, each measuring for itself."""
+    """Make real runs, each measuring for itself, and compare what was loaded with the `model` in full precision."""
     rows = []
     for ratio in (0, *RATIOS, 1):
         for rule in allocations if ratio in RATIOS else ("sensitivity",):
             chosen = {**common, "ratio": float(ratio), "allocation": rule}
             chosen["format"] = "dense"  # stock loaders take no mixed gptq
-            start = measure_start(directory, tokens, window, "eqft", **chosen)
-            rows.append({"ratio": ratio, "allocation": rule, "perplexity": start.figures.perplexity})
+            found = measure_start(directory, tokens, window, "eqft", reference=model, **chosen).figures
+            rows.append({"ratio": ratio, "allocation": rule, "perplexity": found.perplexity, "kl": found.kl})
             print(rows[-1], flush=True)
     return rows
 

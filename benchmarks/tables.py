@@ -44,16 +44,22 @@ def fidelity(result: Result) -> list[Table]:
 
 
 def mixed(result: Result) -> list[Table]:
-    """What mixed widths buy, one table for each rank."""
+    """What mixed widths buy, one table for each rank; that of real runs with the KL divergence, and its share."""
     tables = []
     for one in result["results"]:
+        kl = {row["ratio"]: row["kl"] for row in one["rows"] if "kl" in row and row["ratio"] in (0, 1)}
         rows = [
-            [f"{r['ratio']:g}", f"{2 + r['ratio']:g}", r["allocation"], f"{r['perplexity']:.3f}", f"{r['closed']:.3f}"]
+            [
+                *(f"{r['ratio']:g}", f"{2 + r['ratio']:g}", r["allocation"]),
+                *(f"{r['perplexity']:.3f}", f"{r['closed']:.3f}"),
+                *((f"{r['kl']:.4f}", f"{(kl[0] - r['kl']) / (kl[0] - kl[1]):.3f}") if kl else ()),
+            ]
             for r in one["rows"]
         ]
         title = f"{result['model']}, 2 and 3 bits, rank {one['rank']}, calibration {result['calibration']}"
         title += f", full precision {result['full_precision']:.3f}"
-        tables.append(Table(title, ["ratio", "bits", "allocation", "perplexity", "closed"], rows))
+        header = ["ratio", "bits", "allocation", "perplexity", "closed", *(["KL", "closed of KL"] if kl else [])]
+        tables.append(Table(title, header, rows))
     return tables
 
 

@@ -90,3 +90,18 @@ def test_fidelitys_ratios_are_to_loftq_at_the_same_bits_and_rank(table):
     assert one.rows[1] == ["2", "4", "eqft", "2.500", "0.2500", "8.000", "2.0000", "0.1000", "0.500", "0.250"]
     (one,) = table.KINDS["fidelity"]({"model": "m", "full_precision": 4.0, "rows": [{**r, "kl": 0.03} for r in rows]})
     assert (one.header[8], one.rows[1][8:]) == ("KL", ["0.0300", "0.500", "0.250"])
+
+
+def test_mixed_shows_the_share_of_kl_where_runs_were_loaded_and_compared(table):
+    rows = [
+        {"ratio": ratio, "allocation": "sensitivity", "perplexity": perplexity, "closed": closed, "kl": kl}
+        for ratio, perplexity, closed, kl in ((0, 9.0, 0.0, 0.5), (0.5, 6.0, 0.6, 0.2), (1, 5.0, 1.0, 0.1))
+    ]
+    result = {"model": "m", "calibration": "self", "full_precision": 4.0, "results": [{"rank": 2, "rows": rows}]}
+    (one,) = table.KINDS["mixed"](result)
+    assert one.header[-2:] == ["KL", "closed of KL"]
+    assert one.rows[1] == ["0.5", "2.5", "sensitivity", "6.000", "0.600", "0.2000", "0.750"]
+    for row in rows:
+        del row["kl"]
+    (one,) = table.KINDS["mixed"](result)
+    assert (one.header[-1], one.rows[1][-1]) == ("closed", "0.600")
