@@ -33,7 +33,7 @@ from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.grids import GRIDS
-from qinit.lowrank import OutputMetric
+from qinit.linalg.low_rank import OutputMetric
 from qinit.methods import CALIBRATED, METHODS, Method
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe

@@ -23,7 +23,7 @@ from common import conclude
 from qinit.calibration import Statistics
 from qinit.calibration.outputs import DIRECTIONS
 from qinit.grids import GRIDS
-from qinit.lowrank import COLD_STEPS, OutputMetric, output_subspace, random_basis
+from qinit.linalg.low_rank import COLD_STEPS, OutputMetric, output_subspace, random_basis
 from qinit.methods import CALIBRATED
 from qinit.rounding import round_gptq
 from qinit.solver import LayerSpec, solve

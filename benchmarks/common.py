@@ -24,11 +24,11 @@ from tables import KINDS
 
 from qinit.adapter import ADAPTER_DIRECTORY
 from qinit.evaluate import Figures, figures_of
-from qinit.machine import machine
+from qinit.machine import ran_on, versions
 from qinit.methods import METHODS
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
-from qinit.report import Report, versions
+from qinit.report import Report
 from qinit.runner import Finished, run
 
 # In the environment: part of the command that a result is kept with.
@@ -123,7 +123,7 @@ def conclude(kind: str, result: dict[str, Any], file: Path | None, seeds: list[i
         "kind": kind,
         "command": _command(),
         "versions": versions(),
-        "machine": machine(),
+        "machine": ran_on(),
         "seeds": seeds,
         **result,
     }

@@ -78,7 +78,8 @@ def generate(directory: Path, size: str, layers: int) -> None:
     """Write the checkpoint, a few megabytes at a time."""
     import torch
 
-    from qinit.safetensors_io import CHUNK_BYTES, SafetensorsWriter, TensorSpec
+    from qinit.files.tensors import CHUNK_BYTES, TensorSpec
+    from qinit.files.writer import SafetensorsWriter
 
     (directory / "config.json").write_text(json.dumps(CONFIGS[size] | {"num_hidden_layers": layers}))
     specs = [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes(CONFIGS[size], layers).items()]

@@ -33,7 +33,7 @@ from qinit.calibration.walk import Seen, Walk
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.fisher import measure
-from qinit.lowrank import OutputMetric
+from qinit.linalg.low_rank import OutputMetric
 from qinit.mixed import allotted, budget, items, options, planned
 from qinit.plan import Plan, make_plan
 from qinit.recipe import make_recipe

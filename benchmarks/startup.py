@@ -63,7 +63,7 @@ print(json.dumps({**seconds, "layers": len(plan["layers"])}))
 
 def make_checkpoint(directory: Path) -> None:
     """Write config.json, the index and the headers of a 70B model in shards; no weights."""
-    from qinit.safetensors_io import write_header_only
+    from qinit.files.tensors import write_header_only
 
     hidden, inner, vocabulary = (CONFIG[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     kv = hidden // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]

@@ -15,7 +15,7 @@ import torch
 
 from qinit import rounding
 from qinit.grids.base import Quantized
-from qinit.lowrank import OutputMetric
+from qinit.linalg.low_rank import OutputMetric
 
 CHUNK = 32  # rows
 

@@ -13,7 +13,9 @@ import typer
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
 
-    from qinit.doctor import Machine, Package, Row
+    from qinit.doctor.examine import Row
+    from qinit.doctor.hardware import Hardware
+    from qinit.requirements import Package
 
 BROKEN = 1  # the exit code when qinit itself does not work
 
@@ -29,11 +31,12 @@ def doctor(
     """
     from qinit_cli.draw import Screen
 
-    from qinit.doctor import machine, packages, pip_command
+    from qinit.doctor.hardware import hardware
     from qinit.doctor.probes import PROBES
+    from qinit.requirements import packages, pip_command
 
     screen = Screen(quiet=quiet or json_output)
-    here = machine()
+    here = hardware()
     installed = packages(need for probe in PROBES.values() for need in probe.needs)
     _draw(screen, here, installed)
     rows = _examined(screen)
@@ -54,7 +57,7 @@ def doctor(
         raise typer.Exit(BROKEN)
 
 
-def _draw(screen: Screen, here: Machine, installed: list[Package]) -> None:
+def _draw(screen: Screen, here: Hardware, installed: list[Package]) -> None:
     from qinit_cli.draw import size
 
     from qinit import __version__
@@ -79,7 +82,7 @@ def _package_words(package: Package) -> tuple[str, str, str, str]:
 
 def _examined(screen: Screen) -> list[Row]:
     """Try everything, with a line for each as it comes; returns them in the order of the probes."""
-    from qinit.doctor import Row, examine
+    from qinit.doctor.examine import Row, examine
     from qinit.doctor.probes import PROBES
 
     rows: list[Row] = []

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qinit.files import printable
+from qinit.files.reading import printable
 
 if TYPE_CHECKING:
     from qinit.estimate import Estimate
@@ -46,7 +46,7 @@ def _calibration_words(plan: Plan) -> str:
 
 
 def _time_words(seconds: Estimate) -> str:
-    from qinit.calibration.choice import duration
+    from qinit.words import duration
 
     parts = {"to calibrate": seconds.calibrating, "to choose widths": seconds.allocating}
     parts |= {"to solve": seconds.solving, "to polish": seconds.polishing}
@@ -93,7 +93,6 @@ class Screen:
 
     def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
         """Draw a run's progress and its result; returns its report."""
-        from qinit.journal import moment
         from qinit.runner import (
             Allotted,
             Discarded,
@@ -107,6 +106,7 @@ class Screen:
             Working,
         )
         from qinit.runner import Progress as Polishing
+        from qinit.words import moment
 
         for note in plan.notes:
             self.say(f"note: {note}")

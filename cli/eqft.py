@@ -72,8 +72,8 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         require_name(repo_id) if options["dry_run"] else require_ready(repo_id, options["token"])
     made, out = _planned(screen, recipe, options)
     if options["dry_run"]:
-        from qinit.device import pick_device
         from qinit.estimate import estimate
+        from qinit.machine import pick_device
 
         seconds = estimate(made, pick_device(recipe.device))
         screen.plan(made, out, seconds)
@@ -127,8 +127,8 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
 
     hush()
     from qinit.calibration.choice import expected
-    from qinit.device import pick_device
     from qinit.hub import header_directory, local_directory
+    from qinit.machine import pick_device
     from qinit.plan import make_plan
 
     quiet_hub(options["quiet"], options["debug"])

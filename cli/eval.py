@@ -81,9 +81,9 @@ def evaluate(**options: Any) -> None:
 
         require_harness()
     hush()
-    from qinit.device import pick_device
     from qinit.evaluate import job, saved
     from qinit.evaluate import subject as subjects
+    from qinit.machine import pick_device
 
     token, revision = options["token"], options["revision"]
     device = pick_device(options["device"] or "auto")

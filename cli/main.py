@@ -95,7 +95,7 @@ def _with_notes(message: str, error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    from qinit.files import printable
+    from qinit.files.reading import printable
 
     line = printable(" ".join(message.splitlines()))
     if len(line) > LONGEST_ERROR:  # someone's file was quoted in it

@@ -18,9 +18,9 @@ import torch
 
 from qinit.checkpoint import read_json
 from qinit.errors import CheckpointError
-from qinit.lowrank import LowRank
+from qinit.files.tensors import StoredTensor, TensorSpec, read_header
+from qinit.linalg.low_rank import LowRank
 from qinit.recipe import Recipe
-from qinit.safetensors_io import StoredTensor, TensorSpec, read_header
 from qinit.targets import Architecture, LinearModule
 
 ADAPTER_DIRECTORY = "eqft_init"

@@ -8,8 +8,9 @@ import torch
 
 from qinit.calibration.statistics import Statistics
 from qinit.grids import GRIDS, Quantized
-from qinit.lowrank import COLD_STEPS, Approximation, output_subspace, random_basis, without
-from qinit.rounding import damped_cholesky, descend, round_gptq
+from qinit.linalg.hessian import corrected, damped_cholesky, output_norm, without
+from qinit.linalg.low_rank import COLD_STEPS, Approximation, output_subspace, random_basis
+from qinit.rounding import descend, round_gptq
 
 if TYPE_CHECKING:
     from qinit.solver import LayerSpec
@@ -93,17 +94,3 @@ def stable_hessian(statistics: Statistics) -> torch.Tensor:
     power = hessian.diagonal().clone()
     hessian.diagonal().add_(power, alpha=SHRINKAGE * scarcity).add_(FLOOR * scarcity * float(power.mean()))
     return hessian
-
-
-def corrected(weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return T = W + D (C C')^-1, D = E[d x'] [out, in] the `drift` at the layer's output, C [in, in] the Cholesky
-    `factor` of the H that is rounded under: the least-squares weight that also makes good what the layers in front
-    have left of their own error (as GPTAQ's asymmetric calibration, arXiv:2504.02692, equation 6, here for the
-    residual stream too), in so far as that H vouches for it."""
-    half = torch.linalg.solve_triangular(factor.T, drift, upper=True, left=False)
-    return torch.linalg.solve_triangular(factor, half, upper=False, left=False).add_(weight)
-
-
-def output_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Return sqrt(tr(M H M')): the root mean square of the output that M [out, in] makes of the layer's inputs."""
-    return max(float(((matrix @ hessian) * matrix).sum(dtype=torch.float64)), 0.0) ** 0.5

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from qinit.errors import CheckpointError
-from qinit.files import JSON_BYTES, UnfitError, parse_json, parse_yaml, printable, read_regular, require_inside
-from qinit.safetensors_io import INDEX_NAME, StoredTensor, read_header
+from qinit.files.reading import JSON_BYTES, UnfitError, parse_json, parse_yaml, printable, read_regular, require_inside
+from qinit.files.tensors import INDEX_NAME, StoredTensor, read_header
 
 SINGLE_NAME = "model.safetensors"
 # Never copied beside a quantized base: other forms of the same weights.

@@ -7,17 +7,11 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from qinit.calibration.choice import (
-    EFFICIENCY,
-    GRADIENT_LENGTH,
-    GRADIENT_SAMPLES,
-    PASSES,
-    calibration_cost,
-    measured_speed,
-)
+from qinit.calibration.choice import EFFICIENCY, GRADIENT_LENGTH, GRADIENT_SAMPLES, PASSES, calibration_cost
 from qinit.calibration.outputs import DIRECTIONS
 from qinit.calibration.statistics import Statistics
-from qinit.lowrank import OutputMetric
+from qinit.linalg.low_rank import OutputMetric
+from qinit.machine import measured_speed
 from qinit.plan import LayerPlan, Plan
 from qinit.polish import BATCH_TOKENS, polish_flops
 from qinit.solver import LayerSpec, solve

@@ -9,10 +9,11 @@ from typing import Any
 
 from qinit import adapter, sensitivity
 from qinit.card import write_card
+from qinit.files.manifest import write_manifest
 from qinit.formats import FORMATS
-from qinit.manifest import write_manifest
+from qinit.machine import versions
 from qinit.plan import Plan
-from qinit.report import LayerRow, Report, relative_error, versions
+from qinit.report import LayerRow, Report, relative_error
 
 
 def copy_companions(plan: Plan, directory: Path) -> None:

@@ -30,7 +30,7 @@ from qinit.sensitivity import Sensitivity, signature
 from qinit.solver import seed_of, solve, stored
 
 if TYPE_CHECKING:
-    from qinit.lowrank import OutputMetric
+    from qinit.linalg.low_rank import OutputMetric
     from qinit.plan import LayerPlan, Plan
 
 ROUNDS = 1  # of the solver: the first one already shows what the layer cannot hold

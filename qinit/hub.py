@@ -12,8 +12,8 @@ from typing import Any
 
 from qinit.checkpoint import SINGLE_NAME, indexed_files, weight_files
 from qinit.errors import CheckpointError, HubError
+from qinit.files.tensors import raw_header, write_header_only
 from qinit.hub_errors import at_revision, checked_token, hub_errors
-from qinit.safetensors_io import raw_header, write_header_only
 
 # Other forms of the same weights, never fetched beside safetensors; "original/" holds Meta's.
 SKIPPED = [

@@ -11,11 +11,10 @@ import hashlib
 import json
 import os
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qinit.report import peak_memory_bytes
+from qinit.machine import peak_memory_bytes
 
 FORMAT = 1
 _START = "qinit journal"  # stands for the sum before the first line
@@ -122,14 +121,6 @@ def kept_words(file: Path) -> str:
     if any(record["kind"] == "samples" and record["written"] for record in records):
         return "the text that the model wrote is kept"
     return ""
-
-
-def moment(text: str) -> str:
-    """Show a time in the local zone."""
-    try:
-        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M")
-    except ValueError:
-        return text
 
 
 def _read(file: Path) -> tuple[list[Record], str, int]:

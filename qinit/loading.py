@@ -88,7 +88,7 @@ def load_parts(
         )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device is not None:
-        from qinit.device import pick_device
+        from qinit.machine import pick_device
 
         options["device_map"] = {"": pick_device(device)}
     quantization = config.get("quantization_config")
@@ -155,7 +155,7 @@ def _require_adapter(directory: Path) -> None:
 def _require_packages(directory: Path) -> None:
     missing = [package for package in ("gptqmodel", "optimum") if find_spec(package) is None]
     if missing:
-        from qinit.doctor.requirements import pip_command
+        from qinit.requirements import pip_command
 
         needs = " and ".join(missing)
         raise CheckpointError(

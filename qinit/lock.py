@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qinit.errors import OutputError
-from qinit.journal import moment
+from qinit.words import moment
 
 ATTEMPTS = 100  # to open the file before another run removes it again
 

@@ -1,22 +1,98 @@
-"""What a measurement ran on, for results that are kept: no host names, no paths."""
+"""The machine: which device computes, how fast it is, what is free, and what a result is recorded with."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import sys
+import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 
-def machine() -> dict[str, Any]:
-    """Return the processor's name, how many cores this process may use, and the GPU's name where there is one."""
-    import torch
+from qinit.errors import RecipeError
 
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:  # no Linux
-        found = None
+PACKAGES = ("qinit", "torch", "transformers", "peft", "numba", "numpy")
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`; raises RecipeError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(name.partition(":")[2] or 0)  # torch.device wraps large ones around
+        if index >= count:
+            raise RecipeError(f"device: no '{name}' here, torch sees {count} CUDA devices; use --device cpu or auto")
+        return torch.device("cuda", index)
+    return torch.device(name)
+
+
+def ran_on() -> dict[str, Any]:
+    """Return what a kept result ran on, no host names and no paths: the processor's name, how many cores this process
+    may use, and the GPU's name where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": found[1].strip() if found else platform.processor() or None, "cores": cores, "gpu": gpu}
+    return {"cpu": _processor_name() or platform.processor() or None, "cores": cores, "gpu": gpu}
+
+
+def measured_speed(device: torch.device) -> float:
+    """Return this machine's speed in a matrix product, floating-point operations per second; takes some 0.1 s."""
+    size = 1024
+    matrix = torch.ones((size, size), device=device)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on the device; on the CPU with what the system holds as file cache only."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a byte of the output."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """The process's peak resident memory so far."""
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def processor() -> str:
+    """Return the processor's name and the instructions that torch uses on it. It may change last bits, but nobody who
+    gets another machine after a reboot can choose it, so that it is no part of a run's signature."""
+    return f"{_processor_name() or 'unknown'}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _processor_name() -> str | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no Linux
+        return None
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qinit.grids.base import grouped
+from qinit.linalg.chunks import grouped
 
 STRENGTH = 1e-4  # the released code's for groups; in the weight's own units
 STEPS = 200

@@ -206,14 +206,3 @@ def _swap(run: Path, final: Path) -> None:
             replaced.rename(final)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file anew under a temporary name beside it, then rename. Raises OutputError; the old one is kept then."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); it is as it was") from None

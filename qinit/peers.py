@@ -12,8 +12,9 @@ import torch
 from qinit.calibration.statistics import Statistics
 from qinit.errors import QinitError
 from qinit.grids import GRIDS, Quantized
-from qinit.grids.base import row_chunks
-from qinit.lowrank import LowRank, Weighting
+from qinit.linalg.hessian import activation_norm
+from qinit.linalg.low_rank import LowRank
+from qinit.linalg.weighting import Weighting
 from qinit.magr import reduce_magnitude
 from qinit.rounding import round_gptq
 from qinit.solver import LayerSpec, Solution, stored
@@ -94,16 +95,6 @@ def preserved_rank(weight: torch.Tensor, weighting: Weighting, rank: int, seed: 
     probe = torch.rand(weight.shape, generator=generator).to(weight.device) * 2 - 1
     kept, noise = _energy_left(weighting.scale(weight), rank), _energy_left(weighting.scale(probe), rank)
     return int((kept * noise.flip(0)).argmin())
-
-
-def activation_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
-    """Return sqrt(tr(E H E')) for E = `matrix` [out, in] and H = `hessian` [in, in], in float64: with H = E[x x'], the
-    root of the layer's expected squared output error."""
-    hessian, total = hessian.double(), 0.0
-    for rows in row_chunks(*matrix.shape):
-        part = matrix[rows].double()
-        total += float(((part @ hessian) * part).sum())
-    return max(total, 0.0) ** 0.5
 
 
 def _quantize_first(

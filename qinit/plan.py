@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from qinit import adapter
 from qinit.checkpoint import Checkpoint
-from qinit.device import pick_device
 from qinit.errors import RecipeError, TargetError
+from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
+from qinit.machine import pick_device
 from qinit.methods import METHODS
 from qinit.recipe import Recipe, parse_size
-from qinit.safetensors_io import StoredTensor, TensorSpec
 from qinit.solver import LayerSpec
 from qinit.targets import Architecture, Target, read_architecture, resolve_targets, select
 

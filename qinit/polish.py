@@ -22,7 +22,7 @@ from torch.nn import functional
 from qinit.calibration.samples import Samples
 from qinit.calibration.self_text import no_progress_bar
 from qinit.errors import CalibrationError, CheckpointError
-from qinit.lowrank import LowRank
+from qinit.linalg.low_rank import LowRank
 from qinit.skeleton import loader
 
 # Chosen on a 260K-parameter Llama at 2 bits by held-out loss and by the KL on fresh text that the model wrote.

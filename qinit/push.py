@@ -23,8 +23,8 @@ from qinit.adapter import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.card import hub_card, load_snippet, packed_mixed
 from qinit.checkpoint import read_json, weight_files
 from qinit.errors import HubError, ReportError
+from qinit.files.manifest import MANIFEST_NAME, bytes_sum, file_sum, listed, manifest_text, read_manifest
 from qinit.hub_errors import checked_token, hub_errors
-from qinit.manifest import MANIFEST_NAME, bytes_sum, file_sum, listed, manifest_text, read_manifest
 from qinit.report import REPORT_NAME, Report
 
 if TYPE_CHECKING:

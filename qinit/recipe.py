@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qinit.errors import RecipeError, did_you_mean
-from qinit.files import YAML_BYTES, parse_yaml, read_regular
+from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.methods import CALIBRATED, Method, get_method

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from qinit.errors import ReportError
-from qinit.files import read_regular
+from qinit.files.reading import read_regular
 
 REPORT_NAME = "qinit.json"
 REPORT_BYTES = 64 << 20  # a model of 70,000 experts has half of that
@@ -23,7 +20,6 @@ REPORT_BYTES = 64 << 20  # a model of 70,000 experts has half of that
 Count = Annotated[int, Field(ge=0, lt=2**60)]
 Size = Annotated[int, Field(ge=1, lt=2**60)]
 Measure = Annotated[float, Field(ge=0, le=1e30)]
-PACKAGES = ("qinit", "torch", "transformers", "peft", "numba", "numpy")
 
 
 @dataclass(frozen=True)
@@ -150,24 +146,3 @@ def mean_bits(rows: Sequence[LayerRow]) -> float | None:
     """Return the rows' mean width, each weighted by its number of weights; None where all were kept."""
     pairs = [(row.shape[0] * row.shape[1], row.bits) for row in rows if row.bits is not None]
     return sum(count * bits for count, bits in pairs) / sum(count for count, _ in pairs) if pairs else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a byte of the output."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def peak_memory_bytes() -> int:
-    """The process's peak resident memory so far."""
-    try:
-        import resource
-    except ImportError:  # pragma: no cover - Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

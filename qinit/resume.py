@@ -10,10 +10,12 @@ import torch
 
 from qinit.errors import OutputError
 from qinit.events import Discarded, Event, Resumed
-from qinit.journal import Journal, finished_layers, kept_words, moment
+from qinit.journal import Journal, finished_layers, kept_words
+from qinit.machine import processor
 from qinit.output import Workplace
 from qinit.plan import Plan
-from qinit.signature import differences, processor, signature
+from qinit.signature import differences, signature
+from qinit.words import moment
 
 
 def opened(

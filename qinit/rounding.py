@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qinit.errors import QinitError
-from qinit.grids.base import Quantized, row_chunks
+from qinit.grids.base import Quantized
 from qinit.grids.integer import F16_MAX, REFINEMENTS, TINY, clip_ratios
+from qinit.linalg.chunks import row_chunks
+from qinit.linalg.hessian import damped_cholesky
 
 DAMPING = 0.01  # of H's mean diagonal, as GPTQ's
-WORST_DAMPING = 10.0
 BLOCK = 128  # columns, or one group if that is more
 
 
@@ -90,27 +90,6 @@ def descend(quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor,
         gradient = residual @ hessian[:, part]
         block = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0)
         step(block, quantized, gradient, residual, hessian[part, part].contiguous(), passes)
-
-
-def damped_cholesky(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """Return the lower Cholesky factor of H + damp * mean(diag H) * I, with ten times the damping until it exists.
-
-    Raises QinitError when even WORST_DAMPING is not enough.
-    """
-    mean = float(hessian.diagonal().mean())
-    if mean == 0:
-        return torch.eye(len(hessian), device=hessian.device)
-    while damp <= WORST_DAMPING:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and torch.isfinite(factor.diagonal()).all():
-            return factor
-        damp = max(10 * damp, 1e-4)
-    raise QinitError(
-        f"the Hessian of {len(hessian)} inputs stays indefinite at {WORST_DAMPING:g} times its mean diagonal; "
-        "its statistics are damaged, use other calibration text"
-    )
 
 
 def column_blocks(columns: int, group_size: int) -> list[slice]:

@@ -24,21 +24,21 @@ from qinit.calibration.outputs import output_metrics
 from qinit.calibration.walk import Measuring, Passing, Seen, Walk
 from qinit.calibration.whole import whole_model
 from qinit.checkpoint import count_nonfinite, not_decomposable, require_finite
-from qinit.device import pick_device
 from qinit.errors import CalibrationError
 from qinit.events import Allotted, Discarded, Done, Event, Finished, Noted, Resumed, Sampling, Working
+from qinit.files.tensors import StoredTensor
 from qinit.finish import complete, copy_companions, make_report
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.journal import Journal
-from qinit.lowrank import LowRank, OutputMetric
+from qinit.linalg.low_rank import LowRank, OutputMetric
+from qinit.machine import pick_device
 from qinit.mixed import allotted, options
 from qinit.output import Workplace, check_output, check_space, working
 from qinit.plan import LayerPlan, Plan
 from qinit.polish import Polished, Progress, polish
 from qinit.report import LayerRow
 from qinit.resume import moved, opened
-from qinit.safetensors_io import StoredTensor
 from qinit.sensitivity import Sensitivity
 from qinit.solver import residual_norm, seed_of, solve
 from qinit.store import Store, apply_polish, load_samples, save_polish, save_samples

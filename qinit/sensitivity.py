@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qinit.errors import RecipeError
-from qinit.files import JSON_BYTES, parse_json, read_regular
+from qinit.files.reading import JSON_BYTES, parse_json, read_regular
 
 if TYPE_CHECKING:
     from qinit.plan import Plan

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qinit.report import versions
+from qinit.machine import versions
 
 if TYPE_CHECKING:
     from qinit.plan import Plan
@@ -54,17 +54,6 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     names = [name for name in (*now, *(n for n in then if n not in now)) if then.get(name) != now.get(name)]
     found = [_difference(name, then.get(name), now.get(name)) for name in names[:MOST]]
     return found + ([f"and {len(names) - MOST} more"] if len(names) > MOST else [])
-
-
-def processor() -> str:
-    """Return the processor's name and the instructions that torch uses on it. It may change last bits, but nobody who
-    gets another machine after a reboot can choose it, so that it is no part of the signature."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # no Linux
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _digest(value: Any) -> str:

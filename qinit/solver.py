@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from qinit.calibrated import alternate, output_norm
+from qinit.calibrated import alternate
 from qinit.calibration.statistics import Statistics
 from qinit.grids import GRIDS, Quantized
-from qinit.grids.base import row_chunks
-from qinit.lowrank import COLD_STEPS, Approximation, LowRank, full_svd, random_basis, subspace
+from qinit.linalg.chunks import row_chunks
+from qinit.linalg.hessian import output_norm
+from qinit.linalg.low_rank import COLD_STEPS, Approximation, LowRank, full_svd, random_basis, subspace
 from qinit.methods import Method
 
 CANCELLED = 1e-3  # a difference of squares in float32 that is smaller has lost three digits or more

@@ -14,12 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 from qinit import adapter
 from qinit.calibration.samples import Samples
 from qinit.errors import CheckpointError, OutputError
+from qinit.files.tensors import TensorSpec, checksum, read_header
+from qinit.files.writer import SafetensorsWriter
 from qinit.formats import FORMATS
 from qinit.journal import Journal, Record
-from qinit.lowrank import LowRank
+from qinit.linalg.low_rank import LowRank
 from qinit.output import Workplace
 from qinit.report import LayerRow
-from qinit.safetensors_io import SafetensorsWriter, TensorSpec, checksum, read_header
 
 if TYPE_CHECKING:
     from qinit.plan import LayerPlan, Plan

@@ -9,7 +9,7 @@ from typing import Any
 
 from qinit.checkpoint import Checkpoint
 from qinit.errors import CheckpointError, TargetError, did_you_mean
-from qinit.safetensors_io import StoredTensor
+from qinit.files.tensors import StoredTensor
 from qinit.skeleton import build_model
 
 ALL_LINEAR = "all-linear"

@@ -142,7 +142,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense run of three shards with its SHA256SUMS, not to be changed."""
-    from qinit.manifest import write_manifest
+    from qinit.files.manifest import write_manifest
 
     place = tmp_path_factory.mktemp("finished")
     quantize(make_checkpoint(place / "source"), place / "run", format="dense", max_shard_size="100KB")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qinit.calibration.blocks import Call, alike
-from qinit.calibration.choice import free_memory
 from qinit.calibration.samples import Samples
+from qinit.machine import free_memory
 
 if TYPE_CHECKING:
     from qinit.plan import Plan

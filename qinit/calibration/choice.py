@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +10,9 @@ import torch
 from qinit.calibration.facts import Facts
 from qinit.calibration.self_text import LARGEST_BATCH
 from qinit.calibration.sources import sampling_cost
+from qinit.machine import free_memory, measured_speed
 from qinit.polish import BATCH_TOKENS, polish_flops
+from qinit.words import duration
 
 if TYPE_CHECKING:
     from qinit.calibration.samples import Samples
@@ -100,37 +99,6 @@ def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
             f"{plan.recipe.polish} steps of polish take about {duration(seconds)} here, with the whole model in memory"
         )
     return tuple(lines)
-
-
-def measured_speed(device: torch.device) -> float:
-    """Return this machine's speed in a matrix product, floating-point operations per second; takes some 0.1 s."""
-    size = 1024
-    matrix = torch.ones((size, size), device=device)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on the device; on the CPU with what the system holds as file cache only."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # no Linux
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def duration(seconds: float) -> str:
-    """Say a time in one unit, to two digits."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
-    return f"{max(1, round(seconds))} s"
 
 
 def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qinit.errors import CalibrationError, did_you_mean
-from qinit.files import parse_json, read_regular
+from qinit.files.reading import parse_json, read_regular
 
 JSON_SUFFIXES = {".jsonl", ".json"}
 LARGEST_FILE = 2**30  # bytes: a file is read whole, and calibration needs a few megabytes of it

@@ -13,7 +13,7 @@ import torch
 from qinit.calibration.backward import OverflowedError, Probe, backward
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring
-from qinit.lowrank import OutputMetric
+from qinit.linalg.low_rank import OutputMetric
 
 if TYPE_CHECKING:
     from qinit.plan import Plan

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from qinit.lowrank import OutputMetric
+    from qinit.linalg.low_rank import OutputMetric
     from qinit.plan import LayerPlan
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from qinit.checkpoint import Checkpoint
 from qinit.compare.texts import Text
 from qinit.finetune import Training
+from qinit.machine import versions
 from qinit.methods import METHODS
 from qinit.recipe import Recipe
-from qinit.report import versions
 
 LORA, FULL = "lora", "full"  # the ceilings: PEFT's own start on the full-precision model, and all of its parameters
 CEILINGS = (LORA, FULL)

@@ -13,11 +13,11 @@ from qinit.calibration.facts import Facts
 from qinit.checkpoint import Checkpoint
 from qinit.compare.comparison import CEILINGS, CELLS, FULL, LORA, Comparison, Row, fingerprint
 from qinit.compare.texts import Text, split
-from qinit.device import pick_device
 from qinit.errors import CompareError, OutputError, RecipeError, did_you_mean
 from qinit.evaluate.text import length_for
 from qinit.finetune import Training
 from qinit.grids import GRIDS
+from qinit.machine import pick_device
 from qinit.methods import CALIBRATED, METHODS
 from qinit.plan import Plan, make_plan
 from qinit.recipe import Recipe, make_recipe

@@ -14,11 +14,11 @@ import torch
 
 from qinit import adapter
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
-from qinit.device import pick_device
 from qinit.errors import OutputError
 from qinit.evaluate import perplexity
 from qinit.finetune import DivergedError, finetune
 from qinit.loading import load
+from qinit.machine import pick_device
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.report import REPORT_NAME, Report

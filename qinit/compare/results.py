@@ -11,9 +11,8 @@ from qinit.compare.comparison import Comparison
 from qinit.compare.make import RESULT_NAME
 from qinit.compare.schedule import Found
 from qinit.compare.table import document, rows
-from qinit.machine import machine
-from qinit.pictures import write_files
-from qinit.report import versions
+from qinit.files.atomic import write_files
+from qinit.machine import ran_on, versions
 
 
 def result(comparison: Comparison, found: Found, command: str) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def result(comparison: Comparison, found: Found, command: str) -> dict[str, Any]
         "kind": "compare",
         "command": command,
         "versions": versions(),
-        "machine": machine(),
+        "machine": ran_on(),
         "device": comparison.device,
         "model": comparison.model,
         "fingerprint": comparison.fingerprint,

@@ -15,9 +15,9 @@ from qinit.adapter import WEIGHTS_STEM
 from qinit.checkpoint import Checkpoint, read_json
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import Windows
+from qinit.files.tensors import read_header
 from qinit.loading import load_parts
 from qinit.report import REPORT_NAME
-from qinit.safetensors_io import read_header
 from qinit.skeleton import loader
 
 BATCH_BYTES = 1 << 29  # of a batch's logits, in float32

@@ -14,8 +14,8 @@ from qinit.evaluate.figures import Figures
 from qinit.evaluate.job import Way
 from qinit.evaluate.text import Text, Tokens
 from qinit.evaluate.windows import Windows
-from qinit.manifest import MANIFEST_NAME, read_manifest, refresh
-from qinit.output import replace_text
+from qinit.files.atomic import replace_text
+from qinit.files.manifest import MANIFEST_NAME, read_manifest, refresh
 from qinit.report import REPORT_NAME, Report
 
 KEY = ("text", "length", "stride")  # a later evaluation that has these in common takes an older one's place

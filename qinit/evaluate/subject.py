@@ -13,9 +13,9 @@ from qinit.calibration.facts import CAUSAL_ENDINGS, Facts
 from qinit.checkpoint import read_json
 from qinit.demo import DEMO_NAME, demo_directory
 from qinit.errors import CheckpointError, HubError
+from qinit.files.atomic import replace_text
+from qinit.files.manifest import refresh
 from qinit.hub import local_directory
-from qinit.manifest import refresh
-from qinit.output import replace_text
 from qinit.report import REPORT_NAME
 
 BASE_KEY = "base_model_name_or_path"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qinit.files.tensors import TensorSpec
 from qinit.grids import Grid, Quantized
-from qinit.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
     from qinit.targets import LinearModule, Target

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qinit.files.tensors import TensorSpec
 from qinit.formats.base import Format
 from qinit.grids import Grid, Quantized
-from qinit.safetensors_io import TensorSpec
 
 if TYPE_CHECKING:
     from qinit.targets import Target

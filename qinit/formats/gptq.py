@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qinit.files.tensors import TensorSpec
 from qinit.formats.base import Format
 from qinit.formats.packing import pack_rows, unpack_rows
 from qinit.grids import Grid, Quantized
-from qinit.grids.base import row_chunks
-from qinit.safetensors_io import TensorSpec
+from qinit.linalg.chunks import row_chunks
 
 if TYPE_CHECKING:
     from qinit.targets import LinearModule, Target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qinit.grids.base import row_chunks
+from qinit.linalg.chunks import row_chunks
 
 WORD = 32
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-
-ROW_CHUNK_ELEMENTS = 1 << 18  # temporaries of this many floats stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -57,18 +54,3 @@ class Grid(Protocol):
     def bits_per_weight(self, bits: int, group_size: int) -> float:
         """Bits per weight that this grid's codes, scales and zeros take, packed."""
         ...
-
-
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices of rows that hold about ROW_CHUNK_ELEMENTS elements each."""
-    step = max(1, ROW_CHUNK_ELEMENTS // columns)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def grouped(weight: torch.Tensor, group_size: int) -> torch.Tensor:
-    """View [rows, in] as [rows, groups, group_size], padding the last group with zeros."""
-    padding = -weight.shape[1] % group_size
-    if padding:
-        weight = torch.nn.functional.pad(weight, (0, padding))
-    return weight.reshape(weight.shape[0], -1, group_size)

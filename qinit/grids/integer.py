@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from qinit.grids.base import Quantized, grouped, row_chunks
+from qinit.grids.base import Quantized
+from qinit.linalg.chunks import grouped, row_chunks
 
 CANDIDATES = 16  # with the refinement below, 24 or 48 gain less than 0.1 % of the error
 NEARBY = (0.88, 0.95, 1.0, 1.06, 1.14)  # times the previous scale, when there is one

@@ -10,7 +10,8 @@ from functools import lru_cache
 
 import torch
 
-from qinit.grids.base import Quantized, grouped, row_chunks
+from qinit.grids.base import Quantized
+from qinit.linalg.chunks import grouped, row_chunks
 
 OFFSET = 0.9677083  # the outermost quantile, from QLoRA's create_normal_map
 CANDIDATES = 24

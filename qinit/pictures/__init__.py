@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qinit.errors import OutputError
+from qinit.files.atomic import write_files
 from qinit.pictures.contents import NO_FRONT, Grid, bits_words, heading, pareto_front, summary
 from qinit.pictures.html import page
 from qinit.pictures.raster import png
@@ -31,22 +31,3 @@ def write_pictures(report: Report, directory: Path) -> tuple[Path, Path]:
     """Write report.png and report.html into a directory, each under a temporary name first; returns their paths."""
     first, second = write_files(directory, {PNG_NAME: png(report), PAGE_NAME: page(report).encode()})
     return first, second
-
-
-def write_files(directory: Path, contents: dict[str, bytes]) -> list[Path]:
-    """Write files into a directory, each under a temporary name first; returns their paths. Raises OutputError."""
-    partial = directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            partial = directory / f".{name}.partial"
-            try:
-                partial.write_bytes(content)
-                partial.replace(directory / name)
-            finally:
-                partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{directory}: cannot be written ({error.strerror}: {partial.name}); choose another place with --out"
-        ) from None
-    return [directory / name for name in contents]

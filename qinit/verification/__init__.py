@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qinit.checkpoint import Checkpoint
 from qinit.errors import ReportError
-from qinit.manifest import MANIFEST_NAME
+from qinit.files.manifest import MANIFEST_NAME
 from qinit.report import REPORT_NAME
 from qinit.verification.factors import check_adapter, point_to
 from qinit.verification.files import check_files

@@ -10,9 +10,9 @@ from typing import Any
 from qinit import adapter
 from qinit.checkpoint import read_json
 from qinit.errors import CheckpointError, ReportError
-from qinit.manifest import refresh
+from qinit.files.manifest import refresh
+from qinit.files.tensors import StoredTensor, read_header
 from qinit.report import Report
-from qinit.safetensors_io import StoredTensor, read_header
 from qinit.verification.findings import Finding, from_error
 from qinit.verification.written import Written, compare, differing
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qinit.errors import ReportError
-from qinit.manifest import MANIFEST_NAME, file_sum, listed, read_manifest
+from qinit.files.manifest import MANIFEST_NAME, file_sum, listed, read_manifest
 from qinit.verification.findings import Checked, Event, Finding, Stage, from_error
 
 

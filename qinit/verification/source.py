@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 from qinit.checkpoint import Checkpoint
 from qinit.errors import CheckpointError
-from qinit.manifest import file_sum
+from qinit.files.manifest import file_sum
 from qinit.report import REPORT_NAME
 from qinit.targets import Target, resolve_targets
 from qinit.verification.findings import Finding

@@ -11,8 +11,8 @@ import torch
 from qinit import adapter
 from qinit.checkpoint import Checkpoint, count_nonfinite
 from qinit.errors import CheckpointError
+from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
-from qinit.safetensors_io import StoredTensor
 from qinit.solver import residual_norm
 from qinit.targets import Target
 from qinit.verification.findings import Checked, Event, Finding, Stage, from_error

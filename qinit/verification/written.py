@@ -11,10 +11,10 @@ import torch
 
 from qinit.checkpoint import SINGLE_NAME, Checkpoint, indexed_files, read_json
 from qinit.errors import CheckpointError, QinitError
+from qinit.files.tensors import INDEX_NAME, StoredTensor, TensorSpec, read_header
 from qinit.formats import FORMATS
 from qinit.recipe import Recipe, make_recipe
 from qinit.report import REPORT_NAME, LayerRow, Report
-from qinit.safetensors_io import INDEX_NAME, StoredTensor, TensorSpec, read_header
 from qinit.targets import Architecture, LinearModule, Target, possible_names, read_architecture
 from qinit.verification.figures import check_rows, check_totals
 from qinit.verification.findings import Finding, from_error

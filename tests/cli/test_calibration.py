@@ -9,7 +9,7 @@ import yaml
 
 from qinit.calibration import choice
 from qinit.calibration.choice import choose
-from qinit.safetensors_io import StoredTensor
+from qinit.files.tensors import StoredTensor
 from tests.conftest import weights_of
 from tests.qinit.calibration.tiny import make_bert, make_reader, words
 
@@ -37,8 +37,8 @@ def llama(tmp_path):
 def auto(command, monkeypatch):
     """Let `auto` choose as it does for users; the machine is always fast and empty."""
     monkeypatch.setattr("qinit.calibration.choice.choose", choose)
-    monkeypatch.setattr("qinit.calibration.choice.measured_speed", lambda device: 1e11)
-    monkeypatch.setattr("qinit.calibration.choice.free_memory", lambda device: 10**10)
+    monkeypatch.setattr("qinit.machine.measured_speed", lambda device: 1e11)
+    monkeypatch.setattr("qinit.machine.free_memory", lambda device: 10**10)
 
 
 def report():

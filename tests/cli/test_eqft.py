@@ -6,7 +6,7 @@ import yaml
 from qinit_cli.eqft import _command
 
 from qinit import demo
-from qinit.safetensors_io import StoredTensor
+from qinit.files.tensors import StoredTensor
 from tests.conftest import make_checkpoint, weights_of
 
 QUICK = ("--rank", 4, "--iter", 1)

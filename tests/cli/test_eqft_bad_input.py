@@ -8,7 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from qinit.safetensors_io import INDEX_NAME, SafetensorsWriter
+from qinit.files.tensors import INDEX_NAME
+from qinit.files.writer import SafetensorsWriter
 from tests.conftest import make_checkpoint, rewrite_header
 
 QUICK = ("--rank", 4, "--iter", 1)

@@ -8,7 +8,7 @@ import torch
 
 from qinit.demo import demo_directory
 from qinit.evaluate import loaded, perplexity
-from qinit.manifest import file_sum, read_manifest, write_manifest
+from qinit.files.manifest import file_sum, read_manifest, write_manifest
 from tests.compat.stock import load, load_base
 from tests.conftest import make_checkpoint, quantize
 from tests.qinit.calibration.test_hub_documents import StandIn

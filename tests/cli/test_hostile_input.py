@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qinit.files import UNPRINTABLE
+from qinit.files.reading import UNPRINTABLE
 from tests.cli.hostile import CASES, HUB_CASES, SECRET, World, edit_config
 from tests.qinit.calibration.tiny import make_reader
 

@@ -71,7 +71,7 @@ class TestMeqft:
         assert out.count("\n") == 1
 
     def test_a_dry_run_reads_no_weights_and_measures_nothing(self, command, tiny_llama, monkeypatch):
-        from qinit.safetensors_io import StoredTensor
+        from qinit.files.tensors import StoredTensor
 
         monkeypatch.setattr(StoredTensor, "read", None)
         code, out, err = command("meqft", tiny_llama, *HALF, "--dry-run")

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from qinit.manifest import MANIFEST_NAME, listed, write_manifest
+from qinit.files.manifest import MANIFEST_NAME, listed, write_manifest
 from tests.cli.test_main import process
 from tests.conftest import make_checkpoint, quantize
 from tests.qinit.verification.runs import edit_json, edit_tensors

@@ -6,7 +6,7 @@ import torch
 
 from qinit import adapter
 from qinit.errors import CheckpointError
-from qinit.lowrank import LowRank
+from qinit.linalg.low_rank import LowRank
 from qinit.recipe import make_recipe
 from qinit.targets import Architecture, LinearModule
 

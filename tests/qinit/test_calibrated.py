@@ -5,20 +5,12 @@ import pytest
 import torch
 
 from qinit import calibrated
-from qinit.calibrated import (
-    DAMPING,
-    FLOOR,
-    SHRINKAGE,
-    TOKENS_PER_INPUT,
-    alternate,
-    corrected,
-    output_norm,
-    stable_hessian,
-)
+from qinit.calibrated import DAMPING, FLOOR, SHRINKAGE, TOKENS_PER_INPUT, alternate, stable_hessian
 from qinit.calibration.statistics import Statistics
 from qinit.errors import QinitError
+from qinit.linalg.hessian import corrected, damped_cholesky, output_norm
 from qinit.methods import METHODS, get_method
-from qinit.rounding import damped_cholesky, descend, round_gptq
+from qinit.rounding import descend, round_gptq
 from qinit.solver import LayerSpec, solve, stored
 
 ROW = get_method("eqft", calibrated=True)

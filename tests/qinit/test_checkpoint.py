@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qinit.checkpoint import Checkpoint, count_nonfinite, read_json
 from qinit.errors import CheckpointError
-from qinit.safetensors_io import INDEX_NAME
+from qinit.files.tensors import INDEX_NAME
 from tests.conftest import make_checkpoint
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, texts, with_value
 

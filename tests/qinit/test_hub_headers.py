@@ -14,11 +14,11 @@ import transformers
 from qinit import hub as hub_module
 from qinit.checkpoint import Checkpoint
 from qinit.errors import CheckpointError, HubError
+from qinit.files.tensors import INDEX_NAME, write_header_only
 from qinit.hub import header_directory, local_directory
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import run
-from qinit.safetensors_io import INDEX_NAME, write_header_only
 from tests.conftest import make_checkpoint
 
 MODEL = "someone/tiny"

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qinit.journal import Journal, finished_layers, kept_words, moment, read_journal
+from qinit.journal import Journal, finished_layers, kept_words, read_journal
+from qinit.words import moment
 
 HEADER = {
     "since": "2026-01-02T03:04:05+00:00",

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from qinit.linalg.hessian import activation_norm
 from qinit.magr import reduce_magnitude
-from qinit.peers import activation_norm
 from tests.qinit.papers import COLUMNS, GROUP, ROWS, statistics, weights
 
 

@@ -10,9 +10,11 @@ import torch
 from qinit import peers
 from qinit.calibration.statistics import Statistics
 from qinit.errors import QinitError
-from qinit.lowrank import Weighting, closed_form, full_svd
+from qinit.linalg.hessian import activation_norm
+from qinit.linalg.low_rank import full_svd
+from qinit.linalg.weighting import Weighting, closed_form
 from qinit.methods import METHODS
-from qinit.peers import activation_norm, preserved_rank, solve_peer, weighting_of
+from qinit.peers import preserved_rank, solve_peer, weighting_of
 from qinit.solver import stored
 from tests.qinit.papers import (
     COLUMNS,

@@ -7,7 +7,7 @@ import torch
 import qinit.polish
 from qinit.calibration.samples import Samples
 from qinit.errors import CalibrationError, CheckpointError
-from qinit.lowrank import LowRank
+from qinit.linalg.low_rank import LowRank
 from qinit.methods import METHODS
 from qinit.polish import Polished, Progress, polish, polish_flops
 from qinit.solver import LayerSpec, seed_of, solve, stored

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qinit.errors import CheckpointError, HubError, QinitError, ReportError
-from qinit.manifest import MANIFEST_NAME, bytes_sum, read_manifest
+from qinit.files.manifest import MANIFEST_NAME, bytes_sum, read_manifest
 from qinit.push import open_target, prepare, push, require_ready
 from tests.conftest import contents, make_checkpoint, quantize
 from tests.hub_stand_in import READER, WRITER, Repository

@@ -7,18 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinit.errors import ReportError
+from qinit.machine import peak_memory_bytes, versions
 from qinit.pictures import Grid, heading, pareto_front, summary
-from qinit.report import (
-    REPORT_NAME,
-    LayerRow,
-    Report,
-    average,
-    mean_bits,
-    peak_memory_bytes,
-    places,
-    relative_error,
-    versions,
-)
+from qinit.report import REPORT_NAME, LayerRow, Report, average, mean_bits, places, relative_error
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, with_value
 
 

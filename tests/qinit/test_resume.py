@@ -12,12 +12,13 @@ import torch
 
 from qinit import runner
 from qinit.errors import OutputError
+from qinit.files.tensors import read_header
+from qinit.files.writer import SafetensorsWriter
 from qinit.journal import Journal, finished_layers, read_journal
 from qinit.output import kept, partial_of
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import Discarded, Done, Finished, Noted, Passing, Resumed, Sampling, run
-from qinit.safetensors_io import SafetensorsWriter, read_header
 from tests.conftest import make_checkpoint
 from tests.qinit.calibration.models import make
 from tests.qinit.forking import Forks

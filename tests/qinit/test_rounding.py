@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from qinit import rounding
 from qinit.errors import QinitError
 from qinit.grids import GRIDS
-from qinit.rounding import column_blocks, damped_cholesky, descend, fit_weighted, round_gptq
+from qinit.linalg.hessian import damped_cholesky
+from qinit.rounding import column_blocks, descend, fit_weighted, round_gptq
 
 INT = GRIDS["int"]
 BITS = (2, 3, 4, 8)

@@ -13,11 +13,12 @@ import torch
 
 from qinit import runner
 from qinit.errors import CheckpointError, OutputError
+from qinit.files.tensors import TensorSpec
+from qinit.files.writer import SafetensorsWriter
 from qinit.output import kept
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import Done, Finished, Working, run
-from qinit.safetensors_io import SafetensorsWriter, TensorSpec
 from tests.conftest import make_checkpoint, quantize, weights_of
 
 
@@ -294,7 +295,7 @@ class TestFailure:
         assert everything(place) == []
 
     def test_bad_values_are_counted_over_the_chunks_of_a_large_tensor(self, tiny_llama, place, monkeypatch):
-        monkeypatch.setattr("qinit.safetensors_io.StoredTensor.chunks.__defaults__", (64,))
+        monkeypatch.setattr("qinit.files.tensors.StoredTensor.chunks.__defaults__", (64,))
         edit_weights(tiny_llama, lambda tensors: tensors["lm_head.weight"][::2, 0].fill_(float("inf")))
         with pytest.raises(CheckpointError, match=r"'lm_head\.weight' holds 128 NaN or Inf among 16384"):
             quantize(tiny_llama, place / "out")

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
+from qinit.machine import processor
 from qinit.plan import make_plan
 from qinit.recipe import Recipe, make_recipe
-from qinit.signature import MOST, differences, processor, signature
+from qinit.signature import MOST, differences, signature
 
 CPU = torch.device("cpu")
 

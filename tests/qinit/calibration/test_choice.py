@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from qinit.calibration import choice
-from qinit.calibration.choice import calibration_cost, choose, duration, expected, free_memory, measured_speed
+from qinit.calibration.choice import calibration_cost, choose, expected
+from qinit.machine import free_memory, measured_speed
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
+from qinit.words import duration
 from tests.qinit.calibration.models import make
 from tests.qinit.calibration.tiny import make_bert, make_reader
 

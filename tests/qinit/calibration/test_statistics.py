@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from qinit.calibration.statistics import Meter
+from qinit.files.tensors import StoredTensor
 from qinit.plan import LayerPlan
-from qinit.safetensors_io import StoredTensor
 from qinit.targets import LinearModule, Target
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from qinit.evaluate import Figures, cut_windows
 from qinit.evaluate.job import Way
 from qinit.evaluate.saved import check_savable, row_of, save
 from qinit.evaluate.text import Text, Tokens
-from qinit.manifest import MANIFEST_NAME, file_sum, read_manifest, write_manifest
+from qinit.files.manifest import MANIFEST_NAME, file_sum, read_manifest, write_manifest
 from qinit.report import Report
 from tests.conftest import quantize
 

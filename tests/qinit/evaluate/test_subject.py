@@ -6,7 +6,7 @@ import pytest
 from qinit.demo import demo_directory
 from qinit.errors import CheckpointError
 from qinit.evaluate.subject import Subject, find_model, find_subject, repair_base
-from qinit.manifest import file_sum, read_manifest, write_manifest
+from qinit.files.manifest import file_sum, read_manifest, write_manifest
 from tests.conftest import make_checkpoint
 from tests.qinit.evaluate.runs import make_run, make_source
 

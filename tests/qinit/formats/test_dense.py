@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.safetensors_io import StoredTensor
 from qinit.targets import LinearModule, Target
 
 DENSE, INT = FORMATS["dense"], GRIDS["int"]

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
 from qinit.formats.gptq import dequantized
 from qinit.formats.packing import pack_rows
 from qinit.grids import GRIDS, Quantized
-from qinit.safetensors_io import StoredTensor
 from qinit.targets import LinearModule, Target
 
 GPTQ, INT = FORMATS["gptq"], GRIDS["int"]

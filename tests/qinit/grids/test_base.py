@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qinit.grids import GRIDS
-from qinit.grids.base import ROW_CHUNK_ELEMENTS, grouped, row_chunks
+from qinit.linalg.chunks import ROW_CHUNK_ELEMENTS, grouped, row_chunks
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qinit.grids import GRIDS
-from qinit.grids.base import grouped
+from qinit.linalg.chunks import grouped
 
 INT = GRIDS["int"]
 BITS = (2, 3, 4, 8)

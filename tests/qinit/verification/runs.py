@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from qinit.manifest import write_manifest
+from qinit.files.manifest import write_manifest
 from qinit.verification import Finding, verify
 from tests.conftest import make_checkpoint, quantize
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from qinit.manifest import MANIFEST_NAME
+from qinit.files.manifest import MANIFEST_NAME
 from qinit.verification import Finding, point_to, verify
 from tests.qinit.verification.runs import edit_json, edit_tensors, problems, vouched
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qinit.manifest import MANIFEST_NAME, listed, refresh
+from qinit.files.manifest import MANIFEST_NAME, listed, refresh
 from qinit.verification import Finding
 from qinit.verification.files import check_files
 from tests.qinit.verification.runs import KINDS, problems

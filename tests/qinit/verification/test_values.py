@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qinit.errors import CheckpointError
-from qinit.safetensors_io import read_header, write_header_only
+from qinit.files.tensors import read_header, write_header_only
 from tests.conftest import make_checkpoint
 from tests.qinit.verification.runs import KINDS, edit_json, edit_tensors, vouched
 

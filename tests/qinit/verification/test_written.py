@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qinit.errors import QinitError
-from qinit.manifest import MANIFEST_NAME, listed
-from qinit.safetensors_io import write_header_only
+from qinit.files.manifest import MANIFEST_NAME, listed
+from qinit.files.tensors import write_header_only
 from qinit.verification import Finding, verify
 from tests.conftest import make_checkpoint, quantize
 from tests.qinit.verification.runs import edit_json, edit_tensors, problems, vouched

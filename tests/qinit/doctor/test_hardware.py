@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qinit.doctor.machine import hub_cache, machine, memory_limit
+from qinit.doctor.hardware import hardware, hub_cache, memory_limit
 
 
 def test_what_this_machine_is():
-    here = machine()
+    here = hardware()
     assert here.cpu
     assert here.cores >= 1
     assert {place.what for place in here.disks} == {"current directory", "Hub cache", "temporary files"}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinit.errors import ReportError
-from qinit.manifest import MANIFEST_NAME, file_sum, listed, read_manifest, refresh, write_manifest
+from qinit.files.manifest import MANIFEST_NAME, file_sum, listed, read_manifest, refresh, write_manifest
 from tests.fuzz import changed, changes, examples, file_of, only_qinit_errors
 
 

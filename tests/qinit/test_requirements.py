@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from qinit.doctor import requirements
-from qinit.doctor.requirements import core, package, packages, pip_command
+from qinit import requirements
+from qinit.requirements import core, package, packages, pip_command
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qinit.files import (
+from qinit.files.reading import (
     JSON_DEPTH,
     YAML_BYTES,
     open_regular,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qinit.doctor import Row, Trying, examine
+from qinit.doctor.examine import Row, Trying, examine
 
 ROOT = Path(__file__).parents[3]
 

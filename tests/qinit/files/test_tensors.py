@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qinit.errors import CheckpointError
-from qinit.safetensors_io import DTYPES, INDEX_NAME, SafetensorsWriter, TensorSpec, read_header
+from qinit.files.tensors import DTYPES, INDEX_NAME, TensorSpec, read_header
+from qinit.files.writer import SafetensorsWriter
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, with_value
 
 

@@ -89,10 +89,10 @@ def output_subspace(
     for _ in range(steps):
         outputs = torch.linalg.qr(residual @ (hessian @ basis)).Q
         if metric is not None:
-            inner = torch.linalg.cholesky(_symmetric(outputs.T @ metric.times(outputs)))
+            inner = torch.linalg.cholesky(symmetric(outputs.T @ metric.times(outputs)))
             outputs = torch.linalg.solve_triangular(inner, outputs.T, upper=False).T
         basis = residual.T @ (outputs if metric is None else metric.times(outputs))
-    values, vectors = torch.linalg.eigh(_symmetric(basis.T @ (hessian @ basis)))
+    values, vectors = torch.linalg.eigh(symmetric(basis.T @ (hessian @ basis)))
     vectors = vectors.flip(1)
     left, small = torch.linalg.qr(outputs @ vectors[:, :rank])  # their columns are not orthogonal but under G
     rows, S, Vh = torch.linalg.svd(small @ (basis @ vectors[:, :rank]).T, full_matrices=False)
@@ -104,19 +104,7 @@ def output_subspace(
     return Approximation(factors, basis @ vectors, captured)
 
 
-def without(hessian: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Return H - H A' (A H A')^-1 A H: the part of H that no choice of B in B A can make good.
-
-    min over B of tr((E - B A) H (E - B A)') is tr(E P E') with this P (as in ProjQ), so codes that are rounded
-    under P leave to the adapter what it can repair. A [r, in] may have dependent rows.
-    """
-    image = hessian @ A.T
-    inner = _symmetric((A @ image).double())
-    inner.diagonal().add_(1e-6 * float(inner.diagonal().mean()) + 1e-30)
-    return torch.addmm(hessian, image, torch.linalg.solve(inner, image.T.double()).float(), alpha=-1)
-
-
-def _symmetric(matrix: torch.Tensor) -> torch.Tensor:
+def symmetric(matrix: torch.Tensor) -> torch.Tensor:
     return (matrix + matrix.T) / 2
 
 
@@ -130,75 +118,3 @@ def _balanced(U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, rank: int, bas
     root = S[:rank].sqrt()
     factors = LowRank(B=U[:, :rank] * root, A=root[:, None] * Vh[:rank])
     return Approximation(factors, basis, captured=float(S[:rank].double().square().sum()))
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """The norm ||diag(rows) E root||_F of a matrix E [out, in], all of it in float64.
-
-    `root` [in, k] with its pseudo-inverse `inverse` [k, in]; or both [in], the diagonal of a diagonal root.
-    `rows` [out] and `rows_inverse`, None for ones.
-    """
-
-    root: torch.Tensor
-    inverse: torch.Tensor
-    rows: torch.Tensor | None = None
-    rows_inverse: torch.Tensor | None = None
-
-    @classmethod
-    def of_inputs(cls, hessian: torch.Tensor) -> Weighting:
-        """Weigh by `hessian` H [in, in], symmetric and positive semi-definite: ||E root||^2 = tr(E H E').
-
-        root = V sqrt(L) of H = V L V', columns of H's range only: eigenvalues below the rounding of H's own dtype,
-        relative to the largest, are taken for zero. Any other root, the symmetric H^1/2 too, gives the same B A.
-        """
-        values, vectors = torch.linalg.eigh(hessian.double())
-        rounding = max(torch.finfo(hessian.dtype).eps, len(values) * torch.finfo(values.dtype).eps)
-        kept = values > rounding * values[-1].clamp(min=0)
-        scales, vectors = values[kept].sqrt(), vectors[:, kept]
-        return cls(root=vectors * scales, inverse=vectors.T / scales[:, None])
-
-    @classmethod
-    def diagonal(cls, columns: torch.Tensor, rows: torch.Tensor | None = None) -> Weighting:
-        """Weigh column j by `columns` [in] and row i by `rows` [out], none negative; zeros are never divided by."""
-        root, rows = columns.double(), None if rows is None else rows.double()
-        return cls(root, _reciprocal(root), rows, None if rows is None else _reciprocal(rows))
-
-    def scale(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return diag(rows) E root, float64 [out, k]."""
-        scaled = matrix.double() if self.rows is None else matrix.double() * self.rows[:, None]
-        return scaled * self.root if self.root.ndim == 1 else scaled @ self.root
-
-    def fit(self, matrix: torch.Tensor, rank: int, split: Split = "balanced") -> LowRank:
-        """Return the B A of `rank` next to `matrix` [out, in] in this norm (Eckart-Young on the scaled matrix).
-
-        With U S V' the leading triplets of diag(rows) E root: B = U and A = V' with S where `split` says, and the
-        scaling then taken back on either side. What lies outside the range of root stays out of A. Rows of A and
-        columns of B beyond min(out, k) are zero.
-        """
-        U, S, Vh = torch.linalg.svd(self.scale(matrix), full_matrices=False)
-        U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-        on_left = {"balanced": S.sqrt(), "A": torch.ones_like(S), "B": S}[split]
-        on_right = {"balanced": S.sqrt(), "A": S, "B": torch.ones_like(S)}[split]
-        left, right = U * on_left, on_right[:, None] * Vh
-        if self.rows_inverse is not None:
-            left = left * self.rows_inverse[:, None]
-        right = right * self.inverse if self.inverse.ndim == 1 else right @ self.inverse
-        B = torch.zeros(matrix.shape[0], rank, device=matrix.device)
-        A = torch.zeros(rank, matrix.shape[1], device=matrix.device)
-        B[:, : len(S)], A[: len(S)] = left, right
-        return LowRank(B, A)
-
-
-def closed_form(residual: torch.Tensor, hessian: torch.Tensor, rank: int, split: Split = "balanced") -> LowRank:
-    """Return the B A of `rank` that minimises tr((E - B A) H (E - B A)'), for E = `residual` [out, in] (float32) and
-    the second moment H = E[x x'] = `hessian` [in, in] of the layer's inputs: SVD_r(E H^1/2) H^-1/2.
-
-    QERA-exact (arXiv:2410.06040, theorem 1), also CLoQ's (arXiv:2501.18475, theorem 3.1) and EoRA's
-    (arXiv:2410.21271). Computed in float64, returned in float32. A singular H is inverted on its range.
-    """
-    return Weighting.of_inputs(hessian).fit(residual, rank, split)
-
-
-def _reciprocal(values: torch.Tensor) -> torch.Tensor:
-    return torch.where(values > 0, 1 / values.clamp(min=torch.finfo(values.dtype).tiny), 0.0)

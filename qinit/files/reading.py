@@ -96,7 +96,7 @@ def parse_yaml(raw: bytes) -> Any:
     and names that stand there twice: a page of aliases can stand for more than all memory."""
     import yaml
 
-    from qinit.plain_yaml import PlainLoader
+    from qinit.files.plain_yaml import PlainLoader
 
     if len(raw) > YAML_BYTES:
         raise ValueError(f"more than {YAML_BYTES} bytes")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from qinit.errors import ReportError
-from qinit.files import JSON_BYTES, printable, read_regular
+from qinit.files.reading import JSON_BYTES, printable, read_regular
 
 MANIFEST_NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")

@@ -25,7 +25,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """Sizes are bytes, None where the system does not say; `memory_limit` is the container's."""
 
     system: str
@@ -38,13 +38,13 @@ class Machine:
     disks: tuple[Place, ...]
 
 
-def machine() -> Machine:
+def hardware() -> Hardware:
     """Describe this machine."""
     processor, memory = _fields(Path("/proc/cpuinfo")), _fields(Path("/proc/meminfo"))
     flags = (processor.get("flags") or processor.get("Features") or "").split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     places = {"current directory": Path.cwd(), "Hub cache": hub_cache(), "temporary files": Path(tempfile.gettempdir())}
-    return Machine(
+    return Hardware(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=processor.get("model name") or platform.processor() or platform.machine(),
         cores=cores,

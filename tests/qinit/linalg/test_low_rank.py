@@ -3,16 +3,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qinit.lowrank import (
-    COLD_STEPS,
-    OutputMetric,
-    closed_form,
-    full_svd,
-    output_subspace,
-    random_basis,
-    subspace,
-    without,
-)
+from qinit.linalg.hessian import without
+from qinit.linalg.low_rank import COLD_STEPS, OutputMetric, full_svd, output_subspace, random_basis, subspace
+from qinit.linalg.weighting import closed_form
 
 SHAPES = [(48, 32), (32, 48), (64, 64), (200, 20), (20, 200)]
 

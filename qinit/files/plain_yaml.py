@@ -1,4 +1,4 @@
-"""YAML of plain values: a module of its own, as `qinit.files` is imported by every command and PyYAML is not."""
+"""YAML of plain values: in a file of its own, as every command imports `reading.py`, and not PyYAML."""
 
 from __future__ import annotations
 
