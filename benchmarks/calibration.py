@@ -23,21 +23,22 @@ from common import conclude, finish, load_tokens
 from transformers import AutoModelForCausalLM
 from two_sided import TwoSided
 
-from qinit import calibrated
 from qinit.calibration.outputs import output_metrics
 from qinit.calibration.samples import Samples
 from qinit.calibration.sources import load_samples
-from qinit.calibration.statistics import Statistics
 from qinit.calibration.walk import Seen, Walk
 from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.grids import GRIDS
 from qinit.linalg.low_rank import OutputMetric
-from qinit.methods import CALIBRATED, METHODS, Method
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
-from qinit.solver import LayerSpec, seed_of, solve
+from qinit.solver import calibrated
+from qinit.solver.methods import CALIBRATED, METHODS, Method
+from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec, seed_of
+from qinit.solver.statistics import Statistics
 
 CPU = torch.device("cpu")
 EQFT = CALIBRATED["eqft"]

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from common import conclude
 
-from qinit.calibration import Statistics
 from qinit.calibration.outputs import DIRECTIONS
 from qinit.grids import GRIDS
+from qinit.grids.integer.rounding import round_gptq
 from qinit.linalg.low_rank import COLD_STEPS, OutputMetric, output_subspace, random_basis
-from qinit.methods import CALIBRATED
-from qinit.rounding import round_gptq
-from qinit.solver import LayerSpec, solve
+from qinit.solver.methods import CALIBRATED
+from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec
+from qinit.solver.statistics import Statistics
 
 BITS, GROUP, RANK = 2, 64, 16
 

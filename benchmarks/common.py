@@ -25,11 +25,11 @@ from tables import KINDS
 from qinit.adapter import ADAPTER_DIRECTORY
 from qinit.evaluate import Figures, figures_of
 from qinit.machine import ran_on, versions
-from qinit.methods import METHODS
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.report import Report
 from qinit.runner import Finished, run
+from qinit.solver.methods import METHODS
 
 # In the environment: part of the command that a result is kept with.
 SETTINGS = ("THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY")

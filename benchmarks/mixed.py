@@ -38,7 +38,9 @@ from qinit.mixed import allotted, budget, items, options, planned
 from qinit.plan import Plan, make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import _read_weight
-from qinit.solver import seed_of, solve, stored
+from qinit.solver.residual import as_loaded
+from qinit.solver.solve import solve
+from qinit.solver.spec import seed_of
 
 CPU = torch.device("cpu")
 RATIOS = (0.25, 0.5, 0.75)
@@ -58,7 +60,7 @@ def solved(plan: Plan, samples: Any, metrics: dict[str, OutputMetric], bits: int
         spec = type(spec)(**{**vars(spec), "bits": bits})
         solution = solve(weight, spec, seed_of(layer.target.name, plan.recipe.seed), statistic)
         assert solution.low_rank is not None
-        found[layer.target.name] = stored(solution.quantized, spec) + solution.low_rank.B @ solution.low_rank.A
+        found[layer.target.name] = as_loaded(solution.quantized, spec) + solution.low_rank.B @ solution.low_rank.A
     return found
 
 

@@ -20,8 +20,9 @@ from qinit.checkpoint import Checkpoint
 from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.grids import GRIDS
-from qinit.methods import METHODS, Method
-from qinit.solver import LayerSpec, seed_of, solve
+from qinit.solver.methods import METHODS, Method
+from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec, seed_of
 
 EQFT = METHODS["eqft"]
 LOW_RANK_FIRST = replace(EQFT, start="low-rank")

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from common import conclude
 
-from qinit.methods import METHODS
-from qinit.solver import LayerSpec, solve
+from qinit.solver.methods import METHODS
+from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec
 
 BITS, GROUP, RANK, ROUNDS = 2, 64, 16, 5
 FLOOR_BYTES = 29 + 33 * (ROUNDS - 1) + 30

@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-from qinit import rounding
 from qinit.grids.base import Quantized
+from qinit.grids.integer import rounding
 from qinit.linalg.low_rank import OutputMetric
 
 CHUNK = 32  # rows
 
 
 class TwoSided:
-    """Stands in for `round_gptq` and `descend` in `qinit.calibrated`; `metric` is to be set for each layer."""
+    """Stands in for `round_gptq` and `descend` in `qinit.solver.calibrated`; `metric` is to be set for each layer."""
 
     metric: OutputMetric | None = None
 
     def round_gptq(
         self, target: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None = None, **options: Any
     ) -> tuple[Quantized, torch.Tensor]:
-        """As `qinit.rounding.round_gptq`, from the last chunk to the first, each with those before it in view."""
+        """As `round_gptq`, from the last chunk to the first, each with those before it in view."""
         if self.metric is None:
             return rounding.round_gptq(target, hessian, factor=factor, **options)
         if factor is None:
@@ -45,7 +45,7 @@ class TwoSided:
         return replace(done[0], **parts), torch.cat(residuals[::-1])
 
     def descend(self, quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:
-        """As `qinit.rounding.descend`, each chunk with all others in view."""
+        """As `qinit.grids.integer.rounding.descend`, each chunk with all others in view."""
         if self.metric is None:
             rounding.descend(quantized, residual, hessian, passes)
             return

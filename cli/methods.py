@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from qinit.methods import Method
+    from qinit.solver.methods import Method
 
 
 def methods(
@@ -18,7 +18,7 @@ def methods(
     """List the methods that a recipe can name, and what each of them does."""
     from qinit_cli.draw import Screen
 
-    from qinit.methods import CALIBRATED, METHODS
+    from qinit.solver.methods import CALIBRATED, METHODS
 
     rows = []
     for name, row in METHODS.items():
@@ -49,10 +49,12 @@ def _described(row: Method, calibration: str) -> dict[str, Any]:
 
 def _schedule(row: Method) -> list[str]:
     """Say in words what happens in which order, and what of it is kept."""
-    from qinit.methods import LARGE_SHARE
+    from qinit.solver.methods import LARGE_SHARE
 
     count = f"{row.iterations} round{'s' if row.iterations > 1 else ''}"
-    if row.metric != "weight" and row.start == "low-rank" and row.iterations_fixed:  # as qinit.peers alternates
+    if (
+        row.metric != "weight" and row.start == "low-rank" and row.iterations_fixed
+    ):  # as qinit.solver.published alternates
         count = f"at most {count}, until the error rises"
     words = ["MagR"] if row.magr else []
     if row.start == "none":

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from qinit.plan import Plan, make_plan
     from qinit.recipe import Recipe, make_recipe
     from qinit.runner import run
-    from qinit.solver import Solution, solve
+    from qinit.solver.solve import solve
+    from qinit.solver.spec import Solution
 
 __version__ = "0.1.0"
 __all__ = ["Plan", "QinitError", "Recipe", "Solution", "load", "make_plan", "make_recipe", "run", "solve"]
@@ -30,12 +31,12 @@ _HOMES = {
     "Plan": "plan",
     "QinitError": "errors",
     "Recipe": "recipe",
-    "Solution": "solver",
+    "Solution": "solver.spec",
     "load": "loading",
     "make_plan": "plan",
     "make_recipe": "recipe",
     "run": "runner",
-    "solve": "solver",
+    "solve": "solver.solve",
 }
 
 

@@ -9,12 +9,13 @@ import torch
 
 from qinit.calibration.choice import EFFICIENCY, GRADIENT_LENGTH, GRADIENT_SAMPLES, PASSES, calibration_cost
 from qinit.calibration.outputs import DIRECTIONS
-from qinit.calibration.statistics import Statistics
 from qinit.linalg.low_rank import OutputMetric
 from qinit.machine import measured_speed
 from qinit.plan import LayerPlan, Plan
 from qinit.polish import BATCH_TOKENS, polish_flops
-from qinit.solver import LayerSpec, solve
+from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec
+from qinit.solver.statistics import Statistics
 
 LARGEST_SAMPLE = 1024  # rows and columns of the matrix that is solved to learn the solver's speed
 INPUTS_OF_HALF = 4000  # with calibration: where a solve's matrix products, that grow with the inputs, are half of it

@@ -21,13 +21,16 @@ import torch
 from torch import nn
 
 from qinit.calibration.backward import OverflowedError, Probe, Run, backward, require_number
+from qinit.calibration.meter import Meter
 from qinit.calibration.samples import Samples
-from qinit.calibration.statistics import Meter, Statistics
 from qinit.calibration.walk import Measuring, oriented, require_finite_input, unpadded
 from qinit.checkpoint import not_decomposable
 from qinit.errors import CalibrationError
 from qinit.sensitivity import Sensitivity, signature
-from qinit.solver import seed_of, solve, stored
+from qinit.solver.residual import as_loaded
+from qinit.solver.solve import solve
+from qinit.solver.spec import seed_of
+from qinit.solver.statistics import Statistics
 
 if TYPE_CHECKING:
     from qinit.linalg.low_rank import OutputMetric
@@ -151,7 +154,7 @@ class _Errors(Probe):
             except torch.linalg.LinAlgError as error:
                 raise not_decomposable(layer.target.tensor, weight) from error
             assert solution.low_rank is not None
-            rest = stored(solution.quantized, spec).neg_().add_(weight)
+            rest = as_loaded(solution.quantized, spec).neg_().add_(weight)
             found.append(_Candidate(bits, rest, solution.low_rank.B, solution.low_rank.A))
         self.candidates[name] = found
 

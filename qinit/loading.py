@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qinit.adapter import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.checkpoint import read_json
 from qinit.errors import CheckpointError
-from qinit.formats.gptq import width_of
+from qinit.formats.gptq.loading import MIXED_METHOD, is_mixed, not_ours, register_mixed, require_packages
 from qinit.report import REPORT_NAME
 from qinit.skeleton import loader
-
-MIXED_METHOD = "qinit_mixed_gptq"  # the name that transformers knows the quantizer for mixed widths by
 
 
 def load(
@@ -49,7 +45,7 @@ def load(
         _require_adapter(place)
     quantization = config.get("quantization_config")
     if quantization is not None and not (isinstance(quantization, dict) and quantization.get("quant_method") == "gptq"):
-        raise _not_ours(place)
+        raise not_ours(place)
     return load_parts(
         place,
         place / ADAPTER_DIRECTORY if adapter else None,
@@ -93,11 +89,11 @@ def load_parts(
         options["device_map"] = {"": pick_device(device)}
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
-        raise _not_ours(base)
+        raise not_ours(base)
     if quantization is not None and quantization.get("quant_method") == "gptq":
-        _require_packages(base)
-        if _is_mixed(quantization, base):
-            _register_mixed()
+        require_packages(base)
+        if is_mixed(quantization, base):
+            register_mixed()
             try:
                 options["config"] = transformers.AutoConfig.from_pretrained(
                     base, local_files_only=True, trust_remote_code=trust_remote_code
@@ -107,20 +103,6 @@ def load_parts(
             options["config"].quantization_config = {**quantization, "quant_method": MIXED_METHOD}
     model = _load_base(base, model_class, dtype, options)
     return model if adapter is None else _load_adapter(model, adapter, trainable)
-
-
-def _is_mixed(quantization: Any, directory: Path) -> bool:
-    try:
-        overrides = (quantization.get("dynamic") or {}).values()
-        return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
-    except (AttributeError, KeyError):
-        raise _not_ours(directory) from None
-
-
-def _not_ours(directory: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{directory / 'config.json'}: its quantization_config is not what qinit writes; run qinit again"
-    )
 
 
 def _read(directory: Path) -> tuple[str, dict[str, Any]]:
@@ -150,17 +132,6 @@ def _require_adapter(directory: Path) -> None:
     config = read_json(file, "")
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # PEFT would import what that names
         raise CheckpointError(f"{file}: not an adapter that qinit wrote; load the base alone with adapter=False")
-
-
-def _require_packages(directory: Path) -> None:
-    missing = [package for package in ("gptqmodel", "optimum") if find_spec(package) is None]
-    if missing:
-        from qinit.requirements import pip_command
-
-        needs = " and ".join(missing)
-        raise CheckpointError(
-            f"{directory}: packed as GPTQ, which needs {needs}; {pip_command(('gptqmodel', 'optimum'))}"
-        )
 
 
 def _load_base(directory: Path, model_class: Any, dtype: Any, options: dict[str, Any]) -> Any:
@@ -201,45 +172,3 @@ def _load_adapter(model: Any, directory: Path, trainable: bool) -> Any:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-@cache
-def _register_mixed() -> None:
-    """Tell transformers, once and under a name of its own, of GPTQ with a width per layer."""
-    from optimum.gptq import GPTQQuantizer
-    from transformers import GPTQConfig
-    from transformers.quantizers.auto import register_quantization_config, register_quantizer
-    from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
-    from transformers.utils.quantization_config import QuantizationMethod
-
-    class MixedConfig(GPTQConfig):
-        def __init__(self, dynamic: dict[str, dict[str, int]], quant_method: Any, **options: Any) -> None:
-            super().__init__(**options)
-            self.quant_method = quant_method  # by which transformers finds the quantizer
-            self.dynamic = dynamic
-
-    class MixedLayers(GPTQQuantizer):
-        bits: int
-        quantization: dict[str, Any]
-
-        def _replace_by_quant_layers(self, module: Any, names: Any, name: str = "") -> None:
-            if name:  # on the way down, within one width
-                super()._replace_by_quant_layers(module, names, name)
-                return
-            base = self.bits
-            widths = {target: width_of(target, self.quantization) for target in names}
-            for self.bits in sorted(set(widths.values())):
-                alike = {target for target, bits in widths.items() if bits == self.bits}
-                super()._replace_by_quant_layers(module, alike)
-            self.bits = base
-
-    class MixedQuantizer(GptqHfQuantizer):
-        def __init__(self, quantization_config: Any, **options: Any) -> None:
-            super().__init__(quantization_config, **options)
-            # From here on it is GPTQ to everyone, PEFT included, and is saved as such.
-            quantization_config.quant_method = QuantizationMethod.GPTQ
-            self.optimum_quantizer = MixedLayers.from_dict(quantization_config.to_dict_optimum())
-            self.optimum_quantizer.quantization = quantization_config.to_dict()
-
-    register_quantization_config(MIXED_METHOD)(MixedConfig)
-    register_quantizer(MIXED_METHOD)(MixedQuantizer)

@@ -14,9 +14,9 @@ from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.machine import pick_device
-from qinit.methods import METHODS
 from qinit.recipe import Recipe, parse_size
-from qinit.solver import LayerSpec
+from qinit.solver.methods import METHODS
+from qinit.solver.spec import LayerSpec
 from qinit.targets import Architecture, Target, read_architecture, resolve_targets, select
 
 if TYPE_CHECKING:

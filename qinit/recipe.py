@@ -13,7 +13,7 @@ from qinit.errors import RecipeError, did_you_mean
 from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.methods import CALIBRATED, Method, get_method
+from qinit.solver.methods import CALIBRATED, Method, get_method
 from qinit.targets import ALL_LINEAR
 
 Bits = Literal[2, 3, 4, 8]

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from qinit import adapter, fisher
-from qinit.calibration import Samples, Statistics
 from qinit.calibration.blocks import NotStreamable
 from qinit.calibration.choice import text_for
 from qinit.calibration.outputs import output_metrics
+from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring, Passing, Seen, Walk
 from qinit.calibration.whole import whole_model
 from qinit.checkpoint import count_nonfinite, not_decomposable, require_finite
@@ -40,7 +40,10 @@ from qinit.polish import Polished, Progress, polish
 from qinit.report import LayerRow
 from qinit.resume import moved, opened
 from qinit.sensitivity import Sensitivity
-from qinit.solver import residual_norm, seed_of, solve
+from qinit.solver.residual import residual_norm
+from qinit.solver.solve import solve
+from qinit.solver.spec import seed_of
+from qinit.solver.statistics import Statistics
 from qinit.store import Store, apply_polish, load_samples, save_polish, save_samples
 
 __all__ = [

@@ -14,9 +14,10 @@ from torch import nn
 
 from qinit.calibration.blocks import Blocks, Call, Stop
 from qinit.calibration.carried import Batch, Calls, Carried, batches_of
+from qinit.calibration.meter import Meter
 from qinit.calibration.samples import Samples
-from qinit.calibration.statistics import Meter, Statistics
 from qinit.errors import CalibrationError
+from qinit.solver.statistics import Statistics
 
 if TYPE_CHECKING:
     from qinit.plan import LayerPlan, Plan

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qinit.calibration.meter import Meter
 from qinit.calibration.samples import Samples
-from qinit.calibration.statistics import Meter, Statistics
 from qinit.calibration.walk import Measuring, Seen, batch_size, oriented, require_finite_input, unpadded
 from qinit.errors import CalibrationError
 from qinit.skeleton import loader
+from qinit.solver.statistics import Statistics
 
 if TYPE_CHECKING:
     from qinit.plan import Plan

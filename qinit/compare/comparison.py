@@ -14,19 +14,18 @@ from qinit.checkpoint import Checkpoint
 from qinit.compare.texts import Text
 from qinit.finetune import Training
 from qinit.machine import versions
-from qinit.methods import METHODS
 from qinit.recipe import Recipe
+from qinit.solver.methods import METHODS
 
 LORA, FULL = "lora", "full"  # the ceilings: PEFT's own start on the full-precision model, and all of its parameters
 CEILINGS = (LORA, FULL)
 CELLS = "cells"  # the directory of a comparison's cells
 LAYOUT = 1  # of a cell's file; another number makes all of them anew
-# What of this package decides a figure: another version of it, released or not, makes all cells anew.
-DECIDING = {
-    *("adapter", "allocate", "calibrated", "calibration", "evaluate", "finetune", "fisher", "formats", "grids"),
-    *("lowrank", "magr", "methods", "mixed", "peers", "plan", "polish", "recipe", "rounding", "rounding_cpu"),
-    *("runner", "solver", "store", "targets"),
-}
+# What of this package can decide no figure. All else can: another version of it, released or not, makes all cells anew.
+UNINVOLVED = (
+    *("doctor", "hub", "pictures", "verification", "card.py", "markdown.py", "requirements.py", "words.py"),
+    *("compare/forecast.py", "compare/pictures.py", "compare/results.py", "compare/table.py", "compare/workers.py"),
+)
 SAMPLE_BYTES = 4096  # of each tensor, that tell a model from a fine-tuned one
 
 
@@ -149,10 +148,10 @@ def recipe_facts(recipe: Recipe | None) -> dict[str, Any] | None:
 
 @cache
 def code() -> str:
-    """Hash the modules that decide a figure."""
+    """Hash the code that can decide a figure."""
     package, digest = Path(__file__).parent.parent, hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
-        if file.relative_to(package).parts[0].removesuffix(".py") in DECIDING:
+        if not any(file.is_relative_to(package / name) for name in UNINVOLVED):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

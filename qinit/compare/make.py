@@ -18,9 +18,9 @@ from qinit.evaluate.text import length_for
 from qinit.finetune import Training
 from qinit.grids import GRIDS
 from qinit.machine import pick_device
-from qinit.methods import CALIBRATED, METHODS
 from qinit.plan import Plan, make_plan
 from qinit.recipe import Recipe, make_recipe
+from qinit.solver.methods import CALIBRATED, METHODS
 
 RESULT_NAME = "compare.json"
 METHODS_DEFAULT = ("eqft", "eqft:none", "loftq", "qpissa", "qlora")

@@ -28,7 +28,7 @@ MOST_LOGITS = 2**28  # values: a gigabyte in float32
 Progress = Callable[[int, float], None]
 
 
-def stored(comparison: Comparison, cell: Cell) -> dict[str, Any] | None:
+def kept_result(comparison: Comparison, cell: Cell) -> dict[str, Any] | None:
     """Return what a finished cell has found; None for one that is unfinished, or was made under other conditions."""
     try:
         value = json.loads(comparison.file(cell).read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def ready(comparison: Comparison, row: Row) -> bool:
 
 def _start(comparison: Comparison, row: Row) -> dict[str, Any]:
     """Quantize, unless that was done under the same signature, and measure the start, unless that was done."""
-    directory, known = comparison.run_directory(row), stored(comparison, Cell(row))
+    directory, known = comparison.run_directory(row), kept_result(comparison, Cell(row))
     if row.recipe is not None and not (known and ready(comparison, row)):
         for _ in run(make_plan(row.recipe, comparison.directory, comparison.model), directory, overwrite=True):
             pass

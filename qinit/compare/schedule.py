@@ -6,7 +6,7 @@ import shutil
 from typing import Any
 
 from qinit.compare.comparison import Cell, Comparison, Row
-from qinit.compare.measure import ready, stored
+from qinit.compare.measure import kept_result, ready
 
 Found = dict[Cell, dict[str, Any]]
 
@@ -43,7 +43,7 @@ class Schedule:
             while known := {
                 cell: value
                 for cell in next_cells(comparison, row, self.found)
-                if (value := stored(comparison, cell)) is not None
+                if (value := kept_result(comparison, cell)) is not None
             }:
                 self.found |= known
         self.reused = list(self.found)

@@ -50,8 +50,9 @@ def _kernel() -> str:
     """The numba kernel against plain torch: the same codes but where two are equally good."""
     import torch
 
-    from qinit.grids.integer import REFINEMENTS, clip_ratios, quantize_torch
-    from qinit.grids.integer_cpu import quantize_cpu
+    from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios
+    from qinit.grids.integer.search_cpu import quantize_cpu
+    from qinit.grids.integer.search_torch import quantize_torch
 
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     for bits in (2, 3, 4, 8):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from qinit.formats.base import Format
 from qinit.formats.dense import DenseFormat
-from qinit.formats.gptq import GptqFormat
+from qinit.formats.gptq.format import GptqFormat
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (GptqFormat(), DenseFormat())}
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qinit.files.tensors import TensorSpec
 from qinit.grids import Grid, Quantized
-
-if TYPE_CHECKING:
-    from qinit.targets import LinearModule, Target
+from qinit.targets import LinearModule, Target
 
 
 class Format(ABC):

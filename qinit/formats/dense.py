@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
 from qinit.files.tensors import TensorSpec
 from qinit.formats.base import Format
 from qinit.grids import Grid, Quantized
-
-if TYPE_CHECKING:
-    from qinit.targets import Target
+from qinit.targets import Target
 
 
 class DenseFormat(Format):

@@ -13,7 +13,7 @@ from qinit.checkpoint import Checkpoint, count_nonfinite
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
-from qinit.solver import residual_norm
+from qinit.solver.residual import residual_norm
 from qinit.targets import Target
 from qinit.verification.findings import Checked, Event, Finding, Stage, from_error
 from qinit.verification.source import check_source

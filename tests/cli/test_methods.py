@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from qinit.grids import GRIDS
-from qinit.methods import CALIBRATED, METHODS
+from qinit.solver.methods import CALIBRATED, METHODS
 
 ROWS = [*METHODS.values(), *CALIBRATED.values()]
 

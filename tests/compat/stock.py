@@ -16,7 +16,9 @@ from qinit.plan import Plan, make_plan
 from qinit.recipe import make_recipe
 from qinit.report import Report
 from qinit.runner import Finished, run
-from qinit.solver import seed_of, solve, stored
+from qinit.solver.residual import as_loaded
+from qinit.solver.solve import solve
+from qinit.solver.spec import seed_of
 
 ADAPTER = "eqft_init"
 
@@ -98,7 +100,7 @@ def solved(plan: Plan) -> dict[str, tuple[Quantized, torch.Tensor, torch.Tensor]
         solution = solve(source_weight(plan, name), spec, seed_of(name, plan.recipe.seed))
         low_rank = solution.low_rank
         product = low_rank.B @ low_rank.A
-        result[name] = (solution.quantized, stored(solution.quantized, spec), product)
+        result[name] = (solution.quantized, as_loaded(solution.quantized, spec), product)
     return result
 
 

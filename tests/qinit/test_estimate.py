@@ -3,9 +3,9 @@ import torch
 
 from qinit import estimate as module
 from qinit.estimate import estimate
-from qinit.methods import METHODS
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
+from qinit.solver.methods import METHODS
 
 CPU = torch.device("cpu")
 

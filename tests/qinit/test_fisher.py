@@ -17,7 +17,9 @@ from qinit.calibration.walk import Measuring
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.fisher import measure
 from qinit.mixed import options
-from qinit.solver import seed_of, solve, stored
+from qinit.solver.residual import as_loaded
+from qinit.solver.solve import solve
+from qinit.solver.spec import seed_of
 from tests.conftest import FAMILIES, exhausted
 from tests.qinit.calibration.models import OTHERS, make, padded, plan_of, random_samples, stock
 
@@ -93,7 +95,7 @@ def real_losses(plan, samples):
             spec = replace(plan.data_free_spec(layer), bits=bits, iterations=1)
             solution = solve(kept.float(), spec, seed_of(layer.target.name, 0))
             linear.weight.data = (
-                stored(solution.quantized, spec).addmm(solution.low_rank.B, solution.low_rank.A).double()
+                as_loaded(solution.quantized, spec).addmm(solution.low_rank.B, solution.low_rank.A).double()
             )
             perturbed = model(input_ids=samples.tokens).logits.log_softmax(-1)
             found[layer.target.name, bits] = float((full.exp() * (full - perturbed)).sum(-1).mean())

@@ -12,7 +12,7 @@ from qinit import loading
 from qinit.demo import demo_directory
 from qinit.errors import CheckpointError, RecipeError
 from qinit.formats import FORMATS
-from qinit.formats.gptq import width_of
+from qinit.formats.gptq.reading import width_of
 from qinit.plan import LayerPlan, Plan, make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import run

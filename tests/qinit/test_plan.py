@@ -5,9 +5,9 @@ import torch
 from qinit.calibration import choice
 from qinit.errors import CalibrationError, RecipeError, TargetError
 from qinit.files.tensors import StoredTensor
-from qinit.methods import CALIBRATED, METHODS
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
+from qinit.solver.methods import CALIBRATED, METHODS
 from tests.conftest import make_checkpoint, quantize
 from tests.qinit.calibration.tiny import make_bert, make_reader, words
 

@@ -8,9 +8,11 @@ import qinit.polish
 from qinit.calibration.samples import Samples
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.linalg.low_rank import LowRank
-from qinit.methods import METHODS
 from qinit.polish import Polished, Progress, polish, polish_flops
-from qinit.solver import LayerSpec, seed_of, solve, stored
+from qinit.solver.methods import METHODS
+from qinit.solver.residual import as_loaded
+from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec, seed_of
 from tests.conftest import exhausted, make_checkpoint
 
 CPU = torch.device("cpu")
@@ -45,7 +47,7 @@ def split(model, bits=2, rank=4, names=None):
         if names is None or name in names:
             spec = LayerSpec(METHODS["eqft"], bits, 32, rank, 1)
             solution = solve(weight, spec, seed_of(name, 0))
-            bases[name], factors[name] = stored(solution.quantized, spec), solution.low_rank
+            bases[name], factors[name] = as_loaded(solution.quantized, spec), solution.low_rank
     return bases, factors
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinit.errors import RecipeError
-from qinit.methods import CALIBRATED, METHODS
 from qinit.recipe import Recipe, make_recipe, parse_size
+from qinit.solver.methods import CALIBRATED, METHODS
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, texts
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from qinit.solver import solve, stored
+from qinit.solver.residual import as_loaded
+from qinit.solver.solve import solve
 from tests.compat.stock import delta, dense_weight, load, lora_modules
 from tests.conftest import make_checkpoint, quantize
-from tests.qinit.test_solver import KINDS, draw, loftq, product, qpissa, spec
+from tests.qinit.solver.test_solve import KINDS, draw, loftq, product, qpissa, spec
 
 RANK = 8
 HARD_CODED = '"xpu" if is_xpu_available() else "cuda"'
@@ -69,7 +70,7 @@ class TestQLoRA:
         assert torch.equal(solution.quantized.codes, codes)
         assert torch.equal(solution.quantized.scales.flatten(), absmax)
         # The levels are the same formula's, theirs printed with fewer digits.
-        torch.testing.assert_close(stored(solution.quantized, spec("qlora", 4)), values, rtol=1e-6, atol=0)
+        torch.testing.assert_close(as_loaded(solution.quantized, spec("qlora", 4)), values, rtol=1e-6, atol=0)
 
     def test_a_run_s_base_is_what_bitsandbytes_makes_of_the_checkpoint(self, tmp_path):
         source = make_checkpoint(tmp_path / "source", dtype="float32", hidden_size=128)
@@ -105,7 +106,7 @@ class TestPiSSA:
         codes, _, values = nf4(theirs.base_layer.weight.data)
         solution = solve(weight, spec("qpissa", 4, rank=RANK))
         assert (solution.quantized.codes != codes).float().mean() <= 1e-3  # the residuals differ in their last bits
-        close(stored(solution.quantized, spec("qpissa", 4)), values, 1e-2)
+        close(as_loaded(solution.quantized, spec("qpissa", 4)), values, 1e-2)
 
 
 class TestLoftQ:
@@ -123,7 +124,7 @@ class TestLoftQ:
         theirs = adapted(weight, init_lora_weights="loftq", loftq_config=config, lora_alpha=RANK)
         solution = solve(weight, spec("loftq", 4, rank=RANK, iterations=rounds))
         base, low_rank = theirs.base_layer.weight.data, delta(theirs)
-        changed = (stored(solution.quantized, spec("loftq", 4)) - base).abs() > 1e-6
+        changed = (as_loaded(solution.quantized, spec("loftq", 4)) - base).abs() > 1e-6
         assert changed.float().mean() <= (0 if rounds == 1 else 0.01)
         close(product(solution), low_rank, 1e-4 if rounds == 1 else 0.05)
         error = float((weight.double() - base - low_rank).norm() / weight.double().norm())

@@ -28,7 +28,7 @@ def installed(monkeypatch):
 
 
 def test_the_ranges_are_those_of_pyproject():
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     known = {each.name: each for each in packages()}
     for extra, lines in {"": project["dependencies"], **project["optional-dependencies"]}.items():
         for requirement in map(Requirement, lines if extra != "dev" else ()):

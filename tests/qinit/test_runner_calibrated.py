@@ -10,11 +10,11 @@ import torch
 from qinit import runner
 from qinit.calibration.walk import Measuring
 from qinit.errors import CalibrationError
-from qinit.methods import CALIBRATED, METHODS
 from qinit.plan import make_plan
 from qinit.polish import Progress, polish
 from qinit.recipe import make_recipe
 from qinit.runner import Done, Finished, Noted, Sampling, Working, run
+from qinit.solver.methods import CALIBRATED, METHODS
 from tests.compat.stock import delta, dense_weight, load, lora_modules, relative
 from tests.conftest import make_checkpoint, quantize, weights_of
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qinit.calibration.statistics import Meter
+from qinit.calibration.meter import Meter
 from qinit.files.tensors import StoredTensor
 from qinit.plan import LayerPlan
 from qinit.targets import LinearModule, Target

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qinit.formats.packing import pack_rows, unpack_rows
+from qinit.formats.gptq.packing import pack_rows, unpack_rows
 
 WIDTHS = (2, 3, 4, 8)
 

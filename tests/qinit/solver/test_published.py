@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from qinit import peers
-from qinit.calibration.statistics import Statistics
 from qinit.errors import QinitError
 from qinit.linalg.hessian import activation_norm
 from qinit.linalg.low_rank import full_svd
 from qinit.linalg.weighting import Weighting, closed_form
-from qinit.methods import METHODS
-from qinit.peers import preserved_rank, solve_peer, weighting_of
-from qinit.solver import stored
-from tests.qinit.papers import (
+from qinit.solver import published as peers
+from qinit.solver.methods import METHODS
+from qinit.solver.published import preserved_rank, solve_published, weighting_of
+from qinit.solver.residual import as_loaded
+from qinit.solver.statistics import Statistics
+from tests.qinit.solver.papers import (
     COLUMNS,
     PAPERS,
     RANK,
@@ -43,9 +43,9 @@ def test_every_peer_has_its_paper_here():
 def test_every_peer_is_its_paper_s_algorithm(name, bits):
     weight, seen = weights(), statistics()
     quantized, B, A = PAPERS[name](array(weight), seen, bits)
-    solution = solve_peer(weight, spec(name, bits), seen)
+    solution = solve_published(weight, spec(name, bits), seen)
     # Float32 turns a value that lies between two levels now and then; LQ-LoRA's rounds feed it back.
-    changed = np.abs(array(stored(solution.quantized, spec(name, bits))) - quantized) > 1e-6
+    changed = np.abs(array(as_loaded(solution.quantized, spec(name, bits))) - quantized) > 1e-6
     assert changed.mean() <= (0.01 if name == "lq-lora" else 1e-3)
     whole = norm_under(array(weight), spec(name), seen)
     expected = norm_under(array(weight) - quantized - B @ A, spec(name), seen) / whole
@@ -61,8 +61,8 @@ def test_every_peer_is_its_paper_s_algorithm(name, bits):
 @pytest.mark.parametrize("name", PEERS)
 def test_the_reported_errors_are_those_of_what_is_returned(name, tokens, storage):
     weight, seen, layer_spec = weights(), statistics(tokens=tokens), spec(name, 4, storage=storage)
-    solution = solve_peer(weight, layer_spec, seen)
-    rest = array(weight) - array(stored(solution.quantized, layer_spec))
+    solution = solve_published(weight, layer_spec, seen)
+    rest = array(weight) - array(as_loaded(solution.quantized, layer_spec))
     whole = norm_under(array(weight), layer_spec, seen)
     assert solution.quantized_error == pytest.approx(norm_under(rest, layer_spec, seen) / whole, rel=1e-4)
     error = norm_under(rest - product(solution), layer_spec, seen) / whole
@@ -77,17 +77,17 @@ def test_the_reported_errors_are_those_of_what_is_returned(name, tokens, storage
 def test_the_fit_is_to_what_storage_makes_of_q(name):
     weight, seen = weights(), statistics()
     dense = spec(name, 8, rank=32, storage=torch.bfloat16)
-    aware = solve_peer(weight, dense, seen)
-    unaware = solve_peer(weight, replace(dense, storage=None), seen)
-    rest = array(weight) - array(stored(unaware.quantized, dense)) - product(unaware)
+    aware = solve_published(weight, dense, seen)
+    unaware = solve_published(weight, replace(dense, storage=None), seen)
+    rest = array(weight) - array(as_loaded(unaware.quantized, dense)) - product(unaware)
     assert aware.error < norm_under(rest, dense, seen) / norm_under(array(weight), dense, seen)
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_zeros_give_zeros(name):
     seen = statistics()
-    solution = solve_peer(torch.zeros(ROWS, COLUMNS), spec(name), seen)
-    assert not stored(solution.quantized, spec(name)).any()
+    solution = solve_published(torch.zeros(ROWS, COLUMNS), spec(name), seen)
+    assert not as_loaded(solution.quantized, spec(name)).any()
     assert not product(solution).any()
     assert solution.error == solution.quantized_error == 0.0
 
@@ -96,7 +96,7 @@ def test_zeros_give_zeros(name):
 def test_inputs_that_were_never_active_harm_nothing(name):
     zeros = torch.zeros
     unseen = Statistics(zeros(COLUMNS, COLUMNS), zeros(COLUMNS), 1, fisher=zeros(ROWS, COLUMNS))
-    solution = solve_peer(weights(), spec(name), unseen)
+    solution = solve_published(weights(), spec(name), unseen)
     assert solution.error == 0.0
     assert np.isfinite(product(solution)).all()
 
@@ -105,7 +105,7 @@ def test_inputs_that_were_never_active_harm_nothing(name):
 @pytest.mark.parametrize("name", PEERS)
 def test_the_smallest_shapes_work_at_their_full_rank(name, shape):
     weight, seen = weights(*shape), statistics(shape[1], shape[0])
-    solution = solve_peer(weight, spec(name, rank=min(shape)), seen)
+    solution = solve_published(weight, spec(name, rank=min(shape)), seen)
     assert solution.low_rank.B.shape == (shape[0], min(shape))
     assert solution.error <= 1e-4
 
@@ -114,7 +114,7 @@ def test_the_smallest_shapes_work_at_their_full_rank(name, shape):
 def test_the_same_call_gives_the_same_bits_and_leaves_its_arguments_alone(name):
     weight, seen = weights(), statistics()
     kept, hessian, state = weight.clone(), seen.hessian.clone(), torch.get_rng_state()
-    one, two = (solve_peer(weight, spec(name), seen, seed=3) for _ in range(2))
+    one, two = (solve_published(weight, spec(name), seen, seed=3) for _ in range(2))
     assert torch.equal(one.quantized.codes, two.quantized.codes)
     assert torch.equal(one.low_rank.A, two.low_rank.A)
     assert torch.equal(weight, kept)
@@ -131,31 +131,31 @@ def test_a_float64_hessian_is_not_changed_by_the_ridge():
 
 def test_without_fisher_information_the_method_says_so():
     with pytest.raises(QinitError, match="Fisher"):
-        solve_peer(weights(), spec("lq-lora"), replace(statistics(), fisher=None))
+        solve_published(weights(), spec("lq-lora"), replace(statistics(), fisher=None))
 
 
 def test_calibration_that_counts_beats_the_plain_svd_of_the_same_q():
     weight, seen = weights(), statistics()
-    solution = solve_peer(weight, spec("qera"), seen)
-    residual = weight - stored(solution.quantized, spec("qera"))
+    solution = solve_published(weight, spec("qera"), seen)
+    residual = weight - as_loaded(solution.quantized, spec("qera"))
     plain = full_svd(residual, RANK).factors
     whole = activation_norm(weight, seen.hessian)
     assert solution.error < activation_norm(residual - plain.B @ plain.A, seen.hessian) / whole
-    assert solution.error <= solve_peer(weight, spec("lqer"), seen).error
+    assert solution.error <= solve_published(weight, spec("lqer"), seen).error
 
 
 def test_error_feedback_beats_rounding_to_nearest_under_h():
     weight, seen = weights(), statistics()
-    nearest = solve_peer(weight, spec("qera", 3), seen)
+    nearest = solve_published(weight, spec("qera", 3), seen)
     for name in ("eora", "cloq"):
-        assert solve_peer(weight, spec(name, 3), seen).quantized_error < nearest.quantized_error
+        assert solve_published(weight, spec(name, 3), seen).quantized_error < nearest.quantized_error
 
 
 def test_the_metric_weight_is_plain_svd():
     plain = replace(METHODS["qera"], metric="weight", split="balanced")
     weight, seen = weights(), statistics()
-    solution = solve_peer(weight, spec(plain), seen)
-    residual = weight - stored(solution.quantized, spec(plain))
+    solution = solve_published(weight, spec(plain), seen)
+    residual = weight - as_loaded(solution.quantized, spec(plain))
     expected = full_svd(residual, RANK).factors
     torch.testing.assert_close(torch.from_numpy(product(solution)).float(), expected.B @ expected.A)
 
@@ -266,7 +266,7 @@ def test_the_activation_norm_is_that_of_the_outputs():
 def test_srr_without_anything_preserved_is_qera(monkeypatch):
     weight, seen = weights(), statistics()
     monkeypatch.setattr(peers, "preserved_rank", lambda *_: 0)
-    one, two = solve_peer(weight, spec("srr"), seen), solve_peer(weight, spec("qera"), seen)
+    one, two = solve_published(weight, spec("srr"), seen), solve_published(weight, spec("qera"), seen)
     assert torch.equal(one.quantized.codes, two.quantized.codes)
     assert torch.equal(one.low_rank.A, two.low_rank.A)
     assert torch.equal(one.low_rank.B, two.low_rank.B)
@@ -278,7 +278,9 @@ def test_srr_is_not_behind_qera_on_weights_with_structure(structure, bits):
     errors = {"srr": 0.0, "qera": 0.0}
     for seed in range(3):
         for name in errors:
-            errors[name] += solve_peer(weights(seed=seed, structure=structure), spec(name, bits), statistics()).error
+            errors[name] += solve_published(
+                weights(seed=seed, structure=structure), spec(name, bits), statistics()
+            ).error
     assert errors["srr"] <= errors["qera"]
     if structure == 4.0:
         assert errors["srr"] <= 0.7 * errors["qera"]
@@ -300,7 +302,7 @@ def test_srr_preserves_what_stands_out_and_nothing_of_noise():
 
 def test_lq_lora_stops_when_the_error_rises():
     for seed in range(3):
-        solution = solve_peer(weights(seed=seed), spec("lq-lora"), statistics())
+        solution = solve_published(weights(seed=seed), spec("lq-lora"), statistics())
         trace = solution.trace
         assert 2 <= len(trace) < METHODS["lq-lora"].iterations
         assert all(later < earlier for earlier, later in pairwise(trace[:-1]))
@@ -310,6 +312,6 @@ def test_lq_lora_stops_when_the_error_rises():
 
 def test_lq_lora_with_keep_best_returns_the_round_before():
     weight, seen = weights(), statistics()
-    best = solve_peer(weight, spec(replace(METHODS["lq-lora"], keep_best=True)), seen)
+    best = solve_published(weight, spec(replace(METHODS["lq-lora"], keep_best=True)), seen)
     assert best.error == pytest.approx(min(best.trace), rel=1e-6)
-    assert best.error <= solve_peer(weight, spec("lq-lora"), seen).error
+    assert best.error <= solve_published(weight, spec("lq-lora"), seen).error

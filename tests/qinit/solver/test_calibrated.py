@@ -4,14 +4,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qinit import calibrated
-from qinit.calibrated import DAMPING, FLOOR, SHRINKAGE, TOKENS_PER_INPUT, alternate, stable_hessian
-from qinit.calibration.statistics import Statistics
 from qinit.errors import QinitError
+from qinit.grids.integer.rounding import descend, round_gptq
 from qinit.linalg.hessian import corrected, damped_cholesky, output_norm
-from qinit.methods import METHODS, get_method
-from qinit.rounding import descend, round_gptq
-from qinit.solver import LayerSpec, solve, stored
+from qinit.solver import calibrated
+from qinit.solver.calibrated import DAMPING, FLOOR, SHRINKAGE, TOKENS_PER_INPUT, alternate, stable_hessian
+from qinit.solver.methods import METHODS, get_method
+from qinit.solver.residual import as_loaded
+from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec
+from qinit.solver.statistics import Statistics
 
 ROW = get_method("eqft", calibrated=True)
 
@@ -41,7 +43,7 @@ def data_free(bits=2, rank=8, storage=None) -> LayerSpec:
 def true_output_error(weight, solution, layer_spec, hessian, *, adapter=True) -> float:
     """|| (W - Q - BA) x || / || W x || from the returned parts alone, in float64."""
     weight, hessian = weight.double(), hessian.double()
-    rest = weight - stored(solution.quantized, layer_spec).double()
+    rest = weight - as_loaded(solution.quantized, layer_spec).double()
     if adapter:
         rest = rest - solution.low_rank.B.double() @ solution.low_rank.A.double()
     return float((((rest @ hessian) * rest).sum() / ((weight @ hessian) * weight).sum()).sqrt())
@@ -73,7 +75,7 @@ def test_the_reported_errors_are_those_of_what_is_returned(rounding, bits, stora
     assert solution.output_error == pytest.approx(expected, rel=1e-4)
     alone = true_output_error(weight, solution, layer_spec, statistics.hessian, adapter=False)
     assert solution.quantized_output_error == pytest.approx(alone, rel=1e-4)
-    rest = weight - stored(solution.quantized, layer_spec)
+    rest = weight - as_loaded(solution.quantized, layer_spec)
     assert solution.quantized_error == pytest.approx(float(rest.norm() / weight.norm()), rel=1e-5)
     rest -= solution.low_rank.B @ solution.low_rank.A
     assert solution.error == pytest.approx(float(rest.norm() / weight.norm()), rel=1e-5)
@@ -156,7 +158,7 @@ def test_the_second_rounding_of_quantize_first_comes_closer():
 def test_the_trace_is_relative_to_the_target_under_the_stable_hessian():
     weight, statistics = draw(48, 128), measured(128, tokens=200)
     quantized, approximation, trace = alternate(weight, spec(), statistics, seed=0)
-    rest = weight - stored(quantized, spec()) - approximation.factors.B @ approximation.factors.A
+    rest = weight - as_loaded(quantized, spec()) - approximation.factors.B @ approximation.factors.A
     hessian = stable_hessian(statistics)
     assert trace[-1] == pytest.approx(output_norm(rest, hessian) / output_norm(weight, hessian), rel=1e-4)
 
@@ -164,7 +166,7 @@ def test_the_trace_is_relative_to_the_target_under_the_stable_hessian():
 def test_the_low_rank_is_the_best_for_the_returned_quantization():
     weight, statistics = draw(64, 128), measured(128)
     solution = solve(weight, spec(), statistics=statistics)
-    rest = (weight - stored(solution.quantized, spec())).double()
+    rest = (weight - as_loaded(solution.quantized, spec())).double()
     hessian = stable_hessian(statistics).double()
     eigenvalues = torch.linalg.eigvalsh(rest @ hessian @ rest.T).flip(0)
     found = rest - solution.low_rank.B.double() @ solution.low_rank.A.double()
@@ -208,7 +210,7 @@ class TestDrift:
         outputs = {}
         for statistics in (self.clean, self.drifting()):
             solution = solve(self.weight, layer_spec, statistics=statistics)
-            found = stored(solution.quantized, layer_spec) + solution.low_rank.B @ solution.low_rank.A
+            found = as_loaded(solution.quantized, layer_spec) + solution.low_rank.B @ solution.low_rank.A
             outputs[statistics.drift is None] = output_norm(self.weight + self.shift - found, H)
         assert outputs[False] < 0.55 * outputs[True]
 
@@ -296,7 +298,7 @@ def test_the_smallest_shapes_work_at_their_full_rank(shape, rounding):
 
 def test_zero_weights_give_zero():
     solution = solve(torch.zeros(16, 64), spec(rank=4), statistics=measured(64))
-    assert not stored(solution.quantized, spec()).any()
+    assert not as_loaded(solution.quantized, spec()).any()
     assert not (solution.low_rank.B @ solution.low_rank.A).any()
     assert solution.error == solution.output_error == 0.0
 

@@ -9,28 +9,29 @@ from collections.abc import Callable
 
 import torch
 
-from qinit.calibration.statistics import Statistics
 from qinit.errors import QinitError
 from qinit.grids import GRIDS, Quantized
+from qinit.grids.integer.rounding import round_gptq
 from qinit.linalg.hessian import activation_norm
 from qinit.linalg.low_rank import LowRank
 from qinit.linalg.weighting import Weighting
-from qinit.magr import reduce_magnitude
-from qinit.rounding import round_gptq
-from qinit.solver import LayerSpec, Solution, stored
+from qinit.solver.magr import reduce_magnitude
+from qinit.solver.residual import as_loaded
+from qinit.solver.spec import LayerSpec, Solution
+from qinit.solver.statistics import Statistics
 
 LEAST_MAGNITUDE = 1e-4  # LQER's lower bound of a channel's mean |x|
 
 Norm = Callable[[torch.Tensor], float]
 
 
-def solve_peer(weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, seed: int = 0) -> Solution:
+def solve_published(weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, seed: int = 0) -> Solution:
     """Split `weight` W [out, in] (float32) into Q and B A as the method's paper does, by the axes of its row.
 
     metric     the norm that B A is fitted in, see `weighting_of`
     rounding   "nearest", or "gptq": with error feedback under the Hessian
     preserve   a part of the rank goes to W before the rest of it is quantized, see `preserved_rank`
-    magr       W's magnitudes are reduced before rounding, see `qinit.magr`
+    magr       W's magnitudes are reduced before rounding, see `qinit.solver.magr`
     start      "quantize": Q, then B A for W - Q. "low-rank": alternation, B A for W - Q and then Q for W - B A, with
                Q = 0 at first, until the error rises; what is returned is the round after which it stopped, as the
                released code does (LQ-LoRA, arXiv:2311.12023), or the best one with keep_best.
@@ -46,7 +47,7 @@ def solve_peer(weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, se
         quantized, low_rank, errors = _quantize_first(weight, spec, statistics, weighting, norm, seed)
     whole = norm(weight)
     scale = 1 / whole if whole else 0.0
-    residual = weight.double() - stored(quantized, spec).double()
+    residual = weight.double() - as_loaded(quantized, spec).double()
     return Solution(
         quantized,
         low_rank,
@@ -107,7 +108,7 @@ def _quantize_first(
         rest = weight - preserved.B @ preserved.A
     target = reduce_magnitude(rest, statistics.hessian, spec.group_size) if method.magr else rest
     quantized = _round(target, spec, statistics)
-    residual = rest - stored(quantized, spec)
+    residual = rest - as_loaded(quantized, spec)
     low_rank = fitted = weighting.fit(residual, spec.rank - kept, method.split)
     if preserved is not None:
         low_rank = LowRank(torch.cat([preserved.B, fitted.B], dim=1), torch.cat([preserved.A, fitted.A]))
@@ -122,7 +123,7 @@ def _alternate(
     for _ in range(spec.iterations):
         low_rank = weighting.fit(residual, spec.rank, spec.method.split)
         quantized = _round(weight - low_rank.B @ low_rank.A, spec, statistics)
-        residual = weight - stored(quantized, spec)
+        residual = weight - as_loaded(quantized, spec)
         errors.append(norm(residual.double() - _product(low_rank)))
         if best is None or not spec.method.keep_best or errors[-1] < best[0]:
             best = (errors[-1], quantized, low_rank)

@@ -8,8 +8,10 @@ import torch
 from scipy.stats import norm
 
 from qinit.grids import GRIDS
-from qinit.methods import METHODS
-from qinit.solver import LayerSpec, residual_norm, seed_of, solve, stored
+from qinit.solver.methods import METHODS
+from qinit.solver.residual import as_loaded, residual_norm
+from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec, seed_of
 
 DATA_FREE = [name for name, row in METHODS.items() if row.metric == "weight"]
 KINDS = ("normal", "low-rank plus noise", "heavy-tailed")
@@ -39,7 +41,7 @@ def product(solution) -> torch.Tensor:
 
 def true_error(weight, solution, layer_spec) -> float:
     """||W - Q - BA|| / ||W|| from the returned parts alone, in float64."""
-    rest = weight.double() - stored(solution.quantized, layer_spec).double()
+    rest = weight.double() - as_loaded(solution.quantized, layer_spec).double()
     if solution.low_rank is not None:
         rest -= product(solution)
     return float(rest.norm() / weight.double().norm())
@@ -86,7 +88,7 @@ def test_published_methods_are_their_papers_algorithms(method, paper, bits, kind
     weight = draw(kind)
     expected_q, expected_l = paper(weight.double().numpy(), bits, 8)
     solution = solve(weight, spec(method, bits))
-    found = stored(solution.quantized, spec(method, bits))
+    found = as_loaded(solution.quantized, spec(method, bits))
     # Float32 turns a value that lies between two levels now and then, and five rounds feed it back.
     changed = (found - torch.from_numpy(expected_q)).abs() > 1e-6
     assert changed.float().mean() <= (0.01 if method == "loftq" else 1e-3)
@@ -101,7 +103,7 @@ def test_qlora_quantizes_the_weight_and_leaves_the_adapter_to_its_plain_start():
     solution = solve(weight, spec("qlora"))
     expected = normal_float(weight.double().numpy(), 2, 64)
     assert solution.low_rank is None
-    found = stored(solution.quantized, spec("qlora")).double()
+    found = as_loaded(solution.quantized, spec("qlora")).double()
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=1e-7)
     assert solution.error == solution.quantized_error
 
@@ -115,7 +117,7 @@ def test_the_reported_errors_are_those_of_what_is_returned(method, bits, storage
     assert solution.error == pytest.approx(true_error(weight, solution, layer_spec), rel=1e-5)
     alone = true_error(weight, replace(solution, low_rank=None), layer_spec)
     assert solution.quantized_error == pytest.approx(alone, rel=1e-5)
-    rest = weight - stored(solution.quantized, layer_spec)
+    rest = weight - as_loaded(solution.quantized, layer_spec)
     expected = solution.error * float(weight.double().norm())
     assert residual_norm(rest, solution.low_rank) == pytest.approx(expected, rel=1e-6)
 
@@ -162,7 +164,7 @@ def test_at_two_bits_eqft_is_far_better_than_loftq(kind):
 def test_the_low_rank_is_the_best_for_the_returned_quantization(rank):
     weight = draw("low-rank plus noise")
     solution = solve(weight, spec("eqft", rank=rank))
-    rest = weight.double() - stored(solution.quantized, spec("eqft")).double()
+    rest = weight.double() - as_loaded(solution.quantized, spec("eqft")).double()
     best = torch.linalg.svdvals(rest)[rank:].square().sum().sqrt() / weight.double().norm()
     assert float(best) * (1 - 1e-5) <= solution.error <= 1.02 * float(best)
 
@@ -172,8 +174,8 @@ def test_storage_in_bfloat16_is_part_of_the_fit():
     dense = spec("eqft", bits=8, rank=32, storage=torch.bfloat16)
     solution = solve(weight, dense)
     values = GRIDS["int"].dequantize(solution.quantized)
-    assert not torch.equal(stored(solution.quantized, dense), values)  # at 8 bits the rounding is visible
-    assert torch.equal(stored(solution.quantized, dense), values.bfloat16().float())
+    assert not torch.equal(as_loaded(solution.quantized, dense), values)  # at 8 bits the rounding is visible
+    assert torch.equal(as_loaded(solution.quantized, dense), values.bfloat16().float())
     unaware = solve(weight, spec("eqft", bits=8, rank=32))
     assert solution.error < true_error(weight, unaware, dense)
 
@@ -181,7 +183,7 @@ def test_storage_in_bfloat16_is_part_of_the_fit():
 @pytest.mark.parametrize("method", DATA_FREE)
 def test_zero_weights_give_zero_and_no_nan(method):
     solution = solve(torch.zeros(32, 64), spec(method, rank=4))
-    assert not stored(solution.quantized, spec(method)).any()
+    assert not as_loaded(solution.quantized, spec(method)).any()
     assert solution.error == solution.quantized_error == 0.0
     if solution.low_rank is not None:
         assert not product(solution).any()

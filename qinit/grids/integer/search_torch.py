@@ -1,4 +1,4 @@
-"""The integer grid: W ~ s (q - z), q and z unsigned integers of `bits` bits, s float16, one pair per group.
+"""The integer grid's search in plain torch: what CUDA runs, and the reference for the CPU kernel.
 
 Scale search `mse`: for a zero point z and codes c = q - z, the least-squares scale is <x,c>/<c,c> and the
 error |x|^2 - <x,c>^2/<c,c>, so a candidate costs one pass over the group and no second one for its scale.
@@ -15,58 +15,8 @@ from typing import Any
 import torch
 
 from qinit.grids.base import Quantized
+from qinit.grids.integer.candidates import F16_MAX, TINY
 from qinit.linalg.chunks import grouped, row_chunks
-
-CANDIDATES = 16  # with the refinement below, 24 or 48 gain less than 0.1 % of the error
-NEARBY = (0.88, 0.95, 1.0, 1.06, 1.14)  # times the previous scale, when there is one
-REFINEMENTS = 2
-# Least clipping ratio worth trying: with fewer levels, more of a group's range is better clipped.
-LEAST_RATIO = {2: 0.25, 3: 0.4, 4: 0.6, 8: 0.95}
-F16_MAX = 65504.0
-TINY = 1e-30
-
-
-class IntegerGrid:
-    name = "int"
-    bits: tuple[int, ...] = (2, 3, 4, 8)
-    searches: tuple[str, ...] = ("minmax", "mse")
-
-    def quantize(
-        self,
-        target: torch.Tensor,
-        weight: torch.Tensor,
-        *,
-        bits: int,
-        group_size: int,
-        search: str,
-        previous: Quantized | None = None,
-    ) -> tuple[Quantized, torch.Tensor]:
-        if search != "mse":
-            ratios, refinements, previous = torch.tensor([1.0]), 0, None
-        else:
-            ratios, refinements = clip_ratios(bits) if previous is None else torch.tensor(NEARBY), REFINEMENTS
-        arguments = (target, weight, bits, group_size, ratios, refinements, previous)
-        if weight.device.type == "cpu":
-            from qinit.grids.integer_cpu import quantize_cpu
-
-            return quantize_cpu(*arguments)
-        return quantize_torch(*arguments)
-
-    def dequantize(self, quantized: Quantized) -> torch.Tensor:
-        assert quantized.zeros is not None
-        result = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
-        for rows in row_chunks(*result.shape):
-            codes = grouped(quantized.codes[rows], quantized.group_size).float()
-            values = (codes - quantized.zeros[rows, :, None].float()) * quantized.scales[rows, :, None]
-            result[rows] = values.flatten(1)[:, : result.shape[1]]
-        return result
-
-    def bits_per_weight(self, bits: int, group_size: int) -> float:
-        return bits + (16 + bits) / group_size
-
-
-def clip_ratios(bits: int) -> torch.Tensor:
-    return torch.linspace(LEAST_RATIO[bits], 1.0, CANDIDATES)
 
 
 def quantize_torch(
@@ -78,7 +28,7 @@ def quantize_torch(
     refinements: int,
     previous: Quantized | None,
 ) -> tuple[Quantized, torch.Tensor]:
-    """The search in plain torch, on any device: what CUDA runs, and the reference for the CPU kernel."""
+    """Round `target` [out, in] to the grid; `ratios` clip each group's range, or the scales of `previous`."""
     rows, columns = weight.shape
     groups = -(-columns // group_size)
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)

@@ -7,8 +7,8 @@ import torch
 
 from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
-from qinit.formats.gptq import dequantized
-from qinit.formats.packing import pack_rows
+from qinit.formats.gptq.packing import pack_rows
+from qinit.formats.gptq.reading import dequantized
 from qinit.grids import GRIDS, Quantized
 from qinit.targets import LinearModule, Target
 

@@ -2,7 +2,7 @@ import pytest
 
 from qinit.errors import RecipeError
 from qinit.grids import GRIDS
-from qinit.methods import METHODS, get_method
+from qinit.solver.methods import METHODS, get_method
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from qinit.calibration.statistics import Statistics
 from qinit.grids import GRIDS, Quantized
+from qinit.grids.integer.rounding import descend, round_gptq
 from qinit.linalg.hessian import corrected, damped_cholesky, output_norm, without
 from qinit.linalg.low_rank import COLD_STEPS, Approximation, output_subspace, random_basis
-from qinit.rounding import descend, round_gptq
-
-if TYPE_CHECKING:
-    from qinit.solver import LayerSpec
+from qinit.solver.spec import LayerSpec
+from qinit.solver.statistics import Statistics
 
 WARM_STEPS = 2
 FINAL_STEPS = 3

@@ -1,4 +1,4 @@
-"""The block steps of `qinit.rounding` as fused CPU kernels (numba); every row is one thread's from start to end."""
+"""The block steps of rounding under H as fused CPU kernels (numba); every row is one thread's from start to end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from qinit.grids.base import Quantized
-from qinit.grids.integer_cpu import HALF, TINY, to_f16, use_as_many_threads_as_torch
-from qinit.rounding import Block
+from qinit.grids.integer.block import Block
+from qinit.grids.integer.search_cpu import HALF, TINY, to_f16, use_as_many_threads_as_torch
 
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
@@ -24,7 +24,7 @@ def feed_back_block(
     weights: torch.Tensor,
     group_of: torch.Tensor,
 ) -> None:
-    """As `qinit.rounding.feed_back_block_torch`."""
+    """As `qinit.grids.integer.rounding_torch.feed_back_block_torch`."""
     assert quantized.zeros is not None
     use_as_many_threads_as_torch()
     _feed_back(
@@ -53,7 +53,7 @@ def descend_block(
     hessian: torch.Tensor,
     passes: int,
 ) -> None:
-    """As `qinit.rounding.descend_block_torch`."""
+    """As `qinit.grids.integer.rounding_torch.descend_block_torch`."""
     assert quantized.zeros is not None
     use_as_many_threads_as_torch()
     _descend(

@@ -2,10 +2,11 @@ import numba
 import pytest
 import torch
 
-from qinit import rounding
 from qinit.grids import GRIDS
-from qinit.rounding import descend, descend_block_torch, feed_back_block_torch, round_gptq
-from tests.qinit.test_rounding import BITS, SHAPES, correlated, draw, error
+from qinit.grids.integer import rounding
+from qinit.grids.integer.rounding import descend, round_gptq
+from qinit.grids.integer.rounding_torch import descend_block_torch, feed_back_block_torch
+from tests.qinit.grids.integer.test_rounding import BITS, SHAPES, correlated, draw, error
 
 INT = GRIDS["int"]
 

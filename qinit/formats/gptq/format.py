@@ -13,21 +13,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qinit.files.tensors import TensorSpec
 from qinit.formats.base import Format
-from qinit.formats.packing import pack_rows, unpack_rows
+from qinit.formats.gptq.packing import pack_rows
+from qinit.formats.gptq.reading import PARTS, dequantized
 from qinit.grids import Grid, Quantized
-from qinit.linalg.chunks import row_chunks
-
-if TYPE_CHECKING:
-    from qinit.targets import LinearModule, Target
+from qinit.targets import LinearModule, Target
 
 WORD = 32
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
 # Block names that optimum finds by itself, whether a base model or one with a head is loaded.
 KNOWN_BLOCKS = (
     "transformer.h",
@@ -127,27 +124,6 @@ class GptqFormat(Format):
 
 def _group_indices(in_features: int, group_size: int) -> torch.Tensor:
     return torch.arange(in_features, dtype=torch.int32) // group_size
-
-
-def dequantized(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, *, bits: int
-) -> torch.Tensor:
-    """Return the weight [out, in] that four packed tensors stand for, s (q - z), in float32."""
-    zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
-    result = torch.empty((qweight.shape[1], len(groups)), device=qweight.device)
-    for rows in row_chunks(*result.shape):
-        codes = unpack_rows(qweight[:, rows].T, bits).float()
-        torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])
-    return result
-
-
-def width_of(name: str, quantization: dict[str, Any]) -> int:
-    """Return the bits of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that matches the
-    name from its start decides, else the base's bits."""
-    for pattern, override in (quantization.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
-            return int(override.get("bits", quantization["bits"]))
-    return int(quantization["bits"])
 
 
 def _block_name(names: list[str]) -> str:

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qinit import rounding
 from qinit.errors import QinitError
 from qinit.grids import GRIDS
+from qinit.grids.integer import rounding
+from qinit.grids.integer.rounding import column_blocks, descend, round_gptq
+from qinit.grids.integer.rounding_torch import fit_weighted
 from qinit.linalg.hessian import damped_cholesky
-from qinit.rounding import column_blocks, descend, fit_weighted, round_gptq
 
 INT = GRIDS["int"]
 BITS = (2, 3, 4, 8)

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from scipy.stats import norm as normal
 
-from qinit.calibration.statistics import Statistics
-from qinit.methods import METHODS, Method
-from qinit.rounding import round_gptq
-from qinit.solver import LayerSpec, stored
+from qinit.grids.integer.rounding import round_gptq
+from qinit.solver.methods import METHODS, Method
+from qinit.solver.residual import as_loaded
+from qinit.solver.spec import LayerSpec
+from qinit.solver.statistics import Statistics
 
 ROWS, COLUMNS, RANK, GROUP = 48, 192, 8, 64
 
@@ -110,7 +111,7 @@ def eora(weight: np.ndarray, seen: Statistics, bits: int) -> Answer:
     """EoRA: project E on the eigenvectors, each by the root of its eigenvalue, and share the singular values out."""
     target = torch.from_numpy(weight).float()
     rounded = round_gptq(target, seen.hessian, bits=bits, group_size=GROUP, search="minmax")[0]
-    quantized = array(stored(rounded, spec("eora", bits)))
+    quantized = array(as_loaded(rounded, spec("eora", bits)))
     values, vectors = np.linalg.eigh(array(seen.hessian))
     U, S, Vh = triplets((weight - quantized) @ vectors @ np.diag(np.sqrt(values)), RANK)
     return quantized, U * np.sqrt(S), np.sqrt(S)[:, None] * Vh @ np.diag(values**-0.5) @ vectors.T
@@ -120,7 +121,7 @@ def cloq(weight: np.ndarray, seen: Statistics, bits: int) -> Answer:
     """CLoQ, theorem 3.1: A = R^-1 U S and B = V for the SVD of R E', R = diag(sqrt(values)) vectors' of H + ridge."""
     reduced = torch.from_numpy(magr(weight, array(seen.hessian))).float()
     rounded = round_gptq(reduced, seen.hessian, bits=bits, group_size=GROUP, search="minmax")[0]
-    quantized = array(stored(rounded, spec("cloq", bits)))
+    quantized = array(as_loaded(rounded, spec("cloq", bits)))
     hessian = array(seen.hessian)
     values, vectors = np.linalg.eigh(hessian + 0.01 * np.trace(hessian) / len(hessian) * np.eye(len(hessian)))
     root = np.diag(np.sqrt(values)) @ vectors.T

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qinit.grids import GRIDS
-from qinit.grids import integer_cpu as kernels
-from qinit.grids.integer import quantize_torch
+from qinit.grids.integer import search_cpu as kernels
+from qinit.grids.integer.search_torch import quantize_torch
 
 INT = GRIDS["int"]
 BITS = (2, 3, 4, 8)

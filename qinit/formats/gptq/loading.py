@@ -1,0 +1,79 @@
+"""What transformers needs to load GPTQ: its packages, and for mixed widths a quantizer of its own."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qinit.errors import CheckpointError
+from qinit.formats.gptq.reading import width_of
+from qinit.requirements import pip_command
+
+MIXED_METHOD = "qinit_mixed_gptq"  # the name that transformers knows the quantizer for mixed widths by
+
+
+def is_mixed(quantization: Any, directory: Path) -> bool:
+    try:
+        overrides = (quantization.get("dynamic") or {}).values()
+        return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
+    except (AttributeError, KeyError):
+        raise not_ours(directory) from None
+
+
+def not_ours(directory: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{directory / 'config.json'}: its quantization_config is not what qinit writes; run qinit again"
+    )
+
+
+def require_packages(directory: Path) -> None:
+    missing = [package for package in ("gptqmodel", "optimum") if find_spec(package) is None]
+    if missing:
+        needs = " and ".join(missing)
+        raise CheckpointError(
+            f"{directory}: packed as GPTQ, which needs {needs}; {pip_command(('gptqmodel', 'optimum'))}"
+        )
+
+
+@cache
+def register_mixed() -> None:
+    """Tell transformers, once and under a name of its own, of GPTQ with a width per layer."""
+    from optimum.gptq import GPTQQuantizer
+    from transformers import GPTQConfig
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    class MixedConfig(GPTQConfig):
+        def __init__(self, dynamic: dict[str, dict[str, int]], quant_method: Any, **options: Any) -> None:
+            super().__init__(**options)
+            self.quant_method = quant_method  # by which transformers finds the quantizer
+            self.dynamic = dynamic
+
+    class MixedLayers(GPTQQuantizer):
+        bits: int
+        quantization: dict[str, Any]
+
+        def _replace_by_quant_layers(self, module: Any, names: Any, name: str = "") -> None:
+            if name:  # on the way down, within one width
+                super()._replace_by_quant_layers(module, names, name)
+                return
+            base = self.bits
+            widths = {target: width_of(target, self.quantization) for target in names}
+            for self.bits in sorted(set(widths.values())):
+                alike = {target for target, bits in widths.items() if bits == self.bits}
+                super()._replace_by_quant_layers(module, alike)
+            self.bits = base
+
+    class MixedQuantizer(GptqHfQuantizer):
+        def __init__(self, quantization_config: Any, **options: Any) -> None:
+            super().__init__(quantization_config, **options)
+            # From here on it is GPTQ to everyone, PEFT included, and is saved as such.
+            quantization_config.quant_method = QuantizationMethod.GPTQ
+            self.optimum_quantizer = MixedLayers.from_dict(quantization_config.to_dict_optimum())
+            self.optimum_quantizer.quantization = quantization_config.to_dict()
+
+    register_quantization_config(MIXED_METHOD)(MixedConfig)
+    register_quantizer(MIXED_METHOD)(MixedQuantizer)

@@ -1,0 +1,34 @@
+"""Reads packed GPTQ layers: their tensors, their width, their weight."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from qinit.formats.gptq.packing import unpack_rows
+from qinit.linalg.chunks import row_chunks
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def dequantized(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, *, bits: int
+) -> torch.Tensor:
+    """Return the weight [out, in] that four packed tensors stand for, s (q - z), in float32."""
+    zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
+    result = torch.empty((qweight.shape[1], len(groups)), device=qweight.device)
+    for rows in row_chunks(*result.shape):
+        codes = unpack_rows(qweight[:, rows].T, bits).float()
+        torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])
+    return result
+
+
+def width_of(name: str, quantization: dict[str, Any]) -> int:
+    """Return the bits of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that matches the
+    name from its start decides, else the base's bits."""
+    for pattern, override in (quantization.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+            return int(override.get("bits", quantization["bits"]))
+    return int(quantization["bits"])

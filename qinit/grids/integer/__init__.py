@@ -1,0 +1,1 @@
+"""The integer grid, and its kernels: the search for scales, and rounding under a Hessian."""

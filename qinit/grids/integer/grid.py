@@ -1,0 +1,49 @@
+"""The integer grid: W ~ s (q - z), q and z unsigned integers of `bits` bits, s float16, one pair per group."""
+
+from __future__ import annotations
+
+import torch
+
+from qinit.grids.base import Quantized
+from qinit.grids.integer.candidates import NEARBY, REFINEMENTS, clip_ratios
+from qinit.grids.integer.search_torch import quantize_torch
+from qinit.linalg.chunks import grouped, row_chunks
+
+
+class IntegerGrid:
+    name = "int"
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    searches: tuple[str, ...] = ("minmax", "mse")
+
+    def quantize(
+        self,
+        target: torch.Tensor,
+        weight: torch.Tensor,
+        *,
+        bits: int,
+        group_size: int,
+        search: str,
+        previous: Quantized | None = None,
+    ) -> tuple[Quantized, torch.Tensor]:
+        if search != "mse":
+            ratios, refinements, previous = torch.tensor([1.0]), 0, None
+        else:
+            ratios, refinements = clip_ratios(bits) if previous is None else torch.tensor(NEARBY), REFINEMENTS
+        arguments = (target, weight, bits, group_size, ratios, refinements, previous)
+        if weight.device.type == "cpu":
+            from qinit.grids.integer.search_cpu import quantize_cpu  # late: numba takes half a second to import
+
+            return quantize_cpu(*arguments)
+        return quantize_torch(*arguments)
+
+    def dequantize(self, quantized: Quantized) -> torch.Tensor:
+        assert quantized.zeros is not None
+        result = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
+        for rows in row_chunks(*result.shape):
+            codes = grouped(quantized.codes[rows], quantized.group_size).float()
+            values = (codes - quantized.zeros[rows, :, None].float()) * quantized.scales[rows, :, None]
+            result[rows] = values.flatten(1)[:, : result.shape[1]]
+        return result
+
+    def bits_per_weight(self, bits: int, group_size: int) -> float:
+        return bits + (16 + bits) / group_size

@@ -1,0 +1,1 @@
+"""The solver: one weight matrix in, quantized matrix and low-rank factors out. Pure and deterministic."""

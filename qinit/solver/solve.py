@@ -1,0 +1,58 @@
+"""The solver: one weight matrix in, quantized matrix and low-rank factors out. Pure and deterministic."""
+
+from __future__ import annotations
+
+import torch
+
+from qinit.grids import Quantized
+from qinit.linalg.hessian import output_norm
+from qinit.linalg.low_rank import LowRank
+from qinit.solver.calibrated import alternate
+from qinit.solver.data_free import solve_data_free
+from qinit.solver.published import solve_published
+from qinit.solver.residual import frobenius, residual_norm, residual_of
+from qinit.solver.spec import LayerSpec, Solution
+from qinit.solver.statistics import Statistics
+
+OUTPUT_ROWS = 256  # enough to know an output error to a few percent, and nearly free
+
+
+def solve(weight: torch.Tensor, spec: LayerSpec, seed: int = 0, statistics: Statistics | None = None) -> Solution:
+    """Split `weight` [out, in] (float32) into a quantized and a rank-r part, as the method's row says.
+
+    `statistics` are needed by every row whose metric is not `weight`. The rank must not exceed min(out, in).
+    """
+    if spec.method.metric == "weight":
+        return solve_data_free(weight, spec, seed)
+    if statistics is None:
+        raise ValueError(f"method {spec.method.name} needs statistics of the layer's inputs")
+    if spec.method.iterations_fixed:
+        found = solve_published(weight, spec, statistics, seed)
+        assert found.low_rank is not None
+        return _measured(weight, spec, found.quantized, found.low_rank, statistics, found.trace)
+    quantized, approximation, trace = alternate(weight, spec, statistics, seed)
+    return _measured(weight, spec, quantized, approximation.factors, statistics, trace)
+
+
+def _measured(
+    weight: torch.Tensor,
+    spec: LayerSpec,
+    quantized: Quantized,
+    factors: LowRank,
+    statistics: Statistics,
+    trace: tuple[float, ...],
+) -> Solution:
+    """Measure a solution: exactly in the weights' norm, at the output on OUTPUT_ROWS rows spread over the layer."""
+    residual = residual_of(weight, quantized, spec)
+    rows = slice(0, None, max(1, len(weight) // OUTPUT_ROWS))
+    left = torch.addmm(residual[rows], factors.B[rows], factors.A, alpha=-1)
+    norm, output = frobenius(weight), output_norm(weight[rows], statistics.hessian)
+    return Solution(
+        quantized,
+        factors,
+        error=residual_norm(residual, factors) / norm if norm else 0.0,
+        quantized_error=frobenius(residual) / norm if norm else 0.0,
+        trace=trace,
+        output_error=output_norm(left, statistics.hessian) / output if output else 0.0,
+        quantized_output_error=output_norm(residual[rows], statistics.hessian) / output if output else 0.0,
+    )

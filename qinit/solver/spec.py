@@ -1,0 +1,45 @@
+"""What the solver is asked for one matrix, and what it answers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from qinit.grids import Quantized
+from qinit.linalg.low_rank import LowRank
+from qinit.solver.methods import Method
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What to do with one matrix. `storage` is the dtype that Q will be rounded to when it is stored
+    unpacked (None: stored as codes, nothing is lost)."""
+
+    method: Method
+    bits: int
+    group_size: int
+    rank: int
+    iterations: int
+    storage: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """W ~ Q + L: Q [out, in] as codes, L = B A unscaled. Errors are Frobenius norms relative to W's;
+    `trace` has one per iteration, `quantized_error` is that of Q alone. With calibration, output errors are the root
+    mean squares of (W - Q - L) x and (W - Q) x relative to W x, and `trace` is in the method's own metric."""
+
+    quantized: Quantized
+    low_rank: LowRank | None
+    error: float
+    quantized_error: float
+    trace: tuple[float, ...]
+    output_error: float | None = None
+    quantized_output_error: float | None = None
+
+
+def seed_of(name: str, seed: int) -> int:
+    """A layer's own seed, from its name: the order of the jobs does not change any byte."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
