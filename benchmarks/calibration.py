@@ -27,8 +27,6 @@ from qinit.calibration.outputs import output_metrics
 from qinit.calibration.samples import Samples
 from qinit.calibration.sources import load_samples
 from qinit.calibration.walk import Seen, Walk
-from qinit.checkpoint import Checkpoint
-from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.grids import GRIDS
 from qinit.linalg.low_rank import OutputMetric
@@ -39,6 +37,8 @@ from qinit.solver.methods import CALIBRATED, METHODS, Method
 from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec, seed_of
 from qinit.solver.statistics import Statistics
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.demo import demo_directory, held_out_text
 
 CPU = torch.device("cpu")
 EQFT = CALIBRATED["eqft"]

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from tables import KINDS
 
-from qinit.adapter import ADAPTER_DIRECTORY
+from qinit.adapters.lora import ADAPTER_DIRECTORY
 from qinit.evaluate import Figures, figures_of
 from qinit.machine import ran_on, versions
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
-from qinit.report import Report
+from qinit.report.report import Report
 from qinit.runner import Finished, run
 from qinit.solver.methods import METHODS
 

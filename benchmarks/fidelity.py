@@ -19,9 +19,9 @@ from typing import Any
 
 from common import conclude, full_precision, load_tokens, measure_start
 
-from qinit.checkpoint import Checkpoint
-from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.demo import demo_directory, held_out_text
 
 DATA_FREE = ("qlora", "loftq", "qpissa", "eqft")
 CALIBRATED = ("lqer", "qera", "eora", "cloq", "srr", "eqft")

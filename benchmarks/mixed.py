@@ -30,7 +30,6 @@ from qinit.allocate import ROUNDING
 from qinit.calibration.choice import text_for
 from qinit.calibration.outputs import output_metrics
 from qinit.calibration.walk import Seen, Walk
-from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.fisher import measure
 from qinit.linalg.low_rank import OutputMetric
@@ -41,6 +40,7 @@ from qinit.runner import _read_weight
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
+from qinit.source.demo import demo_directory, held_out_text
 
 CPU = torch.device("cpu")
 RATIOS = (0.25, 0.5, 0.75)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tables import KINDS, Table
 
-from qinit import markdown
+from qinit.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "model_zoo" / "results"

@@ -16,13 +16,13 @@ import torch
 from common import conclude, load_tokens
 from transformers import AutoModelForCausalLM
 
-from qinit.checkpoint import Checkpoint
-from qinit.demo import demo_directory, held_out_text
 from qinit.evaluate import perplexity
 from qinit.grids import GRIDS
 from qinit.solver.methods import METHODS, Method
 from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec, seed_of
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.demo import demo_directory, held_out_text
 
 EQFT = METHODS["eqft"]
 LOW_RANK_FIRST = replace(EQFT, start="low-rank")

@@ -16,10 +16,10 @@ from qinit_cli.options import CALIBRATING, CHOOSING, OUTPUT_PANEL, QUANTIZING, R
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qinit.checkpoint import Checkpoint
     from qinit.compare.comparison import Comparison
     from qinit.compare.texts import Text
     from qinit.finetune import Training
+    from qinit.source.checkpoint import Checkpoint
 
 COMPARE_PANEL, TUNE_PANEL = "What to compare", "Fine-tuning"
 
@@ -133,11 +133,11 @@ def compare(**options: Any) -> None:
 
 def _made(options: dict[str, Any], board: Any) -> Comparison:
     """Find the model and the texts, and check that everything fits."""
-    from qinit.checkpoint import Checkpoint
     from qinit.compare.make import METHODS_DEFAULT, default_length, make_comparison
-    from qinit.demo import DEMO_NAME, DEMO_TITLE, demo_directory
     from qinit.finetune import Training
-    from qinit.hub import local_directory
+    from qinit.hub.download import local_directory
+    from qinit.source.checkpoint import Checkpoint
+    from qinit.source.demo import DEMO_NAME, DEMO_TITLE, demo_directory
 
     if options["model"] is None:
         board.say(f"No MODEL given: using {DEMO_TITLE}.")
@@ -187,9 +187,9 @@ def _texts(
     """Read what is measured on and what is trained on; the demo model brings both."""
     from qinit.compare.texts import Text as Tokens
     from qinit.compare.texts import read_source, tokenized
-    from qinit.demo import held_out_text, new_domain
     from qinit.errors import CompareError
     from qinit.evaluate.text import Text
+    from qinit.source.demo import held_out_text, new_domain
 
     def read(sources: list[str], wanted: int) -> list[Any]:
         return [read_source(source, wanted, options["text_field"], options["token"]) for source in sources]

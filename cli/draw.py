@@ -19,7 +19,7 @@ from qinit.files.reading import printable
 if TYPE_CHECKING:
     from qinit.estimate import Estimate
     from qinit.plan import Plan
-    from qinit.report import Report
+    from qinit.report.report import Report
     from qinit.runner import Event
 
 METHOD_COLUMNS = {
@@ -159,7 +159,7 @@ class Screen:
         return report
 
     def _result(self, report: Report, directory: Path) -> None:
-        from qinit.card import polish_words, snippet_of
+        from qinit.report.card import polish_words, snippet_of
 
         if self._quiet:
             return
@@ -243,8 +243,8 @@ class Screen:
 
     def report(self, report: Report) -> None:
         """Draw a run's report: a line for each module type, then the totals."""
-        from qinit.pictures import NO_FRONT, Grid, bits_words, heading, pareto_front, summary
-        from qinit.report import average
+        from qinit.report.averages import average
+        from qinit.report.pictures.contents import NO_FRONT, Grid, bits_words, heading, pareto_front, summary
 
         if self._quiet:
             return

@@ -51,7 +51,7 @@ class EvalScreen(Screen):
 
     def evaluated(self, name: str, row: dict[str, Any] | None, done: Evaluated, written: list[str]) -> None:
         """Draw the figures, how they were measured and where they were written."""
-        from qinit.card import measured_words
+        from qinit.report.card import measured_words
 
         if self._quiet:
             return

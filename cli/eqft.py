@@ -67,7 +67,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     if command == "eqft" and recipe.mixed:
         raise RecipeError(f"{options['recipe']}: asks for mixed widths; use qinit meqft")
     if repo_id:
-        from qinit.push import require_name, require_ready
+        from qinit.hub.push import require_name, require_ready
 
         require_name(repo_id) if options["dry_run"] else require_ready(repo_id, options["token"])
     made, out = _planned(screen, recipe, options)
@@ -88,7 +88,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     check_output(made, out, overwrite)
     target = {"private": options["private"], "token": token}
     if repo_id:  # a night's run must not fail at its last step
-        from qinit.push import open_target
+        from qinit.hub.push import open_target
 
         open_target(repo_id, **target)
     events = run(made, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token)
@@ -120,14 +120,14 @@ def _interruptible(out: Path) -> Iterator[None]:
 
 def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan, Path]:
     """Find the model, make the plan and say what it costs; returns it and the run's directory."""
-    from qinit.demo import DEMO_NAME, DEMO_TITLE, demo_directory
+    from qinit.source.demo import DEMO_NAME, DEMO_TITLE, demo_directory
 
     if recipe.model is None:
         screen.say(f"No MODEL given: using {DEMO_TITLE}.")
 
     hush()
     from qinit.calibration.choice import expected
-    from qinit.hub import header_directory, local_directory
+    from qinit.hub.download import header_directory, local_directory
     from qinit.machine import pick_device
     from qinit.plan import make_plan
 

@@ -15,7 +15,7 @@ import typer
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
 
-    from qinit.push import Prepared, Pushed
+    from qinit.hub.push import Prepared, Pushed
 
 
 def push(
@@ -42,8 +42,8 @@ def push(
     from qinit_cli.draw import Screen
 
     from qinit.errors import HubError, StoppedError
-    from qinit.push import prepare, require_ready
-    from qinit.push import push as push_prepared
+    from qinit.hub.push import prepare, require_ready
+    from qinit.hub.push import push as push_prepared
 
     if create_pr and revision:
         raise HubError("--create-pr: opens a pull request to the main branch; leave --revision out")
@@ -77,8 +77,8 @@ def push_after_run(
     What goes wrong is no reason to run again, and the error says so.
     """
     from qinit.errors import HubError, QinitError, StoppedError
-    from qinit.push import prepare
-    from qinit.push import push as push_prepared
+    from qinit.hub.push import prepare
+    from qinit.hub.push import push as push_prepared
 
     try:
         prepared = prepare(directory, repo_id)

@@ -22,8 +22,8 @@ def report(
     """Draw a run: bits by layer, the error before and after the low rank, and bits against loss."""
     from qinit_cli.draw import Screen
 
-    from qinit.pictures import write_pictures
-    from qinit.report import Report
+    from qinit.report.pictures.files import write_pictures
+    from qinit.report.report import Report
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns on stderr while it lists the fonts
     found = Report.read(directory)

@@ -84,8 +84,8 @@ def _source(directory: Path, model: str | None, revision: str | None, token: str
     if model is None:
         return None
     from qinit.errors import ReportError
-    from qinit.hub import local_directory
-    from qinit.report import Report
+    from qinit.hub.download import local_directory
+    from qinit.report.report import Report
 
     if revision is None and not Path(model).is_dir():
         try:

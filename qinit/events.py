@@ -8,7 +8,7 @@ from pathlib import Path
 from qinit.calibration.walk import Measuring, Passing
 from qinit.plan import Plan
 from qinit.polish import Progress
-from qinit.report import LayerRow, Report
+from qinit.report.report import LayerRow, Report
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from qinit.calibration.backward import OverflowedError, Probe, Run, backward, re
 from qinit.calibration.meter import Meter
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring, oriented, require_finite_input, unpadded
-from qinit.checkpoint import not_decomposable
 from qinit.errors import CalibrationError
 from qinit.sensitivity import Sensitivity, signature
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.solver.statistics import Statistics
+from qinit.source.checkpoint import not_decomposable
 
 if TYPE_CHECKING:
     from qinit.linalg.low_rank import OutputMetric

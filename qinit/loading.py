@@ -6,12 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from qinit.adapter import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
-from qinit.checkpoint import read_json
+from qinit.adapters.lora import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import CheckpointError
 from qinit.formats.gptq.loading import MIXED_METHOD, is_mixed, not_ours, register_mixed, require_packages
-from qinit.report import REPORT_NAME
-from qinit.skeleton import loader
+from qinit.report.report import REPORT_NAME
+from qinit.source.checkpoint import read_json
+from qinit.source.skeleton import loader
 
 
 def load(

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from qinit import adapter
+from qinit.adapters import lora as adapter
 from qinit.allocate import Choice, Item, front, in_order, knapsack, picked, tied
 from qinit.errors import RecipeError
 from qinit.formats import FORMATS

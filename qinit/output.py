@@ -19,7 +19,7 @@ from qinit.calibration.carried import scratch_bytes
 from qinit.errors import HubError, OutputError, QinitError
 from qinit.journal import kept_words
 from qinit.lock import locked
-from qinit.report import REPORT_NAME
+from qinit.report.report import REPORT_NAME
 
 if TYPE_CHECKING:
     from qinit.plan import Plan

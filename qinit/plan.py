@@ -7,8 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qinit import adapter
-from qinit.checkpoint import Checkpoint
+from qinit.adapters import lora as adapter
 from qinit.errors import RecipeError, TargetError
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS
@@ -17,7 +16,8 @@ from qinit.machine import pick_device
 from qinit.recipe import Recipe, parse_size
 from qinit.solver.methods import METHODS
 from qinit.solver.spec import LayerSpec
-from qinit.targets import Architecture, Target, read_architecture, resolve_targets, select
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.targets import Architecture, Target, read_architecture, resolve_targets, select
 
 if TYPE_CHECKING:
     from qinit.sensitivity import Sensitivity

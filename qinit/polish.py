@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn import functional
 
 from qinit.calibration.samples import Samples
-from qinit.calibration.self_text import no_progress_bar
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.linalg.low_rank import LowRank
-from qinit.skeleton import loader
+from qinit.source.quiet import no_progress_bar
+from qinit.source.skeleton import loader
 
 # Chosen on a 260K-parameter Llama at 2 bits by held-out loss and by the KL on fresh text that the model wrote.
 LEARNING_RATE = 0.015

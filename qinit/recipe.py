@@ -14,7 +14,7 @@ from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.solver.methods import CALIBRATED, Method, get_method
-from qinit.targets import ALL_LINEAR
+from qinit.source.targets import ALL_LINEAR
 
 Bits = Literal[2, 3, 4, 8]
 MOST_TOKENS = 2**28

@@ -16,18 +16,17 @@ from typing import Any
 
 import torch
 
-from qinit import adapter, fisher
+from qinit import fisher
+from qinit.adapters import lora as adapter
 from qinit.calibration.blocks import NotStreamable
 from qinit.calibration.choice import text_for
 from qinit.calibration.outputs import output_metrics
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring, Passing, Seen, Walk
 from qinit.calibration.whole import whole_model
-from qinit.checkpoint import count_nonfinite, not_decomposable, require_finite
 from qinit.errors import CalibrationError
 from qinit.events import Allotted, Discarded, Done, Event, Finished, Noted, Resumed, Sampling, Working
 from qinit.files.tensors import StoredTensor
-from qinit.finish import complete, copy_companions, make_report
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.journal import Journal
@@ -37,13 +36,15 @@ from qinit.mixed import allotted, options
 from qinit.output import Workplace, check_output, check_space, working
 from qinit.plan import LayerPlan, Plan
 from qinit.polish import Polished, Progress, polish
-from qinit.report import LayerRow
+from qinit.report.finish import complete, copy_companions, make_report
+from qinit.report.report import LayerRow
 from qinit.resume import moved, opened
 from qinit.sensitivity import Sensitivity
 from qinit.solver.residual import residual_norm
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.solver.statistics import Statistics
+from qinit.source.checkpoint import count_nonfinite, not_decomposable, require_finite
 from qinit.store import Store, apply_polish, load_samples, save_polish, save_samples
 
 __all__ = [

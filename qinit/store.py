@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from qinit import adapter
+from qinit.adapters import lora as adapter
 from qinit.calibration.samples import Samples
 from qinit.errors import CheckpointError, OutputError
 from qinit.files.tensors import TensorSpec, checksum, read_header
@@ -20,7 +20,7 @@ from qinit.formats import FORMATS
 from qinit.journal import Journal, Record
 from qinit.linalg.low_rank import LowRank
 from qinit.output import Workplace
-from qinit.report import LayerRow
+from qinit.report.report import LayerRow
 
 if TYPE_CHECKING:
     from qinit.plan import LayerPlan, Plan

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from qinit.adapter import StoredAdapter
-from qinit.checkpoint import Checkpoint, count_nonfinite, require_finite
+from qinit.adapters.reading import StoredAdapter
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor
 from qinit.formats.gptq.reading import PARTS, dequantized, width_of
-from qinit.targets import Architecture, LinearModule, find_tensor
+from qinit.source.checkpoint import Checkpoint, count_nonfinite, require_finite
+from qinit.source.targets import Architecture, LinearModule, find_tensor
 
 OTHER_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # in the files of GPT-NeoX
 

@@ -16,11 +16,11 @@ from torch import nn
 from qinit.calibration.blocks import Blocks, NotStreamable
 from qinit.calibration.carried import Batch, Calls, Carried, batches_of
 from qinit.calibration.choice import GRADIENT_LENGTH, GRADIENT_SAMPLES
-from qinit.calibration.facts import Facts
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring, unpadded
 from qinit.calibration.whole import load_whole, read_tokens
 from qinit.plan import BATCH_TOKENS, LOGITS_BYTES
+from qinit.source.vocabulary import Facts
 
 if TYPE_CHECKING:
     from qinit.plan import LayerPlan, Plan

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from qinit.skeleton import build_model
+from qinit.source.skeleton import build_model
 from qinit.weights import StoredWeights
 
 if TYPE_CHECKING:
-    from qinit.checkpoint import Checkpoint
     from qinit.plan import Plan
+    from qinit.source.checkpoint import Checkpoint
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

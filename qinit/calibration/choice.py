@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qinit.calibration.facts import Facts
 from qinit.calibration.self_text import LARGEST_BATCH
 from qinit.calibration.sources import sampling_cost
 from qinit.machine import free_memory, measured_speed
 from qinit.polish import BATCH_TOKENS, polish_flops
+from qinit.source.vocabulary import Facts
 from qinit.words import duration
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 from qinit.calibration.documents import not_blank, text_of
 from qinit.errors import CalibrationError, HubError, did_you_mean
-from qinit.hub_errors import checked_token, without_token
+from qinit.hub.errors import checked_token, without_token
 
 DEFAULT_SPLIT = "train"
 INSTALL = 'pip install "qinit[datasets]"'

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qinit.errors import CalibrationError
+from qinit.source.quiet import no_progress_bar
 
 MEMORY = 4 * 2**30  # bytes for the key-value caches and the logits of one batch
 LARGEST_BATCH = 64
@@ -119,17 +120,3 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar for loading weights off the screen."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

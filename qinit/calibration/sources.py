@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 
 from qinit.calibration.documents import is_jsonl, read_file, read_text
-from qinit.calibration.facts import Facts
 from qinit.calibration.hub_documents import HUB_SOURCE, parse_hub, read_hub, require_datasets
 from qinit.calibration.samples import Samples
 from qinit.calibration.self_text import write_text
 from qinit.calibration.tokens import characters_for, draw_documents, draw_windows, load_tokenizer
 from qinit.errors import CalibrationError
+from qinit.source.vocabulary import Facts
 
 RANDOM, SELF = "random", "self"
 SOURCES = (

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from qinit.calibration.facts import Facts
 from qinit.errors import CalibrationError
-from qinit.skeleton import own_code
+from qinit.source.skeleton import own_code
+from qinit.source.vocabulary import Facts
 
 LARGEST_TOKENIZER = 256 << 20  # bytes of one of its files; the largest in use have some 40 MB
 TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}

@@ -11,8 +11,8 @@ from qinit.calibration.meter import Meter
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring, Seen, batch_size, oriented, require_finite_input, unpadded
 from qinit.errors import CalibrationError
-from qinit.skeleton import loader
 from qinit.solver.statistics import Statistics
+from qinit.source.skeleton import loader
 
 if TYPE_CHECKING:
     from qinit.plan import Plan

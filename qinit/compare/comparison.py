@@ -10,12 +10,12 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from qinit.checkpoint import Checkpoint
 from qinit.compare.texts import Text
 from qinit.finetune import Training
 from qinit.machine import versions
 from qinit.recipe import Recipe
 from qinit.solver.methods import METHODS
+from qinit.source.checkpoint import Checkpoint
 
 LORA, FULL = "lora", "full"  # the ceilings: PEFT's own start on the full-precision model, and all of its parameters
 CEILINGS = (LORA, FULL)
@@ -23,7 +23,8 @@ CELLS = "cells"  # the directory of a comparison's cells
 LAYOUT = 1  # of a cell's file; another number makes all of them anew
 # What of this package can decide no figure. All else can: another version of it, released or not, makes all cells anew.
 UNINVOLVED = (
-    *("doctor", "hub", "pictures", "verification", "card.py", "markdown.py", "requirements.py", "words.py"),
+    *("doctor", "hub", "verification", "requirements.py", "words.py"),
+    *("report/card.py", "report/markdown.py", "report/pictures"),
     *("compare/forecast.py", "compare/pictures.py", "compare/results.py", "compare/table.py", "compare/workers.py"),
 )
 SAMPLE_BYTES = 4096  # of each tensor, that tell a model from a fine-tuned one

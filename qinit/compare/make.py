@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qinit.calibration.facts import Facts
-from qinit.checkpoint import Checkpoint
 from qinit.compare.comparison import CEILINGS, CELLS, FULL, LORA, Comparison, Row, fingerprint
 from qinit.compare.texts import Text, split
 from qinit.errors import CompareError, OutputError, RecipeError, did_you_mean
@@ -21,6 +19,8 @@ from qinit.machine import pick_device
 from qinit.plan import Plan, make_plan
 from qinit.recipe import Recipe, make_recipe
 from qinit.solver.methods import CALIBRATED, METHODS
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.vocabulary import Facts
 
 RESULT_NAME = "compare.json"
 METHODS_DEFAULT = ("eqft", "eqft:none", "loftq", "qpissa", "qlora")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qinit import adapter
+from qinit.adapters import lora as adapter
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.errors import OutputError
 from qinit.evaluate import perplexity
@@ -21,7 +21,7 @@ from qinit.loading import load
 from qinit.machine import pick_device
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
-from qinit.report import REPORT_NAME, Report
+from qinit.report.report import REPORT_NAME, Report
 from qinit.runner import run
 
 MOST_LOGITS = 2**28  # values: a gigabyte in float32

@@ -9,9 +9,9 @@ from typing import Any
 
 from qinit.compare.comparison import CEILINGS
 from qinit.compare.table import NAMES, failures, header, lines, sweep_header, sweep_lines, title
-from qinit.pictures.html import CONFIG, HEAD
-from qinit.pictures.layout import BLUE, GREEN, GREY, ORANGE, VERMILLION, missing
-from qinit.pictures.raster import clean
+from qinit.report.pictures.html import CONFIG, HEAD
+from qinit.report.pictures.layout import BLUE, GREEN, GREY, ORANGE, VERMILLION, missing
+from qinit.report.pictures.raster import clean
 
 # Okabe and Ito's, as in the report; shapes differ as well.
 COLOURS = (BLUE, "#56b4e9", VERMILLION, ORANGE, GREEN, "#cc79a7", "#000000", GREY)

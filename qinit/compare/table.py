@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from qinit import markdown
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.compare.schedule import Found, best_rate
+from qinit.report import markdown
 
 NAMES = {LORA: "16-bit LoRA", FULL: "full fine-tuning"}
 

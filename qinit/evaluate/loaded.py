@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from qinit.adapter import WEIGHTS_STEM
-from qinit.checkpoint import Checkpoint, read_json
+from qinit.adapters.lora import WEIGHTS_STEM
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import Windows
 from qinit.files.tensors import read_header
 from qinit.loading import load_parts
-from qinit.report import REPORT_NAME
-from qinit.skeleton import loader
+from qinit.report.report import REPORT_NAME
+from qinit.source.checkpoint import Checkpoint, read_json
+from qinit.source.skeleton import loader
 
 BATCH_BYTES = 1 << 29  # of a batch's logits, in float32
 LARGEST_BATCH_TOKENS = 1 << 13  # beyond it a batch saves no time

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qinit.card import CARD_NAME, with_evaluations
-from qinit.checkpoint import read_json
 from qinit.errors import OutputError
 from qinit.evaluate.figures import Figures
 from qinit.evaluate.job import Way
@@ -16,7 +14,9 @@ from qinit.evaluate.text import Text, Tokens
 from qinit.evaluate.windows import Windows
 from qinit.files.atomic import replace_text
 from qinit.files.manifest import MANIFEST_NAME, read_manifest, refresh
-from qinit.report import REPORT_NAME, Report
+from qinit.report.card import CARD_NAME, with_evaluations
+from qinit.report.report import REPORT_NAME, Report
+from qinit.source.checkpoint import read_json
 
 KEY = ("text", "length", "stride")  # a later evaluation that has these in common takes an older one's place
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from qinit.adapter import StoredAdapter
+from qinit.adapters.reading import StoredAdapter
 from qinit.calibration.blocks import Blocks, NotStreamable
 from qinit.calibration.carried import Batch, Calls, Carried
-from qinit.checkpoint import Checkpoint
 from qinit.errors import CheckpointError
 from qinit.evaluate.figures import Logits
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import Windows
-from qinit.targets import read_architecture
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.targets import read_architecture
 from qinit.weights import StoredWeights
 
 

@@ -8,15 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qinit.adapter import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
-from qinit.calibration.facts import CAUSAL_ENDINGS, Facts
-from qinit.checkpoint import read_json
-from qinit.demo import DEMO_NAME, demo_directory
+from qinit.adapters.lora import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import CheckpointError, HubError
 from qinit.files.atomic import replace_text
 from qinit.files.manifest import refresh
-from qinit.hub import local_directory
-from qinit.report import REPORT_NAME
+from qinit.hub.download import local_directory
+from qinit.report.report import REPORT_NAME
+from qinit.source.checkpoint import read_json
+from qinit.source.demo import DEMO_NAME, demo_directory
+from qinit.source.vocabulary import CAUSAL_ENDINGS, Facts
 
 BASE_KEY = "base_model_name_or_path"
 

@@ -10,7 +10,7 @@ import torch
 
 from qinit.files.tensors import TensorSpec
 from qinit.grids import Grid, Quantized
-from qinit.targets import LinearModule, Target
+from qinit.source.targets import LinearModule, Target
 
 
 class Format(ABC):

@@ -9,7 +9,7 @@ import torch
 from qinit.files.tensors import TensorSpec
 from qinit.formats.base import Format
 from qinit.grids import Grid, Quantized
-from qinit.targets import Target
+from qinit.source.targets import Target
 
 
 class DenseFormat(Format):

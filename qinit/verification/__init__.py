@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qinit.checkpoint import Checkpoint
 from qinit.errors import ReportError
 from qinit.files.manifest import MANIFEST_NAME
-from qinit.report import REPORT_NAME
+from qinit.report.report import REPORT_NAME
+from qinit.source.checkpoint import Checkpoint
 from qinit.verification.factors import check_adapter, point_to
 from qinit.verification.files import check_files
 from qinit.verification.findings import Checked, Event, Finding, Stage

@@ -7,12 +7,12 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from qinit import adapter
-from qinit.checkpoint import read_json
+from qinit.adapters import lora as adapter
 from qinit.errors import CheckpointError, ReportError
 from qinit.files.manifest import refresh
 from qinit.files.tensors import StoredTensor, read_header
-from qinit.report import Report
+from qinit.report.report import Report
+from qinit.source.checkpoint import read_json
 from qinit.verification.findings import Finding, from_error
 from qinit.verification.written import Written, compare, differing
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from qinit.recipe import Recipe
-from qinit.report import REPORT_NAME, LayerRow, Report, average
+from qinit.report.averages import average
+from qinit.report.report import REPORT_NAME, LayerRow, Report
 from qinit.verification.findings import Finding
 
 ROUNDING = 1e-9  # the sums are made anew from the same numbers

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from qinit.checkpoint import Checkpoint
 from qinit.errors import CheckpointError
 from qinit.files.manifest import file_sum
-from qinit.report import REPORT_NAME
-from qinit.targets import Target, resolve_targets
+from qinit.report.report import REPORT_NAME
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.targets import Target, resolve_targets
 from qinit.verification.findings import Finding
 from qinit.verification.written import CONFIG, Written, differing
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from qinit import adapter
-from qinit.checkpoint import Checkpoint, count_nonfinite
+from qinit.adapters import lora as adapter
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
 from qinit.solver.residual import residual_norm
-from qinit.targets import Target
+from qinit.source.checkpoint import Checkpoint, count_nonfinite
+from qinit.source.targets import Target
 from qinit.verification.findings import Checked, Event, Finding, Stage, from_error
 from qinit.verification.source import check_source
 from qinit.verification.written import Layer, Written, compare, relative

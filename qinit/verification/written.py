@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from qinit.checkpoint import SINGLE_NAME, Checkpoint, indexed_files, read_json
 from qinit.errors import CheckpointError, QinitError
 from qinit.files.tensors import INDEX_NAME, StoredTensor, TensorSpec, read_header
 from qinit.formats import FORMATS
 from qinit.recipe import Recipe, make_recipe
-from qinit.report import REPORT_NAME, LayerRow, Report
-from qinit.targets import Architecture, LinearModule, Target, possible_names, read_architecture
+from qinit.report.report import REPORT_NAME, LayerRow, Report
+from qinit.source.checkpoint import SINGLE_NAME, Checkpoint, indexed_files, read_json
+from qinit.source.targets import Architecture, LinearModule, Target, possible_names, read_architecture
 from qinit.verification.figures import check_rows, check_totals
 from qinit.verification.findings import Finding, from_error
 

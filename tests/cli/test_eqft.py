@@ -5,8 +5,8 @@ import pytest
 import yaml
 from qinit_cli.eqft import _command
 
-from qinit import demo
 from qinit.files.tensors import StoredTensor
+from qinit.source import demo
 from tests.conftest import make_checkpoint, weights_of
 
 QUICK = ("--rank", 4, "--iter", 1)

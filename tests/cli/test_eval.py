@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from qinit.demo import demo_directory
 from qinit.evaluate import loaded, perplexity
 from qinit.files.manifest import file_sum, read_manifest, write_manifest
+from qinit.source.demo import demo_directory
 from tests.compat.stock import load, load_base
 from tests.conftest import make_checkpoint, quantize
 from tests.qinit.calibration.test_hub_documents import StandIn
@@ -304,8 +304,8 @@ class TestBadInput:
 def test_a_run_with_mixed_widths_shows_the_measured_point_on_its_front(command, source, text, tmp_path):
     quantize(source, tmp_path / "run", bits=None, ratio=0.5, format="dense", group_size=32)
     command("eval", tmp_path / "run", "--text", text, "--length", 25, "--reference", source)
-    from qinit.pictures import pareto_front
-    from qinit.report import Report
+    from qinit.report.pictures.contents import pareto_front
+    from qinit.report.report import Report
 
     report = Report.read(tmp_path / "run")
     front = pareto_front(report)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from qinit.report import LayerRow, Report
+from qinit.report.report import LayerRow, Report
 from tests.conftest import quantize
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from qinit.grids import Quantized
 from qinit.plan import Plan, make_plan
 from qinit.recipe import make_recipe
-from qinit.report import Report
+from qinit.report.report import Report
 from qinit.runner import Finished, run
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qinit.journal import Journal, finished_layers, kept_words, read_journal
-from qinit.words import moment
 
 HEADER = {
     "since": "2026-01-02T03:04:05+00:00",
@@ -174,11 +173,6 @@ def test_the_last_of_a_kind_counts(file):
     assert journal.find("note")["text"] == "b"
     assert journal.find("polish") is None
     journal.close()
-
-
-def test_a_moment_that_is_none_is_shown_as_it_is():
-    assert moment("yesterday") == "yesterday"
-    assert len(moment(HEADER["since"])) == 16
 
 
 def test_the_file_is_lines_of_json(file):

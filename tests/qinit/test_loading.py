@@ -8,14 +8,13 @@ import pytest
 import torch
 
 import qinit
-from qinit import loading
-from qinit.demo import demo_directory
 from qinit.errors import CheckpointError, RecipeError
 from qinit.formats import FORMATS
 from qinit.formats.gptq.reading import width_of
 from qinit.plan import LayerPlan, Plan, make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import run
+from qinit.source.demo import demo_directory
 from tests.compat.stock import delta, dense_twin, dense_weight, load_adapter, load_base, logits, lora_modules, solved
 from tests.conftest import make_checkpoint
 
@@ -285,7 +284,9 @@ class TestErrors:
         config = json.loads((copied / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "gptq", "bits": 2}
         (copied / "config.json").write_text(json.dumps(config))
-        monkeypatch.setattr(loading, "find_spec", lambda package: None if package in missing else object())
+        monkeypatch.setattr(
+            "qinit.formats.gptq.loading.find_spec", lambda package: None if package in missing else object()
+        )
         with pytest.raises(CheckpointError) as caught:
             qinit.load(copied)
         assert f"needs {' and '.join(sorted(missing))}; " in str(caught.value)

@@ -1,10 +1,12 @@
+import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch
 
 from qinit.errors import RecipeError
-from qinit.machine import pick_device, ran_on
+from qinit.machine import free_memory, measured_speed, peak_memory_bytes, pick_device, processor, ran_on, versions
 
 
 def test_it_names_the_processor_and_the_cores_and_no_host():
@@ -33,3 +35,35 @@ def test_the_named_device_is_taken(monkeypatch):
     assert pick_device("cuda") == torch.device("cuda", 0)
     with pytest.raises(RecipeError, match="torch sees 2"):
         pick_device("cuda:2")
+
+
+def test_versions_name_what_can_change_a_byte():
+    import torch
+
+    found = versions()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(found) >= {"python", "qinit", "numpy", "numba", "transformers", "peft"}
+
+
+def test_peak_memory_is_in_bytes():
+    before = peak_memory_bytes()
+    block = bytearray(200 << 20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert peak_memory_bytes() >= max(before, 200 << 20)
+
+
+def test_the_processor_has_a_name():
+    assert ", " in processor()
+
+
+def test_this_machine_has_a_speed_and_memory():
+    assert 1e8 < measured_speed(torch.device("cpu")) < 1e15
+    unused = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0.8 * unused < free_memory(torch.device("cpu")) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_the_system_caches_of_files_counts_as_free(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemTotal: 90 kB\nMemFree: 5 kB\nMemAvailable:   70 kB\n")
+    assert free_memory(torch.device("cpu")) == 70 * 1024
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "nothing\n")
+    assert free_memory(torch.device("cpu")) > 1e6

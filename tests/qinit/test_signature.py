@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-from qinit.machine import processor
 from qinit.plan import make_plan
 from qinit.recipe import Recipe, make_recipe
 from qinit.signature import MOST, differences, signature
@@ -67,7 +66,3 @@ def test_many_differences_are_not_all_shown():
     assert len(differences(then, now)) == MOST + 1
     assert differences(then, now)[-1] == f"and {20 - MOST} more"
     assert differences({"gone": 1}, {}) == ["gone was 1, now not given"]
-
-
-def test_the_processor_has_a_name():
-    assert ", " in processor()

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from qinit.adapter import StoredAdapter
-from qinit.checkpoint import Checkpoint
+from qinit.adapters.reading import StoredAdapter
 from qinit.errors import CheckpointError
-from qinit.targets import read_architecture
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.targets import read_architecture
 from qinit.weights import StoredWeights
 from tests.compat.stock import delta, dense_weight, load, load_base, lora_modules
 from tests.conftest import make_checkpoint

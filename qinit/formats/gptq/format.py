@@ -22,7 +22,7 @@ from qinit.formats.base import Format
 from qinit.formats.gptq.packing import pack_rows
 from qinit.formats.gptq.reading import PARTS, dequantized
 from qinit.grids import Grid, Quantized
-from qinit.targets import LinearModule, Target
+from qinit.source.targets import LinearModule, Target
 
 WORD = 32
 # Block names that optimum finds by itself, whether a base model or one with a head is loaded.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from qinit.report import LayerRow, Report
+from qinit.report.report import LayerRow, Report
 from tests.cli.hostile.world import World, add, at, device, fifo, folder, loop, sparse, text
 
 

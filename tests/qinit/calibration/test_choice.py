@@ -1,12 +1,8 @@
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
 from qinit.calibration import choice
 from qinit.calibration.choice import calibration_cost, choose, expected
-from qinit.machine import free_memory, measured_speed
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.words import duration
@@ -123,35 +119,6 @@ class TestCost:
     def test_only_the_chosen_layers_are_measured(self, llama, cost):
         part = plan_of(llama, target_modules="q_proj", calibration_samples=64, calibration_length=64)
         assert calibration_cost(part, "random", 1e10).measuring < cost("random").measuring / 4
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (0.01, "1 s"),
-        (59, "59 s"),
-        (119, "119 s"),
-        (150, "2.5 min"),
-        (3600, "60 min"),
-        (9000, "2.5 h"),
-        (1e6, "12 days"),
-    ],
-)
-def test_durations_are_said_in_one_unit(seconds, expected):
-    assert duration(seconds) == expected
-
-
-def test_this_machine_has_a_speed_and_memory():
-    assert 1e8 < measured_speed(CPU) < 1e15
-    unused = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0.8 * unused < free_memory(CPU) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_what_the_system_caches_of_files_counts_as_free(monkeypatch):
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemTotal: 90 kB\nMemFree: 5 kB\nMemAvailable:   70 kB\n")
-    assert free_memory(CPU) == 70 * 1024
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "nothing\n")
-    assert free_memory(CPU) > 1e6
 
 
 class TestExpected:

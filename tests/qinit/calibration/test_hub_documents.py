@@ -5,8 +5,8 @@ import datasets
 import pytest
 
 from qinit.calibration.sources import check_source, load_samples
-from qinit.checkpoint import read_json
 from qinit.errors import CalibrationError, HubError
+from qinit.source.checkpoint import read_json
 from tests.qinit.calibration.tiny import make_bert, make_reader, words
 
 NAME = "someone/words"

@@ -4,7 +4,7 @@ import torch
 from qinit.calibration.meter import Meter
 from qinit.files.tensors import StoredTensor
 from qinit.plan import LayerPlan
-from qinit.targets import LinearModule, Target
+from qinit.source.targets import LinearModule, Target
 
 CPU = torch.device("cpu")
 

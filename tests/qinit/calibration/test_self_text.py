@@ -5,9 +5,9 @@ import torch
 
 from qinit.calibration.self_text import LARGEST_BATCH, batch_size, write_text
 from qinit.calibration.sources import check_source, load_samples
-from qinit.checkpoint import read_json
-from qinit.demo import demo_directory
 from qinit.errors import CalibrationError
+from qinit.source.checkpoint import read_json
+from qinit.source.demo import demo_directory
 from tests.conftest import make_checkpoint
 
 CPU = torch.device("cpu")

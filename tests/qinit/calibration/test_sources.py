@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from qinit.calibration.documents import read_file
 from qinit.calibration.sources import check_source, load_samples, sampling_cost
-from qinit.checkpoint import read_json
-from qinit.demo import demo_directory, held_out_text
 from qinit.errors import CalibrationError
+from qinit.source.checkpoint import read_json
+from qinit.source.demo import demo_directory, held_out_text
 from tests.conftest import make_checkpoint
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors
 from tests.qinit.calibration.tiny import UNKNOWN, add_tokenizer, make_bert, make_reader, words

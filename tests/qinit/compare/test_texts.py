@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qinit.checkpoint import Checkpoint
 from qinit.compare.texts import Text, read_source, split, tokenized
 from qinit.errors import CalibrationError, CompareError
 from qinit.evaluate.text import Text as Words
+from qinit.source.checkpoint import Checkpoint
 from tests.qinit.calibration.tiny import add_tokenizer, make_reader, words
 
 

@@ -4,14 +4,14 @@ import os
 import pytest
 import torch
 
-from qinit.card import with_evaluations
 from qinit.errors import OutputError, ReportError
 from qinit.evaluate import Figures, cut_windows
 from qinit.evaluate.job import Way
 from qinit.evaluate.saved import check_savable, row_of, save
 from qinit.evaluate.text import Text, Tokens
 from qinit.files.manifest import MANIFEST_NAME, file_sum, read_manifest, write_manifest
-from qinit.report import Report
+from qinit.report.card import with_evaluations
+from qinit.report.report import Report
 from tests.conftest import quantize
 
 WINDOWS = cut_windows(torch.arange(40), 10, 4)

@@ -3,10 +3,10 @@ import shutil
 
 import pytest
 
-from qinit.demo import demo_directory
 from qinit.errors import CheckpointError
 from qinit.evaluate.subject import Subject, find_model, find_subject, repair_base
 from qinit.files.manifest import file_sum, read_manifest, write_manifest
+from qinit.source.demo import demo_directory
 from tests.conftest import make_checkpoint
 from tests.qinit.evaluate.runs import make_run, make_source
 

@@ -4,7 +4,6 @@ import shutil
 import pytest
 import torch
 
-from qinit.demo import DEMO_WINDOW, demo_directory, held_out_text
 from qinit.errors import CalibrationError, QinitError
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.text import (
@@ -18,6 +17,7 @@ from qinit.evaluate.text import (
     require_same_tokens,
     tokenize,
 )
+from qinit.source.demo import DEMO_WINDOW, demo_directory, held_out_text
 from tests.conftest import make_checkpoint
 from tests.qinit.calibration.test_hub_documents import StandIn
 from tests.qinit.calibration.tiny import add_tokenizer, make_reader, words

@@ -6,7 +6,7 @@ import torch
 from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.targets import LinearModule, Target
+from qinit.source.targets import LinearModule, Target
 
 DENSE, INT = FORMATS["dense"], GRIDS["int"]
 

@@ -3,7 +3,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qinit.linalg.hessian import without
 from qinit.linalg.low_rank import COLD_STEPS, OutputMetric, full_svd, output_subspace, random_basis, subspace
 from qinit.linalg.weighting import closed_form
 
@@ -275,41 +274,3 @@ def test_nothing_at_the_output_gives_finite_factors_and_a_usable_basis(zero):
         assert not (empty.factors.B @ empty.factors.A).any()
     again = output_subspace(residual, hessian, 4, empty.basis, 12)
     assert again.captured == pytest.approx(fit_output(residual, hessian, 4).captured, rel=1e-3)
-
-
-class TestWithout:
-    hessian = second_moment(40, 300)
-    A = draw(5, 40, seed=3)
-
-    def test_it_is_the_error_after_the_best_b(self):
-        residual = draw(16, 40, seed=4)
-        H, A, E = self.hessian.double(), self.A.double(), residual.double()
-        best = E @ H @ A.T @ torch.linalg.inv(A @ H @ A.T)
-        least = output_error(E - best @ A, H)
-        assert output_error(residual, without(self.hessian, self.A)) == pytest.approx(least, rel=1e-3)
-        worse = best + 0.01 * draw(16, 5, seed=6)
-        assert output_error(E - worse @ A, H) > least
-
-    @pytest.mark.parametrize("tokens", [12, 300])
-    def test_both_parts_are_positive_semidefinite(self, tokens):
-        hessian = second_moment(40, tokens)
-        left = without(hessian, self.A)
-        slack = 1e-4 * float(hessian.diagonal().mean())
-        for part in (left, hessian - left):
-            assert float(torch.linalg.eigvalsh(part.double()).min()) >= -slack
-        torch.testing.assert_close(left, left.T, rtol=0, atol=slack)
-
-    def test_the_adapter_s_own_inputs_are_gone(self):
-        left = without(self.hessian, self.A) @ self.A.T
-        assert float(left.abs().max()) <= 1e-3 * float((self.hessian @ self.A.T).abs().max())
-
-    def test_dependent_and_zero_rows_change_nothing(self):
-        expected = without(self.hessian, self.A)
-        dependent = torch.cat([self.A, self.A[:2] + self.A[2:4], 2 * self.A[:1], torch.zeros(1, 40)])
-        atol = 2e-3 * float(self.hessian.diagonal().mean())
-        torch.testing.assert_close(without(self.hessian, dependent), expected, rtol=0, atol=atol)
-        assert torch.equal(without(self.hessian, torch.zeros(3, 40)), self.hessian)
-
-    def test_all_inputs_can_be_repaired_at_full_rank(self):
-        left = without(self.hessian, torch.linalg.qr(draw(40, 40, seed=8)).Q)
-        assert float(left.abs().max()) <= 1e-3 * float(self.hessian.diagonal().mean())

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from qinit.recipe import make_recipe
-from qinit.report import LayerRow, Report
+from qinit.report.report import LayerRow, Report
 from qinit.verification.figures import check_rows, check_totals
 from tests.qinit.verification.runs import edit_json, vouched
 

@@ -10,7 +10,7 @@ from qinit.formats import FORMATS
 from qinit.formats.gptq.packing import pack_rows
 from qinit.formats.gptq.reading import dequantized
 from qinit.grids import GRIDS, Quantized
-from qinit.targets import LinearModule, Target
+from qinit.source.targets import LinearModule, Target
 
 GPTQ, INT = FORMATS["gptq"], GRIDS["int"]
 OUT, IN, GROUP = 96, 128, 32

@@ -211,14 +211,14 @@ def test_weights_that_are_not_contiguous_give_the_same(view):
 COMPILED = """
 import torch
 from torch._dynamo.utils import counters
-from qinit.grids import integer
+from qinit.grids.integer import search_torch
 
 torch.manual_seed(0)
 x = torch.randn(16, 4, 64)
 base, centre, none = torch.rand(16, 4) + 0.5, torch.ones(16, 4), torch.full((16, 4), -1.0)
 for step, arguments in (
-    (integer._consider, (x, base, centre, 3, none, base, centre)),
-    (integer._refine, (x, base, centre, 3)),
+    (search_torch._consider, (x, base, centre, 3, none, base, centre)),
+    (search_torch._refine, (x, base, centre, 3)),
 ):
     expected, found = step(*arguments), torch.compile(step, dynamic=True)(*arguments)
     torch.testing.assert_close(found, expected)

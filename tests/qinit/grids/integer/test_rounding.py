@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qinit.errors import QinitError
 from qinit.grids import GRIDS
 from qinit.grids.integer import rounding
 from qinit.grids.integer.rounding import column_blocks, descend, round_gptq
@@ -166,40 +165,6 @@ def test_blocks_are_whole_groups():
         assert blocks[-1].stop == columns
         assert all(b.start % group_size == 0 for b in blocks)
         assert all(b.stop - b.start <= max(128, group_size) for b in blocks)
-
-
-class TestDamping:
-    def test_the_factor_is_that_of_the_damped_matrix(self):
-        hessian = correlated(48)
-        factor = damped_cholesky(hessian, 0.01)
-        damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(48)
-        torch.testing.assert_close(factor @ factor.T, damped, rtol=1e-4, atol=1e-4 * float(damped.max()))
-        assert torch.equal(factor, factor.tril())
-
-    def test_a_singular_matrix_is_damped_as_asked(self):
-        hessian = correlated(64, tokens=5)
-        factor = damped_cholesky(hessian, 0.01)
-        expected = hessian.diagonal() + 0.01 * hessian.diagonal().mean()
-        torch.testing.assert_close((factor @ factor.T).diagonal(), expected, rtol=1e-4, atol=0)
-
-    @pytest.mark.parametrize(("eigenvalue", "needed"), [(-0.05, 0.1), (-0.5, 1.0), (-5.0, 10.0)])
-    def test_an_indefinite_one_is_damped_ten_times_more_until_it_works(self, eigenvalue, needed):
-        diagonal = torch.ones(16)
-        diagonal[3] = eigenvalue
-        diagonal[4:] += (1 - eigenvalue) / 12  # a mean of one
-        factor = damped_cholesky(torch.diag(diagonal), 0.01)
-        torch.testing.assert_close(factor.square(), torch.diag(diagonal + needed), rtol=1e-5, atol=1e-5)
-
-    def test_no_damping_is_an_honest_start(self):
-        factor = damped_cholesky(torch.diag(torch.tensor([1.0, 2.0, 0.0])), 0.0)
-        torch.testing.assert_close(factor.square().diagonal(), torch.tensor([1.0, 2.0, 0.0]) + 1e-4)
-
-    @pytest.mark.parametrize("broken", [torch.tensor([[1.0, 90.0], [90.0, 1.0]]), torch.full((2, 2), float("nan"))])
-    def test_what_stays_indefinite_is_an_error(self, broken):
-        with pytest.raises(QinitError, match="2 inputs stays indefinite"):
-            damped_cholesky(broken, 0.01)
-        with pytest.raises(QinitError, match="calibration text"):
-            round_gptq(draw(3, 2), broken, bits=2, group_size=8, search="mse")
 
 
 @pytest.mark.parametrize("act_order", [False, True])

@@ -1,0 +1,1 @@
+"""Adapters: how the low-rank part is stored so that PEFT trains it."""

@@ -1,0 +1,1 @@
+"""The Hub: a model id becomes a local directory, a finished run goes there."""

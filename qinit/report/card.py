@@ -1,0 +1,238 @@
+"""The model card: README.md of a run's directory, with YAML front matter as the Hub reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qinit.adapters.lora import ADAPTER_DIRECTORY
+from qinit.report.report import Report
+from qinit.source.demo import DEMO_NAME
+
+if TYPE_CHECKING:
+    from qinit.plan import Plan
+
+CARD_NAME = "README.md"
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+}
+
+TEMPLATE = """\
+---
+{front}---
+
+# {title}
+
+`{model}` quantized to {bits} bits by qinit ({format}, {bpw:.2f} bits per quantized weight as stored), with a
+LoRA adapter of rank {rank} in `{adapter}/` that already repairs the quantization: fine-tuning starts from both.
+
+## Load
+```python
+{snippet}
+```
+{requires}
+## Measured
+| | |
+|---|---|
+| quantized layers | {layers} ({kept} kept as they are) |
+| bits per weight as stored | {bpw:.3f} |
+| weights on disk | {before:.1f} MB before, {base:.1f} MB base + {adapter_mb:.1f} MB adapter after |
+| relative weight error, base alone | {error_start:.4f} |
+| relative weight error, base + adapter | {error:.4f} |
+{measured}{notes}
+## Recipe
+```yaml
+{recipe}```
+Command:
+```
+{command}
+```
+Per-layer figures, versions and the full recipe are in `qinit.json`.
+"""
+
+
+def load_snippet(
+    class_name: str,
+    place: str,
+    *,
+    packed_mixed: bool = False,
+    on_hub: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """Return the lines of Python that load base and adapter for training from `place`, a directory or a Hub id (with
+    its `revision`); stock transformers reads no `packed_mixed` widths."""
+    trusted = ", trust_remote_code=True" if trust_remote_code else ""
+    quoted = json.dumps(place, ensure_ascii=False)  # quotes and backslashes as Python reads them
+    at = quoted + (f", revision={json.dumps(revision)}" if revision else "")
+    if packed_mixed:
+        if on_hub:
+            lines = ["import qinit; from huggingface_hub import snapshot_download"]
+            return [*lines, f"model = qinit.load(snapshot_download({at}), trainable=True{trusted})"]
+        return ["import qinit", f"model = qinit.load({quoted}, trainable=True{trusted})"]
+    auto = next((auto for end, auto in AUTO_CLASSES.items() if class_name.endswith(end)), "AutoModel")
+    return [
+        f"from transformers import {auto}; from peft import PeftModel",
+        f'base = {auto}.from_pretrained({at}, dtype="auto"{trusted})',
+        f'model = PeftModel.from_pretrained(base, {at}, subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
+    ]
+
+
+def snippet_of(report: Report, directory: str) -> list[str]:
+    """Return `load_snippet` for what a run has written."""
+    trusted = bool(report.recipe.get("trust_remote_code"))
+    return load_snippet(
+        str(report.source["class"]), directory, packed_mixed=packed_mixed(report), trust_remote_code=trusted
+    )
+
+
+def packed_mixed(report: Report) -> bool:
+    """Whether a run has packed weights of several widths."""
+    return report.recipe["format"] == "gptq" and len({row.bits for row in report.layers if row.bits}) > 1
+
+
+def hub_card(text: str, report: Report, repo_id: str) -> str:
+    """Return a run's card as it stands on the Hub: it loads from `repo_id`, and names only a base model that is there.
+
+    All else is kept, also what a person wrote into it.
+    """
+    snippet = partial(load_snippet, str(report.source["class"]), packed_mixed=packed_mixed(report))
+    text = text.replace("\n".join(snippet(place=".")), "\n".join(snippet(place=repo_id, on_hub=True)))
+    before, start, rest = text.partition("---\n")
+    front, end, body = rest.partition("---\n")
+    try:
+        metadata = yaml.safe_load(front)
+    except yaml.YAMLError:
+        return text  # the Hub says what is wrong with it
+    if before or not end or not isinstance(metadata, dict):
+        return text
+    base = {"base_model": metadata.get("base_model"), "base_model_relation": "quantized"}
+    others = {key: value for key, value in metadata.items() if key not in base}
+    metadata = {**base, **others} if is_hub_id(base["base_model"]) else others
+    return start + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + end + body
+
+
+def is_hub_id(model: object) -> bool:
+    """Whether a card's base model was read from the Hub: the name has the form, and is neither the demo's nor a path's
+    here."""
+    named = isinstance(model, str) and model != DEMO_NAME and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model)
+    return bool(named) and not Path(str(model)).exists()
+
+
+def _measured(totals: dict[str, Any]) -> dict[str, str]:
+    """Return the table's rows that only a calibrated run has."""
+    rows = {}
+    if "output_error" in totals:
+        rows["relative output error, base alone"] = f"{totals['output_error_start']:.4f}"
+        rows["relative output error, base + adapter"] = f"{totals['output_error']:.4f}"
+    if "calibration" in totals:
+        rows["calibrated on"] = totals["calibration"]["text"]
+        if "polish" in totals["calibration"]:
+            rows["polish"] = polish_words(totals["calibration"]["polish"])
+    return rows
+
+
+def polish_words(result: dict[str, Any]) -> str:
+    """Say what the polish did, from its part of the report."""
+    losses = f"held-out loss {result['held_out_before']:.4f} -> {result['held_out_after']:.4f}"
+    return f"{result['steps']} steps, {losses}" if result["kept"] else f"{result['steps']} steps, nothing gained"
+
+
+def write_card(directory: Path, report: Report, plan: Plan) -> None:
+    """Write README.md into a run's directory."""
+    source = plan.checkpoint.card_metadata()
+    front: dict[str, Any] = {"base_model": report.model, "library_name": "peft"}
+    front["tags"] = [
+        "qinit",
+        report.method,
+        "lora",
+        f"{report.totals['nominal_bits']:g}-bit",
+        report.recipe["format"],
+    ]
+    for key in ("license", "license_name", "license_link", "language", "pipeline_tag"):
+        if key in source:
+            front[key] = source[key]
+    totals = report.totals
+    title = f"{report.model.rstrip('/').split('/')[-1]}, {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}"
+    notes = "".join(f"\n- {note}" for note in report.notes)
+    requires = "Needs `pip install gptqmodel optimum` beside transformers and peft.\n"
+    text = TEMPLATE.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        title=title,
+        model=report.model,
+        bits=f"{totals['nominal_bits']:g}",
+        format=report.recipe["format"],
+        rank=report.recipe["rank"],
+        adapter=ADAPTER_DIRECTORY,
+        snippet="\n".join(snippet_of(report, ".")),
+        requires=requires if report.recipe["format"] == "gptq" else "",
+        layers=totals["layers"],
+        kept=totals["layers_kept"],
+        bpw=totals["bits_per_weight"],
+        before=totals["bytes_before"] / 1e6,
+        base=totals["base_bytes"] / 1e6,
+        adapter_mb=totals["adapter_bytes"] / 1e6,
+        error_start=totals["error_start"],
+        error=totals["error"],
+        measured="".join(f"| {what} | {value} |\n" for what, value in _measured(totals).items()),
+        notes=f"\nNotes:\n{notes}\n" if notes else "",
+        recipe=yaml.safe_dump(report.recipe, sort_keys=False),
+        command=report.command,
+    )
+    (directory / CARD_NAME).write_text(with_evaluations(text, totals), encoding="utf-8")
+
+
+def with_evaluations(card: str, totals: dict[str, Any]) -> str:
+    """Return a card with sections on the evaluations in a report's totals, in the places of older ones if it has them;
+    all else stays as it is."""
+    card = _with_section(card, "## Perplexity\n", _perplexities(totals.get("evaluations") or []))
+    return _with_section(card, "## Tasks\n", _tasks(totals.get("tasks") or {}))
+
+
+def _with_section(card: str, heading: str, body: list[str]) -> str:
+    old = re.search(rf"^{heading}.*?(?=^## |\Z)", card, re.DOTALL | re.MULTILINE)
+    if old:
+        card = card[: old.start()] + card[old.end() :]
+    if not body:
+        return card
+    recipe = re.search(r"^## Recipe\n", card, re.MULTILINE)
+    place = old.start() if old else recipe.start() if recipe else len(card)
+    return f"{card[:place]}{heading}" + "".join(f"{line}\n" for line in body) + f"\n{card[place:]}"
+
+
+def measured_words(row: dict[str, Any]) -> str:
+    """Say how an evaluation was made, from its row."""
+    kind = "that do not overlap, the first token of each given"
+    if row["stride"] is not None:
+        kind = f"that start {row['stride']} apart, each token predicted once, with {row['length'] - row['stride']} or "
+        kind += "more before it"
+    count = f"{row['windows']} {'window' if row['windows'] == 1 else 'windows'} of {row['length']} tokens"
+    return f"{count} {kind}; {row['tokens']} tokens predicted; {row['joined']}; {row['special_tokens']}; {row['dtype']}"
+
+
+def _perplexities(rows: list[dict[str, Any]]) -> list[str]:
+    columns = ("text", "perplexity", "original", "KL, nats", "same top token", "measured on")
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return [*head, *(f"| {' | '.join(_cells(row))} |" for row in rows)] if rows else []
+
+
+def _tasks(tasks: dict[str, dict[str, float]]) -> list[str]:
+    head = ["| task | metric | value |", "|---|---|---|"]
+    rows = [f"| {task} | {name} | {value:.4f} |" for task, found in tasks.items() for name, value in found.items()]
+    return [*head, *rows] if rows else []
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def cell(key: str, digits: int) -> str:
+        return "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
+
+    figures = [cell("perplexity", 3), cell("reference_perplexity", 3), cell("kl", 4), cell("top1_agreement", 4)]
+    return [str(row["text"]).replace("|", "\\|"), *figures, measured_words(row)]

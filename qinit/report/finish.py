@@ -1,0 +1,91 @@
+"""What goes into a run's directory beside its tensors: companions of the source, configurations, report and card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qinit import sensitivity
+from qinit.adapters import lora as adapter
+from qinit.files.manifest import write_manifest
+from qinit.formats import FORMATS
+from qinit.machine import versions
+from qinit.plan import Plan
+from qinit.report.averages import relative_error
+from qinit.report.card import write_card
+from qinit.report.report import LayerRow, Report
+
+
+def copy_companions(plan: Plan, directory: Path) -> None:
+    """Copy tokenizer and the like from the source."""
+    for relative in plan.checkpoint.companions():
+        destination = directory / relative
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.checkpoint.directory / relative, destination)
+
+
+def complete(plan: Plan, report: Report, directory: Path, out: Path) -> None:
+    """Write all other files; `out` is where the directory goes. The last one is the list of all with their sums."""
+    modules = [(layer.target.module, layer.rank) for layer in plan.layers]
+    config = adapter.adapter_config(plan.recipe, plan.architecture, modules, str(out.resolve()))
+    adapter.write_config(directory / adapter.ADAPTER_DIRECTORY, config)
+    _write_config(plan, directory)
+    report.write(directory)
+    if plan.allocation is not None and plan.allocation.sensitivity is not None:
+        plan.allocation.sensitivity.write(directory / sensitivity.SENSITIVITY_NAME)
+    write_card(directory, report, plan)
+    write_manifest(directory)
+
+
+def _write_config(plan: Plan, directory: Path) -> None:
+    widths = {layer.target.name: layer.bits for layer in plan.quantized}
+    kept = [module.name for module in plan.architecture.linear if module.name not in widths]
+    config = dict(plan.checkpoint.config)
+    fmt = FORMATS[plan.recipe.format]
+    quantization = fmt.quantization_config(widths, plan.recipe.group_size, kept)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def make_report(
+    plan: Plan,
+    rows: tuple[LayerRow, ...],
+    *,
+    calibration: dict[str, Any],
+    notes: tuple[str, ...],
+    command: str,
+    seconds: float,
+    peak_memory_bytes: int,
+) -> Report:
+    """Return the report of a run from its layers' rows, in the plan's order."""
+    totals: dict[str, Any] = {
+        "nominal_bits": plan.recipe.nominal_bits,
+        "layers": len(plan.quantized),
+        "layers_kept": len(plan.layers) - len(plan.quantized),
+        "quantized_weights": sum(layer.weights for layer in plan.quantized),
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "grid_bits_per_weight": round(plan.grid_bits_per_weight, 4),
+        "bytes_before": plan.bytes_before,
+        "base_bytes": plan.base_bytes,
+        "adapter_bytes": plan.adapter_bytes,
+        "error_start": relative_error(rows, "error_start"),
+        "error": relative_error(rows, "error"),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+    if any(row.output_error is not None for row in rows):
+        totals["output_error_start"] = relative_error(rows, "output_error_start")
+        totals["output_error"] = relative_error(rows, "output_error")
+    if calibration:
+        totals["calibration"] = calibration
+    if plan.allocation is not None:
+        allocation = plan.allocation
+        totals["allocation"] = {"allocation": allocation.how, "metric": allocation.metric}
+        if allocation.sensitivity is not None:
+            totals["allocation"] |= {key: getattr(allocation, key) for key in ("front", "chosen", "uniform")}
+    source = {"model": plan.model_name, "revision": plan.recipe.revision, "class": plan.architecture.class_name}
+    recipe = plan.recipe.model_dump()
+    return Report(plan.model_name, command, recipe, source, versions(), totals, (*plan.notes, *notes), rows)

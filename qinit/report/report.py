@@ -1,0 +1,96 @@
+"""The report of a run: what was asked, what was written and how close it is. Kept as qinit.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from qinit.errors import ReportError
+from qinit.files.reading import read_regular
+
+REPORT_NAME = "qinit.json"
+REPORT_BYTES = 64 << 20  # a model of 70,000 experts has half of that
+# What a report may hold: whoever draws it has no other check.
+Count = Annotated[int, Field(ge=0, lt=2**60)]
+Size = Annotated[int, Field(ge=1, lt=2**60)]
+Measure = Annotated[float, Field(ge=0, le=1e30)]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer's result. Errors are Frobenius norms relative to the weight's: `error_start` of Q alone
+    (what a trainer without the adapter would get), `error` of Q + s B A; None for a layer kept as it is. With
+    calibration, the output errors are the same relative to the layer's output, and `tokens` were seen."""
+
+    name: str
+    shape: tuple[Size, Size]
+    bits: Annotated[int, Field(ge=1, le=64)] | None
+    group_size: Count | None
+    rank: Count
+    bytes_before: Count
+    bytes_after: Count
+    error_start: Measure | None
+    error: Measure | None
+    trace: tuple[float, ...]
+    seconds: float
+    kept: str | None = None
+    output_error_start: Measure | None = None
+    output_error: Measure | None = None
+    tokens: Count | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run's report; `to_json` is what qinit.json holds."""
+
+    model: str
+    command: str
+    recipe: dict[str, Any]
+    source: dict[str, Any]
+    versions: dict[str, str]
+    totals: dict[str, Any]
+    notes: tuple[str, ...]
+    layers: tuple[LayerRow, ...]
+
+    @property
+    def method(self) -> str:
+        """The method's name, as the command is called."""
+        mixed = any(self.recipe.get(key) is not None for key in ("ratio", "target_bits"))
+        return "meqft" if mixed else str(self.recipe.get("method", ""))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def write(self, directory: Path) -> None:
+        (directory / REPORT_NAME).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Report:
+        """Read the report in a run's directory; keys of a later qinit are passed over. Raises ReportError."""
+        from pydantic import TypeAdapter, ValidationError
+
+        path, remedy = directory / REPORT_NAME, "pass the directory that `qinit eqft` wrote"
+        try:
+            report = TypeAdapter(cls).validate_json(read_regular(path, REPORT_BYTES), strict=True)
+        except FileNotFoundError:
+            what = "no such file" if directory.is_dir() else "no such directory"
+            raise ReportError(f"{path if directory.is_dir() else directory}: {what}; {remedy}") from None
+        except OSError as error:
+            raise ReportError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            if first["type"] == "json_invalid":
+                raise ReportError(f"{path}: not JSON ({first['ctx']['error']}); run `qinit eqft` again") from None
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise ReportError(f"{path}: not a report of qinit ({where}: {first['msg']}); {remedy}") from None
+        if not report.layers:
+            raise ReportError(f"{path}: not a report of qinit (it has no layers); {remedy}")
+        for key in ("bits_per_weight", "grid_bits_per_weight"):
+            value = report.totals.get(key, 0)
+            if type(value) not in (int, float) or not 0 <= value <= 64:
+                raise ReportError(f"{path}: not a report of qinit (totals.{key} is {value!r}); {remedy}")
+        return report

@@ -1,0 +1,1 @@
+"""The model to start from: its checkpoint on disk, its skeleton without weights, the layers to quantize."""

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from qinit.errors import QinitError
+from qinit.grids.integer.rounding import round_gptq
+from qinit.linalg.hessian import damped_cholesky, without
+from tests.qinit.grids.integer.test_rounding import correlated, draw
+from tests.qinit.linalg.test_low_rank import output_error, second_moment
+
+
+class TestWithout:
+    hessian = second_moment(40, 300)
+    A = draw(5, 40, seed=3)
+
+    def test_it_is_the_error_after_the_best_b(self):
+        residual = draw(16, 40, seed=4)
+        H, A, E = self.hessian.double(), self.A.double(), residual.double()
+        best = E @ H @ A.T @ torch.linalg.inv(A @ H @ A.T)
+        least = output_error(E - best @ A, H)
+        assert output_error(residual, without(self.hessian, self.A)) == pytest.approx(least, rel=1e-3)
+        worse = best + 0.01 * draw(16, 5, seed=6)
+        assert output_error(E - worse @ A, H) > least
+
+    @pytest.mark.parametrize("tokens", [12, 300])
+    def test_both_parts_are_positive_semidefinite(self, tokens):
+        hessian = second_moment(40, tokens)
+        left = without(hessian, self.A)
+        slack = 1e-4 * float(hessian.diagonal().mean())
+        for part in (left, hessian - left):
+            assert float(torch.linalg.eigvalsh(part.double()).min()) >= -slack
+        torch.testing.assert_close(left, left.T, rtol=0, atol=slack)
+
+    def test_the_adapter_s_own_inputs_are_gone(self):
+        left = without(self.hessian, self.A) @ self.A.T
+        assert float(left.abs().max()) <= 1e-3 * float((self.hessian @ self.A.T).abs().max())
+
+    def test_dependent_and_zero_rows_change_nothing(self):
+        expected = without(self.hessian, self.A)
+        dependent = torch.cat([self.A, self.A[:2] + self.A[2:4], 2 * self.A[:1], torch.zeros(1, 40)])
+        atol = 2e-3 * float(self.hessian.diagonal().mean())
+        torch.testing.assert_close(without(self.hessian, dependent), expected, rtol=0, atol=atol)
+        assert torch.equal(without(self.hessian, torch.zeros(3, 40)), self.hessian)
+
+    def test_all_inputs_can_be_repaired_at_full_rank(self):
+        left = without(self.hessian, torch.linalg.qr(draw(40, 40, seed=8)).Q)
+        assert float(left.abs().max()) <= 1e-3 * float(self.hessian.diagonal().mean())
+
+
+class TestDamping:
+    def test_the_factor_is_that_of_the_damped_matrix(self):
+        hessian = correlated(48)
+        factor = damped_cholesky(hessian, 0.01)
+        damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(48)
+        torch.testing.assert_close(factor @ factor.T, damped, rtol=1e-4, atol=1e-4 * float(damped.max()))
+        assert torch.equal(factor, factor.tril())
+
+    def test_a_singular_matrix_is_damped_as_asked(self):
+        hessian = correlated(64, tokens=5)
+        factor = damped_cholesky(hessian, 0.01)
+        expected = hessian.diagonal() + 0.01 * hessian.diagonal().mean()
+        torch.testing.assert_close((factor @ factor.T).diagonal(), expected, rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize(("eigenvalue", "needed"), [(-0.05, 0.1), (-0.5, 1.0), (-5.0, 10.0)])
+    def test_an_indefinite_one_is_damped_ten_times_more_until_it_works(self, eigenvalue, needed):
+        diagonal = torch.ones(16)
+        diagonal[3] = eigenvalue
+        diagonal[4:] += (1 - eigenvalue) / 12  # a mean of one
+        factor = damped_cholesky(torch.diag(diagonal), 0.01)
+        torch.testing.assert_close(factor.square(), torch.diag(diagonal + needed), rtol=1e-5, atol=1e-5)
+
+    def test_no_damping_is_an_honest_start(self):
+        factor = damped_cholesky(torch.diag(torch.tensor([1.0, 2.0, 0.0])), 0.0)
+        torch.testing.assert_close(factor.square().diagonal(), torch.tensor([1.0, 2.0, 0.0]) + 1e-4)
+
+    @pytest.mark.parametrize("broken", [torch.tensor([[1.0, 90.0], [90.0, 1.0]]), torch.full((2, 2), float("nan"))])
+    def test_what_stays_indefinite_is_an_error(self, broken):
+        with pytest.raises(QinitError, match="2 inputs stays indefinite"):
+            damped_cholesky(broken, 0.01)
+        with pytest.raises(QinitError, match="calibration text"):
+            round_gptq(draw(3, 2), broken, bits=2, group_size=8, search="mse")
