@@ -199,6 +199,8 @@ class Screen:
         """Draw the plan of a dry run, and how long the run would take."""
         if self._quiet:
             return
+        from qinit.plan import working_bytes
+
         table = Table("layer", "shape", "bits", "group", "rank", "before", "after", "kept because", box=None)
         for layer in plan.layers:
             module = layer.target.module
@@ -224,7 +226,7 @@ class Screen:
                 "weights on disk": f"{size(plan.bytes_before)} -> {size(plan.base_bytes)} base "
                 f"+ {size(plan.adapter_bytes)} adapter",
                 "calibration": _calibration_words(plan),
-                "working memory": f"about {size(plan.working_bytes)} beside the libraries",
+                "working memory": f"about {size(working_bytes(plan))} beside the libraries",
                 "time": _time_words(seconds),
                 "would be written to": str(out),
             },
@@ -300,6 +302,8 @@ class Screen:
             }
             for layer in plan.layers
         ]
+        from qinit.plan import working_bytes
+
         value = {
             "directory": str(out.resolve()),
             "recipe": plan.recipe.model_dump(),
@@ -309,7 +313,7 @@ class Screen:
             "bytes_before": plan.bytes_before,
             "base_bytes": plan.base_bytes,
             "adapter_bytes": plan.adapter_bytes,
-            "working_bytes": plan.working_bytes,
+            "working_bytes": working_bytes(plan),
             "seconds": {**asdict(seconds), "total": seconds.total},
             "notes": list(plan.notes),
             "layers": layers,

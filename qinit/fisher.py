@@ -25,7 +25,7 @@ from qinit.calibration.meter import Meter
 from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring, oriented, require_finite_input, unpadded
 from qinit.errors import CalibrationError
-from qinit.sensitivity import Sensitivity, signature
+from qinit.sensitivity import Sensitivity, conditions
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
@@ -71,7 +71,7 @@ def measure(
         for layer in plan.quantized
     }
     how = f"Fisher information on {probe.samples.count} tokens: {samples.origin}"
-    return Sensitivity(signature(plan), how, nats)
+    return Sensitivity(conditions(plan), how, nats)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan import Allocation, LayerPlan, Plan, with_choice
 from qinit.recipe import parse_size
-from qinit.sensitivity import Nats, Sensitivity
+from qinit.sensitivity import Nats, Sensitivity, check_sensitivity
 
 RANK_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the recipe's rank, with a rank budget
 
@@ -108,7 +108,7 @@ def planned(plan: Plan) -> Plan:
     if recipe.sensitivity is not None:
         file = Path(recipe.sensitivity)
         sensitivity = Sensitivity.read(file)
-        sensitivity.check(plan, options(plan), file)
+        check_sensitivity(sensitivity, plan, options(plan), file)
         return allotted(plan, sensitivity)
     choices = items(plan, None)
     bits = budget(plan, choices)

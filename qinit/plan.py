@@ -18,6 +18,7 @@ from qinit.solver.methods import METHODS
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, Target, read_architecture, resolve_targets, select
+from qinit.source.vocabulary import Facts
 
 if TYPE_CHECKING:
     from qinit.sensitivity import Sensitivity
@@ -132,47 +133,10 @@ class Plan:
         bits = sum(layer.weights * grid.bits_per_weight(layer.bits, layer.group_size) for layer in self.quantized)
         return bits / sum(layer.weights for layer in self.quantized)
 
-    @property
-    def working_bytes(self) -> int:
-        """Estimated peak memory on top of the libraries' own: set by the largest layer, not by the model; with
-        calibration by the largest block, its statistics and the text under way. A model that writes its own text is
-        in memory meanwhile, and a polish needs the source and Q of every layer at once, in float32."""
-        solving = PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in self.quantized)
-        if not self.recipe.calibrated:
-            return solving
-        source = 4 * sum(tensor.numel for tensor in self.checkpoint.tensors.values())
-        held = 4 * sum(layer.weights for layer in self.quantized)
-        squares = 4 * sum(layer.target.module.in_features**2 for layer in self.quantized)
-        streamed = self.recipe.row.metric != "fisher"  # else a gradient and its square beside every weight
-        solving += self._measuring_bytes if streamed else source + 2 * held + squares
-        if self.recipe.row.metric == "kfac":  # the pass back has the head and some copies of its outputs
-            head = max(self.checkpoint.tensors.values(), key=lambda tensor: tensor.numel)
-            tokens = min(BATCH_TOKENS, self.recipe.calibration_samples * self.recipe.calibration_length)
-            solving = max(solving, 4 * head.numel + LOGITS_COPIES * min(LOGITS_BYTES, 4 * tokens * max(head.shape)))
-        writing = self.bytes_before if self.recipe.calibration == "self" else 0
-        polishing = 0
-        if self.recipe.polish:
-            polishing = source + held + FACTOR_COPIES * self.adapter_bytes
-        return max(writing, solving, polishing)
-
-    @property
-    def carried_bytes(self) -> int:
-        """Estimated size of the hidden states of the calibration text between two blocks, of all models that run."""
-        streams = 2 if self.recipe.calibration_mode == "sequential" else 1
-        width = min(layer.target.module.in_features for layer in self.quantized)
-        return streams * 4 * width * self.recipe.calibration_samples * self.recipe.calibration_length
-
-    @property
-    def _measuring_bytes(self) -> int:
-        streams = 2 if self.recipe.calibration_mode == "sequential" else 1
-        blocks: dict[str, int] = {}
-        for layer in self.quantized:  # a block is what has the same first number in its name
-            parts = layer.target.name.split(".")
-            number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-            block = ".".join(parts[: number + 1])
-            blocks[block] = blocks.get(block, 0) + 4 * layer.weights
-        widest = max(layer.target.module.in_features for layer in self.quantized)
-        return streams * max(blocks.values()) + self.carried_bytes + HESSIANS * 4 * widest**2
+    @cached_property
+    def facts(self) -> Facts:
+        """What the source's configuration says about the token ids that its model reads."""
+        return Facts.read(self.checkpoint.directory, self.checkpoint.config, self.recipe.trust_remote_code)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -284,3 +248,45 @@ def _plan_layer(recipe: Recipe, target: Target) -> LayerPlan:
     bits = recipe.widths[0]
     specs = (same,) if kept else tuple(fmt.specs(target, bits, group_size))
     return LayerPlan(target, bits, group_size, rank, kept, specs)
+
+
+def working_bytes(plan: Plan) -> int:
+    """Estimated peak memory on top of the libraries' own: set by the largest layer, not by the model; with
+    calibration by the largest block, its statistics and the text under way. A model that writes its own text is
+    in memory meanwhile, and a polish needs the source and Q of every layer at once, in float32."""
+    solving = PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in plan.quantized)
+    if not plan.recipe.calibrated:
+        return solving
+    source = 4 * sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
+    held = 4 * sum(layer.weights for layer in plan.quantized)
+    squares = 4 * sum(layer.target.module.in_features**2 for layer in plan.quantized)
+    streamed = plan.recipe.row.metric != "fisher"  # else a gradient and its square beside every weight
+    solving += _measuring_bytes(plan) if streamed else source + 2 * held + squares
+    if plan.recipe.row.metric == "kfac":  # the pass back has the head and some copies of its outputs
+        head = max(plan.checkpoint.tensors.values(), key=lambda tensor: tensor.numel)
+        tokens = min(BATCH_TOKENS, plan.recipe.calibration_samples * plan.recipe.calibration_length)
+        solving = max(solving, 4 * head.numel + LOGITS_COPIES * min(LOGITS_BYTES, 4 * tokens * max(head.shape)))
+    writing = plan.bytes_before if plan.recipe.calibration == "self" else 0
+    polishing = 0
+    if plan.recipe.polish:
+        polishing = source + held + FACTOR_COPIES * plan.adapter_bytes
+    return max(writing, solving, polishing)
+
+
+def carried_bytes(plan: Plan) -> int:
+    """Estimated size of the hidden states of the calibration text between two blocks, of all models that run."""
+    streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
+    width = min(layer.target.module.in_features for layer in plan.quantized)
+    return streams * 4 * width * plan.recipe.calibration_samples * plan.recipe.calibration_length
+
+
+def _measuring_bytes(plan: Plan) -> int:
+    streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
+    blocks: dict[str, int] = {}
+    for layer in plan.quantized:  # a block is what has the same first number in its name
+        parts = layer.target.name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        block = ".".join(parts[: number + 1])
+        blocks[block] = blocks.get(block, 0) + 4 * layer.weights
+    widest = max(layer.target.module.in_features for layer in plan.quantized)
+    return streams * max(blocks.values()) + carried_bytes(plan) + HESSIANS * 4 * widest**2

@@ -39,7 +39,7 @@ from qinit.polish import Polished, Progress, polish
 from qinit.report.finish import complete, copy_companions, make_report
 from qinit.report.report import LayerRow
 from qinit.resume import moved, opened
-from qinit.sensitivity import Sensitivity
+from qinit.sensitivity import Sensitivity, check_sensitivity
 from qinit.solver.residual import residual_norm
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
@@ -169,7 +169,7 @@ def _allotted(job: _Job) -> Generator[Event, None, None]:
         job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
     else:
         measured = Sensitivity.from_json(record["measured"])
-        measured.check(job.plan, choices, job.place.journal)
+        check_sensitivity(measured, job.plan, choices, job.place.journal)
     job.plan = allotted(job.plan, measured)
     yield Allotted(job.plan)
 

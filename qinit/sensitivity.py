@@ -25,10 +25,10 @@ Nats = dict[str, dict[tuple[int, int], float]]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Predicted nats per token for each layer, by (bits, rank). `signature` is what it was measured for, `how` on
-    what, in words."""
+    """Predicted nats per token for each layer, by (bits, rank). `measured_for` holds the conditions of the measurement,
+    `how` says on what it was made."""
 
-    signature: dict[str, Any]
+    measured_for: dict[str, Any]
     how: str
     nats: Nats
 
@@ -37,7 +37,7 @@ class Sensitivity:
             name: {f"{bits}x{rank}": value for (bits, rank), value in options.items()}
             for name, options in self.nats.items()
         }
-        return {"signature": self.signature, "how": self.how, "layers": layers}
+        return {"signature": self.measured_for, "how": self.how, "layers": layers}
 
     @classmethod
     def from_json(cls, values: Any) -> Sensitivity:
@@ -67,26 +67,8 @@ class Sensitivity:
                 f"sensitivity: {file} is no {SENSITIVITY_NAME} of qinit ({what}); leave the option out to measure anew"
             ) from None
 
-    def check(self, plan: Plan, options: dict[str, list[tuple[int, int]]], file: Path) -> None:
-        """Raise RecipeError unless it was measured for this plan and holds all `options` (bits, rank) by layer."""
-        wanted = signature(plan)
-        for key, value in wanted.items():
-            if self.signature.get(key) != value:
-                what = "another model" if key == "model" else f"another {key}"
-                raise RecipeError(
-                    f"sensitivity: {file} was measured for {what} ({self.signature.get(key)!r}, now {value!r}); leave "
-                    "the option out to measure anew"
-                )
-        for name, pairs in options.items():
-            for pair in pairs:
-                if pair not in self.nats.get(name, {}):
-                    raise RecipeError(
-                        f"sensitivity: {file} has nothing on {name} at {pair[0]} bits and rank {pair[1]}; leave the "
-                        "option out to measure anew"
-                    )
 
-
-def signature(plan: Plan) -> dict[str, Any]:
+def conditions(plan: Plan) -> dict[str, Any]:
     """Return what a measurement depends on: the source's tensors and the recipe."""
     digest = hashlib.sha256()
     for name, tensor in sorted(plan.checkpoint.tensors.items()):
@@ -94,6 +76,22 @@ def signature(plan: Plan) -> dict[str, Any]:
         digest.update(tensor.first_bytes(SAMPLED_BYTES))
     recipe = plan.recipe.model_dump(mode="json")
     return {"model": digest.hexdigest(), **{key: recipe[key] for key in SIGNED}}
+
+
+def check_sensitivity(
+    sensitivity: Sensitivity, plan: Plan, options: dict[str, list[tuple[int, int]]], file: Path
+) -> None:
+    """Raise RecipeError unless it was measured for this plan and holds all `options` (bits, rank) by layer."""
+    anew = "leave the option out to measure anew"
+    for key, value in conditions(plan).items():
+        then = sensitivity.measured_for.get(key)
+        if then != value:
+            what = "another model" if key == "model" else f"another {key}"
+            raise RecipeError(f"sensitivity: {file} was measured for {what} ({then!r}, now {value!r}); {anew}")
+    for name, pairs in options.items():
+        for bits, rank in pairs:
+            if (bits, rank) not in sensitivity.nats.get(name, {}):
+                raise RecipeError(f"sensitivity: {file} has nothing on {name} at {bits} bits and rank {rank}; {anew}")
 
 
 def _width_and_rank(key: str) -> tuple[int, int]:

@@ -20,7 +20,6 @@ from qinit.calibration.samples import Samples
 from qinit.calibration.walk import Measuring, unpadded
 from qinit.calibration.whole import load_whole, read_tokens
 from qinit.plan import BATCH_TOKENS, LOGITS_BYTES
-from qinit.source.vocabulary import Facts
 
 if TYPE_CHECKING:
     from qinit.plan import LayerPlan, Plan
@@ -48,7 +47,7 @@ class Probe(ABC):
         mask = None if samples.mask is None else samples.mask[part]
         self.samples = Samples(samples.tokens[part], mask, samples.origin)
         self.layers = {layer.target.name: layer for layer in plan.quantized}
-        tokens = min(BATCH_TOKENS, LOGITS_BYTES // (4 * (Facts.of(plan).vocabulary or 1)))
+        tokens = min(BATCH_TOKENS, LOGITS_BYTES // (4 * (plan.facts.vocabulary or 1)))
         self.batches = list(batches_of(self.samples, max(1, tokens // self.samples.tokens.shape[1])))
         self.mask: torch.Tensor | None = None
         self.generator = torch.Generator().manual_seed(plan.recipe.seed)

@@ -14,6 +14,7 @@ import torch
 from qinit.calibration.blocks import Call, alike
 from qinit.calibration.samples import Samples
 from qinit.machine import free_memory
+from qinit.plan import carried_bytes
 
 if TYPE_CHECKING:
     from qinit.plan import Plan
@@ -71,7 +72,7 @@ class Carried:
     def __init__(self, shape: tuple[int, ...], file: Path, streams: int) -> None:
         self.streams = streams
         size = 4 * torch.Size(shape).numel()
-        if _in_memory(streams * size):
+        if fits_in_memory(streams * size):
             self.states = torch.empty(shape)
         else:
             _reserve(file, size)
@@ -93,10 +94,11 @@ class Carried:
 
 def scratch_bytes(plan: Plan) -> int:
     """Estimate what the hidden states of a calibrated run will take on disk: nothing where memory holds them."""
-    return 0 if not plan.recipe.calibrated or _in_memory(plan.carried_bytes) else plan.carried_bytes
+    return 0 if not plan.recipe.calibrated or fits_in_memory(carried_bytes(plan)) else carried_bytes(plan)
 
 
-def _in_memory(size: int) -> bool:
+def fits_in_memory(size: int) -> bool:
+    """Whether hidden states of so many bytes are kept in memory, not on disk."""
     return size <= CARRIED_SHARE * free_memory(torch.device("cpu"))
 
 

@@ -11,7 +11,6 @@ from qinit.calibration.self_text import LARGEST_BATCH
 from qinit.calibration.sources import sampling_cost
 from qinit.machine import free_memory, measured_speed
 from qinit.polish import BATCH_TOKENS, polish_flops
-from qinit.source.vocabulary import Facts
 from qinit.words import duration
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class Cost:
 def calibration_cost(plan: Plan, source: str, speed: float) -> Cost:
     """Estimate from headers what calibration on `source` takes at `speed` floating-point operations per second."""
     recipe = plan.recipe
-    facts = Facts.of(plan)
+    facts = plan.facts
     length = facts.clip(recipe.calibration_length)
     tokens = recipe.calibration_samples * length
     parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
@@ -65,7 +64,7 @@ def choose(plan: Plan, device: torch.device) -> tuple[str, str]:
     """Decide `auto` for this plan and machine: the source (`self` or `none`) and the reason, for people."""
     if plan.recipe.row.name != "eqft":
         return "none", f"method {plan.recipe.method} takes none"
-    facts = Facts.of(plan)
+    facts = plan.facts
     if not facts.causal or facts.start is None:
         return "none", "the model writes no text of its own; give --calibration FILE to start closer"
     free = free_memory(device)
@@ -109,7 +108,7 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
     recipe, checkpoint = plan.recipe, plan.checkpoint
     source, count, length = recipe.calibration, recipe.calibration_samples, recipe.calibration_length
     if not recipe.calibrated:
-        facts = Facts.of(plan)
+        facts = plan.facts
         writes = facts.causal and facts.start is not None and plan.bytes_before <= LARGEST_SHARE * free_memory(device)
         source, count, length = "self" if writes else "random", GRADIENT_SAMPLES, GRADIENT_LENGTH
     return load_samples(

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qinit.errors import CalibrationError
 from qinit.source.checkpoint import read_json
-
-if TYPE_CHECKING:
-    from qinit.plan import Plan
 
 LARGEST_VOCABULARY = 2**24  # the largest in use have about 10^6 tokens
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
@@ -34,11 +31,6 @@ class Facts:
     start: int | None
     pad: int | None
     special: frozenset[int]
-
-    @classmethod
-    def of(cls, plan: Plan) -> Facts:
-        """Take them from a plan's checkpoint."""
-        return cls.read(plan.checkpoint.directory, plan.checkpoint.config, plan.recipe.trust_remote_code)
 
     @classmethod
     def read(cls, directory: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Facts:

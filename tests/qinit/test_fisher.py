@@ -142,7 +142,7 @@ class TestBlockByBlock:
         ):
             found, _ = measured(made, padded(random_samples(5), LENGTHS))
             close(found, whole(made, padded(random_samples(5), LENGTHS)))
-        assert found.signature["calibration"] == "random"
+        assert found.measured_for["calibration"] == "random"
 
     def test_an_encoder_without_logits(self, tmp_path, whole):
         import transformers

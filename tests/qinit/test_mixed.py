@@ -15,7 +15,7 @@ from qinit.mixed import budget, items, options
 from qinit.plan import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import Allotted, Sampling, run
-from qinit.sensitivity import Sensitivity, signature
+from qinit.sensitivity import Sensitivity, conditions
 from tests.compat.stock import delta, dense_weight, load, lora_modules, relative
 from tests.conftest import make_checkpoint, quantize, weights_of
 
@@ -36,7 +36,7 @@ def plan_of(source, **options):
 def sensitivity_of(plan, nats):
     """A measurement in which `nats` is a function of name, bits and rank."""
     pairs = options(plan)
-    return Sensitivity(signature(plan), "a test", {n: {p: nats(n, *p) for p in pairs[n]} for n in pairs})
+    return Sensitivity(conditions(plan), "a test", {n: {p: nats(n, *p) for p in pairs[n]} for n in pairs})
 
 
 def file_of(plan, tmp_path, nats):

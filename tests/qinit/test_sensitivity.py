@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qinit.errors import RecipeError
 from qinit.mixed import options
-from qinit.sensitivity import Sensitivity, signature
+from qinit.sensitivity import Sensitivity, check_sensitivity, conditions
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, with_value
 from tests.qinit.calibration.models import make, plan_of
 
@@ -29,7 +29,7 @@ def made(plan):
         name: {pair: 0.125 / (pair[0] + index) for pair in pairs}
         for index, (name, pairs) in enumerate(options(plan).items())
     }
-    return Sensitivity(signature(plan), "Fisher information on 24 tokens: random", nats)
+    return Sensitivity(conditions(plan), "Fisher information on 24 tokens: random", nats)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ class TestFile:
     def test_what_is_written_is_read(self, plan, made, file):
         found = Sensitivity.read(file)
         assert found == made
-        found.check(plan, options(plan), file)
+        check_sensitivity(found, plan, options(plan), file)
 
     @pytest.mark.parametrize(
         "text",
@@ -75,7 +75,7 @@ class TestFile:
     def test_of_another_model(self, plan, file, tmp_path):
         other = plan_of(make(tmp_path / "other", "llama", seed=1), **MIXED)
         with pytest.raises(RecipeError, match="was measured for another model"):
-            Sensitivity.read(file).check(other, options(other), file)
+            check_sensitivity(Sensitivity.read(file), other, options(other), file)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -93,7 +93,7 @@ class TestFile:
     def test_of_another_recipe(self, plan, file, changes, message):
         other = plan_of(plan.checkpoint.directory, **{**MIXED, **changes})
         with pytest.raises(RecipeError, match=message + ".*; leave the option out to measure anew"):
-            Sensitivity.read(file).check(other, options(other), file)
+            check_sensitivity(Sensitivity.read(file), other, options(other), file)
 
     def test_of_a_part_of_the_widths(self, plan, file):
         values = json.loads(file.read_text())
@@ -101,7 +101,7 @@ class TestFile:
         del broken["layers"]["model.layers.1.mlp.up_proj"]
         file.write_text(json.dumps(broken))
         with pytest.raises(RecipeError, match=r"has nothing on model\.layers\.1\.mlp\.up_proj at 2 bits"):
-            Sensitivity.read(file).check(plan, options(plan), file)
+            check_sensitivity(Sensitivity.read(file), plan, options(plan), file)
 
 
 GOOD_FILE = {"signature": {"model": "x"}, "how": "on text", "layers": {"a": {"2x4": 0.5, "3x4": 0.25}, "b": {"2x4": 1}}}
