@@ -23,14 +23,12 @@ from common import conclude, finish, load_tokens
 from transformers import AutoModelForCausalLM
 from two_sided import TwoSided
 
-from qinit.calibration.outputs import output_metrics
-from qinit.calibration.samples import Samples
-from qinit.calibration.sources import load_samples
+from qinit.calibration.output_metric import output_metrics
 from qinit.calibration.walk import Seen, Walk
 from qinit.evaluate import perplexity
 from qinit.grids import GRIDS
 from qinit.linalg.low_rank import OutputMetric
-from qinit.plan import make_plan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.solver import calibrated
 from qinit.solver.methods import CALIBRATED, METHODS, Method
@@ -39,6 +37,8 @@ from qinit.solver.spec import LayerSpec, seed_of
 from qinit.solver.statistics import Statistics
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.demo import demo_directory, held_out_text
+from qinit.text.samples import Samples
+from qinit.text.sources import load_samples
 
 CPU = torch.device("cpu")
 EQFT = CALIBRATED["eqft"]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from common import conclude
 
-from qinit.calibration.outputs import DIRECTIONS
+from qinit.calibration.output_metric import DIRECTIONS
 from qinit.grids import GRIDS
 from qinit.grids.integer.rounding import round_gptq
 from qinit.linalg.low_rank import COLD_STEPS, OutputMetric, output_subspace, random_basis

@@ -25,7 +25,7 @@ from tables import KINDS
 from qinit.adapters.lora import ADAPTER_DIRECTORY
 from qinit.evaluate import Figures, figures_of
 from qinit.machine import ran_on, versions
-from qinit.plan import make_plan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.report.report import Report
 from qinit.runner import Finished, run

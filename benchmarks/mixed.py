@@ -26,21 +26,22 @@ import torch
 from common import conclude, finish, load_tokens, measure_start
 from transformers import AutoModelForCausalLM
 
-from qinit.allocate import ROUNDING
-from qinit.calibration.choice import text_for
-from qinit.calibration.outputs import output_metrics
+from qinit.calibration.output_metric import output_metrics
 from qinit.calibration.walk import Seen, Walk
 from qinit.evaluate import perplexity
-from qinit.fisher import measure
 from qinit.linalg.low_rank import OutputMetric
-from qinit.mixed import allotted, budget, items, options, planned
-from qinit.plan import Plan, make_plan
+from qinit.plan.plan import Plan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import _read_weight
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.source.demo import demo_directory, held_out_text
+from qinit.text.for_run import text_for
+from qinit.widths.budget import allotted, budget, items, options, planned
+from qinit.widths.fisher import measure
+from qinit.widths.knapsack import ROUNDING
 
 CPU = torch.device("cpu")
 RATIOS = (0.25, 0.5, 0.75)

@@ -45,7 +45,7 @@ started = time.perf_counter()
 from qinit_cli import main
 from qinit_cli.hush import hush
 hush()
-import accelerate, qinit.estimate, qinit.mixed, qinit.hub.download
+import accelerate, qinit.planner.time, qinit.widths.budget, qinit.hub.download
 import qinit.grids.integer.search_cpu, qinit.grids.integer.rounding_cpu
 from transformers import LlamaForCausalLM
 imported, cpu = time.perf_counter(), time.process_time()

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from qinit.compare.comparison import Comparison
     from qinit.compare.texts import Text
-    from qinit.finetune import Training
     from qinit.source.checkpoint import Checkpoint
+    from qinit.train.finetune import Training
 
 COMPARE_PANEL, TUNE_PANEL = "What to compare", "Fine-tuning"
 
@@ -134,10 +134,10 @@ def compare(**options: Any) -> None:
 def _made(options: dict[str, Any], board: Any) -> Comparison:
     """Find the model and the texts, and check that everything fits."""
     from qinit.compare.make import METHODS_DEFAULT, default_length, make_comparison
-    from qinit.finetune import Training
     from qinit.hub.download import local_directory
     from qinit.source.checkpoint import Checkpoint
     from qinit.source.demo import DEMO_NAME, DEMO_TITLE, demo_directory
+    from qinit.train.finetune import Training
 
     if options["model"] is None:
         board.say(f"No MODEL given: using {DEMO_TITLE}.")

@@ -17,8 +17,8 @@ from rich.table import Table
 from qinit.files.reading import printable
 
 if TYPE_CHECKING:
-    from qinit.estimate import Estimate
-    from qinit.plan import Plan
+    from qinit.plan.plan import Plan
+    from qinit.planner.time import Estimate
     from qinit.report.report import Report
     from qinit.runner import Event
 
@@ -199,7 +199,7 @@ class Screen:
         """Draw the plan of a dry run, and how long the run would take."""
         if self._quiet:
             return
-        from qinit.plan import working_bytes
+        from qinit.planner.memory import working_bytes
 
         table = Table("layer", "shape", "bits", "group", "rank", "before", "after", "kept because", box=None)
         for layer in plan.layers:
@@ -302,7 +302,7 @@ class Screen:
             }
             for layer in plan.layers
         ]
-        from qinit.plan import working_bytes
+        from qinit.planner.memory import working_bytes
 
         value = {
             "directory": str(out.resolve()),

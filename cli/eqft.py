@@ -27,7 +27,7 @@ from qinit_cli.push import push_after_run, quiet_hub
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
 
-    from qinit.plan import Plan
+    from qinit.plan.plan import Plan
 
 
 @takes(*READING, "bits", *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, *RUNNING)
@@ -72,8 +72,8 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         require_name(repo_id) if options["dry_run"] else require_ready(repo_id, options["token"])
     made, out = _planned(screen, recipe, options)
     if options["dry_run"]:
-        from qinit.estimate import estimate
         from qinit.machine import pick_device
+        from qinit.planner.time import estimate
 
         seconds = estimate(made, pick_device(recipe.device))
         screen.plan(made, out, seconds)
@@ -126,10 +126,10 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
         screen.say(f"No MODEL given: using {DEMO_TITLE}.")
 
     hush()
-    from qinit.calibration.choice import expected
     from qinit.hub.download import header_directory, local_directory
     from qinit.machine import pick_device
-    from qinit.plan import make_plan
+    from qinit.planner.make import make_plan
+    from qinit.planner.time import expected
 
     quiet_hub(options["quiet"], options["debug"])
     device = pick_device(recipe.device)

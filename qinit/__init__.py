@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qinit.errors import QinitError
     from qinit.loading import load
-    from qinit.plan import Plan, make_plan
+    from qinit.plan.plan import Plan
+    from qinit.planner.make import make_plan
     from qinit.recipe import Recipe, make_recipe
     from qinit.runner import run
     from qinit.solver.solve import solve
@@ -28,12 +29,12 @@ __version__ = "0.1.0"
 __all__ = ["Plan", "QinitError", "Recipe", "Solution", "load", "make_plan", "make_recipe", "run", "solve"]
 
 _HOMES = {
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "QinitError": "errors",
     "Recipe": "recipe",
     "Solution": "solver.spec",
     "load": "loading",
-    "make_plan": "plan",
+    "make_plan": "planner.make",
     "make_recipe": "recipe",
     "run": "runner",
     "solve": "solver.solve",

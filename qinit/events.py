@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qinit.calibration.walk import Measuring, Passing
-from qinit.plan import Plan
-from qinit.polish import Progress
+from qinit.plan.plan import Plan
 from qinit.report.report import LayerRow, Report
 
 
@@ -73,6 +71,34 @@ class Noted:
     """Something that a user should know has turned up; it is in the report too."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """A pass over the calibration text is under way for `layers` of block `block` of `blocks`."""
+
+    block: int
+    blocks: int
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Passing:
+    """Block `block` of `blocks` had been finished before, and the calibration text runs through it."""
+
+    block: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One optimizer step has been made. `loss` is that of its batch, `held_out` that of the held-out samples where
+    it was measured; both are KL in nats per token plus a multiple of the relative squared error of the last hidden
+    state. Step 0 is the start."""
+
+    step: int
+    loss: float
+    held_out: float | None
 
 
 Event = Resumed | Discarded | Sampling | Measuring | Passing | Allotted | Noted | Working | Done | Progress | Finished

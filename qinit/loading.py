@@ -9,6 +9,7 @@ from typing import Any
 from qinit.adapters.lora import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import CheckpointError
 from qinit.formats.gptq.loading import MIXED_METHOD, is_mixed, not_ours, register_mixed, require_packages
+from qinit.machine import pick_device
 from qinit.report.report import REPORT_NAME
 from qinit.source.checkpoint import read_json
 from qinit.source.skeleton import loader
@@ -84,8 +85,6 @@ def load_parts(
         )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device is not None:
-        from qinit.machine import pick_device
-
         options["device_map"] = {"": pick_device(device)}
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):

@@ -13,16 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qinit.calibration.carried import scratch_bytes
 from qinit.errors import HubError, OutputError, QinitError
 from qinit.journal import kept_words
 from qinit.lock import locked
+from qinit.plan.plan import Plan
+from qinit.planner.memory import scratch_bytes
 from qinit.report.report import REPORT_NAME
-
-if TYPE_CHECKING:
-    from qinit.plan import Plan
 
 NOTHING = "nothing was left there"
 LOCK_NAME = "lock"

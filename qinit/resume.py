@@ -13,7 +13,7 @@ from qinit.events import Discarded, Event, Resumed
 from qinit.journal import Journal, finished_layers, kept_words
 from qinit.machine import processor
 from qinit.output import Workplace
-from qinit.plan import Plan
+from qinit.plan.plan import Plan
 from qinit.signature import differences, signature
 from qinit.words import moment
 

@@ -16,36 +16,50 @@ from typing import Any
 
 import torch
 
-from qinit import fisher
 from qinit.adapters import lora as adapter
-from qinit.calibration.blocks import NotStreamable
-from qinit.calibration.choice import text_for
-from qinit.calibration.outputs import output_metrics
-from qinit.calibration.samples import Samples
-from qinit.calibration.walk import Measuring, Passing, Seen, Walk
+from qinit.calibration.output_metric import output_metrics
+from qinit.calibration.walk import Seen, Walk
 from qinit.calibration.whole import whole_model
 from qinit.errors import CalibrationError
-from qinit.events import Allotted, Discarded, Done, Event, Finished, Noted, Resumed, Sampling, Working
+from qinit.events import (
+    Allotted,
+    Discarded,
+    Done,
+    Event,
+    Finished,
+    Measuring,
+    Noted,
+    Passing,
+    Progress,
+    Resumed,
+    Sampling,
+    Working,
+)
 from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.journal import Journal
 from qinit.linalg.low_rank import LowRank, OutputMetric
 from qinit.machine import pick_device
-from qinit.mixed import allotted, options
 from qinit.output import Workplace, check_output, check_space, working
-from qinit.plan import LayerPlan, Plan
-from qinit.polish import Polished, Progress, polish
+from qinit.plan.allocation import Sensitivity
+from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.finish import complete, copy_companions, make_report
 from qinit.report.report import LayerRow
 from qinit.resume import moved, opened
-from qinit.sensitivity import Sensitivity, check_sensitivity
 from qinit.solver.residual import residual_norm
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.solver.statistics import Statistics
 from qinit.source.checkpoint import count_nonfinite, not_decomposable, require_finite
 from qinit.store import Store, apply_polish, load_samples, save_polish, save_samples
+from qinit.stream.blocks import NotStreamable
+from qinit.text.for_run import text_for
+from qinit.text.samples import Samples
+from qinit.train.polish import Polished, polish
+from qinit.widths import fisher
+from qinit.widths.budget import allotted, options
+from qinit.widths.validity import check_sensitivity
 
 __all__ = [
     "Allotted",

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qinit.machine import versions
-
-if TYPE_CHECKING:
-    from qinit.plan import Plan
+from qinit.plan.plan import Plan
 
 NO_MATTER = ("python", "peft")  # versions that change no byte of the weights
 HASH = "sha256:"

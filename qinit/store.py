@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from qinit.adapters import lora as adapter
-from qinit.calibration.samples import Samples
 from qinit.errors import CheckpointError, OutputError
 from qinit.files.tensors import TensorSpec, checksum, read_header
 from qinit.files.writer import SafetensorsWriter
@@ -20,10 +19,9 @@ from qinit.formats import FORMATS
 from qinit.journal import Journal, Record
 from qinit.linalg.low_rank import LowRank
 from qinit.output import Workplace
+from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.report import LayerRow
-
-if TYPE_CHECKING:
-    from qinit.plan import LayerPlan, Plan
+from qinit.text.samples import Samples
 
 SAMPLES_STEM, POLISHED_STEM = "samples", "polished"
 SYNC_SECONDS = 1.0  # of work may be lost with the power; a sync takes 20 ms, which many small layers would feel

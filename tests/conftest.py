@@ -119,7 +119,7 @@ def exhausted(events: Generator[Any, None, Any]) -> tuple[Any, list[Any]]:
 
 def quantize(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Any:
     """Run qinit on a checkpoint, rank 4, one round and no calibration unless told otherwise; returns the report."""
-    from qinit.plan import make_plan
+    from qinit.planner.make import make_plan
     from qinit.recipe import make_recipe
     from qinit.runner import Finished, run
 
@@ -182,14 +182,14 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return a function that runs `qinit ARGUMENTS` in an empty directory: (exit code, stdout, stderr).
 
-    Calibration `auto` is none there, and fast; `qinit.calibration.choice.choose` is what a test may put back.
+    Calibration `auto` is none there, and fast; `qinit.planner.make.choose` is what a test may put back.
     """
     from qinit_cli import main
 
     directory = tmp_path / "cwd"
     directory.mkdir()
     monkeypatch.chdir(directory)
-    monkeypatch.setattr("qinit.calibration.choice.choose", lambda plan, device: ("none", ""))
+    monkeypatch.setattr("qinit.planner.make.choose", lambda plan, device: ("none", ""))
 
     def call(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["qinit", *map(str, arguments)])

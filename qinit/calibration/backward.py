@@ -8,21 +8,19 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from qinit.calibration.blocks import Blocks, NotStreamable
-from qinit.calibration.carried import Batch, Calls, Carried, batches_of
-from qinit.calibration.choice import GRADIENT_LENGTH, GRADIENT_SAMPLES
-from qinit.calibration.samples import Samples
-from qinit.calibration.walk import Measuring, unpadded
-from qinit.calibration.whole import load_whole, read_tokens
-from qinit.plan import BATCH_TOKENS, LOGITS_BYTES
-
-if TYPE_CHECKING:
-    from qinit.plan import LayerPlan, Plan
+from qinit.calibration.activations import unpadded
+from qinit.events import Measuring
+from qinit.plan.limits import GRADIENT_BATCH_TOKENS, GRADIENT_LENGTH, GRADIENT_LOGITS_BYTES, GRADIENT_SAMPLES
+from qinit.plan.plan import LayerPlan, Plan
+from qinit.stream.blocks import Blocks, NotStreamable
+from qinit.stream.carried import Batch, Calls, Carried, batches_of
+from qinit.stream.whole import load_whole, read_tokens
+from qinit.text.samples import Samples
 
 Run = Callable[[Batch], Any]  # takes a batch through the layers at hand
 
@@ -47,7 +45,7 @@ class Probe(ABC):
         mask = None if samples.mask is None else samples.mask[part]
         self.samples = Samples(samples.tokens[part], mask, samples.origin)
         self.layers = {layer.target.name: layer for layer in plan.quantized}
-        tokens = min(BATCH_TOKENS, LOGITS_BYTES // (4 * (plan.facts.vocabulary or 1)))
+        tokens = min(GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES // (4 * (plan.facts.vocabulary or 1)))
         self.batches = list(batches_of(self.samples, max(1, tokens // self.samples.tokens.shape[1])))
         self.mask: torch.Tensor | None = None
         self.generator = torch.Generator().manual_seed(plan.recipe.seed)

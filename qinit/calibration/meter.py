@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from qinit.plan.plan import LayerPlan
 from qinit.solver.statistics import Statistics
-
-if TYPE_CHECKING:
-    from qinit.plan import LayerPlan
 
 
 class Meter:

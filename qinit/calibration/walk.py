@@ -7,39 +7,20 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from qinit.calibration.blocks import Blocks, Call, Stop
-from qinit.calibration.carried import Batch, Calls, Carried, batches_of
+from qinit.calibration.activations import _keep_first, _rows, _run, batch_size, oriented, require_finite_input, unpadded
 from qinit.calibration.meter import Meter
-from qinit.calibration.samples import Samples
-from qinit.errors import CalibrationError
+from qinit.calibration.residual_stream import _writes
+from qinit.events import Measuring, Passing
+from qinit.plan.plan import LayerPlan, Plan
 from qinit.solver.statistics import Statistics
-
-if TYPE_CHECKING:
-    from qinit.plan import LayerPlan, Plan
-
-BATCH_BYTES = 1 << 28  # of the widest activation of one batch
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """A pass over the calibration text is under way for `layers` of block `block` of `blocks`."""
-
-    block: int
-    blocks: int
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Passing:
-    """Block `block` of `blocks` had been finished before, and the calibration text runs through it."""
-
-    block: int
-    blocks: int
+from qinit.stream.blocks import Blocks, Call
+from qinit.stream.carried import Batch, Calls, Carried, batches_of
+from qinit.text.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -265,106 +246,3 @@ class Walk:
     def _advance(self, carried: Carried, block: nn.Module, calls: Calls, batches: list[Batch]) -> None:
         for batch in batches:
             carried.write(batch, calls.of(batch, self.index)(block, carried.read(batch).to(self.device)))
-
-
-def batch_size(plan: Plan, samples: Samples) -> int:
-    """Return how many samples run at once, so that the widest activation takes BATCH_BYTES."""
-    modules = [layer.target.module for layer in plan.quantized]
-    widest = max(max(module.in_features, module.out_features) for module in modules)
-    return max(1, min(len(samples.tokens), BATCH_BYTES // (4 * widest * samples.tokens.shape[1])))
-
-
-def unpadded(activation: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return [tokens, width], without the padding where the activation has a row for every token of a batch with
-    `mask` [batch, length], be it [batch, length, width] or flat, as OPT's are."""
-    rows = _rows(activation)
-    if mask is not None and len(rows) == mask.numel():
-        return rows[mask.flatten().to(rows.device)]
-    return rows
-
-
-def _rows(activation: torch.Tensor) -> torch.Tensor:
-    return activation.reshape(-1, activation.shape[-1])
-
-
-def require_finite_input(activation: torch.Tensor, name: str, first: int, samples: Samples) -> None:
-    """Raise CalibrationError, naming layer and sample, when an activation [batch, ...] holds NaN or Inf; `first` is
-    the number of the batch's first sample."""
-    if torch.isfinite(activation.sum()) or bool(torch.isfinite(activation).all()):
-        return
-    where = ""
-    if activation.dim() > 2:
-        bad = (~torch.isfinite(activation)).flatten(1).any(1).nonzero()[0]
-        where = f" in sample {first + int(bad)}"
-    raise CalibrationError(
-        f"{name}: NaN or Inf at its input{where} of the calibration text ({samples.origin}); the model overflows "
-        "there: try other text, or --calibration none"
-    )
-
-
-def oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:
-    """Turn a weight between [out, in] and the module's own layout (the same but for Conv1D)."""
-    return weight.T.contiguous() if layer.target.module.transposed else weight
-
-
-def _keep_first(found: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
-    found.setdefault(name, value)
-
-
-def _run(
-    block: nn.Module, call: Call, hidden: torch.Tensor, wanted: set[str], whole: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
-    """Run a block and return the inputs and outputs of the `wanted` linears, and the block's output; unless the
-    `whole` block is asked for, the pass ends with the last of them and the output is empty."""
-    inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            inputs[name], outputs[name] = args[0], output
-            if len(inputs) == len(wanted) and not whole:
-                raise Stop
-
-        return hook
-
-    hooks = [block.get_submodule(name).register_forward_hook(keep(name)) for name in sorted(wanted)]
-    try:
-        return inputs, outputs, call(block, hidden)
-    except Stop:
-        return inputs, outputs, torch.empty(0)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _writes(block: nn.Module, linear: nn.Module, call: Call, hidden: torch.Tensor) -> str | None:
-    """Find out by experiment what a linear's output is added to.
-
-    `output`: a change of it arrives unchanged at the block's output. `input`: all that follows depends on its sum
-    with the block's input alone, so with the sum held, another input gives the same output.
-    """
-
-    def run(x: torch.Tensor, change: Any) -> torch.Tensor:
-        hook = linear.register_forward_hook(lambda _module, _args, output: change(output, x))
-        try:
-            return call(block, x)
-        finally:
-            hook.remove()
-
-    generator = torch.Generator().manual_seed(0)
-    shift = torch.randn(hidden.shape, generator=generator).to(hidden.device) * hidden.std()
-    plain = run(hidden, lambda output, x: output)
-    if plain.shape != hidden.shape or not torch.isfinite(plain).all():
-        return None
-    shifted = run(hidden, lambda output, x: output + shift.view_as(output) if _alike(output, shift) else output)
-    if torch.allclose(shifted - plain, shift, atol=1e-3 * float(shift.std() + plain.std()), rtol=1e-3):
-        return "output"
-    one, other = (
-        run(x, lambda output, x: (shift - x).view_as(output) if _alike(output, x) else output) for x in (hidden, shift)
-    )
-    return "input" if torch.allclose(one, other, atol=1e-3 * float(one.std()), rtol=1e-3) else None
-
-
-def _alike(output: torch.Tensor, hidden: torch.Tensor) -> bool:
-    """Whether a linear's output has a row for every token, [batch, length, width] or flat."""
-    return output.shape[-1] == hidden.shape[-1] and output.numel() == hidden.numel()

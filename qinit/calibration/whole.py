@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from qinit.calibration.activations import batch_size, oriented, require_finite_input, unpadded
 from qinit.calibration.meter import Meter
-from qinit.calibration.samples import Samples
-from qinit.calibration.walk import Measuring, Seen, batch_size, oriented, require_finite_input, unpadded
-from qinit.errors import CalibrationError
+from qinit.calibration.walk import Seen
+from qinit.events import Measuring
+from qinit.plan.plan import Plan
 from qinit.solver.statistics import Statistics
-from qinit.source.skeleton import loader
-
-if TYPE_CHECKING:
-    from qinit.plan import Plan
+from qinit.stream.whole import load_whole, read_tokens
+from qinit.text.samples import Samples
 
 
 def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[Measuring | Seen]:
@@ -59,23 +58,6 @@ def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[
         yield Seen(layer, oriented(weight, layer), statistics)
 
 
-def read_tokens(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None, plan: Plan) -> Any:
-    """Run the model on tokens [batch, length] and return its outputs. Raises CalibrationError if it cannot."""
-    inputs = {"input_ids": tokens, "attention_mask": None if mask is None else mask.long()}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
-    try:
-        return model(**inputs)
-    except CalibrationError:
-        raise
-    except Exception as error:  # a model can ask for anything beside tokens
-        reason = " ".join(str(error).split())[:300]
-        raise CalibrationError(
-            f"{plan.checkpoint.directory}: the model does not run on token ids ({type(error).__name__}: {reason}); "
-            "use --calibration none"
-        ) from error
-
-
 def _fisher(model: Any, plan: Plan, samples: Samples, device: torch.device) -> dict[str, torch.Tensor]:
     modules = {layer.target.name: model.get_submodule(layer.target.name) for layer in plan.quantized}
     model.requires_grad_(False)
@@ -96,23 +78,3 @@ def _fisher(model: Any, plan: Plan, samples: Samples, device: torch.device) -> d
                 module.weight.grad = None
     by_name = {layer.target.name: layer for layer in plan.quantized}
     return {name: oriented(square, by_name[name]) for name, square in squares.items()}
-
-
-def load_whole(plan: Plan) -> Any:
-    """Load the source model in float32, to be used and not changed. Raises CalibrationError."""
-    directory, trusted = plan.checkpoint.directory, plan.recipe.trust_remote_code
-    try:
-        model = loader(plan.checkpoint.config, trusted).from_pretrained(
-            directory,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=trusted,
-        )
-    except Exception as error:  # a checkpoint can break its class in any way
-        reason = " ".join(str(error).split())[:300]
-        raise CalibrationError(
-            f"{directory}: the model cannot be loaded whole for calibration ({type(error).__name__}: {reason}); "
-            "use --calibration none"
-        ) from None
-    return model.eval()

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from qinit.compare.texts import Text
-from qinit.finetune import Training
 from qinit.machine import versions
 from qinit.recipe import Recipe
 from qinit.solver.methods import METHODS
 from qinit.source.checkpoint import Checkpoint
+from qinit.train.finetune import Training
 
 LORA, FULL = "lora", "full"  # the ceilings: PEFT's own start on the full-precision model, and all of its parameters
 CEILINGS = (LORA, FULL)

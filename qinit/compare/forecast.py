@@ -10,11 +10,11 @@ import torch
 from qinit.compare.comparison import CEILINGS, LORA, Cell, Comparison, Row
 from qinit.compare.measure import load_start
 from qinit.compare.schedule import Schedule, best_rate
-from qinit.estimate import estimate
 from qinit.evaluate import perplexity
-from qinit.finetune import Training, finetune
 from qinit.machine import pick_device
-from qinit.plan import make_plan
+from qinit.planner.make import make_plan
+from qinit.planner.time import estimate
+from qinit.train.finetune import Training, finetune
 from qinit.words import duration
 
 BACKWARD = 3.0  # a training step costs so many forward passes

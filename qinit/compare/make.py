@@ -13,14 +13,15 @@ from qinit.compare.comparison import CEILINGS, CELLS, FULL, LORA, Comparison, Ro
 from qinit.compare.texts import Text, split
 from qinit.errors import CompareError, OutputError, RecipeError, did_you_mean
 from qinit.evaluate.text import length_for
-from qinit.finetune import Training
 from qinit.grids import GRIDS
 from qinit.machine import pick_device
-from qinit.plan import Plan, make_plan
+from qinit.plan.plan import Plan
+from qinit.planner.make import make_plan
 from qinit.recipe import Recipe, make_recipe
 from qinit.solver.methods import CALIBRATED, METHODS
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.vocabulary import Facts
+from qinit.train.finetune import Training
 
 RESULT_NAME = "compare.json"
 METHODS_DEFAULT = ("eqft", "eqft:none", "loftq", "qpissa", "qlora")

@@ -16,13 +16,13 @@ from qinit.adapters import lora as adapter
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.errors import OutputError
 from qinit.evaluate import perplexity
-from qinit.finetune import DivergedError, finetune
 from qinit.loading import load
 from qinit.machine import pick_device
-from qinit.plan import make_plan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.report.report import REPORT_NAME, Report
 from qinit.runner import run
+from qinit.train.finetune import DivergedError, finetune
 
 MOST_LOGITS = 2**28  # values: a gigabyte in float32
 Progress = Callable[[int, float], None]

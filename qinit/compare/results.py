@@ -9,8 +9,10 @@ from typing import Any
 
 from qinit.compare.comparison import Comparison
 from qinit.compare.make import RESULT_NAME
+from qinit.compare.pictures import page, png
 from qinit.compare.schedule import Found
 from qinit.compare.table import document, rows
+from qinit.errors import ReportError
 from qinit.files.atomic import write_files
 from qinit.machine import ran_on, versions
 
@@ -42,9 +44,6 @@ def write_result(directory: Path, value: dict[str, Any], *, pictures: bool = Fal
     first; returns what was written. Without matplotlib or plotly their file is left out."""
     contents = {RESULT_NAME: (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()}
     if pictures:
-        from qinit.compare.pictures import page, png
-        from qinit.errors import ReportError
-
         contents["compare.md"] = document(value).encode()
         for name, draw in (("compare.png", png), ("compare.html", page)):
             try:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qinit.calibration.hub_documents import HUB_SOURCE
 from qinit.errors import CompareError
 from qinit.evaluate import text as evaluated
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.vocabulary import Facts
+from qinit.text.hub_documents import HUB_SOURCE
 
 HELD_OUT, MOST_HELD_OUT = 10, 16384  # for validation: one training token in so many, and no more than so many
 

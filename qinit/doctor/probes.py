@@ -223,7 +223,7 @@ def _source() -> Path:
 
 def _run(**options: Any) -> Path:
     """Run qinit on it."""
-    from qinit.plan import make_plan
+    from qinit.planner.make import make_plan
     from qinit.recipe import make_recipe
     from qinit.runner import run
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from qinit.calibration.blocks import NotStreamable
-from qinit.calibration.tokens import load_tokenizer
 from qinit.errors import QinitError, RecipeError
 from qinit.evaluate.figures import Figures, Logits, logits_of, measure
 from qinit.evaluate.loaded import (
@@ -30,6 +28,8 @@ from qinit.evaluate.subject import Subject
 from qinit.evaluate.tasks import run_tasks
 from qinit.evaluate.windows import Windows
 from qinit.machine import free_memory
+from qinit.stream.blocks import NotStreamable
+from qinit.text.tokens import load_tokenizer
 
 STREAMING = ("auto", "always", "never")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

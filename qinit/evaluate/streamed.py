@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from qinit.adapters.reading import StoredAdapter
-from qinit.calibration.blocks import Blocks, NotStreamable
-from qinit.calibration.carried import Batch, Calls, Carried
 from qinit.errors import CheckpointError
 from qinit.evaluate.figures import Logits
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import Windows
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import read_architecture
-from qinit.weights import StoredWeights
+from qinit.stream.blocks import Blocks, NotStreamable
+from qinit.stream.carried import Batch, Calls, Carried
+from qinit.stream.weights import StoredWeights
 
 
 @dataclass(frozen=True)

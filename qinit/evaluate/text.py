@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from qinit.calibration.documents import is_jsonl, read_file
-from qinit.calibration.hub_documents import read_hub, require_datasets
-from qinit.calibration.tokens import load_tokenizer, require_known
 from qinit.errors import QinitError
 from qinit.source.demo import DEMO_WINDOW, demo_directory, held_out_text
 from qinit.source.vocabulary import Facts
+from qinit.text.documents import is_jsonl, read_file
+from qinit.text.hub_documents import read_hub, require_datasets
+from qinit.text.tokens import load_tokenizer, require_known
 
 CHARACTERS_PER_TOKEN = 16  # more than any tokenizer makes of ordinary text; only bounds what is fetched
 LITERATURE_LENGTH = 2048

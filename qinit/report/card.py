@@ -6,16 +6,13 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from qinit.adapters.lora import ADAPTER_DIRECTORY
 from qinit.report.report import Report
 from qinit.source.demo import DEMO_NAME
-
-if TYPE_CHECKING:
-    from qinit.plan import Plan
 
 CARD_NAME = "README.md"
 AUTO_CLASSES = {
@@ -146,9 +143,8 @@ def polish_words(result: dict[str, Any]) -> str:
     return f"{result['steps']} steps, {losses}" if result["kept"] else f"{result['steps']} steps, nothing gained"
 
 
-def write_card(directory: Path, report: Report, plan: Plan) -> None:
-    """Write README.md into a run's directory."""
-    source = plan.checkpoint.card_metadata()
+def write_card(directory: Path, report: Report, source: dict[str, Any]) -> None:
+    """Write README.md into a run's directory; `source` is the metadata of the source's own card."""
     front: dict[str, Any] = {"base_model": report.model, "library_name": "peft"}
     front["tags"] = [
         "qinit",

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qinit import sensitivity
 from qinit.adapters import lora as adapter
 from qinit.files.manifest import write_manifest
 from qinit.formats import FORMATS
 from qinit.machine import versions
-from qinit.plan import Plan
+from qinit.plan import allocation as sensitivity
+from qinit.plan.plan import Plan
 from qinit.report.averages import relative_error
 from qinit.report.card import write_card
 from qinit.report.report import LayerRow, Report
@@ -35,7 +35,7 @@ def complete(plan: Plan, report: Report, directory: Path, out: Path) -> None:
     report.write(directory)
     if plan.allocation is not None and plan.allocation.sensitivity is not None:
         plan.allocation.sensitivity.write(directory / sensitivity.SENSITIVITY_NAME)
-    write_card(directory, report, plan)
+    write_card(directory, report, plan.checkpoint.card_metadata())
     write_manifest(directory)
 
 

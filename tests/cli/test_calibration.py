@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 import yaml
 
-from qinit.calibration import choice
-from qinit.calibration.choice import choose
 from qinit.files.tensors import StoredTensor
+from qinit.planner import auto as choice
+from qinit.planner.auto import choose
 from tests.conftest import weights_of
 from tests.qinit.calibration.tiny import make_bert, make_reader, words
 
@@ -36,9 +36,9 @@ def llama(tmp_path):
 @pytest.fixture
 def auto(command, monkeypatch):
     """Let `auto` choose as it does for users; the machine is always fast and empty."""
-    monkeypatch.setattr("qinit.calibration.choice.choose", choose)
-    monkeypatch.setattr("qinit.machine.measured_speed", lambda device: 1e11)
-    monkeypatch.setattr("qinit.machine.free_memory", lambda device: 10**10)
+    monkeypatch.setattr("qinit.planner.make.choose", choose)
+    monkeypatch.setattr("qinit.planner.auto.measured_speed", lambda device: 1e11)
+    monkeypatch.setattr("qinit.planner.auto.free_memory", lambda device: 10**10)
 
 
 def report():
@@ -377,7 +377,7 @@ def test_an_interrupt_during_the_walk_leaves_nothing(command, shared, monkeypatc
 
 
 def test_a_failing_polish_leaves_the_layers_only(command, shared, monkeypatch):
-    monkeypatch.setattr("qinit.polish._terms", lambda *_: torch.zeros(()).fail)
+    monkeypatch.setattr("qinit.train.polish._terms", lambda *_: torch.zeros(()).fail)
     code, _, err = command("eqft", shared, *QUICK, "--calibration", "random", "--polish", 2)
     assert (code, written()) == (1, [".out.partial"])
     assert err.startswith("error: inside qinit: AttributeError")
@@ -392,7 +392,7 @@ class TestHub:
             seen.append((source, text_field, token))
             return [TEXT]
 
-        monkeypatch.setattr("qinit.calibration.sources.read_hub", read_hub)
+        monkeypatch.setattr("qinit.text.sources.read_hub", read_hub)
         options = ("--calibration", "someone/texts", "--text-field", "body", "--token", "hf_secret", "--json")
         code, out, err = command("eqft", shared, *QUICK, *options)
         assert code == 0

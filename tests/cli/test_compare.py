@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qinit import finetune
 from qinit.compare import measure, workers
+from qinit.train import finetune
 from tests.conftest import make_checkpoint
 from tests.qinit.calibration.tiny import add_tokenizer, make_bert, make_reader, words
 
@@ -76,7 +76,7 @@ class TestTable:
             seen.append((seed, tuple(map(tuple, order))))
             return iter(order)
 
-        monkeypatch.setattr("qinit.finetune.batches", record)
+        monkeypatch.setattr("qinit.train.finetune.batches", record)
         return seen
 
     def test_starts_and_ends(self, compare, orders):

@@ -3,8 +3,8 @@ import json
 import pytest
 from qinit_cli.draw import Screen, size
 
-from qinit.estimate import Estimate
-from qinit.plan import make_plan
+from qinit.planner.make import make_plan
+from qinit.planner.time import Estimate
 from qinit.recipe import make_recipe
 from qinit.runner import run
 from tests.conftest import make_checkpoint

@@ -11,10 +11,10 @@ from qinit.files.manifest import file_sum, read_manifest, write_manifest
 from qinit.source.demo import demo_directory
 from tests.compat.stock import load, load_base
 from tests.conftest import make_checkpoint, quantize
-from tests.qinit.calibration.test_hub_documents import StandIn
 from tests.qinit.calibration.tiny import add_tokenizer, words
 from tests.qinit.evaluate.runs import TEXT, TOKENS, make_run, make_source
 from tests.qinit.evaluate.test_tasks import harness  # noqa: F401 - a fixture
+from tests.qinit.text.test_hub_documents import StandIn
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import nn
 
 from qinit.grids import Quantized
-from qinit.plan import Plan, make_plan
+from qinit.plan.plan import Plan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.report.report import Report
 from qinit.runner import Finished, run

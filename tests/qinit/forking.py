@@ -93,8 +93,11 @@ if __name__ == "__main__":
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if sys.argv[1:]:
         _run(sys.argv[1:])
-        from qinit.calibration import choice
+        from qinit.planner import auto
+        from qinit.planner import time as estimate
 
-        choice.measured_speed = lambda device: 1e11  # what is said of the time takes a tenth of it
+        auto.measured_speed = estimate.measured_speed = lambda device: (
+            1e11
+        )  # what is said of the time takes a tenth of it
     for line in sys.stdin:
         print(json.dumps(_forked(json.loads(line))), file=answers, flush=True)

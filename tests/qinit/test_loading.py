@@ -11,7 +11,8 @@ import qinit
 from qinit.errors import CheckpointError, RecipeError
 from qinit.formats import FORMATS
 from qinit.formats.gptq.reading import width_of
-from qinit.plan import LayerPlan, Plan, make_plan
+from qinit.plan.plan import LayerPlan, Plan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import run
 from qinit.source.demo import demo_directory

@@ -16,7 +16,7 @@ from qinit.files.tensors import read_header
 from qinit.files.writer import SafetensorsWriter
 from qinit.journal import Journal, finished_layers, read_journal
 from qinit.output import kept, partial_of
-from qinit.plan import make_plan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import Discarded, Done, Finished, Noted, Passing, Resumed, Sampling, run
 from tests.conftest import make_checkpoint
@@ -254,7 +254,7 @@ class TestWhatIsKept:
             with pytest.raises(Crash):
                 finish(llama, place / "out", **options)
         assert kept(place / "out").startswith("the measured sensitivities are kept")
-        monkeypatch.setattr("qinit.fisher.measure", crash)
+        monkeypatch.setattr("qinit.widths.fisher.measure", crash)
         finish(llama, place / "out", **options)
         assert contents(place / "out") == wanted
 
@@ -406,7 +406,7 @@ class TestAnotherRun:
 
         file = place / "text.txt"
         file.write_text("one")
-        monkeypatch.setattr("qinit.calibration.sources.check_source", lambda *_, **__: None)
+        monkeypatch.setattr("qinit.text.sources.check_source", lambda *_, **__: None)
         plan = make_plan(make_recipe(calibration=str(file)), llama, "name")
         one = signature(plan, torch.device("cpu"))
         file.write_text("two")
@@ -414,7 +414,7 @@ class TestAnotherRun:
 
     def test_auto_stays_what_it_was(self, llama, place, monkeypatch):
         """It depends on the memory that is free just then."""
-        choose = "qinit.calibration.choice.choose"
+        choose = "qinit.planner.make.choose"
         monkeypatch.setattr(choose, lambda plan, device: ("self", "on its own text"))
         options = {**TEXT, "calibration": "auto"}
         wanted = undisturbed(llama, place, **options)

@@ -16,7 +16,7 @@ from qinit.errors import CheckpointError, OutputError
 from qinit.files.tensors import TensorSpec
 from qinit.files.writer import SafetensorsWriter
 from qinit.output import kept
-from qinit.plan import make_plan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import Done, Finished, Working, run
 from tests.conftest import make_checkpoint, quantize, weights_of

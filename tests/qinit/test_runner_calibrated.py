@@ -8,13 +8,13 @@ import safetensors.torch
 import torch
 
 from qinit import runner
-from qinit.calibration.walk import Measuring
 from qinit.errors import CalibrationError
-from qinit.plan import make_plan
-from qinit.polish import Progress, polish
+from qinit.events import Measuring, Progress
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import Done, Finished, Noted, Sampling, Working, run
 from qinit.solver.methods import CALIBRATED, METHODS
+from qinit.train.polish import polish
 from tests.compat.stock import delta, dense_weight, load, lora_modules, relative
 from tests.conftest import make_checkpoint, quantize, weights_of
 
@@ -67,7 +67,7 @@ class TestLoading:
         from transformers import AutoModelForCausalLM
 
         report = quantize(llama, tmp_path / "out", format="dense", **MORE)
-        from qinit.calibration.sources import load_samples
+        from qinit.text.sources import load_samples
 
         config = json.loads((llama / "config.json").read_text())
         tokens = load_samples("random", llama, config, samples=32, length=32, seed=0).tokens

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from qinit.plan import make_plan
+from qinit.planner.make import make_plan
 from qinit.recipe import Recipe, make_recipe
 from qinit.signature import MOST, differences, signature
 

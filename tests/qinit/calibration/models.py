@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from qinit.calibration.samples import Samples
-from qinit.plan import Plan, make_plan
+from qinit.plan.plan import Plan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
+from qinit.text.samples import Samples
 from tests.conftest import FAMILIES, GATED, SMALL, make_checkpoint
 
 SMALL_LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

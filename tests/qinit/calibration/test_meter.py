@@ -3,7 +3,7 @@ import torch
 
 from qinit.calibration.meter import Meter
 from qinit.files.tensors import StoredTensor
-from qinit.plan import LayerPlan
+from qinit.plan.plan import LayerPlan
 from qinit.source.targets import LinearModule, Target
 
 CPU = torch.device("cpu")

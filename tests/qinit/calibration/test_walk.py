@@ -4,10 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qinit.calibration import carried
+from qinit.calibration import activations
 from qinit.calibration import walk as module
-from qinit.calibration.walk import Measuring, Seen, Walk, batch_size
+from qinit.calibration.activations import batch_size
+from qinit.calibration.walk import Seen, Walk
 from qinit.errors import CalibrationError
+from qinit.events import Measuring
+from qinit.stream import carried
 from tests.conftest import FAMILIES
 from tests.qinit.calibration.models import (
     Trace,
@@ -270,7 +273,7 @@ class TestMemory:
         samples = random_samples(count=7, length=12)
         widest = 128 * 12 * 4  # bytes of one sample in front of down_proj
         for room, expected in ((0, 1), (widest, 1), (3 * widest + 5, 3), (100 * widest, 7)):
-            monkeypatch.setattr(module, "BATCH_BYTES", room)
+            monkeypatch.setattr(activations, "BATCH_BYTES", room)
             assert batch_size(plan("llama"), samples) == expected
 
     def test_how_many_samples_run_at_once_changes_nothing(self, plan, monkeypatch):

@@ -3,9 +3,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qinit.calibration import whole
-from qinit.calibration.walk import Measuring, Seen
+from qinit.calibration.walk import Seen
 from qinit.calibration.whole import whole_model
 from qinit.errors import CalibrationError
+from qinit.events import Measuring
 from tests.qinit.calibration.models import (
     Trace,
     assert_close,

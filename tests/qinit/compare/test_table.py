@@ -9,8 +9,8 @@ from qinit.compare.pictures import page, panels, png
 from qinit.compare.schedule import best_rate, next_cells
 from qinit.compare.table import document, failures, header, lines, rows, sweep_lines, title
 from qinit.compare.texts import Text
-from qinit.finetune import Training
 from qinit.recipe import make_recipe
+from qinit.train.finetune import Training
 
 TEXTS = (Text("one | two", np.arange(8)), Text("other", np.arange(9)))
 

@@ -24,7 +24,7 @@ def test_what_is_no_file_and_no_data_set(source):
 
 
 def test_a_data_set_without_the_package(monkeypatch):
-    monkeypatch.setattr("qinit.calibration.hub_documents.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("qinit.text.hub_documents.importlib.util.find_spec", lambda name: None)
     with pytest.raises(CalibrationError, match=r"pip install \"qinit\[datasets\]\""):
         read_source("owner/name:config@test", 10, None, None)
 

@@ -13,7 +13,8 @@ from qinit.evaluate import Figures, Windows, cut_windows
 from qinit.evaluate.job import Evaluated, choose_way, evaluate
 from qinit.evaluate.subject import Subject, find_subject
 from qinit.formats import FORMATS
-from qinit.plan import LayerPlan, make_plan
+from qinit.plan.plan import LayerPlan
+from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner import run
 from tests.conftest import make_checkpoint

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qinit
-from qinit.calibration import carried
 from qinit.errors import RecipeError
 from qinit.evaluate import cut_windows, measure, perplexity
 from qinit.evaluate.figures import logits_of
 from qinit.evaluate.job import Block, choose_way, evaluate
 from qinit.evaluate.subject import Subject
+from qinit.stream import carried
 from tests.compat.stock import load, load_base
 from tests.conftest import exhausted
 from tests.qinit.calibration.models import make

@@ -19,8 +19,8 @@ from qinit.evaluate.text import (
 )
 from qinit.source.demo import DEMO_WINDOW, demo_directory, held_out_text
 from tests.conftest import make_checkpoint
-from tests.qinit.calibration.test_hub_documents import StandIn
 from tests.qinit.calibration.tiny import add_tokenizer, make_reader, words
+from tests.qinit.text.test_hub_documents import StandIn
 
 
 @pytest.fixture(scope="module")

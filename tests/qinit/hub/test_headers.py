@@ -15,7 +15,8 @@ from qinit.errors import CheckpointError, HubError
 from qinit.files.tensors import INDEX_NAME, write_header_only
 from qinit.hub import download as hub_module
 from qinit.hub.download import header_directory, local_directory
-from qinit.plan import make_plan, working_bytes
+from qinit.planner.make import make_plan
+from qinit.planner.memory import working_bytes
 from qinit.recipe import make_recipe
 from qinit.runner import run
 from qinit.source.checkpoint import Checkpoint

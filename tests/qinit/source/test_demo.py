@@ -6,7 +6,7 @@ def test_the_demo_directory_is_a_package_that_ships_with_qinit():
 
 
 def test_the_demo_model_can_be_planned_and_is_small_enough_to_ship():
-    from qinit.plan import make_plan
+    from qinit.planner.make import make_plan
     from qinit.recipe import make_recipe
 
     plan = make_plan(make_recipe(), demo.demo_directory(), demo.DEMO_NAME)

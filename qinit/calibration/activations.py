@@ -1,0 +1,85 @@
+"""What layers read and give while a model runs: caught, freed of padding, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qinit.errors import CalibrationError
+from qinit.plan.plan import LayerPlan, Plan
+from qinit.stream.blocks import Call, Stop
+from qinit.text.samples import Samples
+
+BATCH_BYTES = 1 << 28  # of the widest activation of one batch
+
+
+def batch_size(plan: Plan, samples: Samples) -> int:
+    """Return how many samples run at once, so that the widest activation takes BATCH_BYTES."""
+    modules = [layer.target.module for layer in plan.quantized]
+    widest = max(max(module.in_features, module.out_features) for module in modules)
+    return max(1, min(len(samples.tokens), BATCH_BYTES // (4 * widest * samples.tokens.shape[1])))
+
+
+def unpadded(activation: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return [tokens, width], without the padding where the activation has a row for every token of a batch with
+    `mask` [batch, length], be it [batch, length, width] or flat, as OPT's are."""
+    rows = _rows(activation)
+    if mask is not None and len(rows) == mask.numel():
+        return rows[mask.flatten().to(rows.device)]
+    return rows
+
+
+def _rows(activation: torch.Tensor) -> torch.Tensor:
+    return activation.reshape(-1, activation.shape[-1])
+
+
+def require_finite_input(activation: torch.Tensor, name: str, first: int, samples: Samples) -> None:
+    """Raise CalibrationError, naming layer and sample, when an activation [batch, ...] holds NaN or Inf; `first` is
+    the number of the batch's first sample."""
+    if torch.isfinite(activation.sum()) or bool(torch.isfinite(activation).all()):
+        return
+    where = ""
+    if activation.dim() > 2:
+        bad = (~torch.isfinite(activation)).flatten(1).any(1).nonzero()[0]
+        where = f" in sample {first + int(bad)}"
+    raise CalibrationError(
+        f"{name}: NaN or Inf at its input{where} of the calibration text ({samples.origin}); the model overflows "
+        "there: try other text, or --calibration none"
+    )
+
+
+def oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:
+    """Turn a weight between [out, in] and the module's own layout (the same but for Conv1D)."""
+    return weight.T.contiguous() if layer.target.module.transposed else weight
+
+
+def _keep_first(found: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    found.setdefault(name, value)
+
+
+def _run(
+    block: nn.Module, call: Call, hidden: torch.Tensor, wanted: set[str], whole: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    """Run a block and return the inputs and outputs of the `wanted` linears, and the block's output; unless the
+    `whole` block is asked for, the pass ends with the last of them and the output is empty."""
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            inputs[name], outputs[name] = args[0], output
+            if len(inputs) == len(wanted) and not whole:
+                raise Stop
+
+        return hook
+
+    hooks = [block.get_submodule(name).register_forward_hook(keep(name)) for name in sorted(wanted)]
+    try:
+        return inputs, outputs, call(block, hidden)
+    except Stop:
+        return inputs, outputs, torch.empty(0)
+    finally:
+        for hook in hooks:
+            hook.remove()

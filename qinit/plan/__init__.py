@@ -1,0 +1,1 @@
+"""The plan of a run, data only: every layer, every byte, before any weight is read."""

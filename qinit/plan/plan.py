@@ -1,0 +1,168 @@
+"""The plan of a run, made from headers alone: every layer, every byte, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from qinit.adapters import lora as adapter
+from qinit.files.tensors import StoredTensor, TensorSpec
+from qinit.formats import FORMATS
+from qinit.grids import GRIDS
+from qinit.plan.allocation import Allocation
+from qinit.recipe import Recipe, parse_size
+from qinit.solver.methods import METHODS
+from qinit.solver.spec import LayerSpec
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.targets import Architecture, Target
+from qinit.source.vocabulary import Facts
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One selected layer: quantized, or kept as it is for a reason (its adapter is then a plain LoRA start)."""
+
+    target: Target
+    bits: int
+    group_size: int
+    rank: int
+    kept: str | None
+    specs: tuple[TensorSpec, ...]  # what stands in the base for this layer's weight
+
+    @property
+    def weights(self) -> int:
+        return self.target.tensor.numel
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will read and write."""
+
+    recipe: Recipe
+    model_name: str
+    checkpoint: Checkpoint
+    architecture: Architecture
+    layers: tuple[LayerPlan, ...]
+    calibration_reason: str = ""  # why `auto` became what it is
+    allocation: Allocation | None = None  # of mixed widths; None too while they are still to be measured
+
+    @cached_property
+    def quantized(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.kept is None)
+
+    @cached_property
+    def copied(self) -> tuple[StoredTensor, ...]:
+        """Tensors that go into the base unchanged."""
+        replaced = {layer.target.tensor.name for layer in self.quantized}
+        return tuple(t for name, t in self.checkpoint.tensors.items() if name not in replaced)
+
+    @cached_property
+    def base_specs(self) -> list[TensorSpec]:
+        """The base's tensors, in the checkpoint's order."""
+        layers = {layer.target.tensor.name: layer for layer in self.quantized}
+        specs: list[TensorSpec] = []
+        for name, tensor in self.checkpoint.tensors.items():
+            specs += layers[name].specs if name in layers else [TensorSpec(name, tensor.dtype, tensor.shape)]
+        return specs
+
+    @cached_property
+    def adapter_specs(self) -> list[TensorSpec]:
+        return [spec for layer in self.layers for spec in adapter.specs(layer.target.module, layer.rank)]
+
+    @property
+    def max_shard_bytes(self) -> int:
+        return parse_size(self.recipe.max_shard_size)
+
+    @property
+    def bytes_before(self) -> int:
+        return self.checkpoint.weight_bytes
+
+    @property
+    def base_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.base_specs)
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(spec.nbytes for spec in self.adapter_specs)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight: codes, scales, zeros and group indices counted."""
+        stored = sum(layer.bytes_after for layer in self.quantized)
+        return 8 * stored / sum(layer.weights for layer in self.quantized)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the layers' widths are provisional, to be chosen after measuring."""
+        return self.recipe.mixed and self.allocation is None
+
+    @property
+    def grid_bits_per_weight(self) -> float:
+        """Bits per quantized weight that the grid needs; the same as stored, or far less when stored dense."""
+        grid = GRIDS[self.recipe.row.grid]
+        bits = sum(layer.weights * grid.bits_per_weight(layer.bits, layer.group_size) for layer in self.quantized)
+        return bits / sum(layer.weights for layer in self.quantized)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the source's configuration says about the token ids that its model reads."""
+        return Facts.read(self.checkpoint.directory, self.checkpoint.config, self.recipe.trust_remote_code)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know: layers that are kept, ranks that were lowered."""
+        notes = [f"{layer.target.name} stays as it is: {layer.kept}" for layer in self.layers if layer.kept]
+        if self.recipe.row.name == "eqft":
+            how = f"calibration {self.recipe.calibration}" if self.recipe.calibrated else "no calibration"
+            if self.calibration_reason:
+                notes.append(f"{how}: {self.calibration_reason}")
+        notes += [
+            f"{layer.target.name}: rank lowered from {self.recipe.rank} to {layer.rank}, all that its shape allows"
+            for layer in self.layers
+            if layer.rank == min(layer.target.module.out_features, layer.target.module.in_features) < self.recipe.rank
+        ]
+        if self.recipe.mixed:
+            notes.append(self._storage_note)
+        if self.pending:
+            notes.append(
+                "the widths in this plan are spread evenly for now; the run measures how sensitive each layer is and "
+                "then chooses them under the same budget"
+            )
+        return tuple(notes)
+
+    @property
+    def _storage_note(self) -> str:
+        if FORMATS[self.recipe.format].mixed_bits:
+            return (
+                f"format {self.recipe.format}: no stock loader takes packed weights of mixed widths, so Q is stored in "
+                "the checkpoint's own type; --format gptq packs it, for qinit.load and GPTQModel.load"
+            )
+        return (
+            f"format {self.recipe.format}: packed with mixed widths; load it with qinit.load(DIR) or GPTQModel.load, "
+            "as stock from_pretrained reads one width only"
+        )
+
+    def layer_spec(self, layer: LayerPlan) -> LayerSpec:
+        """Return what the solver is asked for this layer."""
+        storage = FORMATS[self.recipe.format].storage(layer.target)
+        method, iterations = self.recipe.row, self.recipe.iterations
+        return LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
+
+    def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
+        """Return the same for a layer that the calibration text never reaches."""
+        row = METHODS["eqft"]
+        return replace(self.layer_spec(layer), method=row, iterations=row.iterations)
+
+
+def with_choice(plan: Plan, layer: LayerPlan, bits: int, rank: int) -> LayerPlan:
+    """Return a quantized layer at another width and rank."""
+    specs = tuple(FORMATS[plan.recipe.format].specs(layer.target, bits, layer.group_size))
+    return replace(layer, bits=bits, rank=rank, specs=specs)

@@ -1,0 +1,73 @@
+"""From a recipe and a checkpoint to a plan; reads headers and configuration only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from qinit.errors import RecipeError, TargetError
+from qinit.files.tensors import TensorSpec
+from qinit.formats import FORMATS
+from qinit.machine import pick_device
+from qinit.plan.plan import LayerPlan, Plan
+from qinit.planner.auto import choose
+from qinit.recipe import Recipe
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.targets import Target, read_architecture, resolve_targets, select
+from qinit.text.sources import check_source
+from qinit.widths.budget import planned
+
+
+def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
+    """Open the checkpoint, choose its layers and lay out the output; reads headers and configuration only.
+
+    Raises CheckpointError and TargetError.
+    """
+    checkpoint = Checkpoint.open(directory)
+    architecture = read_architecture(checkpoint, recipe.trust_remote_code)
+    targets = select(resolve_targets(checkpoint, architecture), recipe.target_modules, recipe.exclude)
+    layers = tuple(_plan_layer(recipe, target) for target in targets)
+    plan = Plan(recipe, model_name, checkpoint, architecture, layers)
+    if not plan.quantized:
+        raise TargetError(
+            f"format {recipe.format} can hold none of the {len(layers)} chosen layers "
+            f"({plan.notes[0]}); use --format dense"
+        )
+    plan = _with_calibration(plan)
+    if recipe.mixed:
+        plan = planned(plan)
+    return plan
+
+
+def _with_calibration(plan: Plan) -> Plan:
+    """Decide `auto`, and check what was asked for before anything expensive happens."""
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    if recipe.calibration == "auto":
+        chosen, reason = choose(plan, pick_device(recipe.device))
+        asked = {key: getattr(recipe, key) for key in ("rounding", "act_order", "polish") if getattr(recipe, key)}
+        if chosen == "none" and asked:
+            raise RecipeError(f"{', '.join(asked)}: needs calibration, and there is none: {reason}")
+        recipe = recipe.model_copy(update={"calibration": chosen})
+        plan = replace(plan, recipe=recipe, calibration_reason=reason)
+    if recipe.calibrated:
+        check_source(
+            recipe.calibration,
+            checkpoint.directory,
+            checkpoint.config,
+            recipe.text_field,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    if recipe.row.metric != "weight" and not recipe.calibrated:
+        raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self or a text file")
+    return plan
+
+
+def _plan_layer(recipe: Recipe, target: Target) -> LayerPlan:
+    module, fmt = target.module, FORMATS[recipe.format]
+    kept = fmt.cannot_hold_shape(module, recipe.group_size)
+    rank = min(recipe.rank, module.out_features, module.in_features)
+    group_size = min(recipe.group_size, module.in_features)
+    same = TensorSpec(target.tensor.name, target.tensor.dtype, target.tensor.shape)
+    bits = recipe.widths[0]
+    specs = (same,) if kept else tuple(fmt.specs(target, bits, group_size))
+    return LayerPlan(target, bits, group_size, rank, kept, specs)

@@ -1,0 +1,62 @@
+"""How much memory a run will take, and how much disk for what passes through."""
+
+from __future__ import annotations
+
+from qinit.plan.limits import GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
+from qinit.plan.plan import Plan
+from qinit.stream.carried import fits_in_memory
+
+# Float32 weight, residual and one temporary of the same size, codes twice, the source and the packed result.
+PEAK_BYTES_PER_WEIGHT = 18
+FACTOR_COPIES = 5  # of the polish: the factors, gradients, two moments, the best iterate
+LOGITS_COPIES = 4  # of the pass back: logits, log-probabilities, probabilities, the gradient
+HESSIANS = 4  # H itself, without what the adapter repairs, its Cholesky factor and one temporary
+
+
+def scratch_bytes(plan: Plan) -> int:
+    """Estimate what the hidden states of a calibrated run will take on disk: nothing where memory holds them."""
+    return 0 if not plan.recipe.calibrated or fits_in_memory(carried_bytes(plan)) else carried_bytes(plan)
+
+
+def working_bytes(plan: Plan) -> int:
+    """Estimated peak memory on top of the libraries' own: set by the largest layer, not by the model; with
+    calibration by the largest block, its statistics and the text under way. A model that writes its own text is
+    in memory meanwhile, and a polish needs the source and Q of every layer at once, in float32."""
+    solving = PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in plan.quantized)
+    if not plan.recipe.calibrated:
+        return solving
+    source = 4 * sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
+    held = 4 * sum(layer.weights for layer in plan.quantized)
+    squares = 4 * sum(layer.target.module.in_features**2 for layer in plan.quantized)
+    streamed = plan.recipe.row.metric != "fisher"  # else a gradient and its square beside every weight
+    solving += _measuring_bytes(plan) if streamed else source + 2 * held + squares
+    if plan.recipe.row.metric == "kfac":  # the pass back has the head and some copies of its outputs
+        head = max(plan.checkpoint.tensors.values(), key=lambda tensor: tensor.numel)
+        tokens = min(GRADIENT_BATCH_TOKENS, plan.recipe.calibration_samples * plan.recipe.calibration_length)
+        solving = max(
+            solving, 4 * head.numel + LOGITS_COPIES * min(GRADIENT_LOGITS_BYTES, 4 * tokens * max(head.shape))
+        )
+    writing = plan.bytes_before if plan.recipe.calibration == "self" else 0
+    polishing = 0
+    if plan.recipe.polish:
+        polishing = source + held + FACTOR_COPIES * plan.adapter_bytes
+    return max(writing, solving, polishing)
+
+
+def carried_bytes(plan: Plan) -> int:
+    """Estimated size of the hidden states of the calibration text between two blocks, of all models that run."""
+    streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
+    width = min(layer.target.module.in_features for layer in plan.quantized)
+    return streams * 4 * width * plan.recipe.calibration_samples * plan.recipe.calibration_length
+
+
+def _measuring_bytes(plan: Plan) -> int:
+    streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
+    blocks: dict[str, int] = {}
+    for layer in plan.quantized:  # a block is what has the same first number in its name
+        parts = layer.target.name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        block = ".".join(parts[: number + 1])
+        blocks[block] = blocks.get(block, 0) + 4 * layer.weights
+    widest = max(layer.target.module.in_features for layer in plan.quantized)
+    return streams * max(blocks.values()) + carried_bytes(plan) + HESSIANS * 4 * widest**2

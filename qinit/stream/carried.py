@@ -1,0 +1,107 @@
+"""What is carried from block to block: batches, how each block is called, and the hidden states between two blocks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from qinit.machine import free_memory
+from qinit.stream.blocks import Call, alike
+from qinit.text.samples import Samples
+
+if TYPE_CHECKING:
+    pass
+
+CARRIED_SHARE = 0.25  # of the free memory; more hidden states than that are kept on disk
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples from `start` to `stop`; `mask` [batch, length] is False where they are padded, None: nowhere."""
+
+    start: int
+    stop: int
+    mask: torch.Tensor | None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def long_mask(self) -> torch.Tensor | None:
+        """The mask as models take it."""
+        return None if self.mask is None else self.mask.long()
+
+
+def batches_of(samples: Samples, size: int) -> Iterator[Batch]:
+    """Cut the samples into batches of `size`, the last one smaller."""
+    for start in range(0, len(samples.tokens), size):
+        stop = min(start + size, len(samples.tokens))
+        yield Batch(start, stop, None if samples.mask is None else samples.mask[start:stop])
+
+
+class Calls:
+    """How each block is called: mostly alike for all batches of one size, but not with padding, nor where a block
+    also gets something made of the tokens (Gemma 4's per-layer inputs)."""
+
+    def __init__(self) -> None:
+        self.by_size: dict[int, list[Call]] = {}
+        self.own: dict[int, list[Call]] = {}
+
+    def add(self, batch: Batch, calls: list[Call]) -> None:
+        first = self.by_size.setdefault(batch.stop - batch.start, calls)
+        pairs = zip(calls, first, strict=True)
+        if not all(alike(call.args, other.args) and alike(call.kwargs, other.kwargs) for call, other in pairs):
+            self.own[batch.start] = calls
+
+    def of(self, batch: Batch, index: int) -> Call:
+        return self.own.get(batch.start, self.by_size[batch.stop - batch.start])[index]
+
+
+class Carried:
+    """Hidden states of all samples between two blocks, float32; on disk when `streams` of them would take too much
+    memory."""
+
+    def __init__(self, shape: tuple[int, ...], file: Path, streams: int) -> None:
+        self.streams = streams
+        size = 4 * torch.Size(shape).numel()
+        if fits_in_memory(streams * size):
+            self.states = torch.empty(shape)
+        else:
+            _reserve(file, size)
+            flat = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
+            self.states = flat.view(shape)
+
+    def twin(self, directory: Path) -> Carried:
+        """Return another store with the same contents."""
+        other = Carried(tuple(self.states.shape), directory / "repaired", self.streams)
+        other.states.copy_(self.states)
+        return other
+
+    def read(self, batch: Batch) -> torch.Tensor:
+        return self.states[batch.rows]
+
+    def write(self, batch: Batch, hidden: torch.Tensor) -> None:
+        self.states[batch.rows].copy_(hidden)
+
+
+def fits_in_memory(size: int) -> bool:
+    """Whether hidden states of so many bytes are kept in memory, not on disk."""
+    return size <= CARRIED_SHARE * free_memory(torch.device("cpu"))
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Make a file of that size whose space is there: a full disk is an error now, under a mapped file it would kill the
+    process. Some file systems promise nothing."""
+    with file.open("wb") as handle:
+        try:
+            os.posix_fallocate(handle.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise

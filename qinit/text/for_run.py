@@ -1,0 +1,34 @@
+"""The text that a run reads or writes."""
+
+from __future__ import annotations
+
+import torch
+
+from qinit.machine import free_memory
+from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES, LARGEST_SHARE
+from qinit.plan.plan import Plan
+from qinit.text.samples import Samples
+from qinit.text.sources import load_samples
+
+
+def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
+    """Read or write the text that the recipe asks for; without calibration a little of the model's own, to allocate
+    widths by, or random tokens where it writes none. Raises CalibrationError and HubError."""
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    source, count, length = recipe.calibration, recipe.calibration_samples, recipe.calibration_length
+    if not recipe.calibrated:
+        facts = plan.facts
+        writes = facts.causal and facts.start is not None and plan.bytes_before <= LARGEST_SHARE * free_memory(device)
+        source, count, length = "self" if writes else "random", GRADIENT_SAMPLES, GRADIENT_LENGTH
+    return load_samples(
+        source,
+        checkpoint.directory,
+        checkpoint.config,
+        samples=count,
+        length=length,
+        seed=recipe.seed,
+        text_field=recipe.text_field,
+        token=token,
+        device=device,
+        trust_remote_code=recipe.trust_remote_code,
+    )

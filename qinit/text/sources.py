@@ -1,0 +1,162 @@
+"""`--calibration SOURCE` to samples: a file, the model's own text, random tokens, or a data set on the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qinit.errors import CalibrationError
+from qinit.source.vocabulary import Facts
+from qinit.text.documents import is_jsonl, read_file, read_text
+from qinit.text.hub_documents import HUB_SOURCE, parse_hub, read_hub, require_datasets
+from qinit.text.samples import Samples
+from qinit.text.self_text import write_text
+from qinit.text.tokens import characters_for, draw_documents, draw_windows, load_tokenizer
+
+RANDOM, SELF = "random", "self"
+SOURCES = (
+    "SOURCE may be a text file, a JSONL file (.jsonl or .json, one object per line), `self` (text that the model "
+    "writes), `random` (random tokens), or the id of a data set on the Hub (owner/name:config@split)"
+)
+CPU = torch.device("cpu")
+
+
+def load_samples(
+    source: str,
+    directory: Path,
+    config: dict[str, Any],
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    text_field: str | None = None,
+    token: str | None = None,
+    device: torch.device = CPU,
+    trust_remote_code: bool = False,
+) -> Samples:
+    """Return up to `samples` samples of up to `length` tokens, on the CPU, for the model in `directory`.
+
+    `length` is cut to what the model takes. Causal models get windows of the text as one stream, others each document
+    (a plain text's paragraphs) on its own, padded. `text_field` (default "text") names the text in JSONL and data
+    sets, `token` opens private data sets, `device` runs the model for `self`. The same seed gives the same samples.
+    Raises CalibrationError for a source that cannot be used, HubError for what the Hub answers.
+    """
+    kind = _kind(source)
+    _check_field(source, kind, text_field)
+    facts = Facts.read(directory, config, trust_remote_code)
+    length = facts.clip(length)
+    if samples < 1 or length < 2:
+        raise CalibrationError(f"expected at least 1 sample of at least 2 tokens, found {samples} of {length}")
+    if kind == "random":
+        tokens = _random_tokens(facts, samples, length, seed)
+        return Samples(tokens, None, f"{samples} samples of {length} random tokens, seed {seed}")
+    if kind == "self":
+        start = facts.require_start()
+        tokens = write_text(
+            directory,
+            start,
+            samples=samples,
+            length=length,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        return Samples(tokens, None, f"{samples} texts of {length} tokens that the model wrote itself, seed {seed}")
+
+    tokenizer = load_tokenizer(directory, trust_remote_code)
+    if kind == "file":
+        documents, name = read_file(Path(source), text_field), Path(source).name  # a card tells nobody's directories
+    else:
+        characters, count = (characters_for(samples, length), 1) if facts.causal else (0, 4 * samples)
+        documents, name = read_hub(source, text_field, token, characters=characters, documents=count), source
+    if facts.causal:
+        # Joined by blank lines, as GPTQ's released code joins its calibration text (arXiv:2210.17323).
+        text = "\n\n".join(documents)
+        tokens = draw_windows(tokenizer, text, source, facts, samples=samples, length=length, seed=seed)
+        return Samples(tokens, None, f"{_windows(tokens)} from {name}, seed {seed}")
+    if kind == "file" and not is_jsonl(Path(source)):
+        documents = [part for part in re.split(r"\n\s*\n", documents[0]) if part.strip()]
+    tokens, mask = draw_documents(tokenizer, documents, source, facts, samples=samples, length=length, seed=seed)
+    return Samples(tokens, mask, f"{len(tokens)} texts of up to {tokens.shape[1]} tokens from {name}, seed {seed}")
+
+
+def check_source(
+    source: str,
+    directory: Path,
+    config: dict[str, Any],
+    text_field: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise what `load_samples` would, as far as it shows without the Hub, the weights and reading JSON."""
+    kind = _kind(source)
+    _check_field(source, kind, text_field)
+    facts = Facts.read(directory, config, trust_remote_code)
+    if kind == "random":
+        _ids_to_draw(facts)
+    elif kind == "self":
+        facts.require_start()
+    else:
+        if kind == "file":
+            read_text(Path(source))
+        else:
+            require_datasets(source)
+        load_tokenizer(directory, trust_remote_code)
+
+
+def sampling_cost(parameters: int, samples: int, length: int) -> float:
+    """Return the floating-point operations of writing the text for `self`: 2 per parameter and token."""
+    return 2.0 * parameters * samples * length
+
+
+def _kind(source: str) -> Literal["random", "self", "file", "hub"]:
+    """Tell what a source is; a file of the name `self` or `random` is given as ./self.
+
+    Raises CalibrationError for what is none of them.
+    """
+    if source == RANDOM:
+        return "random"
+    if source == SELF:
+        return "self"
+    try:
+        if Path(source).exists():
+            return "file"
+        match = HUB_SOURCE.fullmatch(source)
+        name = match["name"] if match else ""
+        local = bool(name) and Path(name).exists()  # load_dataset would read that
+    except OSError as error:
+        raise CalibrationError(f"{source}: cannot be looked at ({error.strerror}); {SOURCES}") from None
+    # A suffix is letters: data sets have names like wikitext-v1.5.
+    if not name or local or name.startswith((".", "-")) or re.search(r"\.(?!v\d)[A-Za-z]\w{0,5}$", name):
+        raise CalibrationError(f"{source}: no such file; {SOURCES}")
+    parse_hub(source)
+    return "hub"
+
+
+def _check_field(source: str, kind: str, text_field: str | None) -> None:
+    if text_field and (kind in ("random", "self") or (kind == "file" and not is_jsonl(Path(source)))):
+        raise CalibrationError(
+            f"{source}: has no field '{text_field}'; a text field is for JSONL (.jsonl or .json) and data sets"
+        )
+
+
+def _ids_to_draw(facts: Facts) -> torch.Tensor:
+    """Return the ids of the vocabulary that are not special, int64 [n]."""
+    ids = torch.arange(facts.require_vocabulary())
+    ids = ids[~torch.isin(ids, torch.tensor(sorted(facts.special), dtype=torch.int64))]
+    if not len(ids):
+        raise CalibrationError(f"{facts.config_file}: all {facts.vocabulary} ids of the vocabulary are special tokens")
+    return ids
+
+
+def _random_tokens(facts: Facts, samples: int, length: int, seed: int) -> torch.Tensor:
+    ids = _ids_to_draw(facts)
+    return ids[torch.randint(len(ids), (samples, length), generator=torch.Generator().manual_seed(seed))]
+
+
+def _windows(tokens: torch.Tensor) -> str:
+    count, length = tokens.shape
+    return f"{count} {'window' if count == 1 else 'windows'} of {length} tokens"

@@ -1,0 +1,1 @@
+"""Training: a polish of all adapters together, and the fine-tuning that starts are compared by."""

@@ -1,0 +1,1 @@
+"""A width for each layer: what its error costs the model, and the choice under a budget."""

@@ -1,0 +1,175 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qinit.calibration.walk import Walk
+from qinit.errors import CheckpointError
+from qinit.stream.blocks import Blocks, NotStreamable
+from tests.conftest import FAMILIES, make_checkpoint, quantize
+from tests.qinit.calibration.models import OTHERS, assert_close, make, padded, plan_of, random_samples, stock
+
+CPU = torch.device("cpu")
+STREAMABLE = (*FAMILIES, *(name for name in OTHERS if name != "t5"))
+BLOCKS = {
+    "gpt2": "transformer.h",
+    "opt": "model.decoder.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "bert": "bert.encoder.layer",
+}
+
+
+def edit(source, change):
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def on_meta(model):
+    return all(parameter.is_meta for parameter in model.parameters())
+
+
+@torch.no_grad()
+def stock_states(plan, samples):
+    """What goes into each block of the stock model, and what comes out of the last one."""
+    model, states = stock(plan), []
+
+    def keep(_module, args, kwargs):
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def keep_output(_module, _args, output):
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = model.get_submodule(BLOCKS.get(plan.model_name, "model.layers"))
+    for block in blocks:
+        block.register_forward_pre_hook(keep, with_kwargs=True)
+    blocks[-1].register_forward_hook(keep_output)
+    mask = None if samples.mask is None else samples.mask.long()
+    model(input_ids=samples.tokens, attention_mask=mask, use_cache=False)
+    return states
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), *((name, "float32") for name in STREAMABLE)])
+def test_block_by_block_the_hidden_states_are_those_of_the_whole_model(family, dtype, mask, tmp_path):
+    if dtype == "bfloat16":
+        plan = plan_of(make_checkpoint(tmp_path / family, family, dtype))
+    else:
+        plan = plan_of(make(tmp_path / family, family))
+    samples = padded(random_samples(5), [12, 3, 7, 12, 9]) if mask else random_samples(5)
+    expected = stock_states(plan, samples)
+    blocks = Blocks.of(plan, CPU)
+    assert len(blocks) == 2
+    assert blocks.prefix(1) == BLOCKS.get(family, "model.layers") + ".1."
+    with torch.no_grad(), blocks.surroundings():
+        hidden, calls = blocks.calls(samples.tokens, None if samples.mask is None else samples.mask.long())
+        assert_close(hidden, expected[0], 1e-5)
+    with torch.no_grad():
+        for index, call in enumerate(calls):
+            hidden = call(blocks.load(index), hidden)
+            blocks.unload(index)
+            found, wanted = hidden, expected[index + 1]
+            if mask:
+                found, wanted = found[samples.mask], wanted[samples.mask]
+            assert_close(found, wanted, 1e-4)
+    assert on_meta(blocks.model)
+
+
+class TestMemory:
+    def test_only_what_lies_before_the_blocks_is_loaded_for_the_first_states(self, tmp_path):
+        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
+        assert on_meta(blocks.model)
+        with blocks.surroundings():
+            loaded = {name for name, parameter in blocks.model.named_parameters() if not parameter.is_meta}
+            assert loaded == {"model.embed_tokens.weight", "model.norm.weight"}  # no head: it is large and never run
+        assert on_meta(blocks.model)
+
+    def test_a_tied_head_is_the_embedding_and_is_loaded(self, tmp_path):
+        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama", tie_word_embeddings=True)), CPU)
+        samples = random_samples(2)
+        with torch.no_grad(), blocks.surroundings():
+            hidden, _ = blocks.calls(samples.tokens, None)
+        assert hidden.any()
+        assert on_meta(blocks.model)
+
+    def test_it_is_given_back_after_an_error_too(self, tmp_path):
+        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
+        with pytest.raises(RuntimeError), blocks.surroundings():
+            raise RuntimeError
+        assert on_meta(blocks.model)
+
+    def test_the_blocks_are_in_their_places_again_after_a_failed_pass(self, tmp_path):
+        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
+        real = list(blocks.blocks)
+        with torch.no_grad(), blocks.surroundings(), pytest.raises(NotStreamable, match="without its blocks"):
+            blocks.calls(torch.full((1, 4), 10**6), None)  # no such token
+        assert all(one is other for one, other in zip(blocks.blocks, real, strict=True))
+
+
+def test_trained_buffers_come_from_the_checkpoint(tmp_path):
+    source = make(tmp_path / "m", "gemma4")
+    edit(source, lambda tensors: tensors["model.layers.1.layer_scalar"].fill_(0.25))
+    block = Blocks.of(plan_of(source), CPU).load(1)
+    assert block.layer_scalar.item() == 0.25
+
+
+class TestNotStreamable:
+    def test_an_encoder_and_a_decoder_are_two_rows(self, tmp_path):
+        with pytest.raises(NotStreamable, match="2 rows of blocks"):
+            Blocks.of(plan_of(make(tmp_path / "t5", "t5")), CPU)
+
+    def test_layers_in_no_row_at_all(self, tmp_path):
+        plan = plan_of(make(tmp_path / "bert", "bert"), target_modules="transform.dense")
+        with pytest.raises(NotStreamable, match="no blocks"):
+            Blocks.of(plan, CPU)
+
+    def test_a_tensor_that_the_checkpoint_lacks(self, tmp_path):
+        source = make(tmp_path / "m", "llama")
+        edit(source, lambda tensors: tensors.pop("model.layers.1.input_layernorm.weight"))
+        with pytest.raises(NotStreamable, match=r"no tensor model\.layers\.1\.input_layernorm\.weight"):
+            Blocks.of(plan_of(source), CPU)
+        options = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "format": "dense"}
+        report = quantize(source, tmp_path / "out", group_size=32, **options)
+        assert any("whole model in memory: the checkpoint has no tensor" in note for note in report.notes)
+
+    def test_blocks_that_share_keys_and_values(self, tmp_path):
+        source = make(
+            tmp_path / "m", "gemma4", num_hidden_layers=3, num_kv_shared_layers=1, layer_types=["full_attention"] * 3
+        )
+        with pytest.raises(NotStreamable, match="keys and values of others"):
+            Blocks.of(plan_of(source), CPU)
+
+    def test_a_missing_embedding(self, tmp_path):
+        source = make(tmp_path / "m", "llama")
+        edit(source, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+        with pytest.raises(NotStreamable, match="does not run without its blocks"):
+            next(iter(Walk(plan_of(source), random_samples(), CPU, "sequential")))
+
+    def test_damaged_tensors_are_an_error_of_the_checkpoint(self, tmp_path):
+        source = make(tmp_path / "m", "llama")
+        edit(source, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
+        with pytest.raises(CheckpointError, match="up_proj"):
+            Blocks.of(plan_of(source), CPU).load(0)
+
+    @pytest.mark.parametrize("mode", ["parallel", "sequential"])
+    def test_a_run_takes_the_whole_model_instead_and_says_so(self, mode, tmp_path):
+        source = make(tmp_path / "t5", "t5")
+        options = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "format": "dense"}
+        report = quantize(source, tmp_path / "out", group_size=32, calibration_mode=mode, **options)
+        assert any("whole model in memory: the layers lie in 2 rows of blocks" in note for note in report.notes)
+        assert all(row.output_error < row.output_error_start for row in report.layers)
+        assert not any("without data" in note for note in report.notes)
+
+    def test_a_run_on_layers_outside_of_the_blocks_solves_them_too(self, tmp_path):
+        source = make(tmp_path / "bert", "bert")
+        options = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "format": "dense"}
+        report = quantize(source, tmp_path / "out", group_size=32, **options)
+        outside = next(row for row in report.layers if row.name == "cls.predictions.transform.dense")
+        assert outside.tokens is None
+        assert outside.output_error is None
+        assert outside.error < outside.error_start
+        assert (
+            "cls.predictions.transform.dense: lies outside of the model's blocks, so solved without data"
+            in report.notes
+        )
+        assert all(row.tokens == 64 for row in report.layers if row is not outside)

@@ -1,0 +1,313 @@
+"""Plans and runs with mixed widths: what each layer gets, what it costs, and that it is what is written and loaded."""
+
+import json
+from itertools import product
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from qinit.errors import RecipeError
+from qinit.plan.allocation import Sensitivity
+from qinit.planner.make import make_plan
+from qinit.recipe import make_recipe
+from qinit.runner import Allotted, Sampling, run
+from qinit.widths import budget as mixed
+from qinit.widths.budget import budget, items, options
+from qinit.widths.knapsack import Choice
+from qinit.widths.validity import conditions
+from tests.compat.stock import delta, dense_weight, load, lora_modules, relative
+from tests.conftest import make_checkpoint, quantize, weights_of
+
+BITS = {2: 2 + 18 / 32, 3: 3 + 19 / 32, 4: 4 + 20 / 32, 8: 8 + 24 / 32}  # with scales and zeros, group size 32
+SMALL = {"rank": 4, "iter": 1, "group_size": 32, "calibration": "none", "device": "cpu"}
+FEW = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "llama", initializer_range=0.1)
+
+
+def plan_of(source, **options):
+    return make_plan(make_recipe(model=str(source), **{**SMALL, **options}), source, "tiny")
+
+
+def sensitivity_of(plan, nats):
+    """A measurement in which `nats` is a function of name, bits and rank."""
+    pairs = options(plan)
+    return Sensitivity(conditions(plan), "a test", {n: {p: nats(n, *p) for p in pairs[n]} for n in pairs})
+
+
+def file_of(plan, tmp_path, nats):
+    sensitivity_of(plan, nats).write(tmp_path / "s.json")
+    return str(tmp_path / "s.json")
+
+
+def widths(plan):
+    return {layer.target.name: layer.bits for layer in plan.quantized}
+
+
+def own_choice(_name, bits, rank):
+    return 1 / bits / rank
+
+
+class TestItems:
+    def test_every_layer_may_have_every_width_at_its_rank(self, llama):
+        plan = plan_of(llama, target_bits=4, rank=16)
+        assert list(options(plan)) == [layer.target.name for layer in plan.quantized]
+        assert {tuple(pairs) for pairs in options(plan).values()} == {((2, 16), (3, 16), (4, 16), (8, 16))}
+        assert {tuple(p) for p in options(plan_of(llama, ratio=0, bits_low=3, bits_high=8)).values()} == {
+            ((3, 4), (8, 4))
+        }
+
+    def test_with_a_rank_budget_also_a_quarter_to_four_times_the_rank_as_far_as_shapes_allow(self, llama):
+        plan = plan_of(llama, ratio=0.5, rank=16, rank_budget="1MB")
+        found = options(plan)
+        assert found["model.layers.0.mlp.up_proj"] == list(product((2, 3), (4, 8, 16, 32, 64)))
+        assert found["model.layers.0.self_attn.k_proj"] == list(product((2, 3), (4, 8, 16, 32, 32)))
+        assert options(plan_of(llama, ratio=0.5, rank=1, rank_budget="1MB"))["model.layers.0.mlp.up_proj"] == list(
+            product((2, 3), (1, 1, 1, 2, 4))
+        )
+
+    @pytest.mark.parametrize("form", ["dense", "gptq"])
+    def test_bits_are_those_of_a_packed_file(self, llama, form):
+        plan = plan_of(llama, target_bits=4, format=form)
+        for item, layer in zip(items(plan, None), plan.quantized, strict=True):
+            rows, columns = layer.target.module.out_features, layer.target.module.in_features
+            for choice in item.totals:
+                indices = 32 * columns if form == "gptq" else 0  # g_idx
+                assert choice.stored_bits == rows * columns * BITS[choice.bits] + indices
+                assert choice.adapter_bytes == 4 * choice.rank * (rows + columns)
+                assert choice.nats == 0
+
+    def test_those_of_gptq_are_the_bytes_that_are_written(self, llama, tmp_path):
+        plan = plan_of(llama, ratio=0.5, format="gptq", allocation="random")
+        list(run(plan, tmp_path / "out"))
+        tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+        for item in items(plan, None):
+            (name,) = item.names
+            nbytes = sum(t.numel() * t.element_size() for key, t in tensors.items() if key.startswith(name + "."))
+            assert {c.bits: c.stored_bits for c in item.totals}[widths(plan)[name]] == 8 * nbytes
+
+    def test_fused_layers_are_one(self, llama):
+        plan = plan_of(llama, ratio=0.5, tie="fused")
+        nats = sensitivity_of(plan, lambda name, bits, rank: len(name) / bits).nats
+        made = items(plan, nats)
+        assert [len(item.names) for item in made] == [3, 1, 2, 1] * 2
+        assert made[0].weights == 64 * 64 + 2 * 32 * 64
+        assert made[0].totals[0] == Choice(
+            *(2, 4, made[0].weights * BITS[2], 4 * 4 * (128 + 96 + 96)),
+            sum(len(name) for name in made[0].names) / 2,
+        )
+
+
+class TestBudget:
+    def test_a_ratio_lies_between_the_widths(self, llama):
+        for ratio in (0, 0.25, 1):
+            plan = plan_of(llama, ratio=ratio)
+            weights = sum(layer.weights for layer in plan.quantized)
+            expected = BITS[2] + ratio * (BITS[3] - BITS[2])
+            assert budget(plan, items(plan, None)) / weights == pytest.approx(expected)
+
+    @pytest.mark.parametrize("form", ["dense", "gptq"])
+    @pytest.mark.parametrize("allocation", ["sensitivity", "uniform", "random"])
+    @pytest.mark.parametrize("target", [3.1, 3.5, 7.0])
+    def test_target_bits_are_those_of_the_plan(self, llama, form, allocation, target):
+        plan = plan_of(llama, target_bits=target, format=form, allocation=allocation)
+        assert plan.pending is (allocation == "sensitivity")
+        found = plan.bits_per_weight if form == "gptq" else plan.grid_bits_per_weight
+        assert target - 0.7 < found <= target
+
+    @pytest.mark.parametrize(
+        ("choices", "group", "low", "message"),
+        [
+            ("2,3,4", 32, True, r"2.5 bits .* widths 2, 3, 4 and their .* the least is (\S+)"),
+            ("3,8", 64, True, r"2.5 bits .* widths 3, 8 and .* the least is (\S+)"),
+            ("2,3", 64, False, r"9.5 bits .* the most is (\S+)"),
+            ("2,3", 32, False, r"9.5 bits .* the most is (\S+)"),
+        ],
+    )
+    @pytest.mark.parametrize("form", ["dense", "gptq"])
+    def test_what_cannot_be_had_is_said_with_what_can(self, llama, choices, group, low, message, form):
+        asked = {"bits_choices": choices, "group_size": group, "format": form}
+        with pytest.raises(RecipeError, match="target_bits: " + message) as caught:
+            plan_of(llama, target_bits=2.5 if low else 9.5, **asked)
+        said = float(str(caught.value).rsplit(" ", 1)[1])
+        plan = plan_of(llama, target_bits=said, **asked)  # what it says can be had can be had
+        assert int(choices[0 if low else -1]) in widths(plan).values()
+        with pytest.raises(RecipeError, match="cannot be had"):
+            plan_of(llama, target_bits=said + (-1e-3 if low else 1e-3), **asked)
+
+
+class TestAllocation:
+    def test_the_layers_that_lose_most_get_more(self, llama, tmp_path):
+        def nats(name, bits, _rank):
+            return (9.0 if "down_proj" in name or "k_proj" in name else 1.0) / bits
+
+        file = file_of(plan_of(llama, ratio=0.5), tmp_path, nats)
+        plan = plan_of(llama, ratio=0.25, sensitivity=file)
+        assert {name.rsplit(".", 1)[1] for name, bits in widths(plan).items() if bits == 3} >= {"down_proj", "k_proj"}
+        assert not plan.pending
+        found = plan.allocation
+        weights = sum(layer.weights for layer in plan.quantized)
+        assert found.how == "sensitivity"
+        assert found.chosen == (
+            pytest.approx(plan.grid_bits_per_weight),
+            pytest.approx(sum(nats(name, bits, 4) for name, bits in widths(plan).items())),
+        )
+        assert found.uniform == tuple(
+            (pytest.approx(BITS[bits]), pytest.approx(sum(nats(name, bits, 4) for name in widths(plan))))
+            for bits in (2, 3)
+        )
+        assert found.front[0] == found.uniform[0]
+        assert found.front[-1] == found.uniform[1]
+        assert found.chosen[0] * weights <= budget(plan, items(plan, None))
+
+    def test_of_fused_layers_all_get_one_width(self, llama, tmp_path):
+        file = file_of(plan_of(llama, ratio=0.5), tmp_path, lambda name, bits, _rank: hash(name) % 97 / bits)
+        for options_ in ({"sensitivity": file}, {"allocation": "random"}, {}):
+            given = widths(plan_of(llama, ratio=0.4, tie="fused", **options_))
+            for i in range(2):
+                attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+                assert len({given[attention + end] for end in ("q_proj", "k_proj", "v_proj")}) == 1
+                assert given[mlp + "gate_proj"] == given[mlp + "up_proj"]
+
+    @pytest.mark.parametrize(("rule", "raised"), [("first", range(7)), ("last", range(7, 14))])
+    def test_a_rule_measures_nothing(self, llama, tmp_path, rule, raised):
+        plan = plan_of(llama, ratio=0.5, allocation=rule)
+        assert {i for i, bits in enumerate(widths(plan).values()) if bits == 3} == set(raised)
+        events = list(run(plan, tmp_path / "out"))
+        assert not any(isinstance(event, Allotted | Sampling) for event in events)
+        assert events[-1].report.totals["allocation"] == {
+            "allocation": rule,
+            "metric": "by a rule; nothing was measured",
+        }
+        assert not (tmp_path / "out" / "sensitivity.json").exists()
+
+    def test_kept_layers_stay(self, tmp_path):
+        source = make_checkpoint(tmp_path / "m", intermediate_size=88)  # down_proj's inputs do not divide by 32
+        report = quantize(source, tmp_path / "out", ratio=0.5, format="gptq", group_size=32, allocation="uniform")
+        assert {row.name.rsplit(".", 1)[1] for row in report.layers if row.kept} == {
+            *("gate_proj", "up_proj", "down_proj"),
+        }
+        assert all(row.bits is None for row in report.layers if row.kept)
+        assert {row.bits for row in report.layers if not row.kept} == {2, 3}
+
+
+class TestRankBudget:
+    @pytest.mark.parametrize("size", ["40KB", "62KB", "100KB", "1MB"])
+    def test_the_adapter_takes_no_more(self, llama, tmp_path, size):
+        asked = {"ratio": 0.5, "rank": 8, "rank_budget": size}
+        file = file_of(plan_of(llama, **asked), tmp_path, own_choice)
+        plan = plan_of(llama, **asked, sensitivity=file)
+        room = int(size[:-2]) * (1000 if size.endswith("KB") else 10**6)
+        assert min(0.9 * room, plan_of(llama, rank=32).adapter_bytes) <= plan.adapter_bytes <= room
+        assert plan.grid_bits_per_weight <= (BITS[2] + BITS[3]) / 2
+
+    def test_adapters_of_kept_layers_count(self, tmp_path):
+        source = make_checkpoint(tmp_path / "m", intermediate_size=88)
+        asked = {"ratio": 0.5, "rank": 8, "rank_budget": "60KB", "format": "gptq"}
+        plan = plan_of(source, **asked)
+        plan = plan_of(source, **asked, sensitivity=file_of(plan, tmp_path, own_choice))
+        assert any(layer.kept for layer in plan.layers)
+        assert 0.9 * 60000 < plan.adapter_bytes <= 60000
+
+    def test_one_that_is_too_small_is_said_before_anything_is_measured(self, llama):
+        least = plan_of(llama, rank=2).adapter_bytes
+        with pytest.raises(RecipeError, match=f"rank_budget: 1KB are too few; .* from 2, the adapter takes {least} b"):
+            plan_of(llama, ratio=0.5, rank=8, rank_budget="1KB")
+
+    def test_ranks_are_written_as_peft_reads_them(self, llama, tmp_path):
+        asked = {"ratio": 0.5, "rank": 8, "rank_budget": "62KB", "lora_alpha": 12.0, "use_rslora": True}
+        report = quantize(llama, tmp_path / "out", **{**SMALL, **asked})
+        ranks = {row.name: row.rank for row in report.layers}
+        config = json.loads((tmp_path / "out/eqft_init/adapter_config.json").read_text())
+        assert len(set(ranks.values())) > 1
+        assert config["r"] == 8
+        assert config["rank_pattern"] == {name: rank for name, rank in ranks.items() if rank != 8}
+        assert config["alpha_pattern"] == {
+            name: pytest.approx(12 * (rank / 8) ** 0.5) for name, rank in config["rank_pattern"].items()
+        }
+        assert_loads(llama, tmp_path / "out", report)
+        assert report.totals["adapter_bytes"] <= 62000
+
+
+@torch.no_grad()
+def assert_loads(source, out, report):
+    """The stock loaders get Q + s B A with the errors that the report states."""
+    modules = lora_modules(load(out))
+    weights = safetensors.torch.load_file(source / "model.safetensors")
+    assert len(modules) == len(report.layers)
+    for row in report.layers:
+        weight, base = weights[row.name + ".weight"].float(), dense_weight(modules[row.name].base_layer)
+        assert modules[row.name].r["default"] == row.rank
+        assert relative(base, weight) == pytest.approx(row.error_start, rel=2e-3)
+        assert relative(base + delta(modules[row.name]), weight) == pytest.approx(row.error, rel=2e-3, abs=1e-6)
+
+
+class TestRuns:
+    @pytest.mark.parametrize("calibration", [{}, FEW])
+    @pytest.mark.parametrize("form", ["dense", "gptq"])
+    def test_all_low_and_all_high_are_eqft_to_the_byte(self, llama, tmp_path, form, calibration):
+        for ratio, bits in ((0, 2), (1, 3)):
+            asked = {**SMALL, **calibration, "format": form}
+            quantize(llama, tmp_path / f"mixed-{bits}", ratio=ratio, **asked)
+            quantize(llama, tmp_path / f"eqft-{bits}", bits=bits, **asked)
+            found = weights_of(tmp_path / f"mixed-{bits}")
+            assert len(found) == 2
+            assert found == weights_of(tmp_path / f"eqft-{bits}")
+
+    @pytest.mark.parametrize("calibration", [{}, FEW])
+    def test_with_its_file_nothing_is_measured_and_the_bytes_are_the_same(self, llama, tmp_path, calibration):
+        asked = {**SMALL, **calibration, "ratio": 0.4}
+        events = list(run(plan_of(llama, **asked), tmp_path / "one"))
+        assert sum(isinstance(event, Allotted) for event in events) == 1
+        file = tmp_path / "one" / "sensitivity.json"
+        plan = plan_of(llama, **asked, sensitivity=str(file))
+        assert not plan.pending
+        again = list(run(plan, tmp_path / "two"))
+        assert not any(isinstance(event, Allotted) for event in again)
+        assert weights_of(tmp_path / "two") == weights_of(tmp_path / "one")
+        assert (tmp_path / "two" / "sensitivity.json").read_bytes() == file.read_bytes()
+        assert again[-1].report.totals["allocation"] == events[-1].report.totals["allocation"]
+        assert {row.bits for row in again[-1].report.layers} == {2, 3}
+
+    def test_dense_loads_as_stock_and_is_what_the_report_says(self, llama, tmp_path):
+        report = quantize(llama, tmp_path / "out", **{**SMALL, "target_bits": 3.5})
+        assert report.recipe["format"] == "dense"
+        assert len({row.bits for row in report.layers}) > 1
+        assert_loads(llama, tmp_path / "out", report)
+
+    def test_the_report_has_the_front_what_was_chosen_and_each_width_alone(self, llama, tmp_path):
+        report = quantize(llama, tmp_path / "out", **{**SMALL, "target_bits": 3.5})
+        written = json.loads((tmp_path / "out/qinit.json").read_text())["totals"]
+        found = written["allocation"]
+        assert found["allocation"] == "sensitivity"
+        assert found["metric"].startswith("Fisher information on ")
+        assert found["chosen"][0] == pytest.approx(written["grid_bits_per_weight"], abs=1e-4)
+        assert found["chosen"][0] <= 3.5
+        assert [bits for bits, _ in found["uniform"]] == pytest.approx(list(BITS.values()))
+        alone = dict(found["uniform"])
+        assert found["chosen"][1] < alone[BITS[2]]
+        assert found["front"] == sorted(found["front"])
+        assert len(found["front"]) <= 17
+        assert report.totals["allocation"]["front"][0] == pytest.approx(found["front"][0])
+
+    @pytest.mark.parametrize("where", ["qinit.json", "README.md"])
+    def test_its_recipe_can_be_given_again(self, llama, tmp_path, where):
+        asked = {**SMALL, "target_bits": 3.5, "bits_choices": "2,3,8", "tie": "fused", "allocation": "random"}
+        quantize(llama, tmp_path / "one", **asked)
+        text = (tmp_path / "one" / where).read_text()
+        recipe = json.loads(text)["recipe"] if where == "qinit.json" else text.split("```yaml\n")[1].split("```")[0]
+        (tmp_path / "again.yaml").write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+        again = make_recipe(tmp_path / "again.yaml")
+        assert again == make_recipe(model=str(llama), **asked)
+        list(run(make_plan(again, llama, "tiny"), tmp_path / "two"))
+        assert weights_of(tmp_path / "two") == weights_of(tmp_path / "one")
+
+    def test_before_measuring_all_ranks_are_the_recipes(self, llama):
+        plan = plan_of(llama, ratio=0.5, rank_budget="1MB")
+        assert mixed._at_recipe_rank(plan, items(plan, None))[0].totals[0].rank == 4
+        assert {layer.rank for layer in plan.quantized} == {4}
