@@ -135,8 +135,8 @@ def run(variant: Variant, directory: Path, options: Any, bits: int, rank: int, r
             name = event.layer.target.name
             statistics = event.statistics
             if statistics is not None:
-                statistics = replace(statistics, outputs=metrics.get(name))
-                TWO_SIDED.metric = statistics.outputs
+                statistics = replace(statistics, output_metric=metrics.get(name))
+                TWO_SIDED.metric = statistics.output_metric
             solution = solve(event.weight, spec, seed_of(name, 0), statistics)
             assert solution.low_rank is not None
             value = GRIDS[row.grid].dequantize(solution.quantized) + solution.low_rank.B @ solution.low_rank.A

@@ -88,7 +88,7 @@ def main() -> None:
         factor, _ = timed(lambda h=hessian: torch.linalg.cholesky(h))
         published, _ = timed(lambda h=hessian: published_factor(h))
         metric = OutputMetric(torch.randn(DIRECTIONS, size, generator=generator), torch.ones(size))
-        alone = Statistics(hessian, hessian.diagonal(), 10**6, outputs=metric)
+        alone = Statistics(hessian, hessian.diagonal(), 10**6, output_metric=metric)
         plain, _ = timed(lambda s=alone: solve(weight, spec, 0, s))  # noqa: B023
         drifted = replace(alone, drift=drift)
         full, _ = timed(lambda s=drifted: solve(weight, spec, 0, s))  # noqa: B023

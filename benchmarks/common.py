@@ -24,11 +24,12 @@ from tables import KINDS
 
 from qinit.adapters.lora import ADAPTER_DIRECTORY
 from qinit.evaluate import Figures, figures_of
+from qinit.events import Finished
 from qinit.machine import ran_on, versions
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.report.report import Report
-from qinit.runner import Finished, run
+from qinit.runner.run import run
 from qinit.solver.methods import METHODS
 
 # In the environment: part of the command that a result is kept with.

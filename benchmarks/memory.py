@@ -124,7 +124,7 @@ def main() -> None:
     text = TEXT if arguments.calibration else ["--calibration", "none"]
     rounds = ["--iter", str(arguments.iter)] if arguments.iter else []
     python = [sys.executable, "-m", "qinit_cli.main"]
-    baseline, _ = peak_of([sys.executable, "-c", "import qinit.runner, transformers.models.qwen2.modeling_qwen2"])
+    baseline, _ = peak_of([sys.executable, "-c", "import qinit.runner.run, transformers.models.qwen2.modeling_qwen2"])
     print(f"imports alone: {baseline / 1e6:.0f} MB", flush=True)
     with tempfile.TemporaryDirectory(prefix="qinit-memory-", dir=arguments.dir) as temporary:
         peak_of(

@@ -33,7 +33,7 @@ from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import Plan
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
-from qinit.runner import _read_weight
+from qinit.runner.layer import read_weight
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
@@ -53,9 +53,11 @@ def solved(plan: Plan, samples: Any, metrics: dict[str, OutputMetric], bits: int
     found = {}
     if plan.recipe.calibrated:
         events = (event for event in Walk(plan, samples, CPU, "parallel") if isinstance(event, Seen))
-        seen = [(e.layer, e.weight, replace(e.statistics, outputs=metrics.get(e.layer.target.name))) for e in events]
+        seen = [
+            (e.layer, e.weight, replace(e.statistics, output_metric=metrics.get(e.layer.target.name))) for e in events
+        ]
     else:
-        seen = [(layer, _read_weight(layer, CPU), None) for layer in plan.quantized]
+        seen = [(layer, read_weight(layer, CPU), None) for layer in plan.quantized]
     for layer, weight, statistic in seen:
         spec = plan.layer_spec(layer)
         spec = type(spec)(**{**vars(spec), "bits": bits})
@@ -114,7 +116,7 @@ def in_memory(
     samples = text_for(base, CPU, None)
     metrics = finish(output_metrics(base, samples, CPU)) if base.recipe.calibrated else {}
     values = {bits: solved(base, samples, metrics, bits) for bits in (2, 3)}
-    sensitivity = finish(measure(base, options(base), samples, CPU, outputs=metrics))
+    sensitivity = finish(measure(base, options(base), samples, CPU, metrics=metrics))
 
     transposed = {layer.target.name: layer.target.module.transposed for layer in base.quantized}
 

@@ -17,10 +17,10 @@ from rich.table import Table
 from qinit.files.reading import printable
 
 if TYPE_CHECKING:
+    from qinit.events import Event
     from qinit.plan.plan import Plan
     from qinit.planner.time import Estimate
     from qinit.report.report import Report
-    from qinit.runner import Event
 
 METHOD_COLUMNS = {
     **{"name": "method", "calibration": "calibration", "grid": "grid", "bits": "bits", "search": "scales"},
@@ -93,7 +93,7 @@ class Screen:
 
     def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
         """Draw a run's progress and its result; returns its report."""
-        from qinit.runner import (
+        from qinit.events import (
             Allotted,
             Discarded,
             Done,
@@ -105,7 +105,7 @@ class Screen:
             Sampling,
             Working,
         )
-        from qinit.runner import Progress as Polishing
+        from qinit.events import Progress as Polishing
         from qinit.words import moment
 
         for note in plan.notes:

@@ -81,8 +81,8 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
             screen.json_plan(made, out, seconds)
         return
 
-    from qinit.output import check_output
-    from qinit.runner import run
+    from qinit.runner.run import run
+    from qinit.workplace.place import check_output
 
     overwrite, token = options["overwrite"], options["token"]
     check_output(made, out, overwrite)
@@ -107,7 +107,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
 def _interruptible(out: Path) -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does, and say what is kept of it then."""
     from qinit.errors import StoppedError
-    from qinit.output import kept
+    from qinit.workplace.place import kept
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

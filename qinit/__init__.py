@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qinit.plan.plan import Plan
     from qinit.planner.make import make_plan
     from qinit.recipe import Recipe, make_recipe
-    from qinit.runner import run
+    from qinit.runner.run import run
     from qinit.solver.solve import solve
     from qinit.solver.spec import Solution
 
@@ -36,7 +36,7 @@ _HOMES = {
     "load": "loading",
     "make_plan": "planner.make",
     "make_recipe": "recipe",
-    "run": "runner",
+    "run": "runner.run",
     "solve": "solver.solve",
 }
 

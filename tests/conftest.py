@@ -119,9 +119,10 @@ def exhausted(events: Generator[Any, None, Any]) -> tuple[Any, list[Any]]:
 
 def quantize(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Any:
     """Run qinit on a checkpoint, rank 4, one round and no calibration unless told otherwise; returns the report."""
+    from qinit.events import Finished
     from qinit.planner.make import make_plan
     from qinit.recipe import make_recipe
-    from qinit.runner import Finished, run
+    from qinit.runner.run import run
 
     recipe = make_recipe(**{"model": str(source), "rank": 4, "iter": 1, "calibration": "none", **options})
     *_, last = run(make_plan(recipe, source, str(source)), out, overwrite=overwrite)

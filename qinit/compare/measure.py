@@ -21,7 +21,7 @@ from qinit.machine import pick_device
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.report.report import REPORT_NAME, Report
-from qinit.runner import run
+from qinit.runner.run import run
 from qinit.train.finetune import DivergedError, finetune
 
 MOST_LOGITS = 2**28  # values: a gigabyte in float32

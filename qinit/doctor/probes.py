@@ -225,7 +225,7 @@ def _run(**options: Any) -> Path:
     """Run qinit on it."""
     from qinit.planner.make import make_plan
     from qinit.recipe import make_recipe
-    from qinit.runner import run
+    from qinit.runner.run import run
 
     words = "-".join(map(str, options.values()))
     out = Path(f"run-{os.getpid()}-{words}").absolute()

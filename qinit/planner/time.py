@@ -79,7 +79,7 @@ def _per_cost(spec: LayerSpec, device: torch.device) -> float:
         if spec.method.metric == "fisher":
             statistics = replace(statistics, fisher=weight.square())
         if spec.method.metric == "kfac":
-            statistics = replace(statistics, outputs=OutputMetric(weight[:DIRECTIONS], inputs.diagonal()))
+            statistics = replace(statistics, output_metric=OutputMetric(weight[:DIRECTIONS], inputs.diagonal()))
         started = time.perf_counter()
         solve(weight, replace(spec, rank=min(spec.rank, width)), 0, statistics)
         seconds = time.perf_counter() - started

@@ -47,7 +47,7 @@ def alternate(
     approximation: Approximation | None = None
     roundings = max(2, spec.iterations - 1)
     if method.low_rank_first(spec.bits, spec.rank, weight.shape):
-        approximation = output_subspace(target, hessian, spec.rank, basis, COLD_STEPS, statistics.outputs)
+        approximation = output_subspace(target, hessian, spec.rank, basis, COLD_STEPS, statistics.output_metric)
         factor, roundings = None, 1
     traced = slice(0, None, max(1, len(weight) // TRACE_ROWS))
     whole = output_norm(target[traced], hessian)
@@ -72,11 +72,11 @@ def alternate(
         if spec.storage not in (None, torch.float32):
             residual = target - grid.dequantize(quantized).to(spec.storage).float()
         if approximation is None:
-            approximation = output_subspace(residual, hessian, spec.rank, basis, COLD_STEPS, statistics.outputs)
+            approximation = output_subspace(residual, hessian, spec.rank, basis, COLD_STEPS, statistics.output_metric)
         else:
             steps = FINAL_STEPS if round_number + 1 == spec.iterations else WARM_STEPS
             basis = approximation.basis
-            approximation = output_subspace(residual, hessian, spec.rank, basis, steps, statistics.outputs)
+            approximation = output_subspace(residual, hessian, spec.rank, basis, steps, statistics.output_metric)
         left = torch.addmm(residual[traced], approximation.factors.B[traced], approximation.factors.A, alpha=-1)
         trace.append(output_norm(left, hessian) / whole if whole else 0.0)
     assert quantized is not None

@@ -18,7 +18,7 @@ class Statistics:
     drift [out, in]: E[d x'], with d the difference at the layer's output between the original model and the
     repaired one if this layer kept its weight: what is still to be made good. None: nothing upstream has changed.
     fisher [out, in]: mean squared gradient of the loss, where the method asks for it.
-    outputs: the metric of errors at the layer's output, where the method asks for it. None: all count alike.
+    output_metric: the metric of errors at the layer's output, where the method asks for it. None: all count alike.
     """
 
     hessian: torch.Tensor
@@ -26,4 +26,4 @@ class Statistics:
     tokens: int
     drift: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
-    outputs: OutputMetric | None = None
+    output_metric: OutputMetric | None = None

@@ -45,16 +45,16 @@ def measure(
     samples: Samples,
     device: torch.device,
     scratch: Path | None = None,
-    outputs: Mapping[str, OutputMetric] | None = None,
+    metrics: Mapping[str, OutputMetric] | None = None,
 ) -> Generator[Measuring, None, Sensitivity]:
     """Measure every quantized layer at its `options` (bits, rank); yields Measuring and returns the Sensitivity.
 
-    `outputs` are the metrics of the layers' outputs that the run will fit their low rank under, by name.
+    `metrics` are those of the layers' outputs that the run will fit their low rank under, by name.
     Takes a part of `samples` forward and back, see `backward`; one block with its errors is in memory at a time.
     Raises CalibrationError and CheckpointError.
     """
     try:
-        probe: _Errors = yield from backward(partial(_Errors, plan, options, samples, device, outputs or {}), scratch)
+        probe: _Errors = yield from backward(partial(_Errors, plan, options, samples, device, metrics or {}), scratch)
         probe.fill_in()
         for name, squares in probe.squares.items():
             require_number(sum(squares.values()), name)
@@ -93,10 +93,10 @@ class _Errors(Probe):
         options: dict[str, list[tuple[int, int]]],
         samples: Samples,
         device: torch.device,
-        outputs: Mapping[str, OutputMetric],
+        metrics: Mapping[str, OutputMetric],
     ) -> None:
         super().__init__(plan, samples, device)
-        self.options, self.outputs = options, outputs
+        self.options, self.metrics = options, metrics
         self.squares: dict[str, dict[tuple[int, int], float]] = {name: {} for name in self.layers}
         self.candidates: dict[str, list[_Candidate]] = {}
 
@@ -134,7 +134,7 @@ class _Errors(Probe):
             meter = meters.get(layer.target.name)
             statistics = meter.statistics(layer) if meter is not None else None
             if statistics is not None:
-                statistics = replace(statistics, outputs=self.outputs.get(layer.target.name))
+                statistics = replace(statistics, output_metric=self.metrics.get(layer.target.name))
             self._solve(layer, oriented(linear.weight.data, layer), statistics)
 
     def _solve(self, layer: LayerPlan, weight: torch.Tensor, statistics: Statistics | None) -> None:

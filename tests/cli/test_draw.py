@@ -6,7 +6,7 @@ from qinit_cli.draw import Screen, size
 from qinit.planner.make import make_plan
 from qinit.planner.time import Estimate
 from qinit.recipe import make_recipe
-from qinit.runner import run
+from qinit.runner.run import run
 from tests.conftest import make_checkpoint
 
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from qinit import __version__, runner
+from qinit import __version__
+from qinit.runner import layer as layer_module
 
 
 def process(*arguments, cwd, **environment):
@@ -56,7 +57,7 @@ def test_an_error_inside_qinit_is_one_line_and_1(command, monkeypatch, tiny_llam
     def boom(*_):
         raise ZeroDivisionError("one\ntwo")
 
-    monkeypatch.setattr(runner, "solve", boom)
+    monkeypatch.setattr(layer_module, "solve", boom)
     code, _, err = command("eqft", tiny_llama, "--rank", 4)
     assert code == 1
     assert err == "error: inside qinit: ZeroDivisionError: one two (run again with --debug and please report it)\n"
@@ -69,7 +70,7 @@ def test_an_interrupt_is_one_line_and_130_and_leaves_nothing(command, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "solve", interrupt)
+    monkeypatch.setattr(layer_module, "solve", interrupt)
     code, _, err = command("eqft", tiny_llama, "--rank", 4, "--out", tmp_path / "place/out")
     assert code == 130
     assert err == "error: interrupted; nothing was left behind\n"

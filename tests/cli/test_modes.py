@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qinit import runner
+from qinit.runner import layer as layer_module
 
 CALIBRATED = ("--calibration", "random", "--calibration-samples", 4, "--calibration-length", 16)
 QUICK = ("--rank", 4, "--iter", 1, "--max-shard-size", "60KB", "--out", "place/out")
@@ -49,13 +49,13 @@ def modes(directory):
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_all_that_a_run_writes_has_the_users_umask(command, tiny_llama, masked, umask, monkeypatch, temporary):
-    during, solve = [], runner.solve
+    during, solve = [], layer_module.solve
 
     def look(*arguments):
         during.append(modes(Path("place")))
         return solve(*arguments)
 
-    monkeypatch.setattr(runner, "solve", look)
+    monkeypatch.setattr(layer_module, "solve", look)
     (tiny_llama / "chat_template.jinja").write_text("x")
     (tiny_llama / "chat_template.jinja").chmod(0o400)  # the source's own mode is not taken over
     masked(umask)
@@ -89,7 +89,7 @@ def test_after_a_failure_no_temporary_file_is_left_either(command, tiny_llama, t
         raise OSError(28, "No space left on device")
 
     made, elsewhere = temporary
-    monkeypatch.setattr(runner, "solve", fail)
+    monkeypatch.setattr(layer_module, "solve", fail)
     code, _, err = command(RUNS[name][0], tiny_llama, *RUNS[name][1:])
     assert (code, err.count("\n")) == (2, 1)
     assert made

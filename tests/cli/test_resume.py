@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qinit import runner
-from qinit.lock import locked
-from qinit.output import partial_of
+from qinit.runner import layer as layer_module
+from qinit.workplace.lock import locked
+from qinit.workplace.place import partial_of
 
 QUICK = ("--rank", 4, "--iter", 1, "--calibration", "none", "--out", "out")
 
@@ -17,7 +17,7 @@ QUICK = ("--rank", 4, "--iter", 1, "--calibration", "none", "--out", "out")
 @pytest.fixture
 def end_at(monkeypatch):
     """Return a function that lets the solve of this number call `end` instead."""
-    real = runner.solve
+    real = layer_module.solve
 
     def at(number, end):
         calls = iter(range(1, 100))
@@ -27,7 +27,7 @@ def end_at(monkeypatch):
                 end()
             return real(*arguments)
 
-        monkeypatch.setattr(runner, "solve", solve)
+        monkeypatch.setattr(layer_module, "solve", solve)
 
     return at
 

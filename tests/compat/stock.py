@@ -11,12 +11,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from qinit.events import Finished
 from qinit.grids import Quantized
 from qinit.plan.plan import Plan
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.report.report import Report
-from qinit.runner import Finished, run
+from qinit.runner.run import run
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of

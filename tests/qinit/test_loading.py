@@ -14,7 +14,7 @@ from qinit.formats.gptq.reading import width_of
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
-from qinit.runner import run
+from qinit.runner.run import run
 from qinit.source.demo import demo_directory
 from tests.compat.stock import delta, dense_twin, dense_weight, load_adapter, load_base, logits, lora_modules, solved
 from tests.conftest import make_checkpoint

@@ -16,7 +16,7 @@ from qinit.formats import FORMATS
 from qinit.plan.plan import LayerPlan
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
-from qinit.runner import run
+from qinit.runner.run import run
 from tests.conftest import make_checkpoint
 from tests.qinit.calibration.tiny import add_tokenizer, words
 

@@ -18,7 +18,7 @@ from qinit.hub.download import header_directory, local_directory
 from qinit.planner.make import make_plan
 from qinit.planner.memory import working_bytes
 from qinit.recipe import make_recipe
-from qinit.runner import run
+from qinit.runner.run import run
 from qinit.source.checkpoint import Checkpoint
 from tests.conftest import make_checkpoint
 

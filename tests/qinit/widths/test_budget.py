@@ -9,10 +9,11 @@ import torch
 import yaml
 
 from qinit.errors import RecipeError
+from qinit.events import Allotted, Sampling
 from qinit.plan.allocation import Sensitivity
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
-from qinit.runner import Allotted, Sampling, run
+from qinit.runner.run import run
 from qinit.widths import budget as mixed
 from qinit.widths.budget import budget, items, options
 from qinit.widths.knapsack import Choice

@@ -212,7 +212,7 @@ class TestOutputs:
         made = plan_of(plan("llama").checkpoint.directory, **{**MIXED, "calibration": "random", "rank": 4})
         samples = random_samples(16, 24)
         metrics = exhausted(output_metrics(made, samples, CPU))[0]
-        plain, weighed = (measured(made, samples, **rest)[0] for rest in ({}, {"outputs": metrics}))
+        plain, weighed = (measured(made, samples, **rest)[0] for rest in ({}, {"metrics": metrics}))
         lost = [{name: sum(nats.values()) for name, nats in found.nats.items()} for found in (plain, weighed)]
         assert lost[0].keys() == lost[1].keys() == metrics.keys()
         assert all(lost[0][name] != lost[1][name] for name in metrics)

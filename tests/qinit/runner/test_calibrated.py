@@ -7,13 +7,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from qinit import runner
+from qinit.calibration.walk import Walk
 from qinit.errors import CalibrationError
-from qinit.events import Measuring, Progress
+from qinit.events import Done, Finished, Measuring, Noted, Progress, Sampling, Working
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
-from qinit.runner import Done, Finished, Noted, Sampling, Working, run
+from qinit.runner.run import run
 from qinit.solver.methods import CALIBRATED, METHODS
+from qinit.stream.blocks import NotStreamable
 from qinit.train.polish import polish
 from tests.compat.stock import delta, dense_weight, load, lora_modules, relative
 from tests.conftest import make_checkpoint, quantize, weights_of
@@ -95,7 +96,7 @@ def test_the_low_rank_is_fitted_under_what_the_outputs_cost(llama, tmp_path, mon
         return {}
         yield
 
-    monkeypatch.setattr(runner, "output_metrics", nothing)
+    monkeypatch.setattr("qinit.runner.job.output_metrics", nothing)
     without, plain = adapter(tmp_path / "without")
     assert all(not torch.equal(weighed[name], plain[name]) for name in plain)
     # Under H alone, where all outputs count alike, a low rank that is fitted to that is the closer one.
@@ -146,14 +147,14 @@ class TestReport:
         load(tmp_path / "out")
 
     def test_a_layer_that_the_text_never_reaches_is_solved_without_data(self, llama, tmp_path, monkeypatch):
-        real = runner.Walk.__iter__
+        real = Walk.__iter__
 
         def unreached(walk):
             for event in real(walk):
                 is_it = getattr(event, "layer", None) and event.layer.target.name == "model.layers.0.mlp.up_proj"
                 yield type(event)(event.layer, event.weight, None, event.repair) if is_it else event
 
-        monkeypatch.setattr(runner.Walk, "__iter__", unreached)
+        monkeypatch.setattr(Walk, "__iter__", unreached)
         report = quantize(llama, tmp_path / "out", **FEW)
         row = next(row for row in report.layers if row.name == "model.layers.0.mlp.up_proj")
         assert (row.tokens, row.output_error) == (None, None)
@@ -168,10 +169,10 @@ class TestReport:
 
     def test_a_model_that_cannot_be_streamed_is_taken_whole_and_that_is_said(self, llama, tmp_path, monkeypatch):
         def refuse(*_args, **_options):
-            raise runner.NotStreamable("the model has no blocks")
+            raise NotStreamable("the model has no blocks")
 
         streamed = quantize(llama, tmp_path / "streamed", calibration_mode="parallel", **FEW)
-        monkeypatch.setattr(runner, "Walk", refuse)
+        monkeypatch.setattr("qinit.runner.calibrated.Walk", refuse)
         *events, last = events_of(llama, tmp_path / "out", calibration_mode="parallel")
         note = "calibration with the whole model in memory: the model has no blocks"
         assert Noted(note) in events
@@ -180,15 +181,15 @@ class TestReport:
             assert one.output_error == pytest.approx(other.output_error, rel=0.05)
 
     def test_a_walk_that_breaks_off_midway_says_what_to_do_and_leaves_nothing(self, llama, tmp_path, monkeypatch):
-        real = runner.Walk.__iter__
+        real = Walk.__iter__
 
         def breaks(walk):
             for number, event in enumerate(real(walk)):
                 if number == 6:
-                    raise runner.NotStreamable("odd block")
+                    raise NotStreamable("odd block")
                 yield event
 
-        monkeypatch.setattr(runner.Walk, "__iter__", breaks)
+        monkeypatch.setattr(Walk, "__iter__", breaks)
         with pytest.raises(CalibrationError, match="odd block; use --calibration none or --calibration-mode parallel"):
             quantize(llama, tmp_path / "place/out", **FEW)
         assert list((tmp_path / "place").iterdir()) == []
@@ -256,7 +257,7 @@ class TestPolish:
 
     def test_it_is_refused_where_it_does_not(self, llama, tmp_path, monkeypatch):
         plain = quantize(llama, tmp_path / "plain", **FEW)
-        monkeypatch.setattr(runner, "polish", partial(polish, learning_rate=0.0))
+        monkeypatch.setattr("qinit.runner.polished.polish", partial(polish, learning_rate=0.0))
         *events, last = events_of(llama, tmp_path / "out", polish=3)
         note = "polish: did not lower the held-out loss, so the adapters stay as they were"
         assert Noted(note) in events

@@ -5,7 +5,7 @@ import torch
 
 from qinit.planner.make import make_plan
 from qinit.recipe import Recipe, make_recipe
-from qinit.signature import MOST, differences, signature
+from qinit.workplace.signature import MOST, differences, signature
 
 CPU = torch.device("cpu")
 

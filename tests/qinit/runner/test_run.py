@@ -11,14 +11,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from qinit import runner
 from qinit.errors import CheckpointError, OutputError
+from qinit.events import Done, Finished, Working
 from qinit.files.tensors import TensorSpec
 from qinit.files.writer import SafetensorsWriter
-from qinit.output import kept
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
-from qinit.runner import Done, Finished, Working, run
+from qinit.runner import layer as layer_module
+from qinit.runner.run import run
+from qinit.workplace.place import kept
 from tests.conftest import make_checkpoint, quantize, weights_of
 
 
@@ -184,14 +185,14 @@ class TestDeterminism:
 def fail_at_layer(monkeypatch, number, error):
     """Let the `number`-th solve raise."""
     calls = iter(range(1, 100))
-    real = runner.solve
+    real = layer_module.solve
 
     def solve(*args):
         if next(calls) == number:
             raise error
         return real(*args)
 
-    monkeypatch.setattr(runner, "solve", solve)
+    monkeypatch.setattr(layer_module, "solve", solve)
 
 
 class TestFailure:

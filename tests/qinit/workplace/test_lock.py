@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from qinit import lock
 from qinit.errors import OutputError
-from qinit.lock import Owner, locked
+from qinit.workplace import lock
+from qinit.workplace.lock import Owner, locked
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_second_run_is_refused_with_who_has_it(file):
 
 def test_two_processes(file):
     script = (
-        "import sys; from pathlib import Path; from qinit.lock import locked\n"
+        "import sys; from pathlib import Path; from qinit.workplace.lock import locked\n"
         "with locked(Path(sys.argv[1]), Path('out'), 'qinit first'): print('held', flush=True); sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", script, str(file)]

@@ -10,12 +10,12 @@ import torch
 
 from qinit.errors import OutputError
 from qinit.events import Discarded, Event, Resumed
-from qinit.journal import Journal, finished_layers, kept_words
 from qinit.machine import processor
-from qinit.output import Workplace
 from qinit.plan.plan import Plan
-from qinit.signature import differences, signature
 from qinit.words import moment
+from qinit.workplace.journal import Journal, finished_layers, kept_words
+from qinit.workplace.place import Workplace
+from qinit.workplace.signature import differences, signature
 
 
 def opened(

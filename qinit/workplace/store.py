@@ -5,25 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from qinit.adapters import lora as adapter
-from qinit.errors import CheckpointError, OutputError
-from qinit.files.tensors import TensorSpec, checksum, read_header
+from qinit.errors import CheckpointError
 from qinit.files.writer import SafetensorsWriter
 from qinit.formats import FORMATS
-from qinit.journal import Journal, Record
 from qinit.linalg.low_rank import LowRank
-from qinit.output import Workplace
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.report import LayerRow
-from qinit.text.samples import Samples
+from qinit.workplace.journal import Journal, Record
+from qinit.workplace.place import Workplace
 
-SAMPLES_STEM, POLISHED_STEM = "samples", "polished"
 SYNC_SECONDS = 1.0  # of work may be lost with the power; a sync takes 20 ms, which many small layers would feel
 
 
@@ -82,8 +78,13 @@ class Store:
         self.journal.append({"kind": "copied", "name": name, "sums": sums}, sync=False)
         self.copied.add(name)
 
-    def put(self, layer: LayerPlan, tensors: dict[str, torch.Tensor], row: LayerRow) -> None:
-        """Write a layer's tensors, base and factors; those that are not given (a kept layer's weight) are there."""
+    def copy_weight(self, layer: LayerPlan, chunks: Iterable[torch.Tensor]) -> None:
+        """Write a kept layer's weight as it is; `put` says that the layer is finished."""
+        self.base.write_chunks(layer.target.tensor.name, chunks)
+
+    def put(self, layer: LayerPlan, tensors: dict[str, torch.Tensor], row: LayerRow) -> LayerRow:
+        """Write a layer's tensors, base and factors; those that are not given (a kept layer's weight) are there.
+        Returns the row."""
         sums = []
         for writer, name in self._tensors(layer):
             sums.append(writer.write(name, tensors[name]) if name in tensors else writer.checksum(name))
@@ -91,6 +92,7 @@ class Store:
         self.journal.append({"kind": "layer", "row": asdict(row), "sums": sums}, sync=False)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
+        return row
 
     def sync(self) -> None:
         """Bring to disk what was written, and then that it was."""
@@ -124,68 +126,6 @@ class Store:
         """
         low_rank = self.low_rank(layer)
         return self.quantized(layer).to(device).addmm_(low_rank.B.to(device), low_rank.A.to(device))
-
-
-def save_samples(place: Workplace, journal: Journal, samples: Samples, *, written: bool) -> None:
-    """Keep the calibration text, so that it is not drawn again; `written` by the model it is worth keeping alone."""
-    tensors = {"tokens": samples.tokens} | ({} if samples.mask is None else {"mask": samples.mask})
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    writer = SafetensorsWriter(place.partial, specs, stem=SAMPLES_STEM)
-    sums = [writer.write(name, tensor) for name, tensor in tensors.items()]
-    writer.close()
-    journal.append({"kind": "samples", "origin": samples.origin, "written": written, "sums": sums})
-
-
-def load_samples(place: Workplace, journal: Journal) -> Samples | None:
-    """Return the text that was kept; None where there is none. Raises OutputError where it is damaged."""
-    record = journal.find("samples")
-    if record is None:
-        return None
-    file = place.partial / f"{SAMPLES_STEM}.safetensors"
-    try:
-        found = read_header(file)
-        whole = [checksum(found[name]) for name in ("tokens", "mask") if name in found] == record["sums"]
-        tensors = {name: tensor.read() for name, tensor in found.items()}
-        if whole and tensors["tokens"].dim() == 2:
-            return Samples(tensors["tokens"], tensors.get("mask"), str(record["origin"]))
-    except (KeyError, CheckpointError):
-        pass
-    raise damaged(file, place)
-
-
-def save_polish(
-    store: Store, result: dict[str, Any], errors: dict[str, float], factors: dict[str, torch.Tensor]
-) -> None:
-    """Keep what a polish has come to beside the adapter, whose own factors it must be able to start from again."""
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in factors.items()]
-    writer = SafetensorsWriter(store.place.partial, specs, stem=POLISHED_STEM)
-    sums = {name: writer.write(name, tensor) for name, tensor in factors.items()}
-    writer.close()
-    store.journal.append({"kind": "polish", "result": result, "errors": errors, "sums": sums})
-
-
-def apply_polish(store: Store) -> tuple[dict[str, Any], dict[str, float]]:
-    """Put the kept factors in the adapter; returns what the polish has come to and the layers' weight errors.
-
-    Raises OutputError where they are damaged.
-    """
-    record = store.journal.find("polish")
-    assert record is not None
-    file = store.place.partial / f"{POLISHED_STEM}.safetensors"
-    try:
-        found = read_header(file)
-        for name, wanted in record["sums"].items():
-            if store.factors.write(name, found[name].read()) != wanted:
-                raise damaged(file, store.place)
-    except (KeyError, CheckpointError):
-        raise damaged(file, store.place) from None
-    return record["result"], record["errors"]
-
-
-def damaged(file: Path, place: Workplace) -> OutputError:
-    return OutputError(
-        f"{file}: damaged, so that the unfinished run cannot go on; remove {place.partial} to start anew"
-    )
 
 
 def _row(value: Any) -> LayerRow | None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qinit.errors import HubError, OutputError, QinitError
-from qinit.journal import kept_words
-from qinit.lock import locked
 from qinit.plan.plan import Plan
 from qinit.planner.memory import scratch_bytes
 from qinit.report.report import REPORT_NAME
+from qinit.workplace.journal import kept_words
+from qinit.workplace.lock import locked
 
 NOTHING = "nothing was left there"
 LOCK_NAME = "lock"

@@ -10,18 +10,19 @@ import subprocess
 import pytest
 import torch
 
-from qinit import runner
 from qinit.errors import OutputError
+from qinit.events import Discarded, Done, Finished, Noted, Passing, Resumed, Sampling
 from qinit.files.tensors import read_header
 from qinit.files.writer import SafetensorsWriter
-from qinit.journal import Journal, finished_layers, read_journal
-from qinit.output import kept, partial_of
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
-from qinit.runner import Discarded, Done, Finished, Noted, Passing, Resumed, Sampling, run
+from qinit.runner import layer as layer_module
+from qinit.runner.run import run
+from qinit.workplace.journal import Journal, finished_layers, read_journal
+from qinit.workplace.place import kept, partial_of
 from tests.conftest import make_checkpoint
 from tests.qinit.calibration.models import make
-from tests.qinit.forking import Forks
+from tests.qinit.runner.forking import Forks
 
 KILLS = 20
 TEXT = {"calibration": "self", "calibration_samples": 8, "calibration_length": 32}
@@ -102,7 +103,7 @@ def torn(monkeypatch):
                 raise Crash
         return real(descriptor, data)
 
-    monkeypatch.setattr("qinit.journal.os.write", write)
+    monkeypatch.setattr("qinit.workplace.journal.os.write", write)
 
     def at(number):
         state.update(layers=0, at=number)
@@ -190,8 +191,8 @@ def test_finished_blocks_are_passed_through_and_nothing_is_solved_twice(llama, p
             break
     events.close()
     solved = []
-    real = runner.solve
-    monkeypatch.setattr(runner, "solve", lambda *arguments: solved.append(1) or real(*arguments))
+    real = layer_module.solve
+    monkeypatch.setattr(layer_module, "solve", lambda *arguments: solved.append(1) or real(*arguments))
     found = finish(llama, place / "out", **TEXT)
     assert [event for event in found if isinstance(event, Passing)] == [Passing(0, 2)]
     assert len(solved) == 6
@@ -217,10 +218,10 @@ class TestWhatIsKept:
             raise Crash
 
         with monkeypatch.context() as context:
-            context.setattr(runner, "complete", crash)
+            context.setattr("qinit.runner.run.complete", crash)
             with pytest.raises(Crash):
                 finish(llama, place / "out", **options)
-        monkeypatch.setattr(runner, "polish", crash)
+        monkeypatch.setattr("qinit.runner.polished.polish", crash)
         finish(llama, place / "out", **options)
         assert contents(place / "out") == wanted
 
@@ -250,7 +251,7 @@ class TestWhatIsKept:
             raise Crash
 
         with monkeypatch.context() as context:
-            context.setattr(runner, "Store", crash)
+            context.setattr("qinit.runner.job.Store", crash)
             with pytest.raises(Crash):
                 finish(llama, place / "out", **options)
         assert kept(place / "out").startswith("the measured sensitivities are kept")
@@ -262,7 +263,7 @@ class TestWhatIsKept:
         def crash(*_, **__):
             raise Crash
 
-        monkeypatch.setattr(runner, "solve", crash)
+        monkeypatch.setattr(layer_module, "solve", crash)
         for options, words in ((TEXT, "the text that the model wrote is kept"), (RANDOM, "")):
             with pytest.raises(Crash):
                 finish(llama, place / options["calibration"], **options)
@@ -366,7 +367,7 @@ class TestAnotherRun:
         file = llama / "model.safetensors"
         times = file.stat().st_atime_ns, file.stat().st_mtime_ns
         os.utime(file, ns=(times[0], times[1] + 1))
-        monkeypatch.setattr("qinit.signature.versions", lambda: {"torch": "9.9", "python": "4.0"})
+        monkeypatch.setattr("qinit.workplace.signature.versions", lambda: {"torch": "9.9", "python": "4.0"})
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
         with pytest.raises(OutputError) as caught:
             finish(llama, unfinished, **RANDOM)
@@ -402,11 +403,11 @@ class TestAnotherRun:
         assert not isinstance(finish(llama, place / "out", **{**RANDOM, "bits": 3})[0], Resumed | Discarded)
 
     def test_the_calibration_text_is_part_of_it(self, llama, place, monkeypatch):
-        from qinit.signature import signature
+        from qinit.workplace.signature import signature
 
         file = place / "text.txt"
         file.write_text("one")
-        monkeypatch.setattr("qinit.text.sources.check_source", lambda *_, **__: None)
+        monkeypatch.setattr("qinit.planner.make.check_source", lambda *_, **__: None)
         plan = make_plan(make_recipe(calibration=str(file)), llama, "name")
         one = signature(plan, torch.device("cpu"))
         file.write_text("two")
@@ -427,7 +428,7 @@ class TestAnotherRun:
         assert contents(place / "out") == wanted
 
     def test_another_processor_is_noted(self, llama, unfinished, monkeypatch):
-        monkeypatch.setattr("qinit.resume.processor", lambda: "Another 3000")
+        monkeypatch.setattr("qinit.workplace.resume.processor", lambda: "Another 3000")
         events = finish(llama, unfinished, **RANDOM)
         assert isinstance(events[1], Noted)
         assert "now Another 3000), so that last bits may differ" in events[1].text
@@ -467,7 +468,7 @@ class TestFullDisk:
             return real(descriptor, data)
 
         with monkeypatch.context() as context:
-            context.setattr("qinit.journal.os.write", write)
+            context.setattr("qinit.workplace.journal.os.write", write)
             with pytest.raises(OutputError, match="6 of 14 layers are kept"):
                 finish(llama, place / "out", **RANDOM)
         finish(llama, place / "out", **RANDOM)

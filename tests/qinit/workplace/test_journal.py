@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qinit.journal import Journal, finished_layers, kept_words, read_journal
+from qinit.workplace.journal import Journal, finished_layers, kept_words, read_journal
 
 HEADER = {
     "since": "2026-01-02T03:04:05+00:00",
@@ -146,7 +146,7 @@ def test_an_append_is_on_the_disk_before_it_returns(file, monkeypatch):
     synced = []
     real = os.fsync
     journal = Journal.create(file, HEADER)
-    monkeypatch.setattr("qinit.journal.os.fsync", lambda fd: synced.append(file.read_bytes()) or real(fd))
+    monkeypatch.setattr("qinit.workplace.journal.os.fsync", lambda fd: synced.append(file.read_bytes()) or real(fd))
     journal.append({"kind": "note", "text": "a"}, {"kind": "note", "text": "b"})
     journal.close()
     assert synced == [file.read_bytes()]

@@ -1,0 +1,69 @@
+"""A run under way: where it writes to, and what is known so far."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from qinit.calibration.output_metric import output_metrics
+from qinit.events import Event, Noted, Sampling
+from qinit.linalg.low_rank import OutputMetric
+from qinit.plan.plan import Plan
+from qinit.text.for_run import text_for
+from qinit.text.samples import Samples
+from qinit.workplace.journal import Journal
+from qinit.workplace.kept import load_samples, save_samples
+from qinit.workplace.place import Workplace
+from qinit.workplace.store import Store
+
+
+@dataclass
+class Job:
+    """What the stages of a run share. `calibration` is what the report says of it."""
+
+    plan: Plan
+    device: torch.device
+    place: Workplace
+    journal: Journal
+    token: str | None
+    calibration: dict[str, Any] = field(default_factory=dict)
+    _samples: Samples | None = None
+    _metrics: dict[str, OutputMetric] | None = None
+
+    @cached_property
+    def store(self) -> Store:
+        """Only once the widths are known: they decide the layout."""
+        return Store(self.plan, self.place, self.journal)
+
+    @property
+    def notes(self) -> list[str]:
+        return [record["text"] for record in self.journal.records if record["kind"] == "note"]
+
+    def note(self, text: str) -> Noted:
+        if text not in self.notes:
+            self.journal.append({"kind": "note", "text": text}, sync=False)
+        return Noted(text)
+
+    def samples(self) -> Generator[Event, None, Samples]:
+        """Return the text that the model is run on: what was kept of it, or read or written anew and then kept."""
+        if self._samples is None:
+            self._samples = load_samples(self.place, self.journal)
+        if self._samples is None:
+            recipe = self.plan.recipe
+            yield Sampling(recipe.calibration if recipe.calibrated else "self")
+            self._samples = text_for(self.plan, self.device, self.token)
+            save_samples(self.place, self.journal, self._samples, written=recipe.calibration == "self")
+        return self._samples
+
+    def output_metrics(self) -> Generator[Event, None, dict[str, OutputMetric]]:
+        """Measure, once, what errors at the layers' outputs cost, if the method asks for it."""
+        if self._metrics is None:
+            self._metrics = {}
+            if self.plan.recipe.row.metric == "kfac":
+                samples = yield from self.samples()
+                self._metrics = yield from output_metrics(self.plan, samples, self.device, self.place.scratch)
+        return self._metrics

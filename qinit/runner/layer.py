@@ -1,0 +1,69 @@
+"""One layer: its weight read, solved, and what comes of it as tensors and as a row of the report."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from qinit.adapters import lora
+from qinit.formats import FORMATS
+from qinit.grids import GRIDS
+from qinit.plan.plan import LayerPlan, Plan
+from qinit.report.report import LayerRow
+from qinit.solver.solve import solve
+from qinit.solver.spec import seed_of
+from qinit.solver.statistics import Statistics
+from qinit.source.checkpoint import count_nonfinite, not_decomposable, require_finite
+
+
+def read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
+    """Return W [out, in] in float32 on the device. Raises CheckpointError for NaN and Inf."""
+    target = layer.target
+    raw = target.tensor.read()
+    require_finite(target.tensor, count_nonfinite(raw))
+    return (raw.T if target.module.transposed else raw).to(device, torch.float32).contiguous()
+
+
+def solve_layer(
+    plan: Plan, layer: LayerPlan, weight: torch.Tensor | None, statistics: Statistics | None
+) -> tuple[dict[str, torch.Tensor], LayerRow]:
+    """Solve a layer from its weight W [out, in], float32, and what it has seen (None: nothing); return its tensors, of
+    base and adapter by name, on the CPU, and its row. Without a weight the layer is kept, and only gets an adapter.
+
+    It depends on its arguments alone and changes nothing, so it can be carried out by another process.
+    Raises CheckpointError for a weight that cannot be decomposed.
+    """
+    started = time.perf_counter()
+    target, recipe = layer.target, plan.recipe
+    seed = seed_of(target.name, recipe.seed)
+    solution, tensors = None, {}
+    if weight is not None:
+        without_data = recipe.calibrated and statistics is None
+        spec = plan.data_free_spec(layer) if without_data else plan.layer_spec(layer)
+        try:
+            solution = solve(weight, spec, seed, statistics)
+        except torch.linalg.LinAlgError as error:
+            raise not_decomposable(target.tensor, weight) from error
+        encoded = FORMATS[recipe.format].encode(target, solution.quantized, GRIDS[spec.method.grid])
+        tensors = {name: tensor.cpu() for name, tensor in encoded.items()}
+    low_rank = solution.low_rank if solution else None
+    tensors |= lora.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed)
+    row = LayerRow(
+        name=target.name,
+        shape=(target.module.out_features, target.module.in_features),
+        bits=layer.bits if solution else None,
+        group_size=layer.group_size if solution else None,
+        rank=layer.rank,
+        bytes_before=target.tensor.nbytes,
+        bytes_after=layer.bytes_after,
+        error_start=solution.quantized_error if solution else None,
+        error=solution.error if solution else None,
+        trace=solution.trace if solution else (),
+        seconds=round(time.perf_counter() - started, 4),
+        kept=layer.kept,
+        output_error_start=solution.quantized_output_error if solution else None,
+        output_error=solution.output_error if solution else None,
+        tokens=statistics.tokens if statistics is not None else None,
+    )
+    return tensors, row

@@ -1,0 +1,31 @@
+"""The widths of a mixed run, chosen before its layers are solved."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from qinit.events import (
+    Allotted,
+    Event,
+)
+from qinit.plan.allocation import Sensitivity
+from qinit.runner.job import Job
+from qinit.widths import fisher
+from qinit.widths.budget import allotted, options
+from qinit.widths.validity import check_sensitivity
+
+
+def choose_widths(job: Job) -> Generator[Event, None, None]:
+    """Measure how sensitive each layer is and choose the widths."""
+    choices = options(job.plan)
+    record = job.journal.find("sensitivity")
+    if record is None:
+        samples = yield from job.samples()
+        metrics = yield from job.output_metrics()
+        measured = yield from fisher.measure(job.plan, choices, samples, job.device, job.place.scratch, metrics)
+        job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
+    else:
+        measured = Sensitivity.from_json(record["measured"])
+        check_sensitivity(measured, job.plan, choices, job.place.journal)
+    job.plan = allotted(job.plan, measured)
+    yield Allotted(job.plan)

@@ -1,0 +1,104 @@
+"""Carries out a plan: reads one tensor at a time, solves, writes, and yields what happens.
+
+Everything is written beside the target and renamed at the end, so a run that was killed or failed never looks finished.
+What it had finished stays there with a journal, and the same plan goes on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from qinit.events import Done, Event, Finished, Working
+from qinit.files.tensors import StoredTensor
+from qinit.machine import pick_device
+from qinit.plan.plan import Plan
+from qinit.report.finish import complete, copy_companions, make_report
+from qinit.runner.calibrated import solve_calibrated
+from qinit.runner.job import Job
+from qinit.runner.layer import read_weight, solve_layer
+from qinit.runner.mixed import choose_widths
+from qinit.runner.polished import polish_adapters
+from qinit.source.checkpoint import count_nonfinite, require_finite
+from qinit.workplace.place import check_output, check_space, working
+from qinit.workplace.resume import moved, opened
+
+
+def run(
+    plan: Plan, out: Path, *, overwrite: bool = False, command: str = "", token: str | None = None
+) -> Generator[Event, None, None]:
+    """Carry out a plan and put the result at `out`; yields events, the last one is Finished.
+
+    A run that ends early, be it by an error, by `close` or by being killed, keeps its finished layers beside `out`, and
+    one with the same plan goes on from there. The result is then the same, byte for byte, as that of a run that was
+    never broken off, on the same processor: all of it but the times and the memory in qinit.json (`seconds`,
+    `peak_memory_bytes`) and SHA256SUMS, which has the sum of that. Without a finished layer, and where the input is to
+    blame, nothing is kept.
+
+    `token` opens a private data set for calibration on the Hub; it is written nowhere.
+    Raises OutputError (also while another run is at work on `out`, and where what is kept is that of another plan),
+    CheckpointError (a damaged tensor), CalibrationError, HubError and RecipeError; then nothing is at `out`.
+    """
+    check_output(plan, out, overwrite)
+    device = pick_device(plan.recipe.device)
+    with working(plan, out, command) as place:
+        check_output(plan, out, overwrite)  # another run may just have ended
+        plan, journal = yield from opened(plan, place, device, overwrite=overwrite)
+        with closing(journal):
+            job = Job(plan, device, place, journal, token)
+            yield from _carried_out(job)
+            report = make_report(
+                job.plan,
+                tuple(job.store.rows[layer.target.name] for layer in plan.layers),
+                calibration=job.calibration,
+                notes=tuple(job.notes),
+                command=command,
+                seconds=journal.seconds,
+                peak_memory_bytes=journal.peak_memory_bytes,
+            )
+            complete(job.plan, report, place.run, out)
+            place.finish()
+    yield Finished(report, out)
+
+
+def _carried_out(job: Job) -> Generator[Event, None, None]:
+    """Write every tensor of base and adapter, but for what is finished already."""
+    if (elsewhere := moved(job.journal)) is not None:
+        yield job.note(elsewhere)
+    if job.plan.pending:
+        yield from choose_widths(job)
+        check_space(job.plan, job.place.out)
+    plan, store = job.plan, job.store
+    copy_companions(plan, job.place.run)
+    if plan.recipe.calibrated:
+        yield from solve_calibrated(job)
+    by_tensor = {layer.target.tensor.name: layer for layer in plan.layers}
+    for name, tensor in plan.checkpoint.tensors.items():
+        layer = by_tensor.get(name)
+        if name in store.copied or (layer is not None and layer.target.name in store.rows):
+            continue
+        yield Working(name, tensor.nbytes)
+        row = None
+        if layer is None:
+            store.copy(name, _checked_chunks(tensor))
+        elif layer.kept is not None:
+            store.copy_weight(layer, _checked_chunks(tensor))
+            row = store.put(layer, *solve_layer(plan, layer, None, None))
+        else:
+            row = store.put(layer, *solve_layer(plan, layer, read_weight(layer, job.device), None))
+        yield Done(name, tensor.nbytes, row)
+    store.sync()
+    if plan.recipe.polish:
+        yield from polish_adapters(job)
+    store.close()
+
+
+def _checked_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    bad = 0
+    for chunk in tensor.chunks():
+        bad += count_nonfinite(chunk.view(tensor.dtype))
+        yield chunk
+    require_finite(tensor, bad)
