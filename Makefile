@@ -35,10 +35,11 @@ $(BIN)/python:
 	  { echo "error: $(PYTHON) cannot make virtual environments; install its venv module (Debian: python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 
-lint: $(STAMP)  ## Style, formatting and types
+lint: $(STAMP)  ## Style, formatting, types, and the order of the pipeline
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 # The workers share the cores.
 test: export OMP_NUM_THREADS = 1
@@ -59,4 +60,4 @@ results-table: $(STAMP)  ## The README's tables, from model_zoo/results
 	$(BIN)/python benchmarks/results_table.py
 
 clean:  ## Remove .venv and what the tools left
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -25,7 +25,7 @@ from two_sided import TwoSided
 
 from qinit.calibration.output_metric import output_metrics
 from qinit.calibration.walk import Seen, Walk
-from qinit.evaluate import perplexity
+from qinit.evaluate.figures import perplexity
 from qinit.grids import GRIDS
 from qinit.linalg.low_rank import OutputMetric
 from qinit.planner.make import make_plan

@@ -23,7 +23,7 @@ from rich.table import Table
 from tables import KINDS
 
 from qinit.adapters.lora import ADAPTER_DIRECTORY
-from qinit.evaluate import Figures, figures_of
+from qinit.evaluate.figures import Figures, figures_of
 from qinit.events import Finished
 from qinit.machine import ran_on, versions
 from qinit.planner.make import make_plan

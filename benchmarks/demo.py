@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from common import full_precision, load_for_training, load_tokens, measure_start, show
 
-from qinit.evaluate import perplexity
+from qinit.evaluate.figures import perplexity
 from qinit.source.demo import demo_directory, held_out_text
 
 WINDOW, STEPS, BATCH, LEARNING_RATE = 512, 8, 4, 2e-4

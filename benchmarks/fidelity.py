@@ -19,7 +19,7 @@ from typing import Any
 
 from common import conclude, full_precision, load_tokens, measure_start
 
-from qinit.evaluate import perplexity
+from qinit.evaluate.figures import perplexity
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.demo import demo_directory, held_out_text
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from qinit.calibration.output_metric import output_metrics
 from qinit.calibration.walk import Seen, Walk
-from qinit.evaluate import perplexity
+from qinit.evaluate.figures import perplexity
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import Plan
 from qinit.planner.make import make_plan

@@ -16,7 +16,7 @@ import torch
 from common import conclude, load_tokens
 from transformers import AutoModelForCausalLM
 
-from qinit.evaluate import perplexity
+from qinit.evaluate.figures import perplexity
 from qinit.grids import GRIDS
 from qinit.solver.methods import METHODS, Method
 from qinit.solver.solve import solve

@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qinit.verification import Event, Finding
+    from qinit.verification.findings import Event, Finding
 
 WANTING = 3  # the exit code when something was found
 SHOWN = 20  # findings in words; --json has them all
@@ -49,8 +49,8 @@ def verify(
     from qinit_cli.draw import Screen
     from qinit_cli.hush import hush
 
-    from qinit.verification import point_to
-    from qinit.verification import verify as verified
+    from qinit.verification.factors import point_to
+    from qinit.verification.verify import verify as verified
 
     hush()
     screen = Screen(quiet=quiet or json_output)
@@ -98,7 +98,7 @@ def _source(directory: Path, model: str | None, revision: str | None, token: str
 
 def _followed(screen: Any, events: Iterator[Event]) -> tuple[list[Finding], dict[str, int]]:
     """Draw the progress; returns what was found and how much was looked at."""
-    from qinit.verification import Checked, Finding, Stage
+    from qinit.verification.findings import Checked, Finding, Stage
 
     found: list[Finding] = []
     counts = Counter({"file": 0, "tensor": 0, "layer": 0})

@@ -10,7 +10,7 @@ import torch
 from qinit.compare.comparison import CEILINGS, LORA, Cell, Comparison, Row
 from qinit.compare.measure import load_start
 from qinit.compare.schedule import Schedule, best_rate
-from qinit.evaluate import perplexity
+from qinit.evaluate.figures import perplexity
 from qinit.machine import pick_device
 from qinit.planner.make import make_plan
 from qinit.planner.time import estimate

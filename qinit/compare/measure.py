@@ -15,7 +15,7 @@ import torch
 from qinit.adapters import lora as adapter
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.errors import OutputError
-from qinit.evaluate import perplexity
+from qinit.evaluate.figures import perplexity
 from qinit.loading import load
 from qinit.machine import pick_device
 from qinit.planner.make import make_plan

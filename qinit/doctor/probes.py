@@ -1,7 +1,8 @@
 """What can be tried here: one function for each way of using qinit, on a model that is made on the spot.
 
 `main` tries them in this process, in the current directory, and writes a line of JSON before and after each. Engines
-crash, hang and print: `examine` runs it in a child and gets an answer all the same.
+crash, hang and print: `examine` runs it in a child and gets an answer all the same. Imports are late, so that one that
+fails is one row.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class TestTable:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from qinit.evaluate import perplexity
+        from qinit.evaluate.figures import perplexity
 
         assert compare(*STARTS, "--keep-runs", "--quiet") == (0, "", "")
         tokens = torch.tensor(AutoTokenizer.from_pretrained(llama)(TEXT, add_special_tokens=False).input_ids)

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from qinit.evaluate import loaded, perplexity
+from qinit.evaluate import loaded
+from qinit.evaluate.figures import perplexity
 from qinit.files.manifest import file_sum, read_manifest, write_manifest
 from qinit.source.demo import demo_directory
 from tests.compat.stock import load, load_base

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from qinit.evaluate import Figures, Windows, cut_windows
+from qinit.evaluate.figures import Figures
 from qinit.evaluate.job import Evaluated, choose_way, evaluate
 from qinit.evaluate.subject import Subject, find_subject
+from qinit.evaluate.windows import Windows, cut_windows
 from qinit.formats import FORMATS
 from qinit.plan.plan import LayerPlan
 from qinit.planner.make import make_plan

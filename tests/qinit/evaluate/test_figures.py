@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from qinit.errors import QinitError
-from qinit.evaluate import cut_windows, measure, perplexity
+from qinit.evaluate.figures import measure, perplexity
+from qinit.evaluate.windows import cut_windows
 from tests.conftest import exhausted
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from qinit.errors import CheckpointError, QinitError, RecipeError
-from qinit.evaluate import cut_windows, job, loaded
+from qinit.evaluate import job, loaded
 from qinit.evaluate.job import Evaluated, Loading, Read, check_vocabularies, choose_way, evaluate
 from qinit.evaluate.loaded import batch_size_for, class_name, loaded_bytes
 from qinit.evaluate.subject import Subject
+from qinit.evaluate.windows import cut_windows
 from tests.conftest import make_checkpoint
 from tests.qinit.calibration.tiny import make_bert
 from tests.qinit.evaluate.runs import CPU, TOKENS, figures, make_run, make_source, subject

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from qinit.errors import OutputError, ReportError
-from qinit.evaluate import Figures, cut_windows
+from qinit.evaluate.figures import Figures
 from qinit.evaluate.job import Way
 from qinit.evaluate.saved import check_savable, row_of, save
 from qinit.evaluate.text import Text, Tokens
+from qinit.evaluate.windows import cut_windows
 from qinit.files.manifest import MANIFEST_NAME, file_sum, read_manifest, write_manifest
 from qinit.report.card import with_evaluations
 from qinit.report.report import Report

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 import qinit
 from qinit.errors import RecipeError
-from qinit.evaluate import cut_windows, measure, perplexity
-from qinit.evaluate.figures import logits_of
+from qinit.evaluate.figures import logits_of, measure, perplexity
 from qinit.evaluate.job import Block, choose_way, evaluate
 from qinit.evaluate.subject import Subject
+from qinit.evaluate.windows import cut_windows
 from qinit.stream import carried
 from tests.compat.stock import load, load_base
 from tests.conftest import exhausted

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qinit.errors import QinitError
-from qinit.evaluate import cut_windows
+from qinit.evaluate.windows import cut_windows
 
 TOKENS = torch.arange(100, 123)  # a token says where it stands
 

@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from qinit.files.manifest import write_manifest
-from qinit.verification import Finding, verify
+from qinit.verification.findings import Finding
+from qinit.verification.verify import verify
 from tests.conftest import make_checkpoint, quantize
 
 # name: family, options of the source, options of the run

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from qinit.files.manifest import MANIFEST_NAME
-from qinit.verification import Finding, point_to, verify
+from qinit.verification.factors import point_to
+from qinit.verification.findings import Finding
+from qinit.verification.verify import verify
 from tests.qinit.verification.runs import edit_json, edit_tensors, problems, vouched
 
 CONFIG, WEIGHTS = "eqft_init/adapter_config.json", "eqft_init/adapter_model.safetensors"

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from qinit.files.manifest import MANIFEST_NAME, listed, refresh
-from qinit.verification import Finding
 from qinit.verification.files import check_files
+from qinit.verification.findings import Finding
 from tests.qinit.verification.runs import KINDS, problems
 
 EACH_BYTE = 800  # of files up to this size every byte is hit, of larger ones so many places / 4

@@ -11,7 +11,8 @@ import torch
 from qinit.errors import QinitError
 from qinit.files.manifest import MANIFEST_NAME, listed
 from qinit.files.tensors import write_header_only
-from qinit.verification import Finding, verify
+from qinit.verification.findings import Finding
+from qinit.verification.verify import verify
 from tests.conftest import make_checkpoint, quantize
 from tests.qinit.verification.runs import edit_json, edit_tensors, problems, vouched
 

@@ -1,0 +1,34 @@
+"""Rereads what a run wrote, and says what is no longer as it was written or as its report says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qinit.errors import ReportError
+from qinit.files.manifest import MANIFEST_NAME
+from qinit.report.report import REPORT_NAME
+from qinit.source.checkpoint import Checkpoint
+from qinit.verification.factors import check_adapter
+from qinit.verification.files import check_files
+from qinit.verification.findings import Event
+from qinit.verification.values import check_values
+from qinit.verification.written import open_written
+
+
+def verify(directory: Path, source: Path | None = None) -> Iterator[Event]:
+    """Check a run's directory: hashes, structure, values, and with `source`, the model it was made from, the errors.
+
+    Yields Stage and Checked as it goes, and a Finding for everything that is not as it should be. One layer is in
+    memory at a time. Raises ReportError if `directory` is none of qinit's, CheckpointError if the source cannot be
+    read.
+    """
+    if not (directory / REPORT_NAME).exists() and not (directory / MANIFEST_NAME).exists():
+        what = f"has neither {REPORT_NAME} nor {MANIFEST_NAME}" if directory.is_dir() else "no such directory"
+        raise ReportError(f"{directory}: {what}; pass the directory that `qinit eqft` wrote")
+    original = Checkpoint.open(source) if source is not None else None
+    yield from check_files(directory)
+    written = yield from open_written(directory)
+    if written is not None:
+        factors = yield from check_adapter(written)
+        yield from check_values(written, factors, original)
