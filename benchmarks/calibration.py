@@ -93,7 +93,7 @@ VARIANTS: dict[str, Variant] = {
     "the diagonal of G": (EQFT, ROUNDS, "sequential", {"outputs": diagonal}, "self"),
     "rows rounded with feedback under G too (two-sided)": (
         *(EQFT, ROUNDS, "sequential"),
-        {"round_gptq": TWO_SIDED.round_gptq, "descend": TWO_SIDED.descend},
+        {"GRIDS": {**GRIDS, "int": TWO_SIDED}},
         "self",
     ),
     "rank kept before quantizing (the row of SRR)": (METHODS["srr"], 1, "sequential", {}, "self"),

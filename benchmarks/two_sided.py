@@ -14,30 +14,31 @@ from typing import Any
 import torch
 
 from qinit.grids.base import Quantized
-from qinit.grids.integer import rounding
+from qinit.grids.integer.grid import IntegerGrid
+from qinit.linalg.hessian import damped_cholesky
 from qinit.linalg.low_rank import OutputMetric
 
 CHUNK = 32  # rows
 
 
-class TwoSided:
-    """Stands in for `round_gptq` and `descend` in `qinit.solver.calibrated`; `metric` is to be set for each layer."""
+class TwoSided(IntegerGrid):
+    """The integer grid with that rounding; `metric` is to be set for each layer."""
 
     metric: OutputMetric | None = None
 
     def round_gptq(
-        self, target: torch.Tensor, hessian: torch.Tensor, factor: torch.Tensor | None = None, **options: Any
+        self, target: torch.Tensor, hessian: torch.Tensor, *, factor: torch.Tensor | None = None, **options: Any
     ) -> tuple[Quantized, torch.Tensor]:
-        """As `round_gptq`, from the last chunk to the first, each with those before it in view."""
+        """As the integer grid, from the last chunk to the first, each with those before it in view."""
         if self.metric is None:
-            return rounding.round_gptq(target, hessian, factor=factor, **options)
+            return super().round_gptq(target, hessian, factor=factor, **options)
         if factor is None:
-            factor = rounding.damped_cholesky(hessian, options["damp"])
+            factor = damped_cholesky(hessian, options["damp"])
         left = target.new_zeros(len(self.metric.leading), target.shape[1])  # R E of the rows that are done
         done, residuals = [], []
         for rows, answer in reversed(list(_answers(self.metric))):
             shift = answer @ left
-            quantized, moved = rounding.round_gptq(target[rows] + shift, hessian, factor=factor.clone(), **options)
+            quantized, moved = super().round_gptq(target[rows] + shift, hessian, factor=factor.clone(), **options)
             residuals.append(moved - shift)
             done.append(quantized)
             left += self.metric.leading[:, rows] @ residuals[-1]
@@ -45,9 +46,9 @@ class TwoSided:
         return replace(done[0], **parts), torch.cat(residuals[::-1])
 
     def descend(self, quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:
-        """As `qinit.grids.integer.rounding.descend`, each chunk with all others in view."""
+        """As the integer grid, each chunk with all others in view."""
         if self.metric is None:
-            rounding.descend(quantized, residual, hessian, passes)
+            super().descend(quantized, residual, hessian, passes)
             return
         left = self.metric.leading @ residual
         for rows in reversed(_chunks(len(residual))):
@@ -56,7 +57,7 @@ class TwoSided:
             shift = _answer(self.metric, rows, torch.eye(len(left))) @ others
             parts = {name: getattr(quantized, name)[rows] for name in ("codes", "scales", "zeros")}
             moved = residual[rows] + shift
-            rounding.descend(replace(quantized, **parts), moved, hessian, passes)
+            super().descend(replace(quantized, **parts), moved, hessian, passes)
             residual[rows] = moved - shift
             left = others + leading.T @ residual[rows]
 

@@ -22,7 +22,7 @@ def methods(
 
     rows = []
     for name, row in METHODS.items():
-        rows.append(_described(row, "none" if row.metric == "weight" else "needed"))
+        rows.append(_described(row, "needed" if row.needs else "none"))
         if name in CALIBRATED:
             rows.append(_described(CALIBRATED[name], "where there is some"))
     if json_output:
@@ -52,9 +52,7 @@ def _schedule(row: Method) -> list[str]:
     from qinit.solver.methods import LARGE_SHARE
 
     count = f"{row.iterations} round{'s' if row.iterations > 1 else ''}"
-    if (
-        row.metric != "weight" and row.start == "low-rank" and row.iterations_fixed
-    ):  # as qinit.solver.published alternates
+    if row.solver == "published" and row.start == "low-rank":
         count = f"at most {count}, until the error rises"
     words = ["MagR"] if row.magr else []
     if row.start == "none":
@@ -64,12 +62,12 @@ def _schedule(row: Method) -> list[str]:
     else:
         first = "part of the rank for W first" if row.preserve else "quantize first"
         if row.start == "either":
-            where = "at 2 bits and " if row.metric == "weight" else ""
+            where = "" if row.needs else "at 2 bits and "
             large = f"where A and B have at least 1/{1 / LARGE_SHARE:g} of the layer's weights"
             words.append(f"low rank first {where}{large}, else quantize first")
         else:
             words.append("low rank first" if row.start == "low-rank" else first)
-        words.append(count if row.iterations_fixed else f"{count} (--iter)")
+        words.append(f"{count} (--iter)" if row.adjustable else count)
     if row.passes:
         words.append("coordinate descent on codes and scales")
     if row.relaxation != 1:

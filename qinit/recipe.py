@@ -13,10 +13,9 @@ from qinit.errors import RecipeError, did_you_mean
 from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.solver.methods import CALIBRATED, Method, get_method
+from qinit.solver.methods import CALIBRATED, METHODS, Method, get_method
 from qinit.source.targets import ALL_LINEAR
 
-Bits = Literal[2, 3, 4, 8]
 MOST_TOKENS = 2**28
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
@@ -29,7 +28,7 @@ class Recipe(BaseModel):
     model: str | None = None  # None: the embedded demo model
     revision: str | None = None
     method: str = "eqft"
-    bits: Bits = 2
+    bits: int = 2  # the method's grid says which there are
     rank: int = Field(16, ge=1, le=LARGEST)
     iter: int | None = Field(None, ge=1, le=100)  # None: as many as the method's row says
     group_size: int = Field(64, ge=8)
@@ -50,10 +49,10 @@ class Recipe(BaseModel):
     device: str = "auto"
     seed: int = Field(0, ge=0, lt=2**63)  # what torch takes
     ratio: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)  # share of weights at bits_high: mixed widths
-    bits_low: Bits | None = None
-    bits_high: Bits | None = None
+    bits_low: int | None = None
+    bits_high: int | None = None
     target_bits: float | None = Field(None, gt=0, allow_inf_nan=False)  # or a budget per weight, over bits_choices
-    bits_choices: tuple[Bits, ...] | None = None
+    bits_choices: tuple[int, ...] | None = None
     allocation: Literal["sensitivity", "uniform", "first", "last", "random"] = "sensitivity"
     tie: Literal["none", "fused"] = "none"
     sensitivity: str | None = None  # a file that an earlier run has measured
@@ -107,20 +106,26 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
         method = get_method(self.method)
-        grid = GRIDS[method.grid]
         if self.format not in FORMATS:
             raise ValueError(
                 f"format: no '{self.format}'{did_you_mean(self.format, FORMATS)}; known are {', '.join(FORMATS)}"
             )
+        self._check_widths(method)
         self._check_mixed(method)
-        for bits in self.widths:
-            if bits not in grid.bits:
-                raise ValueError(f"bits: method {self.method} offers {list(grid.bits)}, found {bits}")
         self._check_calibration(method)
         problem = FORMATS[self.format].cannot_hold(method.grid, self.widths[0], self.group_size)
         if problem:
             raise ValueError(f"format: {self.format} {problem}")
         return self
+
+    def _check_widths(self, method: Method) -> None:
+        offered = GRIDS[method.grid].bits
+        for option in ("bits", "bits_low", "bits_high", "bits_choices"):
+            given = getattr(self, option)
+            for width in given if isinstance(given, tuple) else (given,):
+                if width is not None and width not in offered:
+                    words = " or ".join(filter(None, (", ".join(map(str, offered[:-1])), str(offered[-1]))))
+                    raise ValueError(f"{option}: method {self.method} offers {words}, found {width}")
 
     def _check_mixed(self, method: Method) -> None:
         if not self.mixed:
@@ -128,8 +133,9 @@ class Recipe(BaseModel):
                 if getattr(self, option) != type(self).model_fields[option].default:
                     raise ValueError(f"{option}: is about mixed widths; give ratio or target_bits too")
             return
-        if method.name != "eqft":
-            raise ValueError(f"method: mixed widths are for eqft, found {method.name}")
+        if not method.mixes_widths:
+            those = ", ".join(name for name, row in METHODS.items() if row.mixes_widths)
+            raise ValueError(f"method: mixed widths are for {those}, found {method.name}")
         if self.bits != 2:
             raise ValueError("bits: is one width for all; with ratio give bits_low and bits_high, else bits_choices")
         if self.ratio is not None and self.target_bits is not None:
@@ -148,17 +154,19 @@ class Recipe(BaseModel):
                 raise ValueError(f"{option}: needs allocation sensitivity, found {self.allocation}")
 
     def _check_calibration(self, method: Method) -> None:
-        if method.metric != "weight" and self.calibration == "none":
+        if method.needs and self.calibration == "none":
             raise ValueError(f"calibration: method {self.method} needs it (a text file, self, ...), found none")
-        takes = method.metric != "weight" or method.name in CALIBRATED
+        takes = method.needs or method.name in CALIBRATED
         if self.calibrated and not takes:
             raise ValueError(f"calibration: method {self.method} looks at weights alone; leave it out or give none")
+        if self.row.rounding == "gptq" and not GRIDS[self.row.grid].feeds_back:
+            raise ValueError(f"rounding: gptq needs a grid that rounds under H, and {self.row.grid} has none")
         if self.calibration == "none":
             for option in ("text_field", "rounding", "act_order", "polish"):
                 if getattr(self, option):
                     raise ValueError(f"{option}: needs calibration, which is none")
         for option in ("rounding", "act_order"):
-            if getattr(self, option) and method.iterations_fixed:
+            if getattr(self, option) and not method.adjustable:
                 raise ValueError(f"{option}: method {method.name} has its own; leave it out")
         tokens = self.calibration_samples * self.calibration_length
         if tokens > MOST_TOKENS:
@@ -177,7 +185,7 @@ class Recipe(BaseModel):
         if self.ratio is not None:
             return tuple(sorted({self.bits_low or 2, self.bits_high or 3}))
         if self.target_bits is not None:
-            return (2, 3, 4, 8) if self.bits_choices is None else self.bits_choices
+            return GRIDS[get_method(self.method).grid].bits if self.bits_choices is None else self.bits_choices
         return (self.bits,)
 
     @property
@@ -197,13 +205,13 @@ class Recipe(BaseModel):
     def row(self) -> Method:
         """The method's row, with the recipe's own choice of rounding."""
         row = get_method(self.method, calibrated=self.calibrated)
-        if row.iterations_fixed or not self.calibrated:
+        if not row.adjustable or not self.calibrated:
             return row
         return replace(row, rounding=self.rounding or row.rounding, act_order=self.act_order)
 
     @property
     def iterations(self) -> int:
-        return self.row.iterations if self.row.iterations_fixed or self.iter is None else self.iter
+        return self.row.iterations if self.iter is None or not self.row.adjustable else self.iter
 
     @property
     def alpha(self) -> float:

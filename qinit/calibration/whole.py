@@ -47,7 +47,7 @@ def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[
             read_tokens(model, samples.tokens[part].to(device), mask, plan)
     for hook in hooks:
         hook.remove()
-    fisher = _fisher(model, plan, samples, device) if plan.recipe.row.metric == "fisher" else {}
+    fisher = _fisher(model, plan, samples, device) if "fisher" in plan.recipe.row.needs else {}
     for layer in plan.quantized:
         weight = model.get_submodule(layer.target.name).weight.data
         statistics = meters.pop(layer.target.name).statistics(layer)

@@ -196,16 +196,16 @@ def _recipe(method: str, bits: float, options: dict[str, Any]) -> Recipe:
     values = {key: value for key, value in options.items() if value is not None}
     if source:
         values["calibration"] = source
-    elif row.metric == "weight" and name not in CALIBRATED:
+    elif not row.needs and name not in CALIBRATED:
         values["calibration"] = "none"
-    elif row.metric != "weight" and values.get("calibration", "auto") == "auto":
+    elif row.needs and values.get("calibration", "auto") == "auto":
         values["calibration"] = "self"
     dropped = set()
     if values.get("calibration") == "none":
         dropped = {"text_field", "rounding", "act_order", "polish"}
     elif values.get("calibration", "auto") in ("auto", "self", "random"):
         dropped = {"text_field"}
-    if row.iterations_fixed:
+    if not row.adjustable:
         dropped |= {"rounding", "act_order"}
     values = {key: value for key, value in values.items() if key not in dropped}
     if row.grid != "int":
@@ -215,15 +215,18 @@ def _recipe(method: str, bits: float, options: dict[str, Any]) -> Recipe:
 
 def _widths(method: str, bits: float) -> dict[str, Any]:
     """Return the recipe's options for a width: one for all layers, or the two of the grid's that it lies between."""
-    offered = GRIDS[METHODS["eqft"].grid].bits
-    if method == "eqft" and bits not in offered and min(offered) < bits < max(offered):
+    row = METHODS[method]
+    offered = GRIDS[row.grid].bits
+    if row.mixes_widths and bits not in offered and min(offered) < bits < max(offered):
         low, high = max(width for width in offered if width < bits), min(width for width in offered if width > bits)
         return {"ratio": (bits - low) / (high - low), "bits_low": low, "bits_high": high}
     if isinstance(bits, int):
         return {"bits": bits}
+    mixing = {name: GRIDS[other.grid].bits for name, other in METHODS.items() if other.mixes_widths}
+    alone = " and ".join(f"{name} alone has, between {min(has)} and {max(has)} bits" for name, has in mixing.items())
     raise CompareError(
-        f"--bits: {bits:g} is a mix of two widths, which eqft alone has, between {min(offered)} and {max(offered)} "
-        f"bits; found {method}, give it whole widths (another --out keeps another table)"
+        f"--bits: {bits:g} is a mix of two widths, which {alone}; found {method}, give it whole widths (another --out "
+        "keeps another table)"
     )
 
 

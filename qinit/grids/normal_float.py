@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from qinit.grids.base import Quantized
+from qinit.grids.base import Grid, Quantized
 from qinit.linalg.chunks import grouped, row_chunks
 
 OFFSET = 0.9677083  # the outermost quantile, from QLoRA's create_normal_map
@@ -28,7 +28,7 @@ def levels(bits: int) -> torch.Tensor:
     return (values / values.max()).float()
 
 
-class NormalFloatGrid:
+class NormalFloatGrid(Grid):
     name = "nf"
     bits: tuple[int, ...] = (2, 3, 4)
     searches: tuple[str, ...] = ("absmax", "mse")

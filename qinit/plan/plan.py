@@ -12,7 +12,7 @@ from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan.allocation import Allocation
 from qinit.recipe import Recipe, parse_size
-from qinit.solver.methods import METHODS
+from qinit.solver.methods import CALIBRATED, UNREACHED
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, Target
@@ -120,7 +120,7 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What a user should know: layers that are kept, ranks that were lowered."""
         notes = [f"{layer.target.name} stays as it is: {layer.kept}" for layer in self.layers if layer.kept]
-        if self.recipe.row.name == "eqft":
+        if self.recipe.method in CALIBRATED:
             how = f"calibration {self.recipe.calibration}" if self.recipe.calibrated else "no calibration"
             if self.calibration_reason:
                 notes.append(f"{how}: {self.calibration_reason}")
@@ -158,8 +158,7 @@ class Plan:
 
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return the same for a layer that the calibration text never reaches."""
-        row = METHODS["eqft"]
-        return replace(self.layer_spec(layer), method=row, iterations=row.iterations)
+        return replace(self.layer_spec(layer), method=UNREACHED, iterations=UNREACHED.iterations)
 
 
 def with_choice(plan: Plan, layer: LayerPlan, bits: int, rank: int) -> LayerPlan:

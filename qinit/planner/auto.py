@@ -8,6 +8,7 @@ from qinit.machine import free_memory, measured_speed
 from qinit.plan.limits import AUTO_SOURCE, LARGEST_SHARE
 from qinit.plan.plan import Plan
 from qinit.planner.time import calibration_cost
+from qinit.solver.methods import CALIBRATED
 from qinit.words import duration
 
 LONGEST = 300.0  # seconds that `auto` may spend without being asked, on a machine of nominal speed:
@@ -16,7 +17,7 @@ NOMINAL_SPEED = {"cpu": 1.5e11, "cuda": 5e13}  # so that a busy machine writes t
 
 def choose(plan: Plan, device: torch.device) -> tuple[str, str]:
     """Decide `auto` for this plan and machine: the source (`self` or `none`) and the reason, for people."""
-    if plan.recipe.row.name != "eqft":
+    if plan.recipe.method not in CALIBRATED:
         return "none", f"method {plan.recipe.method} takes none"
     facts = plan.facts
     if not facts.causal or facts.start is None:

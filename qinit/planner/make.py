@@ -57,7 +57,7 @@ def _with_calibration(plan: Plan) -> Plan:
             recipe.text_field,
             trust_remote_code=recipe.trust_remote_code,
         )
-    if recipe.row.metric != "weight" and not recipe.calibrated:
+    if recipe.row.needs and not recipe.calibrated:
         raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self or a text file")
     return plan
 

@@ -28,9 +28,9 @@ def working_bytes(plan: Plan) -> int:
     source = 4 * sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
     held = 4 * sum(layer.weights for layer in plan.quantized)
     squares = 4 * sum(layer.target.module.in_features**2 for layer in plan.quantized)
-    streamed = plan.recipe.row.metric != "fisher"  # else a gradient and its square beside every weight
+    streamed = "fisher" not in plan.recipe.row.needs  # else a gradient and its square beside every weight
     solving += _measuring_bytes(plan) if streamed else source + 2 * held + squares
-    if plan.recipe.row.metric == "kfac":  # the pass back has the head and some copies of its outputs
+    if "output metric" in plan.recipe.row.needs:  # the pass back has the head and some copies of its outputs
         head = max(plan.checkpoint.tensors.values(), key=lambda tensor: tensor.numel)
         tokens = min(GRADIENT_BATCH_TOKENS, plan.recipe.calibration_samples * plan.recipe.calibration_length)
         solving = max(

@@ -65,20 +65,20 @@ def _shape(layer: LayerPlan) -> tuple[int, int]:
 
 def _cost(spec: LayerSpec, rows: int, columns: int) -> float:
     """What a solve's time is proportional to."""
-    return rows * columns * (1.0 if spec.method.metric == "weight" else 1 + columns / INPUTS_OF_HALF)
+    return rows * columns * (1 + columns / INPUTS_OF_HALF if spec.method.needs else 1.0)
 
 
 def _per_cost(spec: LayerSpec, device: torch.device) -> float:
     """Solve a matrix of noise and return its seconds per unit of cost."""
-    size = max(spec.group_size, LARGEST_SAMPLE // (4 if spec.method.iterations_fixed else 1))  # peers use a full SVD
+    size = max(spec.group_size, LARGEST_SAMPLE // (4 if spec.method.svd == "full" else 1))
     seconds = 0.0
     for width in (spec.group_size, size):  # the first one only loads the kernels
         weight = torch.randn(width, width, generator=torch.Generator().manual_seed(0)).to(device)
         inputs = torch.eye(width, device=device)
         statistics = Statistics(inputs, inputs.diagonal(), width, drift=0.01 * weight)
-        if spec.method.metric == "fisher":
+        if "fisher" in spec.method.needs:
             statistics = replace(statistics, fisher=weight.square())
-        if spec.method.metric == "kfac":
+        if "output metric" in spec.method.needs:
             statistics = replace(statistics, output_metric=OutputMetric(weight[:DIRECTIONS], inputs.diagonal()))
         started = time.perf_counter()
         solve(weight, replace(spec, rank=min(spec.rank, width)), 0, statistics)
@@ -109,7 +109,7 @@ def calibration_cost(plan: Plan, source: str, speed: float) -> Cost:
     products = sum(layer.target.module.in_features**2 for layer in plan.quantized)
     passes = 8 if recipe.calibration_mode == "sequential" else 2  # two models, up to each group of layers, and on
     measuring = (2 * passes * weights + 2 * products) * tokens / (EFFICIENCY * speed)
-    if recipe.row.metric == "kfac":
+    if "output metric" in recipe.row.needs:
         measuring += 2 * GRADIENT_PASSES * parameters * GRADIENT_SAMPLES * GRADIENT_LENGTH / (EFFICIENCY * speed)
     writing = 0.0
     if source == AUTO_SOURCE:

@@ -66,7 +66,7 @@ def solve_calibrated(job: Job) -> Generator[Event, None, None]:
 def _walk(job: Job, samples: Samples) -> Iterator[Measuring | Passing | Noted | Seen]:
     """Walk block by block, or take the whole model where that is not possible."""
     plan, store = job.plan, job.store
-    if plan.recipe.row.metric != "fisher":
+    if "fisher" not in plan.recipe.row.needs:
         under_way = False
         try:
             for event in Walk(

@@ -63,7 +63,7 @@ class Job:
         """Measure, once, what errors at the layers' outputs cost, if the method asks for it."""
         if self._metrics is None:
             self._metrics = {}
-            if self.plan.recipe.row.metric == "kfac":
+            if "output metric" in self.plan.recipe.row.needs:
                 samples = yield from self.samples()
                 self._metrics = yield from output_metrics(self.plan, samples, self.device, self.place.scratch)
         return self._metrics

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from qinit.grids import GRIDS, Quantized
-from qinit.grids.integer.rounding import descend, round_gptq
 from qinit.linalg.hessian import corrected, damped_cholesky, output_norm, without
 from qinit.linalg.low_rank import COLD_STEPS, Approximation, output_subspace, random_basis
 from qinit.solver.spec import LayerSpec
@@ -60,13 +59,13 @@ def alternate(
         else:
             seen = hessian if factors is None else without(hessian, factors.A)
             if quantized is None or round_number < roundings:
-                quantized, residual = round_gptq(
+                quantized, residual = grid.round_gptq(
                     rest, seen, damp=DAMPING, act_order=method.act_order, factor=factor, **options
                 )
                 factor = None
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
-                descend(quantized, residual, seen, method.passes)
+                grid.descend(quantized, residual, seen, method.passes)
             if factors is not None:
                 residual.addmm_(factors.B, factors.A)
         if spec.storage not in (None, torch.float32):

@@ -10,10 +10,14 @@ from qinit.errors import RecipeError, did_you_mean
 
 LARGE_SHARE = 1 / 4  # of a layer's weights
 
+Need = Literal["hessian", "magnitude", "output metric", "fisher"]  # the parts of `Statistics`
+
 
 @dataclass(frozen=True)
 class Method:
-    """One row. `start` is what is fitted first; `refit` whether the low rank is fitted again to W - Q."""
+    """One row. `solver` carries it out, and looks at no statistics but those that it `needs`: none at all, or the
+    Hessian, under which errors are measured, and more. `start` is what is fitted first; `refit` whether the low rank is
+    fitted again to W - Q; `metric` the norm that it is fitted in."""
 
     name: str
     source: str
@@ -21,8 +25,10 @@ class Method:
     search: str
     start: Literal["none", "quantize", "low-rank", "either"]  # "none": a plain LoRA start; "either": low_rank_first
     iterations: int
+    solver: Literal["data-free", "calibrated", "published"] = "data-free"
+    needs: frozenset[Need] = frozenset()
     rounding: Literal["nearest", "gptq"] = "nearest"
-    metric: Literal["weight", "diagonal", "activation", "kfac", "fisher"] = "weight"  # the others need calibration
+    metric: Literal["weight", "diagonal", "activation", "kfac", "fisher"] = "weight"
     split: Literal["balanced", "A", "B"] = "balanced"  # which factor starts with the singular values
     preserve: bool = False  # some of the rank goes to the weight itself, before the rest is quantized
     magr: bool = False  # outliers are shrunk before rounding, where the inputs allow it
@@ -31,7 +37,8 @@ class Method:
     keep_best: bool = False
     relaxation: float = 1.0  # how far the target moves towards W - L each round; 1 is plain alternation
     svd: Literal["full", "subspace"] = "full"
-    iterations_fixed: bool = True  # False: the recipe's `iter` sets them
+    adjustable: bool = False  # whether a recipe may set its rounds, its rounding and the order of its inputs
+    mixes_widths: bool = False  # whether its layers may get different widths
     passes: int = 0  # of coordinate descent over each block of columns, in every round after the codes are rounded
     act_order: bool = False
 
@@ -45,7 +52,7 @@ class Method:
         """
         if self.start != "either":
             return self.start == "low-rank"
-        return rank * sum(shape) >= LARGE_SHARE * math.prod(shape) or (bits == 2 and self.metric == "weight")
+        return rank * sum(shape) >= LARGE_SHARE * math.prod(shape) or (bits == 2 and not self.needs)
 
 
 METHODS = {
@@ -56,21 +63,29 @@ METHODS = {
         Method("qpissa", "Meng et al. 2024, arXiv:2404.02948", "nf", "absmax", "low-rank", 1, refit=False),
         Method(
             *("lqer", "Zhang et al. 2024 (L2QER), arXiv:2402.02446", "int", "minmax", "quantize", 1),
+            solver="published",
+            needs=frozenset({"hessian", "magnitude"}),
             metric="diagonal",
             split="B",
         ),
         Method(
             *("qera", "Zhang et al. 2024 (QERA-exact), arXiv:2410.06040", "int", "minmax", "quantize", 1),
+            solver="published",
+            needs=frozenset({"hessian"}),
             metric="activation",
             split="B",
         ),
         Method(
             *("eora", "Liu et al. 2024, arXiv:2410.21271", "int", "minmax", "quantize", 1),
+            solver="published",
+            needs=frozenset({"hessian"}),
             rounding="gptq",
             metric="activation",
         ),
         Method(
             *("cloq", "Deng et al. 2025, arXiv:2501.18475", "int", "minmax", "quantize", 1),
+            solver="published",
+            needs=frozenset({"hessian"}),
             rounding="gptq",
             metric="activation",
             split="A",
@@ -79,12 +94,16 @@ METHODS = {
         ),
         Method(
             *("srr", "Cho et al. 2026, arXiv:2602.02001", "int", "minmax", "quantize", 1),
+            solver="published",
+            needs=frozenset({"hessian"}),
             metric="activation",
             split="B",
             preserve=True,
         ),
         Method(
             *("lq-lora", "Guo et al. 2023, arXiv:2311.12023", "nf", "absmax", "low-rank", 100),
+            solver="published",
+            needs=frozenset({"hessian", "fisher"}),
             metric="fisher",
         ),
         Method(
@@ -92,7 +111,8 @@ METHODS = {
             keep_best=True,
             relaxation=2.0,
             svd="subspace",
-            iterations_fixed=False,
+            adjustable=True,
+            mixes_widths=True,
         ),
     )
 }
@@ -100,13 +120,17 @@ METHODS = {
 CALIBRATED = {
     "eqft": Method(
         *("eqft", "qinit", "int", "mse", "either", 3),
+        solver="calibrated",
+        needs=frozenset({"hessian", "output metric"}),
         rounding="gptq",
         metric="kfac",
         passes=2,
         svd="subspace",
-        iterations_fixed=False,
+        adjustable=True,
+        mixes_widths=True,
     )
 }
+UNREACHED = METHODS["eqft"]  # for layers that the text of a calibrated run never reaches
 
 
 def get_method(name: str, *, calibrated: bool = False) -> Method:

@@ -16,33 +16,38 @@ from qinit.solver.statistics import Statistics
 
 OUTPUT_ROWS = 256  # enough to know an output error to a few percent, and nearly free
 
+Split = tuple[Quantized, LowRank, tuple[float, ...]]  # Q, L and the error after each round
+
 
 def solve(weight: torch.Tensor, spec: LayerSpec, seed: int = 0, statistics: Statistics | None = None) -> Solution:
     """Split `weight` [out, in] (float32) into a quantized and a rank-r part, as the method's row says.
 
-    `statistics` are needed by every row whose metric is not `weight`. The rank must not exceed min(out, in).
+    `statistics` must hold what the row `needs`. The rank must not exceed min(out, in).
     """
-    if spec.method.metric == "weight":
+    if spec.method.solver == "data-free":
         return solve_data_free(weight, spec, seed)
     if statistics is None:
         raise ValueError(f"method {spec.method.name} needs statistics of the layer's inputs")
-    if spec.method.iterations_fixed:
-        found = solve_published(weight, spec, statistics, seed)
-        assert found.low_rank is not None
-        return _measured(weight, spec, found.quantized, found.low_rank, statistics, found.trace)
+    return _measured(weight, spec, SOLVERS[spec.method.solver](weight, spec, statistics, seed), statistics)
+
+
+def _calibrated(weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, seed: int) -> Split:
     quantized, approximation, trace = alternate(weight, spec, statistics, seed)
-    return _measured(weight, spec, quantized, approximation.factors, statistics, trace)
+    return quantized, approximation.factors, trace
 
 
-def _measured(
-    weight: torch.Tensor,
-    spec: LayerSpec,
-    quantized: Quantized,
-    factors: LowRank,
-    statistics: Statistics,
-    trace: tuple[float, ...],
-) -> Solution:
+def _published(weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, seed: int) -> Split:
+    found = solve_published(weight, spec, statistics, seed)
+    assert found.low_rank is not None
+    return found.quantized, found.low_rank, found.trace
+
+
+SOLVERS = {"calibrated": _calibrated, "published": _published}
+
+
+def _measured(weight: torch.Tensor, spec: LayerSpec, split: Split, statistics: Statistics) -> Solution:
     """Measure a solution: exactly in the weights' norm, at the output on OUTPUT_ROWS rows spread over the layer."""
+    quantized, factors, trace = split
     residual = residual_of(weight, quantized, spec)
     rows = slice(0, None, max(1, len(weight) // OUTPUT_ROWS))
     left = torch.addmm(residual[rows], factors.B[rows], factors.A, alpha=-1)

@@ -333,7 +333,7 @@ class TestFailures:
         [
             (("--methods", "loftqq"), "--methods: no 'loftqq' (did you mean 'loftq'?); known are qlora, loftq, "),
             (("--methods", "loftq,loftq"), "--methods, --bits: some are given twice (loftq, loftq; 2)"),
-            (("--bits", "8"), "bits: method loftq offers [2, 3, 4], found 8"),
+            (("--bits", "8"), "bits: method loftq offers 2, 3 or 4, found 8"),
             (
                 ("--bits", "2.5"),
                 "--bits: 2.5 is a mix of two widths, which eqft alone has, between 2 and 8 bits; found loftq,",

@@ -120,7 +120,7 @@ BAD_INPUT = {
     "size mismatch": (edit_header(lambda h: h[NORM].update(shape=[65])), [], "of shape [65] takes 130 bytes, not 128"),
     "NaN in a target": (edit_weight(UP, lambda w: w[:2, 3].fill_(NAN)), [], f"'{UP}' holds 2 NaN or Inf among 8192"),
     "Inf in a copied weight": (edit_weight(NORM, lambda w: w[5:8].fill_(INF)), [], f"'{NORM}' holds 3 NaN or Inf"),
-    "bits": (None, ["--bits", 5], "bits: input should be 2, 3, 4 or 8, found 5"),
+    "bits": (None, ["--bits", 5], "bits: method eqft offers 2, 3, 4 or 8, found 5"),
     "rank": (None, ["--rank", 0], "rank: input should be greater than or equal to 1, found 0"),
     "group size": (None, ["--group-size", 48], "needs a group size of 16, 32, 64"),
     "group size for dense": (None, ["--group-size", 0, "--format", "dense"], "group_size: input should be greater"),

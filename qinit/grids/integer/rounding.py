@@ -10,14 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from qinit.grids.base import Quantized
+from qinit.grids.base import DAMPING, Quantized
 from qinit.grids.integer.block import Block
 from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios
 from qinit.grids.integer.rounding_torch import descend_block_torch, feed_back_block_torch, fit_weighted
 from qinit.linalg.chunks import row_chunks
 from qinit.linalg.hessian import damped_cholesky
 
-DAMPING = 0.01  # of H's mean diagonal, as GPTQ's
 BLOCK = 128  # columns, or one group if that is more
 
 

@@ -1,12 +1,15 @@
 import pytest
 import torch
 
+from qinit.errors import QinitError
 from qinit.grids import GRIDS
+
+CODED = [name for name in GRIDS if name != "exact"]
 
 
 @pytest.mark.parametrize(
     ("grid", "bits", "search"),
-    [(name, bits, search) for name, grid in GRIDS.items() for bits in grid.bits for search in grid.searches],
+    [(name, bits, search) for name in CODED for bits in GRIDS[name].bits for search in GRIDS[name].searches],
 )
 def test_every_grid_keeps_the_promises_of_the_interface(grid, bits, search):
     weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(bits))
@@ -24,6 +27,16 @@ def test_every_grid_keeps_the_promises_of_the_interface(grid, bits, search):
     for row in values.split(16, dim=1):
         assert all(len(group.unique()) <= 2**bits for group in row)
     assert residual.norm() < weight.norm()
+
+
+@pytest.mark.parametrize("grid", [name for name, grid in GRIDS.items() if not grid.feeds_back])
+def test_a_grid_that_rounds_to_nearest_only_says_so(grid):
+    weight = torch.zeros(2, 32)
+    quantized, residual = GRIDS[grid].quantize(weight, weight, bits=2, group_size=32, search=GRIDS[grid].searches[0])
+    with pytest.raises(QinitError, match=f"^grid {grid} rounds to nearest only; use a method whose rounding is"):
+        GRIDS[grid].round_gptq(weight, torch.eye(32), bits=2, group_size=32, search=GRIDS[grid].searches[0])
+    with pytest.raises(QinitError, match="nearest only"):
+        GRIDS[grid].descend(quantized, residual, torch.eye(32))
 
 
 @pytest.mark.parametrize("grid", GRIDS)

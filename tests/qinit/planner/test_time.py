@@ -54,7 +54,7 @@ def test_widths_still_to_be_chosen_are_measured_first(seconds):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "eqft"])
 def test_every_method_can_be_estimated(seconds, method):
-    calibrated = METHODS[method].metric != "weight"
+    calibrated = bool(METHODS[method].needs)
     assert seconds(method=method, calibration="random" if calibrated else "none").solving > 0
 
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from qinit.errors import QinitError
-from qinit.grids.integer.rounding import descend, round_gptq
+from qinit.grids import IntegerGrid
 from qinit.linalg.hessian import corrected, damped_cholesky, output_norm
-from qinit.solver import calibrated
 from qinit.solver.calibrated import DAMPING, FLOOR, SHRINKAGE, TOKENS_PER_INPUT, alternate, stable_hessian
 from qinit.solver.methods import METHODS, get_method
 from qinit.solver.residual import as_loaded
@@ -129,12 +128,15 @@ def test_the_order_is_that_of_the_row(rank, start):
 )
 def test_what_the_rounds_do(start, rounds, roundings, monkeypatch):
     steps = []
-    for step in (round_gptq, descend):
-        monkeypatch.setattr(
-            calibrated, step.__name__, lambda *args, step=step, **given: steps.append(step) or step(*args, **given)
-        )
+    for step in (IntegerGrid.round_gptq, IntegerGrid.descend):
+
+        def noted(*args, step=step, **given):
+            steps.append(step.__name__)
+            return step(*args, **given)
+
+        monkeypatch.setattr(IntegerGrid, step.__name__, noted)
     solution = solve(draw(96, 128), spec(iterations=rounds, start=start), statistics=measured(128))
-    assert steps == [round_gptq] * roundings + [descend] * (rounds - roundings)
+    assert steps == ["round_gptq"] * roundings + ["descend"] * (rounds - roundings)
     assert len(solution.trace) == rounds
 
 

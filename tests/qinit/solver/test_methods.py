@@ -1,8 +1,15 @@
-import pytest
+from dataclasses import replace
 
-from qinit.errors import RecipeError
+import pytest
+import torch
+
+from qinit.errors import QinitError, RecipeError
 from qinit.grids import GRIDS
-from qinit.solver.methods import METHODS, get_method
+from qinit.linalg.low_rank import OutputMetric
+from qinit.solver.methods import CALIBRATED, METHODS, get_method
+from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec
+from tests.qinit.solver.papers import COLUMNS, GROUP, RANK, ROWS, draw, statistics, weights
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -19,7 +26,7 @@ def test_the_published_rows_say_what_their_papers_say():
     assert {"qlora", "loftq", "qpissa", "eqft"} <= METHODS.keys()
     loftq, qpissa, qlora = METHODS["loftq"], METHODS["qpissa"], METHODS["qlora"]
     for row in (loftq, qpissa, qlora):
-        assert (row.grid, row.search, row.svd, row.iterations_fixed) == ("nf", "absmax", "full", True)
+        assert (row.grid, row.search, row.svd, row.adjustable) == ("nf", "absmax", "full", False)
         assert "arXiv" in row.source
         assert not row.keep_best  # the papers use the last iterate
     assert (loftq.start, loftq.iterations, loftq.refit) == ("quantize", 5, True)
@@ -31,7 +38,7 @@ def test_the_calibrated_rows_say_what_their_papers_say():
     axes = {
         name: (row.grid, row.search, row.rounding, row.metric, row.split)
         for name, row in METHODS.items()
-        if row.metric != "weight" and "arXiv" in row.source
+        if row.needs and "arXiv" in row.source
     }
     assert axes == {
         "lqer": ("int", "minmax", "nearest", "diagonal", "B"),
@@ -44,14 +51,14 @@ def test_the_calibrated_rows_say_what_their_papers_say():
     assert [name for name in axes if METHODS[name].preserve] == ["srr"]
     assert [name for name in axes if METHODS[name].magr] == ["cloq"]
     assert {name: METHODS[name].ridge for name in axes if METHODS[name].ridge} == {"cloq": 0.01}
-    assert all(METHODS[name].iterations_fixed and not METHODS[name].keep_best for name in axes)
+    assert all(not METHODS[name].adjustable and not METHODS[name].keep_best for name in axes)
 
 
 def test_eqft_keeps_its_best_iterate_and_takes_its_iterations_from_the_recipe():
     row = METHODS["eqft"]
     assert row.keep_best
     assert row.svd == "subspace"
-    assert not row.iterations_fixed
+    assert row.adjustable
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -71,3 +78,34 @@ def test_a_published_row_has_one_order_at_any_rank(name, first):
 def test_an_unknown_method_is_answered_with_the_nearest_name():
     with pytest.raises(RecipeError, match=r"no 'loftqq' \(did you mean 'loftq'\?\).*eqft"):
         get_method("loftqq")
+
+
+@pytest.mark.parametrize("row", [*METHODS.values(), *CALIBRATED.values()], ids=lambda row: f"{row.name}-{row.solver}")
+def test_a_row_looks_at_nothing_but_what_it_needs(row):
+    """What it does not need is damaged, and changes nothing."""
+    everything = replace(statistics(), output_metric=OutputMetric(draw(3, ROWS), torch.ones(ROWS)))
+    damaged = {
+        "hessian": {"hessian": torch.full((COLUMNS, COLUMNS), torch.nan)},
+        "magnitude": {"magnitude": torch.full((COLUMNS,), torch.nan)},
+        "fisher": {"fisher": None},
+        "output metric": {"output_metric": OutputMetric(torch.full((3, ROWS), torch.nan), torch.ones(ROWS))},
+    }
+    left = everything
+    for part, change in damaged.items():
+        left = left if part in row.needs else replace(left, **change)
+    asked = LayerSpec(row, 3, GROUP, RANK, min(row.iterations, 3))
+    whole, rest = (solve(weights(), asked, 0, given) for given in (everything, left))
+    assert torch.equal(whole.quantized.codes, rest.quantized.codes)
+    assert whole.error == rest.error
+    for part in row.needs:
+        if part != "hessian":  # a broken one may also end the solve
+            assert solve_differs(asked, everything, damaged[part])
+
+
+def solve_differs(asked, everything, change):
+    """Whether damage to a part shows, as an error or in the result."""
+    try:
+        found = solve(weights(), asked, 0, replace(everything, **change))
+    except (QinitError, RuntimeError):
+        return True
+    return found.error != solve(weights(), asked, 0, everything).error

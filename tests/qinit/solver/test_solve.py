@@ -13,7 +13,7 @@ from qinit.solver.residual import as_loaded, residual_norm
 from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec, seed_of
 
-DATA_FREE = [name for name, row in METHODS.items() if row.metric == "weight"]
+DATA_FREE = [name for name, row in METHODS.items() if not row.needs]
 KINDS = ("normal", "low-rank plus noise", "heavy-tailed")
 
 

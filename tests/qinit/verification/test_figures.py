@@ -38,7 +38,7 @@ CASES = {
     "the count": (total(layers=3), "totals: layers, made anew from the rows: expected 14, found 3"),
     "the size": (total(adapter_bytes=1), "totals: adapter_bytes, made anew from the rows: expected "),
     "the width": (total(bits_per_weight=2), "totals: bits_per_weight, made anew from the rows: expected "),
-    "the recipe": (lambda report: report["recipe"].update(bits=5), "bits: input should be 2, 3, 4 or 8, found 5"),
+    "the recipe": (lambda report: report["recipe"].update(bits=5), "bits: method eqft offers 2, 3, 4 or 8, found 5"),
     "no report": (lambda report: report.pop("layers"), "qinit.json: not a report of qinit"),
 }
 
