@@ -8,7 +8,7 @@ from typing import Any
 
 from qinit.adapters.lora import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import CheckpointError
-from qinit.formats.gptq.loading import MIXED_METHOD, is_mixed, not_ours, register_mixed, require_packages
+from qinit.formats import format_of
 from qinit.machine import pick_device
 from qinit.report.report import REPORT_NAME
 from qinit.source.checkpoint import read_json
@@ -44,9 +44,8 @@ def load(
     class_name, config = _read(place)
     if adapter:
         _require_adapter(place)
-    quantization = config.get("quantization_config")
-    if quantization is not None and not (isinstance(quantization, dict) and quantization.get("quant_method") == "gptq"):
-        raise not_ours(place)
+    if format_of(config) is None:
+        raise _not_ours(place)
     return load_parts(
         place,
         place / ADAPTER_DIRECTORY if adapter else None,
@@ -86,22 +85,19 @@ def load_parts(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device is not None:
         options["device_map"] = {"": pick_device(device)}
-    quantization = config.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
-        raise not_ours(base)
-    if quantization is not None and quantization.get("quant_method") == "gptq":
-        require_packages(base)
-        if is_mixed(quantization, base):
-            register_mixed()
-            try:
-                options["config"] = transformers.AutoConfig.from_pretrained(
-                    base, local_files_only=True, trust_remote_code=trust_remote_code
-                )
-            except Exception as error:  # a damaged configuration can break its class in any way
-                raise CheckpointError(f"{base / 'config.json'}: cannot be loaded ({_reason(error)})") from error
-            options["config"].quantization_config = {**quantization, "quant_method": MIXED_METHOD}
+    if not isinstance(config.get("quantization_config"), dict | None):
+        raise _not_ours(base)
+    fmt = format_of(config)
+    if fmt is not None:
+        options |= fmt.loader_options(base, config, trust_remote_code=trust_remote_code)
     model = _load_base(base, model_class, dtype, options)
     return model if adapter is None else _load_adapter(model, adapter, trainable)
+
+
+def _not_ours(directory: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{directory / 'config.json'}: its quantization_config is not what qinit writes; run qinit again"
+    )
 
 
 def _read(directory: Path) -> tuple[str, dict[str, Any]]:

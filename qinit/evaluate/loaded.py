@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from math import prod
 from typing import Any
@@ -15,6 +14,7 @@ from qinit.adapters.lora import WEIGHTS_STEM
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import Windows
 from qinit.files.tensors import read_header
+from qinit.formats import format_of
 from qinit.loading import load_parts
 from qinit.report.report import REPORT_NAME
 from qinit.source.checkpoint import Checkpoint, read_json
@@ -28,7 +28,7 @@ SHARE = 0.8  # of the free memory that models and logits may take
 
 def load_model(subject: Subject, dtype: torch.dtype, device: torch.device) -> Any:
     """Load base and adapter in eval mode. Raises CheckpointError for what is damaged or needs a missing package."""
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # gptqmodel prints a banner
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # some kernels' packages print a banner
         model = load_parts(
             subject.base, subject.adapter, class_name(subject), subject.config, dtype=dtype, device=str(device)
         )
@@ -38,7 +38,7 @@ def load_model(subject: Subject, dtype: torch.dtype, device: torch.device) -> An
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Run what gptqmodel would have compiled as it is: compiling takes longer than a few passes over a text."""
+    """Run what packed kernels would have compiled as it is: compiling takes longer than a few passes over a text."""
     set_stance = getattr(torch.compiler, "set_stance", None)
     with nullcontext() if set_stance is None else set_stance("force_eager"):
         yield
@@ -55,8 +55,8 @@ def class_name(subject: Subject) -> str:
 
 def missing_packages(subject: Subject) -> list[str]:
     """Return which of the packages that load this model are not installed."""
-    packed = subject.config.get("quantization_config") is not None
-    return [name for name in ("gptqmodel", "optimum") if packed and find_spec(name) is None]
+    fmt = format_of(subject.config)
+    return [] if fmt is None else fmt.missing_packages()
 
 
 def loaded_bytes(subject: Subject, dtype: torch.dtype) -> int:

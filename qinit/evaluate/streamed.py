@@ -13,6 +13,7 @@ from qinit.errors import CheckpointError
 from qinit.evaluate.figures import Logits
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import Windows
+from qinit.formats import format_of
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import read_architecture
 from qinit.stream.blocks import Blocks, NotStreamable
@@ -78,11 +79,12 @@ class Streamed:
 
 def _weights(subject: Subject) -> StoredWeights:
     checkpoint = Checkpoint.open(subject.base, quantized=True)
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is not None:
-        how = [quantization.get(key) for key in ("quant_method", "checkpoint_format")]
-        if how != ["gptq", "gptq_v2"]:
-            raise NotStreamable(f"its weights are packed as {how[0]}, and streaming reads gptq_v2 only")
+    fmt = format_of(checkpoint.config)
+    if fmt is None:
+        how = checkpoint.config["quantization_config"].get("quant_method")
+        raise NotStreamable(f"its weights are packed as {how}, which is not read layer by layer")
+    if (problem := fmt.cannot_read(checkpoint.config)) is not None:
+        raise NotStreamable(f"its weights are packed as {problem}")
     architecture = read_architecture(checkpoint)
     adapter = None
     if subject.adapter is not None:

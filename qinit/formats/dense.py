@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from qinit.source.targets import Target
 
 class DenseFormat(Format):
     name = "dense"
+    title = "ordinary weights"
     mixed_bits = True
 
     def storage(self, target: Target) -> torch.dtype | None:
@@ -29,3 +31,6 @@ class DenseFormat(Format):
     def decode(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
         values = tensors[target.tensor.name].float()
         return values.T.contiguous() if target.module.transposed else values
+
+    def recognises(self, config: dict[str, Any]) -> bool:
+        return config.get("quantization_config") is None

@@ -140,14 +140,17 @@ class Plan:
 
     @property
     def _storage_note(self) -> str:
-        if FORMATS[self.recipe.format].mixed_bits:
-            return (
-                f"format {self.recipe.format}: no stock loader takes packed weights of mixed widths, so Q is stored in "
-                "the checkpoint's own type; --format gptq packs it, for qinit.load and GPTQModel.load"
-            )
+        fmt = FORMATS[self.recipe.format]
+        if not fmt.mixed_bits:
+            return f"format {fmt.name}: {fmt.mixed_note}"
+        packing = "; ".join(
+            f"--format {other.name} packs it, for {other.mixed_loaders}"
+            for other in FORMATS.values()
+            if other.mixed_loaders
+        )
         return (
-            f"format {self.recipe.format}: packed with mixed widths; load it with qinit.load(DIR) or GPTQModel.load, "
-            "as stock from_pretrained reads one width only"
+            f"format {fmt.name}: no stock loader takes packed weights of mixed widths, so Q is stored in the "
+            f"checkpoint's own type; {packing}"
         )
 
     def layer_spec(self, layer: LayerPlan) -> LayerSpec:

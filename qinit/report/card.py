@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from qinit.adapters.lora import ADAPTER_DIRECTORY
+from qinit.formats import FORMATS
 from qinit.report.report import Report
 from qinit.source.demo import DEMO_NAME
 
@@ -92,8 +93,8 @@ def snippet_of(report: Report, directory: str) -> list[str]:
 
 
 def packed_mixed(report: Report) -> bool:
-    """Whether a run has packed weights of several widths."""
-    return report.recipe["format"] == "gptq" and len({row.bits for row in report.layers if row.bits}) > 1
+    """Whether a run has packed weights of several widths, which no stock loader reads."""
+    return not FORMATS[report.recipe["format"]].mixed_bits and len({row.bits for row in report.layers if row.bits}) > 1
 
 
 def hub_card(text: str, report: Report, repo_id: str) -> str:
@@ -159,7 +160,8 @@ def write_card(directory: Path, report: Report, source: dict[str, Any]) -> None:
     totals = report.totals
     title = f"{report.model.rstrip('/').split('/')[-1]}, {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}"
     notes = "".join(f"\n- {note}" for note in report.notes)
-    requires = "Needs `pip install gptqmodel optimum` beside transformers and peft.\n"
+    packages = FORMATS[report.recipe["format"]].packages
+    requires = f"Needs `pip install {' '.join(packages)}` beside transformers and peft.\n" if packages else ""
     text = TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=title,
@@ -169,7 +171,7 @@ def write_card(directory: Path, report: Report, source: dict[str, Any]) -> None:
         rank=report.recipe["rank"],
         adapter=ADAPTER_DIRECTORY,
         snippet="\n".join(snippet_of(report, ".")),
-        requires=requires if report.recipe["format"] == "gptq" else "",
+        requires=requires,
         layers=totals["layers"],
         kept=totals["layers_kept"],
         bpw=totals["bits_per_weight"],

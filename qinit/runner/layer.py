@@ -14,14 +14,13 @@ from qinit.report.report import LayerRow
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.solver.statistics import Statistics
-from qinit.source.checkpoint import count_nonfinite, not_decomposable, require_finite
+from qinit.source.checkpoint import not_decomposable, read_finite
 
 
 def read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
     """Return W [out, in] in float32 on the device. Raises CheckpointError for NaN and Inf."""
     target = layer.target
-    raw = target.tensor.read()
-    require_finite(target.tensor, count_nonfinite(raw))
+    raw = read_finite(target.tensor)
     return (raw.T if target.module.transposed else raw).to(device, torch.float32).contiguous()
 
 

@@ -210,6 +210,13 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     return int((~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)).sum())
 
 
+def read_finite(tensor: StoredTensor) -> torch.Tensor:
+    """Read a tensor in its stored dtype; raises CheckpointError for NaN and Inf."""
+    raw = tensor.read()
+    require_finite(tensor, count_nonfinite(raw))
+    return raw
+
+
 def require_finite(tensor: StoredTensor, bad: int) -> None:
     """Raise CheckpointError when `bad` of a tensor's values are NaN or Inf."""
     if bad:

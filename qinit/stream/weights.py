@@ -7,18 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from qinit.adapters.reading import StoredAdapter
-from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor
-from qinit.formats.gptq.reading import PARTS, dequantized, width_of
-from qinit.source.checkpoint import Checkpoint, count_nonfinite, require_finite
-from qinit.source.targets import Architecture, LinearModule, find_tensor
+from qinit.formats import format_of
+from qinit.source.checkpoint import Checkpoint, read_finite
+from qinit.source.targets import Architecture, find_tensor
 
 OTHER_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # in the files of GPT-NeoX
 
 
 class StoredWeights:
-    """A checkpoint's parameters by the names that the model has for them: dense, or GPTQ with a width for each layer,
-    with an adapter's s B A added to the layers that it repairs.
+    """A checkpoint's parameters by the names that the model has for them: packed layers are unpacked, and an adapter's
+    s B A is added to the layers that it repairs.
 
     `linear` names the modules that the model's row of blocks is known by (all if left out).
     """
@@ -33,6 +32,7 @@ class StoredWeights:
         trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint, self.trust_remote_code = checkpoint, trust_remote_code
+        self.format = format_of(checkpoint.config)
         self.base_prefix = architecture.base_prefix
         self.modules = {f"{module.name}.weight": module for module in architecture.linear}
         self.linear = [module.name for module in architecture.linear] if linear is None else linear
@@ -46,9 +46,10 @@ class StoredWeights:
         """Return a parameter in float32 on the device, None if there is none. Raises CheckpointError for NaN, Inf."""
         stored, module = self._find(name), self.modules.get(name)
         if stored is not None:
-            value = _checked(stored).to(device, torch.float32)
-        elif module is not None and (parts := self._packed(name)) is not None:
-            value = self._dequantized(module, parts, device)
+            value = read_finite(stored).to(device, torch.float32)
+        elif module is not None and self.format is not None and (parts := self._packed(name)) is not None:
+            value = self.format.read(module, parts, self.checkpoint.config, device)
+            value = value.T.contiguous() if module.transposed else value
         else:
             return None
         if module is not None and self.adapter is not None:
@@ -61,25 +62,10 @@ class StoredWeights:
         others = (self.checkpoint.tensors.get(other) for other in OTHER_NAMES.get(name, ()))
         return find_tensor(self.checkpoint, name, self.base_prefix) or next(filter(None, others), None)
 
-    def _packed(self, name: str) -> list[StoredTensor] | None:
-        prefix = name.removesuffix("weight")
-        parts = [self._find(prefix + part) for part in PARTS] if name.endswith(".weight") else []
-        return [part for part in parts if part is not None] if parts and all(parts) else None
-
-    def _dequantized(self, module: LinearModule, parts: list[StoredTensor], device: torch.device) -> torch.Tensor:
-        bits = width_of(module.name, self.checkpoint.config["quantization_config"])
-        expected = (module.in_features * bits // 32, module.out_features)
-        if parts[0].shape != expected:
-            raise CheckpointError(
-                f"{parts[0].file}: tensor '{parts[0].name}' has shape {list(parts[0].shape)}, but config.json says "
-                f"{bits} bits, so {list(expected)}; config and weights belong to different models"
-            )
-        weight = dequantized(*(_checked(part).to(device) for part in parts), bits=bits)
-        weight = weight.half().float()  # gptqmodel's kernel computes with float16
-        return weight.T.contiguous() if module.transposed else weight
-
-
-def _checked(stored: StoredTensor) -> torch.Tensor:
-    raw = stored.read()
-    require_finite(stored, count_nonfinite(raw))
-    return raw
+    def _packed(self, name: str) -> dict[str, StoredTensor] | None:
+        """Return the tensors that stand for a packed layer's weight, by what they are called in its place."""
+        if self.format is None or not name.endswith(".weight"):
+            return None
+        found = {part: self._find(name.removesuffix("weight") + part) for part in self.format.parts}
+        parts = {part: tensor for part, tensor in found.items() if tensor is not None}
+        return parts if parts and len(parts) == len(found) else None

@@ -13,17 +13,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from qinit.files.tensors import TensorSpec
+from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats.base import Format
+from qinit.formats.gptq.loading import PACKAGES, loader_options
 from qinit.formats.gptq.packing import pack_rows
-from qinit.formats.gptq.reading import PARTS, dequantized
+from qinit.formats.gptq.reading import PARTS, dequantized, read_layer
 from qinit.grids import Grid, Quantized
 from qinit.source.targets import LinearModule, Target
 
+VERSION = "gptq_v2"
 WORD = 32
 # Block names that optimum finds by itself, whether a base model or one with a head is loaded.
 KNOWN_BLOCKS = (
@@ -40,7 +43,15 @@ GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what gptqmodel's kernels acce
 
 class GptqFormat(Format):
     name = "gptq"
+    title = "GPTQ"
     mixed_bits = False
+    mixed_loaders = "qinit.load and GPTQModel.load"
+    mixed_note = (
+        "packed with mixed widths; load it with qinit.load(DIR) or GPTQModel.load, as stock from_pretrained reads one "
+        "width only"
+    )
+    packages = PACKAGES
+    parts = PARTS
 
     def cannot_hold(self, grid: str, bits: int, group_size: int) -> str | None:
         if grid != "int":
@@ -104,7 +115,7 @@ class GptqFormat(Format):
             "group_size": group_size,
             "desc_act": False,
             "sym": False,
-            "checkpoint_format": "gptq_v2",
+            "checkpoint_format": VERSION,
             "pack_dtype": "int32",
             "lm_head": False,
             "backend": "gptq_torch",  # without it a CPU may get a kernel that cannot train
@@ -120,6 +131,26 @@ class GptqFormat(Format):
         if dynamic:
             config["dynamic"] = dynamic
         return config
+
+    def recognises(self, config: dict[str, Any]) -> bool:
+        quantization = config.get("quantization_config")
+        return isinstance(quantization, dict) and quantization.get("quant_method") == "gptq"
+
+    def loader_options(self, base: Path, config: dict[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
+        return loader_options(base, config["quantization_config"], trust_remote_code)
+
+    def cannot_read(self, config: dict[str, Any]) -> str | None:
+        version = config["quantization_config"].get("checkpoint_format")
+        return None if version == VERSION else f"gptq as {version or 'gptq'}, and {VERSION} alone is read"
+
+    def read(
+        self,
+        module: LinearModule,
+        parts: Mapping[str, StoredTensor],
+        config: dict[str, Any],
+        device: torch.device,
+    ) -> torch.Tensor:
+        return read_layer(module, parts, config["quantization_config"], device)
 
 
 def _group_indices(in_features: int, group_size: int) -> torch.Tensor:

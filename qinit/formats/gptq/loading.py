@@ -11,34 +11,44 @@ from qinit.errors import CheckpointError
 from qinit.formats.gptq.reading import width_of
 from qinit.requirements import pip_command
 
+PACKAGES = ("gptqmodel", "optimum")
 MIXED_METHOD = "qinit_mixed_gptq"  # the name that transformers knows the quantizer for mixed widths by
 
 
-def is_mixed(quantization: Any, directory: Path) -> bool:
+def loader_options(base: Path, quantization: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to be told: nothing, or for mixed widths a configuration that names the
+    quantizer for them. Raises CheckpointError if a package is missing or config.json is damaged."""
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise CheckpointError(f"{base}: packed as GPTQ, which needs {' and '.join(missing)}; {pip_command(PACKAGES)}")
+    if not _is_mixed(quantization, base):
+        return {}
+    import transformers  # late: it takes seconds
+
+    _register_mixed()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            base, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # a damaged configuration can break its class in any way
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CheckpointError(f"{base / 'config.json'}: cannot be loaded ({reason})") from error
+    config.quantization_config = {**quantization, "quant_method": MIXED_METHOD}
+    return {"config": config}
+
+
+def _is_mixed(quantization: dict[str, Any], directory: Path) -> bool:
     try:
         overrides = (quantization.get("dynamic") or {}).values()
         return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
     except (AttributeError, KeyError):
-        raise not_ours(directory) from None
-
-
-def not_ours(directory: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{directory / 'config.json'}: its quantization_config is not what qinit writes; run qinit again"
-    )
-
-
-def require_packages(directory: Path) -> None:
-    missing = [package for package in ("gptqmodel", "optimum") if find_spec(package) is None]
-    if missing:
-        needs = " and ".join(missing)
         raise CheckpointError(
-            f"{directory}: packed as GPTQ, which needs {needs}; {pip_command(('gptqmodel', 'optimum'))}"
-        )
+            f"{directory / 'config.json'}: its quantization_config is not what qinit writes; run qinit again"
+        ) from None
 
 
 @cache
-def register_mixed() -> None:
+def _register_mixed() -> None:
     """Tell transformers, once and under a name of its own, of GPTQ with a width per layer."""
     from optimum.gptq import GPTQQuantizer
     from transformers import GPTQConfig

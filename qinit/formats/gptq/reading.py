@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from qinit.errors import CheckpointError
+from qinit.files.tensors import StoredTensor
 from qinit.formats.gptq.packing import unpack_rows
 from qinit.linalg.chunks import row_chunks
+from qinit.source.checkpoint import read_finite
+from qinit.source.targets import LinearModule
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -32,3 +37,20 @@ def width_of(name: str, quantization: dict[str, Any]) -> int:
         if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
             return int(override.get("bits", quantization["bits"]))
     return int(quantization["bits"])
+
+
+def read_layer(
+    module: LinearModule, parts: Mapping[str, StoredTensor], quantization: dict[str, Any], device: torch.device
+) -> torch.Tensor:
+    """Return a layer's weight [out, in] in float32 as gptqmodel's kernel computes with it: rounded to float16.
+
+    Raises CheckpointError for NaN and Inf, and for tensors that are not of the width that `quantization` says.
+    """
+    bits, packed = width_of(module.name, quantization), parts["qweight"]
+    expected = (module.in_features * bits // 32, module.out_features)
+    if packed.shape != expected:
+        raise CheckpointError(
+            f"{packed.file}: tensor '{packed.name}' has shape {list(packed.shape)}, but config.json says "
+            f"{bits} bits, so {list(expected)}; config and weights belong to different models"
+        )
+    return dequantized(*(read_finite(parts[part]).to(device) for part in PARTS), bits=bits).half().float()
