@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from tables import KINDS
 
-from qinit.adapters.lora import ADAPTER_DIRECTORY
+from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.evaluate.figures import Figures, figures_of
 from qinit.events import Finished
 from qinit.machine import ran_on, versions

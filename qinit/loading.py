@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from qinit.adapters.lora import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
+from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import CheckpointError
 from qinit.formats import format_of
 from qinit.machine import pick_device

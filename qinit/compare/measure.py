@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from qinit.adapters import lora as adapter
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.errors import OutputError
 from qinit.evaluate.figures import perplexity
@@ -145,7 +144,7 @@ def _same_adapters(comparison: Comparison) -> dict[str, Any]:
     recipe = (recipe or make_recipe()).model_copy(update={"calibration": "none", "format": "dense"})
     plan = make_plan(recipe, comparison.directory, comparison.model)
     modules = [(layer.target.module, layer.rank) for layer in plan.layers]
-    config = adapter.adapter_config(recipe, plan.architecture, modules, "")
+    config = plan.adapter.config(recipe, plan.architecture, modules, "")
     return {**config, "inference_mode": False, "base_model_name_or_path": None}
 
 

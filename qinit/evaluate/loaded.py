@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qinit.adapters.lora import WEIGHTS_STEM
+from qinit.adapters import WEIGHTS_STEM
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import Windows
 from qinit.files.tensors import read_header

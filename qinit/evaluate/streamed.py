@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qinit.adapters.reading import StoredAdapter
+from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
 from qinit.evaluate.figures import Logits
 from qinit.evaluate.subject import Subject
@@ -18,7 +18,7 @@ from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import read_architecture
 from qinit.stream.blocks import Blocks, NotStreamable
 from qinit.stream.carried import Batch, Calls, Carried
-from qinit.stream.weights import StoredWeights
+from qinit.stream.weights import ModelWeights
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Streamed:
         return run
 
 
-def _weights(subject: Subject) -> StoredWeights:
+def _weights(subject: Subject) -> ModelWeights:
     checkpoint = Checkpoint.open(subject.base, quantized=True)
     fmt = format_of(checkpoint.config)
     if fmt is None:
@@ -89,10 +89,10 @@ def _weights(subject: Subject) -> StoredWeights:
     adapter = None
     if subject.adapter is not None:
         try:
-            adapter = StoredAdapter.open(subject.adapter)
+            adapter = SavedAdapter.open(subject.adapter)
         except CheckpointError as error:
             raise NotStreamable(str(error)) from error
-        other = adapter.factors.keys() - {module.name for module in architecture.linear}
+        other = adapter.parts.keys() - {module.name for module in architecture.linear}
         if other:
             raise NotStreamable(f"{subject.adapter}: has factors for {min(other)}, which is no linear layer inside")
-    return StoredWeights(checkpoint, architecture, adapter=adapter)
+    return ModelWeights(checkpoint, architecture, adapter=adapter)

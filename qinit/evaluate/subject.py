@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qinit.adapters.lora import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
+from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import CheckpointError, HubError
 from qinit.files.atomic import replace_text
 from qinit.files.manifest import refresh

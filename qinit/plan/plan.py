@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qinit.adapters import lora as adapter
+from qinit.adapters import ADAPTERS, Adapter
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
@@ -54,6 +54,11 @@ class Plan:
     calibration_reason: str = ""  # why `auto` became what it is
     allocation: Allocation | None = None  # of mixed widths; None too while they are still to be measured
 
+    @property
+    def adapter(self) -> Adapter:
+        """The kind of adapter that repairs the layers."""
+        return ADAPTERS[self.recipe.row.adapter]
+
     @cached_property
     def quantized(self) -> tuple[LayerPlan, ...]:
         return tuple(layer for layer in self.layers if layer.kept is None)
@@ -75,7 +80,7 @@ class Plan:
 
     @cached_property
     def adapter_specs(self) -> list[TensorSpec]:
-        return [spec for layer in self.layers for spec in adapter.specs(layer.target.module, layer.rank)]
+        return [spec for layer in self.layers for spec in self.adapter.specs(layer.target.module, layer.rank)]
 
     @property
     def max_shard_bytes(self) -> int:

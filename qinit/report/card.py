@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qinit.adapters.lora import ADAPTER_DIRECTORY
+from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.formats import FORMATS
 from qinit.report.report import Report
 from qinit.source.demo import DEMO_NAME

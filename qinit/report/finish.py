@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qinit.adapters import lora as adapter
+from qinit.adapters import ADAPTER_DIRECTORY, write_config
 from qinit.files.manifest import write_manifest
 from qinit.formats import FORMATS
 from qinit.machine import versions
@@ -29,8 +29,8 @@ def copy_companions(plan: Plan, directory: Path) -> None:
 def complete(plan: Plan, report: Report, directory: Path, out: Path) -> None:
     """Write all other files; `out` is where the directory goes. The last one is the list of all with their sums."""
     modules = [(layer.target.module, layer.rank) for layer in plan.layers]
-    config = adapter.adapter_config(plan.recipe, plan.architecture, modules, str(out.resolve()))
-    adapter.write_config(directory / adapter.ADAPTER_DIRECTORY, config)
+    config = plan.adapter.config(plan.recipe, plan.architecture, modules, str(out.resolve()))
+    write_config(directory / ADAPTER_DIRECTORY, config)
     _write_config(plan, directory)
     report.write(directory)
     if plan.allocation is not None and plan.allocation.sensitivity is not None:

@@ -6,7 +6,6 @@ import time
 
 import torch
 
-from qinit.adapters import lora
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan.plan import LayerPlan, Plan
@@ -47,7 +46,7 @@ def solve_layer(
         encoded = FORMATS[recipe.format].encode(target, solution.quantized, GRIDS[spec.method.grid])
         tensors = {name: tensor.cpu() for name, tensor in encoded.items()}
     low_rank = solution.low_rank if solution else None
-    tensors |= lora.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed)
+    tensors |= plan.adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed)
     row = LayerRow(
         name=target.name,
         shape=(target.module.out_features, target.module.in_features),

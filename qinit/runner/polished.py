@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from qinit.adapters import lora
 from qinit.events import (
     Event,
 )
@@ -56,6 +55,6 @@ def _polish(job: Job) -> Generator[Event, None, None]:
         residual = weight - store.quantized(layer).to(job.device)
         factors = LowRank(low_rank.B.to(job.device), low_rank.A.to(job.device))
         errors[name] = residual_norm(residual, factors) / residual_norm(weight, None)
-        encoded |= lora.encode(layer.target.module, low_rank, layer.rank, plan.recipe.lora_scale, 0)
+        encoded |= plan.adapter.encode(layer.target.module, low_rank, layer.rank, plan.recipe.lora_scale, 0)
     words = {"steps": result.steps, "held_out_before": result.before, "held_out_after": result.after}
     save_polish(store, {**words, "kept": result.kept}, errors, encoded)

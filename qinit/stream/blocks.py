@@ -12,7 +12,7 @@ from torch import nn
 from qinit.plan.plan import Plan
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.skeleton import build_model
-from qinit.stream.weights import StoredWeights
+from qinit.stream.weights import ModelWeights
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -150,7 +150,7 @@ class Blocks:
         """The blocks of a plan's source, known by the layers that will be quantized."""
         linear = [layer.target.name for layer in plan.quantized]
         trusted = plan.recipe.trust_remote_code
-        return cls(StoredWeights(plan.checkpoint, plan.architecture, linear, trust_remote_code=trusted), device)
+        return cls(ModelWeights(plan.checkpoint, plan.architecture, linear, trust_remote_code=trusted), device)
 
     def __len__(self) -> int:
         return len(self.blocks)

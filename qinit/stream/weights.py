@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qinit.adapters.reading import StoredAdapter
+from qinit.adapters.reading import SavedAdapter
 from qinit.files.tensors import StoredTensor
 from qinit.formats import format_of
 from qinit.source.checkpoint import Checkpoint, read_finite
@@ -15,7 +15,7 @@ from qinit.source.targets import Architecture, find_tensor
 OTHER_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # in the files of GPT-NeoX
 
 
-class StoredWeights:
+class ModelWeights:
     """A checkpoint's parameters by the names that the model has for them: packed layers are unpacked, and an adapter's
     s B A is added to the layers that it repairs.
 
@@ -27,7 +27,7 @@ class StoredWeights:
         checkpoint: Checkpoint,
         architecture: Architecture,
         linear: Sequence[str] | None = None,
-        adapter: StoredAdapter | None = None,
+        adapter: SavedAdapter | None = None,
         *,
         trust_remote_code: bool = False,
     ) -> None:
@@ -53,7 +53,7 @@ class StoredWeights:
         else:
             return None
         if module is not None and self.adapter is not None:
-            added = self.adapter.product(module.name, device)
+            added = self.adapter.change(module.name, device)
             if added is not None:
                 value += added.T if module.transposed else added
         return value

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from qinit.adapters import lora as adapter
+from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import CheckpointError, ReportError
 from qinit.files.manifest import refresh
 from qinit.files.tensors import StoredTensor, read_header
@@ -16,8 +16,8 @@ from qinit.source.checkpoint import read_json
 from qinit.verification.findings import Finding, from_error
 from qinit.verification.written import Written, compare, differing
 
-CONFIG_FILE = f"{adapter.ADAPTER_DIRECTORY}/{adapter.CONFIG_NAME}"
-WEIGHTS_FILE = f"{adapter.ADAPTER_DIRECTORY}/{adapter.WEIGHTS_STEM}.safetensors"
+CONFIG_FILE = f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}"
+WEIGHTS_FILE = f"{ADAPTER_DIRECTORY}/{WEIGHTS_STEM}.safetensors"
 BASE_KEY = "base_model_name_or_path"
 
 
@@ -30,7 +30,7 @@ def check_adapter(written: Written) -> Generator[Finding, None, dict[str, Stored
     except CheckpointError as error:
         yield from_error(directory, CONFIG_FILE, error)
     else:
-        expected = adapter.adapter_config(written.recipe, written.architecture, ranks, "")
+        expected = written.adapter.config(written.recipe, written.architecture, ranks, "")
         yield from differing(CONFIG_FILE, "", _comparable(expected), _comparable(config))
         yield from _check_base(written, config.get(BASE_KEY))
     try:
@@ -38,7 +38,7 @@ def check_adapter(written: Written) -> Generator[Finding, None, dict[str, Stored
     except CheckpointError as error:
         yield from_error(directory, WEIGHTS_FILE, error)
         return {}
-    specs = {spec.name: spec for module, rank in ranks for spec in adapter.specs(module, rank)}
+    specs = {spec.name: spec for module, rank in ranks for spec in written.adapter.specs(module, rank)}
     problems = {name: compare(directory, directory / WEIGHTS_FILE, specs[name], found.get(name)) for name in specs}
     yield from filter(None, problems.values())
     for name in sorted(found.keys() - specs.keys()):
@@ -83,7 +83,7 @@ def point_to(directory: Path) -> None:
     """Make the adapter name the directory, where it is now, as its base, and SHA256SUMS know of it."""
     config = read_json(directory / CONFIG_FILE, "the adapter is incomplete; run qinit again")
     config[BASE_KEY] = str(directory.resolve())
-    temporary = directory / adapter.ADAPTER_DIRECTORY / f".{adapter.CONFIG_NAME}.tmp"
+    temporary = directory / ADAPTER_DIRECTORY / f".{CONFIG_NAME}.tmp"
     temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     temporary.replace(directory / CONFIG_FILE)
     refresh(directory, [CONFIG_FILE])

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from qinit.adapters import ADAPTERS
 from qinit.recipe import Recipe
 from qinit.report.averages import average
 from qinit.report.report import REPORT_NAME, LayerRow, Report
+from qinit.source.targets import LinearModule
 from qinit.verification.findings import Finding
 
 ROUNDING = 1e-9  # the sums are made anew from the same numbers
@@ -49,8 +51,9 @@ def _bounds(row: LayerRow, recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
         yield key, "a number", getattr(row, key) is not None
 
 
-def check_totals(report: Report) -> Iterator[Finding]:
+def check_totals(report: Report, recipe: Recipe) -> Iterator[Finding]:
     """Compare the report's totals with its rows, which must be sound."""
+    adapter = ADAPTERS[recipe.row.adapter]
     quantized = [row for row in report.layers if row.kept is None]
     weights = sum(row.shape[0] * row.shape[1] for row in quantized)
     expected: dict[str, float] = {
@@ -58,7 +61,7 @@ def check_totals(report: Report) -> Iterator[Finding]:
         "layers_kept": len(report.layers) - len(quantized),
         "quantized_weights": weights,
         "bits_per_weight": round(8 * sum(row.bytes_after for row in quantized) / weights, 4),
-        "adapter_bytes": sum(4 * row.rank * sum(row.shape) for row in report.layers),
+        "adapter_bytes": sum(spec.nbytes for row in report.layers for spec in adapter.specs(_module(row), row.rank)),
     }
     for key in ("error_start", "error", "output_error_start", "output_error"):
         if (value := average(report.layers, key)) is not None:
@@ -67,3 +70,7 @@ def check_totals(report: Report) -> Iterator[Finding]:
         found = report.totals.get(key)
         if not isinstance(found, int | float) or not math.isclose(found, made_anew, rel_tol=ROUNDING):
             yield Finding(REPORT_NAME, f"totals: {key}, made anew from the rows", made_anew, found)
+
+
+def _module(row: LayerRow) -> LinearModule:
+    return LinearModule(row.name, *row.shape, transposed=False)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from qinit.adapters import lora as adapter
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
@@ -43,16 +42,16 @@ def check_values(written: Written, factors: dict[str, StoredTensor], source: Che
             yield from _guarded(written, _check_copied(written, tensor, original))
     paired: set[str] = set()
     for layer in quantized:
-        names = adapter.tensor_names(layer.target.module)
+        names = written.adapter.names(layer.target.module)
         paired |= factors.keys() & set(names)
         pair = [factors[name] for name in names if name in factors]
         yield from _guarded(written, _check_layer(written, layer, pair, originals.get(layer.row.name)))
     for name in [name for name in factors if name not in paired]:
         yield from _guarded(written, _check_finite(written, factors[name], factors[name].chunks()))
     for layer in written.layers:
-        name = adapter.tensor_names(layer.target.module)[1]
-        if layer.row.kept is not None and name in factors:
-            yield from _guarded(written, _check_plain_start(written, factors[name]))
+        names = written.adapter.names(layer.target.module)
+        if layer.row.kept is not None and factors.keys() >= set(names):
+            yield from _guarded(written, _check_plain_start(written, layer, [factors[name] for name in names]))
 
 
 def _guarded(written: Written, events: Iterator[Event]) -> Iterator[Event]:
@@ -86,18 +85,19 @@ def _check_copied(written: Written, tensor: StoredTensor, original: StoredTensor
         yield Finding(relative(written.directory, tensor.file), f"tensor '{tensor.name}' is not the source's")
 
 
-def _check_plain_start(written: Written, factor: StoredTensor) -> Iterator[Event]:
-    """B of a layer that was kept is 0: nothing is there to repair."""
-    if any(bool(chunk.any()) for chunk in factor.chunks()):
-        file = relative(written.directory, factor.file)
-        yield Finding(file, f"tensor '{factor.name}', of a layer that was kept", "zeros", "other values")
+def _check_plain_start(written: Written, layer: Layer, parts: list[StoredTensor]) -> Iterator[Event]:
+    """The adapter of a layer that was kept changes nothing: nothing is there to repair."""
+    if not written.adapter.is_neutral(layer.target.module, {part.name: part.read() for part in parts}):
+        last = parts[-1]
+        file = relative(written.directory, last.file)
+        yield Finding(file, f"tensor '{last.name}', of a layer that was kept", "zeros", "other values")
 
 
 def _check_layer(written: Written, layer: Layer, pair: list[StoredTensor], original: Target | None) -> Iterator[Event]:
     """A quantized layer's tensors are finite and as its format has them, and as far from the source as reported."""
     stored = {spec.name: written.tensors[spec.name] for spec in layer.specs} | {each.name: each for each in pair}
     tensors = {name: each.read() for name, each in stored.items()}
-    sound = len(pair) == 2
+    sound = len(pair) == len(written.adapter.names(layer.target.module))
     for name, tensor in tensors.items():
         for event in _check_finite(written, stored[name], [tensor]):
             sound = sound and not isinstance(event, Finding)
@@ -111,7 +111,7 @@ def _check_layer(written: Written, layer: Layer, pair: list[StoredTensor], origi
     if original is None or not sound:
         return
     Q = fmt.decode(layer.target, tensors, row.bits, row.group_size)
-    low_rank = adapter.decode(layer.target.module, tensors, written.recipe.lora_scale)
+    low_rank = written.adapter.decode(layer.target.module, tensors, written.recipe.lora_scale)
     raw = original.tensor.read().float()
     W = raw.T if original.module.transposed else raw
     norm, residual = residual_norm(W, None), Q.neg_().add_(W)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qinit.adapters import ADAPTERS, Adapter
 from qinit.errors import CheckpointError, QinitError
 from qinit.files.tensors import INDEX_NAME, StoredTensor, TensorSpec, read_header
 from qinit.formats import FORMATS
@@ -44,6 +45,11 @@ class Written:
     tensors: dict[str, StoredTensor]
     layers: tuple[Layer, ...]
 
+    @property
+    def adapter(self) -> Adapter:
+        """The kind of adapter that the run has."""
+        return ADAPTERS[self.recipe.row.adapter]
+
 
 def open_written(directory: Path) -> Generator[Finding, None, Written | None]:
     """Read report, configuration and headers, and compare them; None where too little can be read to go on."""
@@ -52,7 +58,7 @@ def open_written(directory: Path) -> Generator[Finding, None, Written | None]:
         report = Report.read(directory)
         recipe = make_recipe(**report.recipe)
         unsound = list(check_rows(report, recipe))
-        yield from unsound or check_totals(report)
+        yield from unsound or check_totals(report, recipe)
         file = CONFIG
         config = read_json(directory / CONFIG, "the directory is incomplete; run qinit again")
         tensors, whole = yield from _read_headers(directory)

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from qinit.adapters import lora as adapter
 from qinit.errors import RecipeError
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
@@ -57,7 +56,7 @@ def _choice(plan: Plan, layer: LayerPlan, bits: int, rank: int, nats: float) -> 
     grid_bits = layer.weights * GRIDS[plan.recipe.row.grid].bits_per_weight(bits, layer.group_size)
     if not FORMATS[plan.recipe.format].storage(layer.target):
         grid_bits = 8.0 * with_choice(plan, layer, bits, rank).bytes_after
-    factors = sum(spec.nbytes for spec in adapter.specs(layer.target.module, rank))
+    factors = sum(spec.nbytes for spec in plan.adapter.specs(layer.target.module, rank))
     return Choice(bits, rank, grid_bits, factors, nats)
 
 
@@ -89,9 +88,8 @@ def adapter_budget(plan: Plan, choices: list[Item]) -> int | None:
     layers that are kept. Raises RecipeError when that is too little for the smallest ranks."""
     if plan.recipe.rank_budget is None:
         return None
-    kept = sum(
-        spec.nbytes for layer in plan.layers if layer.kept for spec in adapter.specs(layer.target.module, layer.rank)
-    )
+    left = [layer for layer in plan.layers if layer.kept]
+    kept = sum(spec.nbytes for layer in left for spec in plan.adapter.specs(layer.target.module, layer.rank))
     least = kept + sum(min(c.adapter_bytes for c in item.totals) for item in choices)
     whole = parse_size(plan.recipe.rank_budget)
     if least > whole:

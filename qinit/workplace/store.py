@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from qinit.adapters import lora as adapter
+from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
 from qinit.errors import CheckpointError
 from qinit.files.writer import SafetensorsWriter
 from qinit.formats import FORMATS
@@ -32,10 +32,10 @@ class Store:
 
     def __init__(self, plan: Plan, place: Workplace, journal: Journal) -> None:
         self.plan, self.place, self.journal = plan, place, journal
-        directory = place.run / adapter.ADAPTER_DIRECTORY
+        directory = place.run / ADAPTER_DIRECTORY
         directory.mkdir(exist_ok=True)
         self.base = SafetensorsWriter(place.run, plan.base_specs, max_bytes=plan.max_shard_bytes)
-        self.factors = SafetensorsWriter(directory, plan.adapter_specs, stem=adapter.WEIGHTS_STEM)
+        self.factors = SafetensorsWriter(directory, plan.adapter_specs, stem=WEIGHTS_STEM)
         self.rows: dict[str, LayerRow] = {}
         self.copied: set[str] = set()
         self._synced = time.monotonic()
@@ -62,7 +62,7 @@ class Store:
 
     def _tensors(self, layer: LayerPlan) -> list[tuple[SafetensorsWriter, str]]:
         base = [(self.base, spec.name) for spec in layer.specs]
-        return base + [(self.factors, name) for name in adapter.tensor_names(layer.target.module)]
+        return base + [(self.factors, name) for name in self.plan.adapter.names(layer.target.module)]
 
     def _holds(self, tensors: list[tuple[SafetensorsWriter, Any]], record: Record) -> bool:
         try:
@@ -114,8 +114,8 @@ class Store:
 
     def low_rank(self, layer: LayerPlan) -> LowRank:
         """Return L = B A of a finished layer, as PEFT computes it."""
-        module = layer.target.module
-        tensors = {name: self.factors.read(name) for name in adapter.tensor_names(module)}
+        module, adapter = layer.target.module, self.plan.adapter
+        tensors = {name: self.factors.read(name) for name in adapter.names(module)}
         return adapter.decode(module, tensors, self.plan.recipe.lora_scale)
 
     def weight(self, layer: LayerPlan, device: torch.device) -> torch.Tensor:

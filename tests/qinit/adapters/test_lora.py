@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from qinit.adapters import lora as adapter
+from qinit.adapters import ADAPTERS, write_config
 from qinit.linalg.low_rank import LowRank
 from qinit.recipe import make_recipe
 from qinit.source.targets import Architecture, LinearModule
@@ -21,6 +21,7 @@ PEFT_0_18_KEYS = {
     *("arrow_config", "ensure_weight_tying"),
 }
 
+LORA = ADAPTERS["lora"]
 UP = LinearModule("model.layers.0.mlp.up_proj", 96, 64, transposed=False)
 DOWN = LinearModule("model.layers.0.mlp.down_proj", 64, 96, transposed=False)
 OTHER_DOWN = LinearModule("model.layers.1.mlp.down_proj", 64, 96, transposed=False)
@@ -37,7 +38,7 @@ def low_rank(module: LinearModule, rank: int) -> LowRank:
 
 
 def config_for(*modules: tuple[LinearModule, int], architecture=LLAMA, **options):
-    return adapter.adapter_config(make_recipe(**options), architecture, modules, "base")
+    return LORA.config(make_recipe(**options), architecture, modules, "base")
 
 
 @pytest.mark.parametrize(
@@ -54,36 +55,36 @@ def test_scale_times_b_a_is_the_low_rank_and_both_factors_weigh_the_same(options
     recipe = make_recipe(**options)
     assert recipe.lora_scale == pytest.approx(scale)
     factors = low_rank(UP, 8)
-    stored = adapter.encode(UP, factors, 8, recipe.lora_scale, seed=0)
-    A, B = (stored[name] for name in adapter.tensor_names(UP))
+    stored = LORA.encode(UP, factors, 8, recipe.lora_scale, seed=0)
+    A, B = (stored[name] for name in LORA.names(UP))
     torch.testing.assert_close(scale * B @ A, factors.B @ factors.A, rtol=0, atol=1e-5)
     torch.testing.assert_close(B.T @ B, A @ A.T, rtol=0, atol=1e-4)
 
 
 def test_what_is_stored_is_what_was_announced():
     for factors in (low_rank(UP, 8), None):
-        stored = adapter.encode(UP, factors, 8, 1.0, seed=0)
-        specs = adapter.specs(UP, 8)
+        stored = LORA.encode(UP, factors, 8, 1.0, seed=0)
+        specs = LORA.specs(UP, 8)
         assert [(s.name, s.dtype, s.shape) for s in specs] == [(n, t.dtype, t.shape) for n, t in stored.items()]
         assert {spec.dtype for spec in specs} == {torch.float32}
 
 
 def test_names_are_those_of_peft():
-    assert adapter.tensor_names(UP) == (
+    assert tuple(LORA.names(UP)) == (
         "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
         "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight",
     )
 
 
 def test_without_a_low_rank_the_adapter_starts_as_peft_s_own_does():
-    name_a, name_b = adapter.tensor_names(UP)
-    start = adapter.encode(UP, None, 16, 1.0, seed=5)
+    name_a, name_b = LORA.names(UP)
+    start = LORA.encode(UP, None, 16, 1.0, seed=5)
     assert not start[name_b].any()
     bound = 1 / math.sqrt(UP.in_features)
     assert 0.9 * bound < start[name_a].abs().max() <= bound
     assert start[name_a].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-    assert torch.equal(start[name_a], adapter.encode(UP, None, 16, 1.0, seed=5)[name_a])
-    assert not torch.equal(start[name_a], adapter.encode(UP, None, 16, 1.0, seed=6)[name_a])
+    assert torch.equal(start[name_a], LORA.encode(UP, None, 16, 1.0, seed=5)[name_a])
+    assert not torch.equal(start[name_a], LORA.encode(UP, None, 16, 1.0, seed=6)[name_a])
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -135,7 +136,7 @@ def test_the_config_file_is_what_peft_reads_back(tmp_path):
     from peft import LoraConfig
 
     config = config_for((UP, 16), (SMALL, 4), lora_alpha=24.0, use_rslora=True)
-    adapter.write_config(tmp_path, config)
+    write_config(tmp_path, config)
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == config
     read = LoraConfig.from_pretrained(tmp_path)
     assert (read.r, read.lora_alpha, read.use_rslora) == (16, 24, True)

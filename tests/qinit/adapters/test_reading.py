@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from qinit.adapters import lora as adapter
-from qinit.adapters.reading import StoredAdapter
+from qinit.adapters import write_config
+from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
 from qinit.recipe import make_recipe
-from tests.qinit.adapters.test_lora import DOWN, LLAMA, OTHER_DOWN, SMALL, UP, low_rank
+from tests.qinit.adapters.test_lora import DOWN, LLAMA, LORA, OTHER_DOWN, SMALL, UP, low_rank
 
 
 class TestStored:
@@ -20,21 +20,21 @@ class TestStored:
         recipe = make_recipe(rank=4, **options)
         tensors = dict(more or {})
         for module, rank in ranks:
-            tensors |= adapter.encode(module, low_rank(module, rank), rank, recipe.lora_scale, 0)
+            tensors |= LORA.encode(module, low_rank(module, rank), rank, recipe.lora_scale, 0)
         directory.mkdir(exist_ok=True)
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
         save_file(contiguous, directory / "adapter_model.safetensors")
-        adapter.write_config(directory, {**adapter.adapter_config(recipe, LLAMA, ranks, "base"), **(config or {})})
+        write_config(directory, {**LORA.config(recipe, LLAMA, ranks, "base"), **(config or {})})
         return directory
 
     @pytest.mark.parametrize("options", SCALES)
     def test_the_product_is_the_low_rank_that_was_written_whatever_the_scale_and_the_rank(self, tmp_path, options):
         ranks = [(UP, 4), (DOWN, 2), (OTHER_DOWN, 4)]
-        found = StoredAdapter.open(self.write(tmp_path / "a", ranks, **options))
+        found = SavedAdapter.open(self.write(tmp_path / "a", ranks, **options))
         for module, rank in ranks:
             factors = low_rank(module, rank)
-            torch.testing.assert_close(found.product(module.name, self.CPU), factors.B @ factors.A)
-        assert found.product(SMALL.name, self.CPU) is None
+            torch.testing.assert_close(found.change(module.name, self.CPU), factors.B @ factors.A)
+        assert found.change(SMALL.name, self.CPU) is None
 
     @pytest.mark.parametrize("use_rslora", [False, True])
     def test_the_scale_is_peft_s(self, tmp_path, use_rslora):
@@ -46,11 +46,12 @@ class TestStored:
         model = nn.ModuleDict({"blocks": blocks})
         config = LoraConfig(r=4, lora_alpha=3, target_modules=["up", "down"], use_rslora=use_rslora, **patterns)
         get_peft_model(model, config).save_pretrained(tmp_path)
-        found = StoredAdapter.open(tmp_path)
+        found = SavedAdapter.open(tmp_path)
         modules = {name: module for name, module in model.named_modules() if hasattr(module, "scaling")}
         theirs = {name: module.scaling["default"] for name, module in modules.items()}
         assert len(theirs) == 4
-        assert {name: found.scale(name) for name in theirs} == theirs
+        ours = {name: LORA.scale(name, parts["A"].shape[0], found.settings) for name, parts in found.parts.items()}
+        assert ours == theirs
         assert len(set(theirs.values())) == 3
 
     @pytest.mark.parametrize(
@@ -58,12 +59,16 @@ class TestStored:
         [
             ({"use_dora": True}, {}, "use_dora"),
             ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
-            ({"peft_type": "VERA"}, {}, "peft_type 'VERA'"),
             ({}, {"base_model.model.lm_head.weight": torch.zeros(2)}, "base_model.model.lm_head.weight"),
-            ({}, {"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, "peft_type 'LORA'"),
+            ({}, {"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, "x with one of its factors"),
         ],
     )
-    def test_what_is_more_than_factors_is_refused(self, tmp_path, config, more, said):
+    def test_what_adds_more_than_factors_is_refused(self, tmp_path, config, more, said):
         directory = self.write(tmp_path / "a", [(UP, 4)], more=more, config=config)
-        with pytest.raises(CheckpointError, match=f"more than the factors A and B of LoRA .*{said}"):
-            StoredAdapter.open(directory)
+        with pytest.raises(CheckpointError, match=f"more than what LORA adds to weights .*{said}"):
+            SavedAdapter.open(directory)
+
+    def test_another_kind_is_refused(self, tmp_path):
+        directory = self.write(tmp_path / "a", [(UP, 4)], config={"peft_type": "VERA"})
+        with pytest.raises(CheckpointError, match="an adapter of peft_type 'VERA' is not read"):
+            SavedAdapter.open(directory)

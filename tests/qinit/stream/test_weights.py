@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from qinit.adapters.reading import StoredAdapter
+from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import read_architecture
-from qinit.stream.weights import StoredWeights
+from qinit.stream.weights import ModelWeights
 from tests.compat.stock import delta, dense_weight, load, load_base, lora_modules
 from tests.conftest import make_checkpoint
 from tests.qinit.evaluate.runs import make_run
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def weights_of(directory, adapter=None):
     checkpoint = Checkpoint.open(directory, quantized=True)
-    return StoredWeights(checkpoint, read_architecture(checkpoint), adapter=adapter)
+    return ModelWeights(checkpoint, read_architecture(checkpoint), adapter=adapter)
 
 
 def test_a_dense_checkpoint_s_parameters_by_the_model_s_names_in_float32(tiny_llama):
@@ -31,7 +31,7 @@ def test_a_dense_checkpoint_s_parameters_by_the_model_s_names_in_float32(tiny_ll
 def test_packed_layers_are_unpacked_and_the_adapter_is_added_in_the_module_s_layout(family, tmp_path):
     pytest.importorskip("gptqmodel", reason="pip install 'qinit[gptq]'")
     directory = make_run(make_checkpoint(tmp_path / "m", family, "float32"), tmp_path / "run", lora_alpha=9)
-    alone, both = weights_of(directory), weights_of(directory, StoredAdapter.open(directory / "eqft_init"))
+    alone, both = weights_of(directory), weights_of(directory, SavedAdapter.open(directory / "eqft_init"))
     for name, module in lora_modules(load(directory)).items():
         base, repaired = (each.read(f"{name}.weight", CPU) for each in (alone, both))
         if family == "gpt2":

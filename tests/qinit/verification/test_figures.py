@@ -72,4 +72,4 @@ def test_ranks_that_were_chosen_under_a_budget_may_differ():
     ):
         worse = replace(report, layers=(replace(report.layers[0], **{field: value}),))
         assert f"qinit.json: m: {found}" in [str(each) for each in check_rows(worse, recipe)]
-    assert "totals: layers" in json.dumps([str(each) for each in check_totals(report)])
+    assert "totals: layers" in json.dumps([str(each) for each in check_totals(report, recipe)])

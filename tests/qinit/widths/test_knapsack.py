@@ -61,6 +61,12 @@ class TestKnapsack:
         assert bits <= budget
         assert nats == pytest.approx(brute_force(items, budget), rel=1e-6, abs=1e-6)
 
+    def test_sizes_that_differ_a_millionfold(self):
+        free, small = [(1.0, 0, 0.0)], [(1.0, 0, 1e-7), (1.0, 0, 1e-7), (1.0, 1, 0.0)]
+        rows = [free, [*small, (2.0, 0, 0.0)], [*small, (1002.0, 0, 0.0)], [(1.0, 0, 0.25)] * 3, free]
+        rows[3] = [*rows[3], (1000001.0, 0, 0.0)]
+        assert knapsack([item(f"l{i}", *row) for i, row in enumerate(rows)], 1000005.0, 0)[3] == 3
+
     @settings(deadline=None)
     @given(items_of, st.data())
     def test_with_two_budgets_too(self, items, data):
