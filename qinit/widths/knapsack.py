@@ -123,8 +123,8 @@ def knapsack(
                 constraints=constraints,
                 integrality=np.ones(len(owner)),
                 bounds=Bounds(0, useful.astype(np.float64)),
-                # Presolve saves no time here, and HiGHS 1.12's loses the best where sizes differ a millionfold.
-                options={"mip_rel_gap": gap, "node_limit": NODES, "presolve": False},
+                # HiGHS 1.12's presolve saves no time here, and loses the best where sizes differ a millionfold.
+                options={"mip_rel_gap": gap, "node_limit": NODES, "presolve": gap > 0},
             )
         if found.x is None:
             raise RecipeError(f"target_bits: no allocation was found under this budget ({found.message})")
