@@ -128,7 +128,7 @@ def run(variant: Variant, directory: Path, options: Any, bits: int, rank: int, r
         for name, value in replaced.items():
             if name != "outputs":
                 stack.enter_context(patch.object(calibrated, name, value))
-        for event in Walk(plan, samples, CPU, mode):
+        for event in Walk(plan, samples, CPU, mode).visit():
             if not isinstance(event, Seen):
                 continue
             spec = LayerSpec(row, bits, event.layer.group_size, event.layer.rank, rounds)

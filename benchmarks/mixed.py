@@ -52,7 +52,7 @@ def solved(plan: Plan, samples: Any, metrics: dict[str, OutputMetric], bits: int
     """Return Q + B A of every layer at one width."""
     found = {}
     if plan.recipe.calibrated:
-        events = (event for event in Walk(plan, samples, CPU, "parallel") if isinstance(event, Seen))
+        events = (event for event in Walk(plan, samples, CPU, "parallel").visit() if isinstance(event, Seen))
         seen = [
             (e.layer, e.weight, replace(e.statistics, output_metric=metrics.get(e.layer.target.name))) for e in events
         ]

@@ -159,6 +159,8 @@ class Recipe(BaseModel):
         takes = method.needs or method.name in CALIBRATED
         if self.calibrated and not takes:
             raise ValueError(f"calibration: method {self.method} looks at weights alone; leave it out or give none")
+        if self.row.stages and self.calibration_mode != "sequential":
+            raise ValueError(f"calibration_mode: method {self.method} needs sequential, found {self.calibration_mode}")
         if self.row.rounding == "gptq" and not GRIDS[self.row.grid].feeds_back:
             raise ValueError(f"rounding: gptq needs a grid that rounds under H, and {self.row.grid} has none")
         if self.calibration == "none":

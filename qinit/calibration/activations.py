@@ -25,13 +25,14 @@ def batch_size(plan: Plan, samples: Samples) -> int:
 def unpadded(activation: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Return [tokens, width], without the padding where the activation has a row for every token of a batch with
     `mask` [batch, length], be it [batch, length, width] or flat, as OPT's are."""
-    rows = _rows(activation)
+    rows = rows_of(activation)
     if mask is not None and len(rows) == mask.numel():
         return rows[mask.flatten().to(rows.device)]
     return rows
 
 
-def _rows(activation: torch.Tensor) -> torch.Tensor:
+def rows_of(activation: torch.Tensor) -> torch.Tensor:
+    """Return [tokens, width], padding included."""
     return activation.reshape(-1, activation.shape[-1])
 
 
@@ -55,11 +56,12 @@ def oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:
     return weight.T.contiguous() if layer.target.module.transposed else weight
 
 
-def _keep_first(found: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+def keep_first(found: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    """A hook's way to keep what a module was given first: it returns nothing."""
     found.setdefault(name, value)
 
 
-def _run(
+def caught(
     block: nn.Module, call: Call, hidden: torch.Tensor, wanted: set[str], whole: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
     """Run a block and return the inputs and outputs of the `wanted` linears, and the block's output; unless the

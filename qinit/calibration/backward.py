@@ -117,34 +117,35 @@ def backward(make: Callable[[], Any], scratch: Path | None) -> Generator[Measuri
 
 
 def _streamed(blocks: Blocks, probe: Probe, scratch: Path | None) -> Iterator[Measuring]:
-    samples, device, count = probe.samples, probe.device, len(blocks)
+    row = blocks.row
+    samples, device, count = probe.samples, probe.device, len(row)
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         if blocks.missing:
             raise NotStreamable(f"the checkpoint has no tensor {blocks.missing[0]}")
         calls = Calls()
         states: list[Carried] = []
-        probe.outside = [layer for name, layer in probe.layers.items() if not name.startswith(blocks.path + ".")]
+        probe.outside = [layer for name, layer in probe.layers.items() if not name.startswith(row.path + ".")]
         yield Measuring(0, count, tuple(probe.layers))
         with torch.no_grad():
             with blocks.surroundings():
                 for batch in probe.batches:
-                    hidden, found = blocks.calls(samples.tokens[batch.rows], batch.long_mask)
+                    hidden, found = row.calls(samples.tokens[batch.rows], batch.long_mask)
                     calls.add(batch, found)
                     if not states:
                         shape = (len(samples.tokens), *hidden.shape[1:])
                         states = [Carried(shape, Path(directory) / str(i), count + 1) for i in range(count + 1)]
                     states[0].write(batch, hidden)
             for index in range(count):
-                block = blocks.load(index)
+                block = row.load(index)
                 for batch in probe.batches:
                     output = calls.of(batch, index)(block, states[index].read(batch).to(device))
                     states[index + 1].write(batch, output)
-                blocks.unload(index)
+                row.unload(index)
         gradient = states[-1]  # at the output of the block that is next
 
         def end(batch: Batch, hidden: torch.Tensor | None = None) -> Any:
             x = gradient.read(batch).to(device) if hidden is None else hidden
-            return blocks.after(samples.tokens[batch.rows], batch.long_mask, x)
+            return row.after(samples.tokens[batch.rows], batch.long_mask, x)
 
         with blocks.surroundings(head=True):
             modules = {layer.target.name: blocks.model.get_submodule(layer.target.name) for layer in probe.outside}
@@ -157,10 +158,10 @@ def _streamed(blocks: Blocks, probe: Probe, scratch: Path | None) -> Iterator[Me
                     probe.loss(end(batch, hidden)).backward()
                     gradient.write(batch, _gradient(hidden))
         for index in reversed(range(count)):
-            prefix = blocks.prefix(index)
+            prefix = row.prefix(index)
             inside = [layer for name, layer in probe.layers.items() if name.startswith(prefix)]
             yield Measuring(index, count, tuple(layer.target.name for layer in inside))
-            block = blocks.load(index)
+            block = row.load(index)
             modules = {layer.target.name: block.get_submodule(layer.target.name[len(prefix) :]) for layer in inside}
 
             def run(
@@ -177,7 +178,7 @@ def _streamed(blocks: Blocks, probe: Probe, scratch: Path | None) -> Iterator[Me
                     hidden = states[index].read(batch).to(device, copy=True).requires_grad_()
                     run(batch, hidden=hidden).backward(gradient.read(batch).to(device))
                     gradient.write(batch, _gradient(hidden))
-            blocks.unload(index)
+            row.unload(index)
 
 
 def _gradient(hidden: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from qinit.stream.blocks import Call
 
 
-def _writes(block: nn.Module, linear: nn.Module, call: Call, hidden: torch.Tensor) -> str | None:
+def writes_to(block: nn.Module, linear: nn.Module, call: Call, hidden: torch.Tensor) -> str | None:
     """Find out by experiment what a linear's output is added to.
 
     `output`: a change of it arrives unchanged at the block's output. `input`: all that follows depends on its sum

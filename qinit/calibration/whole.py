@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,45 +17,54 @@ from qinit.stream.whole import load_whole, read_tokens
 from qinit.text.samples import Samples
 
 
-def whole_model(plan: Plan, samples: Samples, device: torch.device) -> Iterator[Measuring | Seen]:
-    """Yield what a Walk does in mode `parallel`, from one pass of the whole model (float32) and all H matrices at once.
+class WholeModel:
+    """The whole model as the one block of a walk."""
 
-    For a method whose metric is `fisher`, a backward pass per sample gives the mean squared gradient of the
-    next-token loss for every weight (LQ-LoRA, arXiv:2311.12023, section 3.3). Raises CalibrationError.
-    """
-    model = load_whole(plan).to(device)
-    names = tuple(layer.target.name for layer in plan.quantized)
-    yield Measuring(0, 1, names)
-    meters = {layer.target.name: Meter([layer], device, drift=False) for layer in plan.quantized}
-    mask: torch.Tensor | None = None
-    first = 0
+    def __init__(self, plan: Plan, samples: Samples, device: torch.device, finished: Collection[str] = ()) -> None:
+        self.plan, self.samples, self.device, self.finished = plan, samples, device, finished
 
-    def measure(name: str) -> Any:
-        def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].detach()
-            require_finite_input(x, name, first, samples)
-            meters[name].add(unpadded(x, mask), {})
+    def visit(self) -> Iterator[Measuring | Seen]:
+        """Yield what a Walk does in mode `parallel`, from one pass of the whole model (float32) and all H matrices at
+        once.
 
-        return hook
+        For a method that needs the Fisher information, a backward pass per sample gives the mean squared gradient of
+        the next-token loss for every weight (LQ-LoRA, arXiv:2311.12023, section 3.3). Raises CalibrationError.
+        """
+        plan, samples, device = self.plan, self.samples, self.device
+        model = load_whole(plan).to(device)
+        names = tuple(layer.target.name for layer in plan.quantized)
+        yield Measuring(0, 1, names)
+        meters = {layer.target.name: Meter([layer], device, drift=False) for layer in plan.quantized}
+        mask: torch.Tensor | None = None
+        first = 0
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(measure(name)) for name in names]
-    size = batch_size(plan, samples)
-    with torch.no_grad():
-        for first in range(0, len(samples.tokens), size):
-            part = slice(first, first + size)
-            mask = None if samples.mask is None else samples.mask[part].to(device)
-            read_tokens(model, samples.tokens[part].to(device), mask, plan)
-    for hook in hooks:
-        hook.remove()
-    fisher = _fisher(model, plan, samples, device) if "fisher" in plan.recipe.row.needs else {}
-    for layer in plan.quantized:
-        weight = model.get_submodule(layer.target.name).weight.data
-        statistics = meters.pop(layer.target.name).statistics(layer)
-        if statistics is not None and layer.target.name in fisher:
-            statistics = Statistics(
-                statistics.hessian, statistics.magnitude, statistics.tokens, fisher=fisher.pop(layer.target.name)
-            )
-        yield Seen(layer, oriented(weight, layer), statistics)
+        def measure(name: str) -> Any:
+            def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
+                x = args[0].detach()
+                require_finite_input(x, name, first, samples)
+                meters[name].add(unpadded(x, mask), {})
+
+            return hook
+
+        hooks = [model.get_submodule(name).register_forward_pre_hook(measure(name)) for name in names]
+        size = batch_size(plan, samples)
+        with torch.no_grad():
+            for first in range(0, len(samples.tokens), size):
+                part = slice(first, first + size)
+                mask = None if samples.mask is None else samples.mask[part].to(device)
+                read_tokens(model, samples.tokens[part].to(device), mask, plan)
+        for hook in hooks:
+            hook.remove()
+        fisher = _fisher(model, plan, samples, device) if "fisher" in plan.recipe.row.needs else {}
+        for layer in plan.quantized:
+            weight = model.get_submodule(layer.target.name).weight.data
+            statistics = meters.pop(layer.target.name).statistics(layer)
+            if statistics is not None and layer.target.name in fisher:
+                statistics = Statistics(
+                    statistics.hessian, statistics.magnitude, statistics.tokens, fisher=fisher.pop(layer.target.name)
+                )
+            if layer.target.name not in self.finished:
+                yield Seen(layer, oriented(weight, layer), statistics)
 
 
 def _fisher(model: Any, plan: Plan, samples: Samples, device: torch.device) -> dict[str, torch.Tensor]:

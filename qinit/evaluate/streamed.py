@@ -41,6 +41,7 @@ class Streamed:
         self.blocks = Blocks(_weights(subject), device)
         if self.blocks.missing:
             raise NotStreamable(f"the checkpoint has no tensor {self.blocks.missing[0]}")
+        self.row = self.blocks.row
         count = len(windows)
         self.batches = [Batch(at, min(at + batch_size, count), None) for at in range(0, count, batch_size)]
         self.carried: Carried | None = None
@@ -52,19 +53,19 @@ class Streamed:
         calls = Calls()
         with self.blocks.surroundings():
             for batch in self.batches:
-                hidden, found = self.blocks.calls(self.windows.tokens[batch.rows], None)
+                hidden, found = self.row.calls(self.windows.tokens[batch.rows], None)
                 calls.add(batch, found)
                 if self.carried is None:
                     self.carried = Carried((len(self.windows), *hidden.shape[1:]), file, streams)
                 self.carried.write(batch, hidden)
         assert self.carried is not None
-        for index in range(len(self.blocks)):
-            block = self.blocks.load(index)
+        for index in range(len(self.row)):
+            block = self.row.load(index)
             for batch in self.batches:
                 states = self.carried.read(batch).to(self.device)
                 self.carried.write(batch, calls.of(batch, index)(block, states))
-            self.blocks.unload(index)
-            yield Block(self.name, index + 1, len(self.blocks))
+            self.row.unload(index)
+            yield Block(self.name, index + 1, len(self.row))
 
     def logits(self) -> Logits:
         """Return what gives the logits once all has been read; the head must be in memory (`blocks.surroundings`)."""
@@ -72,7 +73,7 @@ class Streamed:
         def run(rows: slice) -> torch.Tensor:
             assert self.carried is not None
             states = self.carried.states[rows].to(self.device)
-            return self.blocks.after(self.windows.tokens[rows], None, states).logits
+            return self.row.after(self.windows.tokens[rows], None, states).logits
 
         return run
 

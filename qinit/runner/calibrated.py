@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-from qinit.calibration.walk import Seen, Walk
-from qinit.calibration.whole import whole_model
+from qinit.calibration.walk import OpenBlock, Seen, Walk
+from qinit.calibration.whole import WholeModel
 from qinit.errors import CalibrationError
-from qinit.events import (
-    Done,
-    Event,
-    Measuring,
-    Noted,
-    Passing,
-    Working,
-)
+from qinit.events import Done, Event, Noted, Working
+from qinit.linalg.low_rank import OutputMetric
 from qinit.runner.job import Job
 from qinit.runner.layer import solve_layer
+from qinit.runner.staged import Held
 from qinit.stream.blocks import NotStreamable
 from qinit.text.samples import Samples
 
@@ -42,34 +38,60 @@ def solve_calibrated(job: Job) -> Generator[Event, None, None]:
     if all(layer.target.name in job.store.rows for layer in plan.quantized):
         return
     metrics = yield from job.output_metrics()
-    for event in _walk(job, samples):
-        if not isinstance(event, Seen):
-            yield event
-            continue
-        layer, statistics = event.layer, event.statistics
-        if layer.target.name in job.store.rows:
-            continue
-        yield Working(layer.target.tensor.name, layer.target.tensor.nbytes)
-        if statistics is None:
-            yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
-        else:
-            statistics = replace(statistics, output_metric=metrics.get(layer.target.name))
-        row = job.store.put(layer, *solve_layer(plan, layer, event.weight, statistics))
-        if event.repair is not None:
-            event.repair(layer, job.store.weight(layer, job.device))
-        yield Done(layer.target.tensor.name, layer.target.tensor.nbytes, row)
+    with closing(_blocks(job, samples)) as blocks:
+        for block in blocks:
+            if isinstance(block, Noted):
+                yield block
+            else:
+                yield from _solve_block(job, block, metrics)
     for layer in plan.quantized:
         if layer.target.name not in job.store.rows:
             yield job.note(f"{layer.target.name}: lies outside of the model's blocks, so solved without data")
 
 
-def _walk(job: Job, samples: Samples) -> Iterator[Measuring | Passing | Noted | Seen]:
-    """Walk block by block, or take the whole model where that is not possible."""
+def _solve_block(
+    job: Job, block: OpenBlock | WholeModel, metrics: dict[str, OutputMetric]
+) -> Generator[Event, None, None]:
+    """Solve a block's layers, one after the other, each written at once; or, where the method has stages, all of them
+    when these have had their say."""
     plan, store = job.plan, job.store
-    if "fisher" not in plan.recipe.row.needs:
+    held = Held(plan) if plan.recipe.row.stages else None
+    for event in block.visit():
+        if not isinstance(event, Seen):
+            yield event
+            continue
+        layer, statistics = event.layer, event.statistics
+        tensor = layer.target.tensor
+        yield Working(tensor.name, tensor.nbytes)
+        if statistics is None:
+            yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
+        else:
+            statistics = replace(statistics, output_metric=metrics.get(layer.target.name))
+        tensors, row = solve_layer(plan, layer, event.weight, statistics)
+        if held is None:
+            store.put(layer, tensors, row)
+            weight = store.weight(layer, job.device)
+        else:
+            weight = held.add(layer, event.weight, tensors, row).to(job.device)
+        if event.repair is not None:
+            event.repair(layer, weight)
+        if held is None:
+            yield Done(tensor.name, tensor.nbytes, row)
+    if held is not None:
+        assert isinstance(block, OpenBlock)
+        for layer, tensors, row in held.improved(block):
+            store.put(layer, tensors, row)
+            yield Done(layer.target.tensor.name, layer.target.tensor.nbytes, row)
+
+
+def _blocks(job: Job, samples: Samples) -> Generator[OpenBlock | WholeModel | Noted, None, None]:
+    """Walk block by block, or take the whole model where that is not possible."""
+    plan, store, row = job.plan, job.store, job.plan.recipe.row
+    reason = "the method needs all gradients at once"
+    if "fisher" not in row.needs:
         under_way = False
         try:
-            for event in Walk(
+            walk = Walk(
                 plan,
                 samples,
                 job.device,
@@ -77,14 +99,23 @@ def _walk(job: Job, samples: Samples) -> Iterator[Measuring | Passing | Noted | 
                 scratch=job.place.scratch,
                 finished=store.rows,
                 weight_of=partial(store.weight, device=job.device),
-            ):
-                under_way |= not isinstance(event, Measuring)
-                yield event
+                whole_blocks=bool(row.stages),
+            )
+            with closing(iter(walk)) as blocks:
+                for block in blocks:
+                    under_way = True
+                    yield block
             return
-        except NotStreamable as reason:
+        except NotStreamable as error:
+            reason = str(error)
             if under_way:
                 raise CalibrationError(
                     f"{plan.checkpoint.directory}: {reason}; use --calibration none or --calibration-mode parallel"
                 ) from None
             yield job.note(f"calibration with the whole model in memory: {reason}")
-    yield from whole_model(plan, samples, job.device)
+    if row.stages:
+        raise CalibrationError(
+            f"{plan.checkpoint.directory}: method {row.name} works block by block ({', '.join(row.stages)}), and this "
+            f"model does not run so: {reason}"
+        )
+    yield WholeModel(plan, samples, job.device, store.rows)

@@ -38,6 +38,7 @@ class Method:
     relaxation: float = 1.0  # how far the target moves towards W - L each round; 1 is plain alternation
     svd: Literal["full", "subspace"] = "full"
     adapter: str = "lora"
+    stages: tuple[str, ...] = ()  # what is done with each block after its layers are solved
     adjustable: bool = False  # whether a recipe may set its rounds, its rounding and the order of its inputs
     mixes_widths: bool = False  # whether its layers may get different widths
     passes: int = 0  # of coordinate descent over each block of columns, in every round after the codes are rounded

@@ -1,8 +1,8 @@
-"""A model as a row of blocks of which only one has its weights in memory."""
+"""A model as rows of blocks of which only one has its weights in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Weights(Protocol):
-    """Where a model's parameters come from. `linear` names the modules that its row of blocks is known by."""
+    """Where a model's parameters come from. `linear` names the modules that its rows of blocks are known by."""
 
     checkpoint: Checkpoint
     trust_remote_code: bool
@@ -110,9 +110,9 @@ def _hidden(arguments: Arguments) -> torch.Tensor:
 
 
 class Blocks:
-    """The row of blocks that holds the linear layers, all on the meta device until one is loaded.
+    """A model whose linear layers lie in rows of blocks, all of it on the meta device until a part is loaded.
 
-    Raises NotStreamable when there is no such row.
+    Raises NotStreamable for a model without such a row, and for a checkpoint that does not hold its blocks one by one.
     """
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
@@ -123,15 +123,16 @@ class Blocks:
         for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:  # some are trained, such as Gemma 4's layer_scalar
-                    stored = self._read(f"{path}.{name}")
+                    stored = self.read(f"{path}.{name}")
                     module._buffers[name] = buffer.to(device) if stored is None else stored.to(buffer.dtype)
-        self.path, self.blocks = _row_of_blocks(self.model, weights.linear)
+        self.rows = tuple(Row(self, path, blocks) for path, blocks in _rows_of_blocks(self.model, weights.linear))
         self.model.tie_weights()  # built without memory, each has become a parameter of its own
         first: dict[int, str] = {}
+        paths = tuple(row.path + "." for row in self.rows)
         self.outside = {  # parameters that lie in no block, each with the first name of the one that it is tied to
             name: first.setdefault(id(parameter), name)
             for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if not name.startswith(self.path + ".")
+            if not name.startswith(paths)
         }
         output = self.model.get_output_embeddings()
         ends = [path + "." for path, module in self.model.named_modules() if module is output]
@@ -139,11 +140,8 @@ class Blocks:
         self.missing = [  # some checkpoints name the head as older versions of the model did
             name for name, same_as in self.outside.items() if not weights.has(same_as) and not weights.has(name)
         ]
-        if any(getattr(module, "is_kv_shared_layer", False) for module in self.blocks.modules()):
-            raise NotStreamable("some blocks use the keys and values of others")
-        for name, _ in self.blocks.named_parameters(remove_duplicate=False):
-            if not weights.has(f"{self.path}.{name}"):
-                raise NotStreamable(f"the checkpoint has no tensor {self.path}.{name}")
+        for row in self.rows:
+            row.require_streamable()
 
     @classmethod
     def of(cls, plan: Plan, device: torch.device) -> Blocks:
@@ -152,12 +150,12 @@ class Blocks:
         trusted = plan.recipe.trust_remote_code
         return cls(ModelWeights(plan.checkpoint, plan.architecture, linear, trust_remote_code=trusted), device)
 
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def prefix(self, index: int) -> str:
-        """Return the dotted name of a block, with a dot at its end."""
-        return f"{self.path}.{index}."
+    @property
+    def row(self) -> Row:
+        """The only row. Raises NotStreamable where there are more: what one hands to the next is not carried."""
+        if len(self.rows) != 1:
+            raise NotStreamable(f"the layers lie in {len(self.rows)} rows of blocks")
+        return self.rows[0]
 
     @contextmanager
     def surroundings(self, *, head: bool = False) -> Iterator[None]:
@@ -170,8 +168,8 @@ class Blocks:
                 if name in self.head and not head:
                     continue
                 if same_as not in loaded:
-                    value = self._read(same_as)
-                    value = self._read(name) if value is None else value
+                    value = self.read(same_as)
+                    value = self.read(name) if value is None else value
                     if value is None:  # never reached, or it ends the pass with an error
                         continue
                     loaded[same_as] = _frozen(value)
@@ -181,23 +179,45 @@ class Blocks:
             for name, parameter in empty.items():
                 _put(self.model, name, parameter)
 
+    def read(self, name: str) -> torch.Tensor | None:
+        """Return a parameter in float32 on the device, None if the checkpoint has none of that name."""
+        return self.weights.read(name, self.device)
+
+
+class Row:
+    """A row of blocks, each of which takes what the one before it gives."""
+
+    def __init__(self, model: Blocks, path: str, blocks: nn.ModuleList) -> None:
+        self._owner, self.path, self.blocks = model, path, blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def prefix(self, index: int) -> str:
+        """Return the dotted name of a block, with a dot at its end."""
+        return f"{self.path}.{index}."
+
+    def require_streamable(self) -> None:
+        """Raise NotStreamable for blocks that need each other, and for weights that the checkpoint lacks."""
+        if any(getattr(module, "is_kv_shared_layer", False) for module in self.blocks.modules()):
+            raise NotStreamable("some blocks use the keys and values of others")
+        for name, _ in self.blocks.named_parameters(remove_duplicate=False):
+            if not self._owner.weights.has(f"{self.path}.{name}"):
+                raise NotStreamable(f"the checkpoint has no tensor {self.path}.{name}")
+
     def calls(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
         """Run a batch as far as the blocks; return the first one's hidden states and how each block is called."""
         kept: list[Arguments] = []
-        real = list(self.blocks)
-        for index, block in enumerate(real):
-            self.blocks[index] = _Stub(block, kept, len(real))
+        count = len(self)
         try:
-            self.model(input_ids=tokens.to(self.device), attention_mask=None if mask is None else mask.to(self.device))
+            with self._replaced(lambda block: _Stub(block, kept, count)):
+                self._run(tokens, mask)
         except Stop:
             pass
         except Exception as error:  # a model can do anything between its blocks
             raise NotStreamable(f"the model does not run without its blocks ({error})") from error
-        finally:
-            for index, block in enumerate(real):
-                self.blocks[index] = block
-        if len(kept) != len(real):
-            raise NotStreamable(f"{len(kept)} of {len(real)} blocks were called")
+        if len(kept) != count:
+            raise NotStreamable(f"{len(kept)} of {count} blocks were called")
         hidden = _hidden(kept[0])
         if hidden.shape[:-1] != tokens.shape:
             raise NotStreamable(f"the blocks take hidden states of shape {list(hidden.shape)}")
@@ -205,24 +225,32 @@ class Blocks:
 
     def after(self, tokens: torch.Tensor, mask: torch.Tensor | None, hidden: torch.Tensor) -> Any:
         """Return the model's outputs for a batch whose last block gives `hidden`; needs the head in memory."""
-        real = list(self.blocks)
-        for index, block in enumerate(real):
-            self.blocks[index] = _Through(block, hidden)
         try:
-            return self.model(
-                input_ids=tokens.to(self.device), attention_mask=None if mask is None else mask.to(self.device)
-            )
+            with self._replaced(lambda block: _Through(block, hidden)):
+                return self._run(tokens, mask)
         except Exception as error:  # a model can do anything behind its blocks
             raise NotStreamable(f"the model does not run on from its blocks ({error})") from error
+
+    @contextmanager
+    def _replaced(self, stand_in: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+        real = list(self.blocks)
+        for index, block in enumerate(real):
+            self.blocks[index] = stand_in(block)
+        try:
+            yield
         finally:
             for index, block in enumerate(real):
                 self.blocks[index] = block
+
+    def _run(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        device = self._owner.device
+        return self._owner.model(input_ids=tokens.to(device), attention_mask=None if mask is None else mask.to(device))
 
     def load(self, index: int) -> nn.Module:
         """Return one block with its weights in float32 on the device."""
         block = self.blocks[index]
         for name, _ in list(block.named_parameters()):
-            value = self._read(self.prefix(index) + name)
+            value = self._owner.read(self.prefix(index) + name)
             assert value is not None
             _put(block, name, _frozen(value))
         return block
@@ -231,9 +259,6 @@ class Blocks:
         """Give a block's memory back."""
         for name, parameter in list(self.blocks[index].named_parameters()):
             _put(self.blocks[index], name, _frozen(torch.empty_like(parameter, device="meta")))
-
-    def _read(self, name: str) -> torch.Tensor | None:
-        return self.weights.read(name, self.device)
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -245,13 +270,13 @@ def _frozen(value: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
 
 
-def _row_of_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, nn.ModuleList]:
-    """Return the one module list whose members hold all of `names` that lie in a list at all."""
+def _rows_of_blocks(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.ModuleList]]:
+    """Return the module lists whose members hold all of `names` that lie in a list at all, in the model's order."""
     rows: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(row + ".") for row in rows)
         if isinstance(module, nn.ModuleList) and not inside and any(name.startswith(path + ".") for name in names):
             rows[path] = module
-    if len(rows) != 1:
-        raise NotStreamable(f"the layers lie in {len(rows)} rows of blocks" if rows else "the model has no blocks")
-    return next(iter(rows.items()))
+    if not rows:
+        raise NotStreamable("the model has no blocks")
+    return list(rows.items())

@@ -52,14 +52,14 @@ def small_batches(monkeypatch):
 
 
 def parallel(plan, samples, **options):
-    events = list(Walk(plan, samples, CPU, "parallel", **options))
+    events = list(Walk(plan, samples, CPU, "parallel", **options).visit())
     return {event.layer.target.name: event for event in events if isinstance(event, Seen)}
 
 
 def sequential(plan, samples, change=lambda name, weight: weight, **options):
     """Walk, and repair every layer to what `change` makes of it; returns the layers in the order of the walk."""
     seen = {}
-    for event in Walk(plan, samples, CPU, "sequential", **options):
+    for event in Walk(plan, samples, CPU, "sequential", **options).visit():
         if isinstance(event, Seen):
             seen[event.layer.target.name] = event
             event.repair(event.layer, change(event.layer.target.name, event.weight.clone()))
@@ -145,7 +145,7 @@ def test_later_layers_see_the_repair_and_what_it_has_left(family, plan, small_ba
 @pytest.mark.parametrize("family", ALL)
 def test_what_a_layer_writes_to_is_found_out(family, plan):
     walked = Walk(plan(family), random_samples(), CPU, "sequential")
-    for event in walked:
+    for event in walked.visit():
         if isinstance(event, Seen):
             event.repair(event.layer, event.weight)
     width = plan(family).checkpoint.config.get("hidden_size") or plan(family).checkpoint.config["n_embd"]
@@ -183,7 +183,7 @@ def test_layers_that_read_the_same_share_their_statistics(family, groups, mode, 
 def test_events_name_the_layers_before_they_are_measured(mode, plan):
     announced: list[str] = []
     blocks = []
-    for event in Walk(plan("llama"), random_samples(), CPU, mode):
+    for event in Walk(plan("llama"), random_samples(), CPU, mode).visit():
         if isinstance(event, Measuring):
             assert not announced
             announced = list(event.layers)
@@ -229,9 +229,9 @@ class TestMemory:
         walked = Walk(plan("llama"), random_samples(), CPU, "sequential")
         model = walked.blocks.model
         assert all(parameter.is_meta for parameter in model.parameters())
-        for event in walked:
+        for event in walked.visit():
             here = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
-            prefix = walked.blocks.prefix(
+            prefix = walked.row.prefix(
                 event.block if isinstance(event, Measuring) else int(event.layer.target.name.split(".")[2])
             )
             assert here == {name for name, _ in model.named_parameters() if name.startswith(prefix)}
@@ -241,7 +241,7 @@ class TestMemory:
 
     def test_a_walk_that_ends_early_gives_its_memory_back(self, plan, tmp_path):
         walked = Walk(plan("llama"), random_samples(), CPU, "sequential", scratch=tmp_path)
-        events = iter(walked)
+        events = walked.visit()
         next(events)
         events.close()
         assert all(parameter.is_meta for parameter in walked.blocks.model.parameters())
@@ -321,7 +321,7 @@ class TestOverflow:
         with pytest.raises(
             CalibrationError, match=r"^model\.layers\.1\.mlp\.down_proj: NaN or Inf at its input in samp"
         ):
-            list(Walk(plan_of(source), random_samples(), CPU, mode))
+            list(Walk(plan_of(source), random_samples(), CPU, mode).visit())
 
     @pytest.mark.parametrize("sample", [0, 4])
     def test_it_is_said_in_which_sample(self, mode, sample, tmp_path, small_batches):
@@ -329,4 +329,4 @@ class TestOverflow:
         samples = random_samples()
         samples.tokens[sample, -1] = 251
         with pytest.raises(CalibrationError, match=rf"h\.0\.attn\.c_attn: .* in sample {sample} of .*\(a test\)"):
-            list(Walk(plan_of(source), samples, CPU, mode))
+            list(Walk(plan_of(source), samples, CPU, mode).visit())

@@ -4,7 +4,7 @@ from safetensors.torch import load_file, save_file
 
 from qinit.calibration import whole
 from qinit.calibration.walk import Seen
-from qinit.calibration.whole import whole_model
+from qinit.calibration.whole import WholeModel
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
 from tests.qinit.calibration.models import (
@@ -28,7 +28,7 @@ def small_batches(monkeypatch):
 
 
 def seen_by(plan, samples):
-    measuring, *events = whole_model(plan, samples, CPU)
+    measuring, *events = WholeModel(plan, samples, CPU).visit()
     assert measuring == Measuring(0, 1, tuple(layer.target.name for layer in plan.quantized))
     assert all(isinstance(event, Seen) and event.repair is None for event in events)
     return {event.layer.target.name: event for event in events}
@@ -105,5 +105,5 @@ def test_a_model_that_does_not_run_is_an_error_that_says_what_to_do(tmp_path):
 
 
 def test_the_gradient_mode_is_the_caller_s(tmp_path):
-    for _ in whole_model(plan_of(make(tmp_path / "m", "llama")), random_samples(), CPU):
+    for _ in WholeModel(plan_of(make(tmp_path / "m", "llama")), random_samples(), CPU).visit():
         assert torch.is_grad_enabled()

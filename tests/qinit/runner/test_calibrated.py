@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from qinit.calibration.walk import Walk
+from qinit.calibration.walk import OpenBlock, Walk
 from qinit.errors import CalibrationError
 from qinit.events import Done, Finished, Measuring, Noted, Progress, Sampling, Working
 from qinit.planner.make import make_plan
@@ -147,14 +147,14 @@ class TestReport:
         load(tmp_path / "out")
 
     def test_a_layer_that_the_text_never_reaches_is_solved_without_data(self, llama, tmp_path, monkeypatch):
-        real = Walk.__iter__
+        real = OpenBlock.visit
 
-        def unreached(walk):
-            for event in real(walk):
+        def unreached(block):
+            for event in real(block):
                 is_it = getattr(event, "layer", None) and event.layer.target.name == "model.layers.0.mlp.up_proj"
                 yield type(event)(event.layer, event.weight, None, event.repair) if is_it else event
 
-        monkeypatch.setattr(Walk, "__iter__", unreached)
+        monkeypatch.setattr(OpenBlock, "visit", unreached)
         report = quantize(llama, tmp_path / "out", **FEW)
         row = next(row for row in report.layers if row.name == "model.layers.0.mlp.up_proj")
         assert (row.tokens, row.output_error) == (None, None)
@@ -184,10 +184,10 @@ class TestReport:
         real = Walk.__iter__
 
         def breaks(walk):
-            for number, event in enumerate(real(walk)):
-                if number == 6:
+            for number, block in enumerate(real(walk)):
+                if number == 1:
                     raise NotStreamable("odd block")
-                yield event
+                yield block
 
         monkeypatch.setattr(Walk, "__iter__", breaks)
         with pytest.raises(CalibrationError, match="odd block; use --calibration none or --calibration-mode parallel"):

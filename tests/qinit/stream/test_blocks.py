@@ -59,15 +59,16 @@ def test_block_by_block_the_hidden_states_are_those_of_the_whole_model(family, d
     samples = padded(random_samples(5), [12, 3, 7, 12, 9]) if mask else random_samples(5)
     expected = stock_states(plan, samples)
     blocks = Blocks.of(plan, CPU)
-    assert len(blocks) == 2
-    assert blocks.prefix(1) == BLOCKS.get(family, "model.layers") + ".1."
+    row = blocks.row
+    assert len(row) == 2
+    assert row.prefix(1) == BLOCKS.get(family, "model.layers") + ".1."
     with torch.no_grad(), blocks.surroundings():
-        hidden, calls = blocks.calls(samples.tokens, None if samples.mask is None else samples.mask.long())
+        hidden, calls = blocks.row.calls(samples.tokens, None if samples.mask is None else samples.mask.long())
         assert_close(hidden, expected[0], 1e-5)
     with torch.no_grad():
         for index, call in enumerate(calls):
-            hidden = call(blocks.load(index), hidden)
-            blocks.unload(index)
+            hidden = call(row.load(index), hidden)
+            row.unload(index)
             found, wanted = hidden, expected[index + 1]
             if mask:
                 found, wanted = found[samples.mask], wanted[samples.mask]
@@ -88,7 +89,7 @@ class TestMemory:
         blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama", tie_word_embeddings=True)), CPU)
         samples = random_samples(2)
         with torch.no_grad(), blocks.surroundings():
-            hidden, _ = blocks.calls(samples.tokens, None)
+            hidden, _ = blocks.row.calls(samples.tokens, None)
         assert hidden.any()
         assert on_meta(blocks.model)
 
@@ -100,23 +101,23 @@ class TestMemory:
 
     def test_the_blocks_are_in_their_places_again_after_a_failed_pass(self, tmp_path):
         blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
-        real = list(blocks.blocks)
+        real = list(blocks.row.blocks)
         with torch.no_grad(), blocks.surroundings(), pytest.raises(NotStreamable, match="without its blocks"):
-            blocks.calls(torch.full((1, 4), 10**6), None)  # no such token
-        assert all(one is other for one, other in zip(blocks.blocks, real, strict=True))
+            blocks.row.calls(torch.full((1, 4), 10**6), None)  # no such token
+        assert all(one is other for one, other in zip(blocks.row.blocks, real, strict=True))
 
 
 def test_trained_buffers_come_from_the_checkpoint(tmp_path):
     source = make(tmp_path / "m", "gemma4")
     edit(source, lambda tensors: tensors["model.layers.1.layer_scalar"].fill_(0.25))
-    block = Blocks.of(plan_of(source), CPU).load(1)
+    block = Blocks.of(plan_of(source), CPU).row.load(1)
     assert block.layer_scalar.item() == 0.25
 
 
 class TestNotStreamable:
     def test_an_encoder_and_a_decoder_are_two_rows(self, tmp_path):
         with pytest.raises(NotStreamable, match="2 rows of blocks"):
-            Blocks.of(plan_of(make(tmp_path / "t5", "t5")), CPU)
+            _ = Blocks.of(plan_of(make(tmp_path / "t5", "t5")), CPU).row
 
     def test_layers_in_no_row_at_all(self, tmp_path):
         plan = plan_of(make(tmp_path / "bert", "bert"), target_modules="transform.dense")
@@ -149,7 +150,7 @@ class TestNotStreamable:
         source = make(tmp_path / "m", "llama")
         edit(source, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
         with pytest.raises(CheckpointError, match="up_proj"):
-            Blocks.of(plan_of(source), CPU).load(0)
+            Blocks.of(plan_of(source), CPU).row.load(0)
 
     @pytest.mark.parametrize("mode", ["parallel", "sequential"])
     def test_a_run_takes_the_whole_model_instead_and_says_so(self, mode, tmp_path):

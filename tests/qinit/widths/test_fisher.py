@@ -17,7 +17,7 @@ from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.stream import carried
-from qinit.stream.blocks import NotStreamable
+from qinit.stream.blocks import NotStreamable, Row
 from qinit.widths import fisher
 from qinit.widths.budget import options
 from qinit.widths.fisher import measure
@@ -229,12 +229,14 @@ class TestMemory:
                 super().__init__(*args)
                 kept.append(self)
 
-            def load(self, index):
-                assert all(parameter.is_meta for parameter in self.model.parameters())
-                here.append(index)
-                return super().load(index)
+        def load(row, index):
+            assert all(parameter.is_meta for parameter in kept[0].model.parameters())
+            here.append(index)
+            return load_block(row, index)
 
+        load_block = Row.load
         monkeypatch.setattr(backward, "Blocks", Watched)
+        monkeypatch.setattr(Row, "load", load)
         made = plan("llama")
         for event in measure(made, options(made), random_samples(), CPU):
             assert all(parameter.is_meta for parameter in kept[0].model.parameters()), event
