@@ -69,6 +69,14 @@ class StoredTensor(TensorSpec):
     file: Path
     offset: int
 
+    def slices(self) -> list[StoredTensor]:
+        """Return its slices along the first dimension, each as a tensor of its own with the name NAME[i]."""
+        size = self.nbytes // self.shape[0]
+        return [
+            StoredTensor(slice_name(self.name, i), self.dtype, self.shape[1:], self.file, self.offset + i * size)
+            for i in range(self.shape[0])
+        ]
+
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
         """Yield the raw data as flat uint8 tensors of at most `size` bytes (a multiple of every itemsize)."""
         with _open(self.file) as handle:
@@ -93,6 +101,11 @@ class StoredTensor(TensorSpec):
             handle.seek(self.offset)
             _read_into(handle, buffer, self)
         return buffer.view(self.dtype).reshape(self.shape)
+
+
+def slice_name(name: str, index: int) -> str:
+    """Return what a slice of a tensor is called: NAME[i], as the experts of a layer that are stored as one."""
+    return f"{name}[{index}]"
 
 
 def _open(file: Path) -> FileIO:

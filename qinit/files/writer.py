@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,33 @@ class SafetensorsWriter:
     Headers are written at once; `write` puts a tensor at its place; `close` checks that all came and writes
     the index last. The files have their final names, so the directory itself should be a temporary one.
 
+    Tensors in `sliced` come slice by slice along their first dimension, as NAME[0], NAME[1], ...
+
     The layout follows from the arguments alone. A file of that layout that is there already is gone on with: `read`
     and `checksum` give what stands in it, and `keep` takes a tensor over.
     """
 
-    def __init__(self, directory: Path, specs: Iterable[TensorSpec], stem: str = "model", max_bytes: int = 1 << 62):
+    def __init__(
+        self,
+        directory: Path,
+        specs: Iterable[TensorSpec],
+        stem: str = "model",
+        max_bytes: int = 1 << 62,
+        sliced: Collection[str] = (),
+    ) -> None:
         self._directory = directory
+        self._sliced = frozenset(sliced)
         self._specs = list(specs)
         self._shards = _split(self._specs, max_bytes)
         self._stem = stem
         self._places: dict[str, StoredTensor] = {}
-        self._missing = {spec.name for spec in self._specs}
         self._unsynced: set[Path] = {directory}
         for number, shard in enumerate(self._shards, 1):
             self._start_file(directory / self._file_name(number), shard)
+        self._files = {name: place.file.name for name, place in self._places.items()}
+        for name in self._sliced & self._places.keys():
+            self._places |= {part.name: part for part in self._places.pop(name).slices()}
+        self._missing = set(self._places)
 
     def _file_name(self, number: int) -> str:
         if len(self._shards) == 1:
@@ -116,7 +129,7 @@ class SafetensorsWriter:
         if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": sum(spec.nbytes for spec in self._specs)},
-                "weight_map": {name: place.file.name for name, place in self._places.items()},
+                "weight_map": self._files,
             }
             path = self._directory / f"{self._stem}.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

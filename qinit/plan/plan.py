@@ -64,14 +64,26 @@ class Plan:
         return tuple(layer for layer in self.layers if layer.kept is None)
 
     @cached_property
+    def sliced(self) -> frozenset[str]:
+        """Names of the source's tensors that hold several layers, a slice each: experts."""
+        names = {layer.target.tensor.name for layer in self.layers} - self.checkpoint.tensors.keys()
+        return frozenset(name.rpartition("[")[0] for name in names)
+
+    @cached_property
+    def pieces(self) -> tuple[StoredTensor, ...]:
+        """The source's tensors in its order, those in `sliced` slice by slice."""
+        tensors = self.checkpoint.tensors.items()
+        return tuple(piece for name, t in tensors for piece in (t.slices() if name in self.sliced else [t]))
+
+    @cached_property
     def copied(self) -> tuple[StoredTensor, ...]:
-        """Tensors that go into the base unchanged."""
+        """The pieces that go into the base unchanged."""
         replaced = {layer.target.tensor.name for layer in self.quantized}
-        return tuple(t for name, t in self.checkpoint.tensors.items() if name not in replaced)
+        return tuple(piece for piece in self.pieces if piece.name not in replaced)
 
     @cached_property
     def base_specs(self) -> list[TensorSpec]:
-        """The base's tensors, in the checkpoint's order."""
+        """The base's tensors, in the checkpoint's order; those in `sliced` as a whole."""
         layers = {layer.target.tensor.name: layer for layer in self.quantized}
         specs: list[TensorSpec] = []
         for name, tensor in self.checkpoint.tensors.items():

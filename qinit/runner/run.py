@@ -76,8 +76,8 @@ def _carried_out(job: Job) -> Generator[Event, None, None]:
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
     by_tensor = {layer.target.tensor.name: layer for layer in plan.layers}
-    for name, tensor in plan.checkpoint.tensors.items():
-        layer = by_tensor.get(name)
+    for tensor in plan.pieces:
+        name, layer = tensor.name, by_tensor.get(tensor.name)
         if name in store.copied or (layer is not None and layer.target.name in store.rows):
             continue
         yield Working(name, tensor.nbytes)

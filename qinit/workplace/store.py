@@ -34,7 +34,7 @@ class Store:
         self.plan, self.place, self.journal = plan, place, journal
         directory = place.run / ADAPTER_DIRECTORY
         directory.mkdir(exist_ok=True)
-        self.base = SafetensorsWriter(place.run, plan.base_specs, max_bytes=plan.max_shard_bytes)
+        self.base = SafetensorsWriter(place.run, plan.base_specs, max_bytes=plan.max_shard_bytes, sliced=plan.sliced)
         self.factors = SafetensorsWriter(directory, plan.adapter_specs, stem=WEIGHTS_STEM)
         self.rows: dict[str, LayerRow] = {}
         self.copied: set[str] = set()

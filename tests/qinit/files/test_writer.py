@@ -105,3 +105,28 @@ class TestGoingOn:
         assert not again.read("a").any()
         with pytest.raises(ValueError, match="not written"):
             again.close()
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 40, 100])
+def test_a_tensor_may_come_slice_by_slice_and_in_any_order(tmp_path, max_bytes):
+    whole, plain = torch.arange(24.0).reshape(3, 2, 4), torch.ones(5)
+    specs = [TensorSpec("experts", torch.float32, (3, 2, 4)), TensorSpec("norm", torch.float32, (5,))]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    writer = SafetensorsWriter(tmp_path / "one", specs, max_bytes=max_bytes)
+    writer.write("experts", whole)
+    writer.write("norm", plain)
+    writer.close()
+    writer = SafetensorsWriter(tmp_path / "other", specs, max_bytes=max_bytes, sliced=["experts"])
+    writer.write("experts[2]", whole[2])
+    writer.write("norm", plain)
+    with pytest.raises(ValueError, match=r"not written: \['experts\[0\]', 'experts\[1\]'\]"):
+        writer.close()
+    writer.write("experts[0]", whole[0])
+    writer.write_chunks("experts[1]", [raw_bytes(whole[1])])
+    assert torch.equal(writer.read("experts[1]"), whole[1])
+    writer.close()
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "other")]
+    assert files[0] == files[1]
+    for name in files[0]:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
