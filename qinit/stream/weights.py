@@ -58,6 +58,11 @@ class ModelWeights:
                 value += added.T if module.transposed else added
         return value
 
+    def packed(self) -> dict[str, dict[str, StoredTensor]]:
+        """Return the parts of every packed layer, by the name that the model has for its weight."""
+        found = ((name, self._packed(name)) for name in self.modules)
+        return {name: parts for name, parts in found if parts is not None}
+
     def _find(self, name: str) -> StoredTensor | None:
         others = (self.checkpoint.tensors.get(other) for other in OTHER_NAMES.get(name, ()))
         return find_tensor(self.checkpoint, name, self.base_prefix) or next(filter(None, others), None)

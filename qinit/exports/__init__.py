@@ -1,0 +1,14 @@
+"""Exports: a finished run, with its own adapter or a trained one, as other programs read it.
+
+To add one: one file with a subclass of Export, and one line in EXPORTS.
+"""
+
+from __future__ import annotations
+
+from qinit.exports.base import Export
+from qinit.exports.dense import DenseExport
+from qinit.exports.finished import FinishedRun
+
+EXPORTS: dict[str, Export] = {export.name: export for export in (DenseExport(),)}
+
+__all__ = ["EXPORTS", "DenseExport", "Export", "FinishedRun"]

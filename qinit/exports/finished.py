@@ -1,0 +1,46 @@
+"""A finished run, opened to be written in another form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qinit.adapters import ADAPTER_DIRECTORY
+from qinit.adapters.reading import SavedAdapter
+from qinit.errors import CheckpointError
+from qinit.formats import format_of
+from qinit.report.report import Report
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.targets import Architecture, read_architecture
+from qinit.stream.weights import ModelWeights
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's report and base, and an adapter on it: its own, or one that was trained from it. `weights` reads the
+    base's parameters by the names that the model has, packed layers unpacked."""
+
+    directory: Path
+    report: Report
+    checkpoint: Checkpoint
+    architecture: Architecture
+    weights: ModelWeights
+    adapter_directory: Path
+    adapter: SavedAdapter
+
+    @classmethod
+    def open(cls, directory: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> FinishedRun:
+        """Open a run's directory, with the adapter in `adapter` in the place of its own.
+
+        Raises ReportError for a directory that is no finished run, CheckpointError for what is missing or damaged.
+        """
+        report = Report.read(directory)
+        checkpoint = Checkpoint.open(directory, quantized=True)
+        fmt = format_of(checkpoint.config)
+        problem = "a form that is not qinit's" if fmt is None else fmt.cannot_read(checkpoint.config)
+        if problem:
+            raise CheckpointError(f"{directory}: its weights are packed as {problem}; qinit did not write it")
+        architecture = read_architecture(checkpoint, trust_remote_code)
+        place = directory / ADAPTER_DIRECTORY if adapter is None else adapter
+        weights = ModelWeights(checkpoint, architecture, trust_remote_code=trust_remote_code)
+        return cls(directory, report, checkpoint, architecture, weights, place, SavedAdapter.open(place))

@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qinit.errors import OutputError, RecipeError
+from qinit.exports import EXPORTS, FinishedRun
+from qinit.exports.write import export
+from qinit.source.targets import possible_names
+from tests.conftest import make_checkpoint, quantize
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def source(request, tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp(request.param) / "source", request.param, "float32")
+
+
+def logits(directory):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, directory, subfolder="eqft_init")
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def weights_of_base(directory):
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 3}, {"target_bits": 3.0, "allocation": "random"}])
+def test_a_packed_run_becomes_what_its_loader_computes_with(source, tmp_path, options):
+    if source.parent.name.startswith("gpt2"):
+        options = {**options, "target_modules": "c_attn,c_fc"}
+    quantize(source, tmp_path / "run", format="gptq", **options)
+    run = FinishedRun.open(tmp_path / "run")
+    assert EXPORTS["dense"].loses(run) is None
+    export(run, "dense", tmp_path / "out")
+    before, after = weights_of_base(source), weights_of_base(tmp_path / "out")
+    assert after.keys() == before.keys()
+    for row in run.report.layers:
+        names = possible_names(f"{row.name}.weight", run.architecture.base_prefix)
+        name = next(name for name in names if name in after)
+        assert after[name].shape == before[name].shape
+        if row.kept is None:
+            assert torch.equal(after[name], run.weights.read(f"{row.name}.weight", torch.device("cpu")))
+            lost = float((after[name] - before[name]).norm() / before[name].norm())
+            assert lost == pytest.approx(row.error_start, rel=2e-3)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    named = json.loads((tmp_path / "out/eqft_init/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str((tmp_path / "out").resolve())
+    if "bits" not in options:  # stored dense, layers would get other widths
+        return
+    quantize(source, tmp_path / "dense", format="dense", **options)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tmp_path / "dense"), rtol=1e-2, atol=1e-3)
+
+
+def test_a_dense_run_is_copied_and_what_is_rounded_is_said(tmp_path):
+    source = make_checkpoint(tmp_path / "source")
+    quantize(source, tmp_path / "run", format="dense", max_shard_size="60KB")
+    run = FinishedRun.open(tmp_path / "run")
+    assert EXPORTS["dense"].loses(run) is None
+    export(run, "dense", tmp_path / "out")
+    after = weights_of_base(tmp_path / "out")
+    for file in (tmp_path / "run").glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert torch.equal(after[name], tensor)
+    quantize(source, tmp_path / "packed")
+    assert EXPORTS["dense"].loses(FinishedRun.open(tmp_path / "packed")).endswith("become bfloat16, as the rest is")
+
+
+def test_another_adapter_takes_the_place_of_the_run_s_own(tmp_path):
+    source = make_checkpoint(tmp_path / "source")
+    quantize(source, tmp_path / "run", format="dense")
+    quantize(source, tmp_path / "other", format="dense", bits=3)
+    export(FinishedRun.open(tmp_path / "run", tmp_path / "other/eqft_init"), "dense", tmp_path / "out")
+    name = "eqft_init/adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_what_does_not_work_leaves_nothing(tmp_path, monkeypatch):
+    quantize(make_checkpoint(tmp_path / "source"), tmp_path / "run", format="dense")
+    run = FinishedRun.open(tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"--to: no 'dens' \(did you mean 'dense'\?\); known are dense"):
+        export(run, "dens", tmp_path / "out")
+    with pytest.raises(OutputError, match="exists; choose another place"):
+        export(run, "dense", tmp_path / "run")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qinit.exports.dense.SafetensorsWriter.write_chunks", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        export(run, "dense", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
