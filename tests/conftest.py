@@ -1,20 +1,19 @@
-"""Tiny random checkpoints, and a setting in which no test reaches the network.
-
-Use `from tests.conftest import make_checkpoint`. torch and transformers are imported on first use only.
-"""
+"""A setting in which no test reaches the network, and the fixtures that tests in many folders use."""
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers import quantize
 from tests.hub_stand_in import StandInHub
+from tests.models import make_checkpoint, make_reader
 
 # Read by huggingface_hub when it is imported; a test that talks to a local stand-in lifts it for itself.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,114 +29,42 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(variable, None)
 
-SMALL = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-GATED = {
-    **SMALL,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-# family: configuration class, model class, configuration
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", GATED),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GATED),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GATED, "head_dim": 32}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", GATED),
-    "gemma": ("GemmaConfig", "GemmaForCausalLM", {**GATED, "head_dim": 32}),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", GATED),
-    "opt": (
-        "OPTConfig",
-        "OPTForCausalLM",
-        {
-            **SMALL,
-            "hidden_size": 64,
-            "word_embed_proj_dim": 64,
-            "ffn_dim": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 128,
-        },
-    ),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
-}
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 2 layers, width 64, bfloat16, one safetensors file; not to be changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("llama") / "llama")
 
 
-def make_checkpoint(
-    directory: Path,
-    family: str = "llama",
-    dtype: str = "bfloat16",
-    *,
-    seed: int = 0,
-    model_class: str | None = None,
-    max_shard_size: str = "5GB",
-    **overrides: Any,
-) -> Path:
-    """Save a tiny random model of a family into `directory` and return it.
+@pytest.fixture(scope="session")
+def strong_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with weights larger than usual: otherwise the layers hardly change what the embeddings say. Not to be
+    changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("strong-llama") / "llama", initializer_range=0.1)
 
-    `overrides` are configuration values; `model_class` saves another class than the causal LM, e.g. GPT2Model.
-    """
-    import torch
-    import transformers
 
-    config_class, causal_class, values = FAMILIES[family]
-    config = getattr(transformers, config_class)(**{**values, **overrides})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = getattr(transformers, model_class or causal_class)(config)
-    model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
-    return directory
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with the word tokenizer; not to be changed."""
+    return make_reader(tmp_path_factory.mktemp("reader") / "llama")
+
+
+@pytest.fixture(scope="session")
+def strong_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Llama whose layers count, with the word tokenizer; not to be changed."""
+    return make_reader(tmp_path_factory.mktemp("strong-reader") / "llama", initializer_range=0.1)
 
 
 @pytest.fixture
-def tiny_llama(tmp_path: Path) -> Path:
-    """A Llama of 2 layers, width 64, bfloat16, one safetensors file."""
-    return make_checkpoint(tmp_path / "tiny-llama")
+def tiny_llama(llama: Path, tmp_path: Path) -> Path:
+    """A copy of `llama`, for tests that may change it or name it."""
+    return Path(shutil.copytree(llama, tmp_path / "tiny-llama"))
 
 
-def rewrite_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the parsed header of a safetensors file and write it back over the data, its length fixed."""
-    raw = file.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    change(header)
-    new = json.dumps(header).encode()
-    file.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
-
-
-def exhausted(events: Generator[Any, None, Any]) -> tuple[Any, list[Any]]:
-    """Run a generator to its end; returns its result and what it yielded."""
-    seen = []
-    while True:
-        try:
-            seen.append(next(events))
-        except StopIteration as stop:
-            return stop.value, seen
-
-
-def quantize(source: Path, out: Path, *, overwrite: bool = False, **options: Any) -> Any:
-    """Run qinit on a checkpoint, rank 4, one round and no calibration unless told otherwise; returns the report."""
-    from qinit.events import Finished
-    from qinit.planner.make import make_plan
-    from qinit.recipe import make_recipe
-    from qinit.runner.run import run
-
-    recipe = make_recipe(**{"model": str(source), "rank": 4, "iter": 1, "calibration": "none", **options})
-    *_, last = run(make_plan(recipe, source, str(source)), out, overwrite=overwrite)
-    assert isinstance(last, Finished)
-    return last.report
-
-
-def weights_of(directory: Path) -> dict[str, bytes]:
-    """Return the bytes of every safetensors file below a directory."""
-    return {str(file.relative_to(directory)): file.read_bytes() for file in sorted(directory.rglob("*.safetensors"))}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below a directory."""
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+@pytest.fixture
+def tiny_reader(reader: Path, tmp_path: Path) -> Path:
+    """A copy of `reader`, for tests that may change it or name it."""
+    return Path(shutil.copytree(reader, tmp_path / "tiny-reader"))
 
 
 @pytest.fixture(scope="session")

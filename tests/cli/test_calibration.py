@@ -10,8 +10,8 @@ import yaml
 from qinit.files.tensors import StoredTensor
 from qinit.planner import auto as choice
 from qinit.planner.auto import choose
-from tests.conftest import weights_of
-from tests.qinit.calibration.tiny import make_bert, make_reader, words
+from tests.helpers import weights_of
+from tests.models import make_bert, words
 
 QUICK = ("--rank", 4, "--calibration-samples", 6, "--calibration-length", 16, "--out", "out")
 TEXT = words(*(4 + i * 37 % 250 for i in range(400)))
@@ -19,18 +19,6 @@ TEXT = words(*(4 + i * 37 % 250 for i in range(400)))
 
 def make_encoder(tmp_path):
     return make_bert(tmp_path / "bert", hidden_size=64, intermediate_size=64)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A Llama with a word tokenizer; no test changes it."""
-    return make_reader(tmp_path_factory.mktemp("models") / "llama", initializer_range=0.1)
-
-
-@pytest.fixture
-def llama(tmp_path):
-    """The same, for tests that damage it."""
-    return make_reader(tmp_path / "llama")
 
 
 @pytest.fixture
@@ -51,8 +39,8 @@ def written():
 
 
 class TestSources:
-    def test_random_tokens(self, command, shared):
-        code, out, err = command("eqft", shared, *QUICK, "--calibration", "random")
+    def test_random_tokens(self, command, strong_reader):
+        code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "random")
         assert (code, err) == (0, "")
         found = report()
         assert found["recipe"]["calibration"] == "random"
@@ -66,26 +54,26 @@ class TestSources:
         shown = f", of the output {row['output_error_start']:.4f} -> {row['output_error']:.4f}, "
         assert any(row["name"] in line and shown in line for line in out.splitlines())
 
-    def test_the_models_own_text(self, command, shared):
-        code, out, err = command("eqft", shared, *QUICK, "--calibration", "self")
+    def test_the_models_own_text(self, command, strong_reader):
+        code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "self")
         assert (code, err) == (0, "")
         assert "calibrated on    6 texts of 16 tokens that the model wrote itself, seed 0" in out
         assert report()["totals"]["calibration"]["tokens"] == 96
 
-    def test_a_text_file(self, command, shared):
+    def test_a_text_file(self, command, strong_reader):
         Path("corpus.txt").write_text(TEXT)
-        code, out, err = command("eqft", shared, *QUICK, "--calibration", "corpus.txt")
+        code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "corpus.txt")
         assert (code, err) == (0, "")
         assert "calibrated on    6 windows of 16 tokens from corpus.txt, seed 0" in out
 
-    def test_jsonl_with_a_field_of_another_name(self, command, shared):
+    def test_jsonl_with_a_field_of_another_name(self, command, strong_reader):
         rows = [{"body": TEXT[i : i + 60], "text": "w4"} for i in range(0, 1200, 60)]
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        code, out, err = command("eqft", shared, *QUICK, "--calibration", "rows.jsonl", "--text-field", "body")
+        code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "rows.jsonl", "--text-field", "body")
         assert (code, err) == (0, "")
         assert "calibrated on    6 windows of 16 tokens from rows.jsonl, seed 0" in out
         with_body = weights_of(Path("out"))
-        assert command("eqft", shared, *QUICK, "--calibration", "rows.jsonl", "--overwrite")[0] == 0
+        assert command("eqft", strong_reader, *QUICK, "--calibration", "rows.jsonl", "--overwrite")[0] == 0
         assert weights_of(Path("out")) != with_body  # a text of w4 alone
 
     def test_an_encoder_reads_padded_documents(self, command, tmp_path):
@@ -96,7 +84,7 @@ class TestSources:
         assert "calibrated on    6 texts of up to 16 tokens from corpus.txt, seed 0" in out
         assert report()["totals"]["calibration"]["tokens"] < 96  # padding does not count
 
-    def test_every_option_reaches_the_recipe_and_the_recipe_repeats_the_run(self, command, shared):
+    def test_every_option_reaches_the_recipe_and_the_recipe_repeats_the_run(self, command, strong_reader):
         options = {
             **{"calibration": "random", "calibration_samples": 4, "calibration_length": 8, "iter": 3, "rank": 4},
             **{"calibration_mode": "parallel", "rounding": "nearest", "act_order": True, "polish": 2},
@@ -104,40 +92,40 @@ class TestSources:
         flags = []
         for name, value in options.items():
             flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
-        assert command("eqft", shared, *flags, "--out", "out")[0] == 0
+        assert command("eqft", strong_reader, *flags, "--out", "out")[0] == 0
         recipe = report()["recipe"]
         assert recipe == {**recipe, **options}
         Path("again.yaml").write_text(yaml.safe_dump(recipe))
         assert command("eqft", "--recipe", "again.yaml", "--out", "again")[0] == 0
         assert weights_of(Path("out")) == weights_of(Path("again"))
 
-    def test_few_tokens_are_said_on_the_screen_in_the_report_and_in_the_card(self, command, shared):
+    def test_few_tokens_are_said_on_the_screen_in_the_report_and_in_the_card(self, command, strong_reader):
         note = (
             "calibration: 96 tokens are fewer than the 128 inputs of the widest layer, so H is singular and damped "
             "more; 1024 or more are better"
         )
-        _, out, _ = command("eqft", shared, *QUICK, "--calibration", "random")
+        _, out, _ = command("eqft", strong_reader, *QUICK, "--calibration", "random")
         assert f"note: {note}\n" in out
         assert note in report()["notes"]
         assert f"- {note}\n" in Path("out/README.md").read_text()
         _, out, _ = command(
-            "eqft", shared, *QUICK, "--calibration", "random", "--calibration-samples", 8, "--overwrite"
+            "eqft", strong_reader, *QUICK, "--calibration", "random", "--calibration-samples", 8, "--overwrite"
         )
         assert report()["totals"]["calibration"]["tokens"] == 128
         assert "fewer than" not in out + "".join(report()["notes"])
 
-    def test_json_and_quiet_print_nothing_else(self, command, shared):
-        code, out, err = command("eqft", shared, *QUICK, "--calibration", "random", "--json", "--quiet")
+    def test_json_and_quiet_print_nothing_else(self, command, strong_reader):
+        code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "random", "--json", "--quiet")
         assert (code, err) == (0, "")
         assert json.loads(out)["totals"]["calibration"]["tokens"] == 96
-        code, out, err = command("eqft", shared, *QUICK, "--calibration", "self", "--quiet", "--overwrite")
+        code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "self", "--quiet", "--overwrite")
         assert (code, out, err) == (0, "", "")
 
 
 class TestPolish:
-    def test_it_runs_and_reports(self, command, shared):
+    def test_it_runs_and_reports(self, command, strong_reader):
         options = ("--calibration-samples", 128, "--calibration-length", 32, "--calibration-mode", "parallel")
-        code, out, err = command("eqft", shared, *QUICK, "--calibration", "random", *options, "--polish", 5)
+        code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "random", *options, "--polish", 5)
         assert (code, err) == (0, "")
         found = report()["totals"]["calibration"]["polish"]
         assert found["kept"]
@@ -151,12 +139,12 @@ class TestPolish:
 
 
 class TestPlan:
-    def test_auto_is_the_models_own_text_where_that_is_quick(self, command, shared, auto, monkeypatch):
+    def test_auto_is_the_models_own_text_where_that_is_quick(self, command, strong_reader, auto, monkeypatch):
         def refuse(*_):
             raise AssertionError("a weight was read")
 
         monkeypatch.setattr(StoredTensor, "read", refuse)
-        code, out, err = command("eqft", shared, "--dry-run")
+        code, out, err = command("eqft", strong_reader, "--dry-run")
         assert (code, err, written()) == (0, "", [])
         assert "note: calibration self: on text that the model writes itself\n" in out
         row = next(line for line in out.splitlines() if line.startswith(" calibration "))
@@ -169,38 +157,38 @@ class TestPlan:
         assert f"note: no calibration: {reason}\n" in out
         assert ["calibration", "none"] in map(str.split, out.splitlines())
 
-    def test_auto_is_none_where_it_would_take_long(self, command, shared, auto, monkeypatch):
+    def test_auto_is_none_where_it_would_take_long(self, command, strong_reader, auto, monkeypatch):
         monkeypatch.setitem(choice.NOMINAL_SPEED, "cpu", 1e6)
-        _, out, _ = command("eqft", shared, "--dry-run")
+        _, out, _ = command("eqft", strong_reader, "--dry-run")
         assert "note: no calibration: on the model's own text it would take about" in out
         assert "give --calibration self to have it all the same, or a file\n" in out
 
     @pytest.mark.parametrize(("kind", "chosen", "said"), [("llama", "self", "writes itself"), ("bert", "none", "FILE")])
-    def test_json_has_the_choice_and_the_reason(self, command, shared, auto, tmp_path, kind, chosen, said):
-        model = shared if kind == "llama" else make_encoder(tmp_path)
+    def test_json_has_the_choice_and_the_reason(self, command, strong_reader, auto, tmp_path, kind, chosen, said):
+        model = strong_reader if kind == "llama" else make_encoder(tmp_path)
         code, out, _ = command("eqft", model, "--dry-run", "--json")
         plan = json.loads(out)
         assert code == 0
         assert plan["recipe"]["calibration"] == chosen
         assert [note for note in plan["notes"] if said in note and "calibration" in note]
 
-    def test_auto_carries_out_what_it_plans(self, command, shared, auto):
-        code, out, _ = command("eqft", shared, *QUICK)
+    def test_auto_carries_out_what_it_plans(self, command, strong_reader, auto):
+        code, out, _ = command("eqft", strong_reader, *QUICK)
         assert code == 0
         assert "note: calibration self: on text that the model writes itself" in out
         assert report()["recipe"]["calibration"] == "self"
         assert "that the model wrote itself" in report()["totals"]["calibration"]["text"]
         assert "- calibration self: on text that the model writes itself" in Path("out/README.md").read_text()
 
-    def test_what_was_asked_for_has_no_reason_but_is_in_the_plan(self, command, shared, auto):
-        _, out, _ = command("eqft", shared, *QUICK, "--calibration", "random", "--polish", 7, "--dry-run")
+    def test_what_was_asked_for_has_no_reason_but_is_in_the_plan(self, command, strong_reader, auto):
+        _, out, _ = command("eqft", strong_reader, *QUICK, "--calibration", "random", "--polish", 7, "--dry-run")
         assert "random, 6 samples of up to 16 tokens, then 7 steps of polish" in out
         assert "model writes itself" not in out
         assert "note:" not in out
         assert re.search(r"time +about \d+ s here \(\d+ s to calibrate, \d+ s to solve, \d+ s to polish\)", out)
 
-    def test_the_cost_is_said_before_the_start(self, command, shared, auto):
-        _, out, _ = command("eqft", shared, *QUICK, "--calibration", "random", "--polish", 1)
+    def test_the_cost_is_said_before_the_start(self, command, strong_reader, auto):
+        _, out, _ = command("eqft", strong_reader, *QUICK, "--calibration", "random", "--polish", 1)
         assert [line for line in out.splitlines() if line.startswith("note:")][:2] == [
             "note: calibration takes about 1 s here",
             "note: 1 steps of polish take about 1 s here, with the whole model in memory",
@@ -311,26 +299,26 @@ def assert_refused(result, message, left, solved=False):
 
 
 @pytest.mark.parametrize(("files", "options", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
-def test_bad_input_is_one_line_and_leaves_nothing(command, shared, files, options, message):
+def test_bad_input_is_one_line_and_leaves_nothing(command, strong_reader, files, options, message):
     for name, text in files.items():
         Path(name).write_text(text)
-    assert_refused(command("eqft", shared, *QUICK, *options), message, sorted(files))
+    assert_refused(command("eqft", strong_reader, *QUICK, *options), message, sorted(files))
 
 
 @pytest.mark.parametrize("name", [name for name in BAD_INPUT if name not in SEEN_LATE])
-def test_bad_input_is_seen_by_the_dry_run_too(command, shared, name):
+def test_bad_input_is_seen_by_the_dry_run_too(command, strong_reader, name):
     files, options, message = BAD_INPUT[name]
     for file, text in files.items():
         Path(file).write_text(text)
-    assert_refused(command("eqft", shared, *QUICK, *options, "--dry-run"), message, sorted(files))
+    assert_refused(command("eqft", strong_reader, *QUICK, *options, "--dry-run"), message, sorted(files))
 
 
-def test_text_without_tokens(command, llama):
-    tokenizer = json.loads((llama / "tokenizer.json").read_text())
+def test_text_without_tokens(command, tiny_reader):
+    tokenizer = json.loads((tiny_reader / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "*"}, "content": " "}
-    (llama / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tiny_reader / "tokenizer.json").write_text(json.dumps(tokenizer))
     Path("stars.txt").write_text("* * *\n")
-    result = command("eqft", llama, *QUICK, "--calibration", "stars.txt")
+    result = command("eqft", tiny_reader, *QUICK, "--calibration", "stars.txt")
     assert_refused(result, "stars.txt: the model's tokenizer makes no tokens of this text", ["stars.txt"])
 
 
@@ -361,31 +349,31 @@ def test_a_model_that_overflows_halfway_leaves_nothing(command, tiny_llama, mode
     assert "%" in result[1]  # the first block had been solved
 
 
-def test_a_model_that_cannot_write_its_own_text_leaves_nothing(command, llama):
-    overflow(llama)
-    result = command("eqft", llama, *QUICK, "--calibration", "self")
+def test_a_model_that_cannot_write_its_own_text_leaves_nothing(command, tiny_reader):
+    overflow(tiny_reader)
+    result = command("eqft", tiny_reader, *QUICK, "--calibration", "self")
     assert_refused(result, "the model predicts NaN or Inf in torch.bfloat16", [])
 
 
-def test_an_interrupt_during_the_walk_leaves_nothing(command, shared, monkeypatch):
+def test_an_interrupt_during_the_walk_leaves_nothing(command, strong_reader, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qinit.calibration.walk.Meter.add", interrupt)
-    code, _, err = command("eqft", shared, *QUICK, "--calibration", "random")
+    code, _, err = command("eqft", strong_reader, *QUICK, "--calibration", "random")
     assert (code, err, written()) == (130, "error: interrupted; nothing was left behind\n", [])
 
 
-def test_a_failing_polish_leaves_the_layers_only(command, shared, monkeypatch):
+def test_a_failing_polish_leaves_the_layers_only(command, strong_reader, monkeypatch):
     monkeypatch.setattr("qinit.train.polish._terms", lambda *_: torch.zeros(()).fail)
-    code, _, err = command("eqft", shared, *QUICK, "--calibration", "random", "--polish", 2)
+    code, _, err = command("eqft", strong_reader, *QUICK, "--calibration", "random", "--polish", 2)
     assert (code, written()) == (1, [".out.partial"])
     assert err.startswith("error: inside qinit: AttributeError")
     assert err.endswith("; 14 of 14 layers are kept, the same command goes on from there\n")
 
 
 class TestHub:
-    def test_the_token_reaches_the_data_set_and_nothing_that_is_written(self, command, shared, monkeypatch):
+    def test_the_token_reaches_the_data_set_and_nothing_that_is_written(self, command, strong_reader, monkeypatch):
         seen = []
 
         def read_hub(source, text_field, token, **_):
@@ -394,7 +382,7 @@ class TestHub:
 
         monkeypatch.setattr("qinit.text.sources.read_hub", read_hub)
         options = ("--calibration", "someone/texts", "--text-field", "body", "--token", "hf_secret", "--json")
-        code, out, err = command("eqft", shared, *QUICK, *options)
+        code, out, err = command("eqft", strong_reader, *QUICK, *options)
         assert code == 0
         assert seen == [("someone/texts", "body", "hf_secret")]
         assert report()["totals"]["calibration"]["text"] == "6 windows of 16 tokens from someone/texts, seed 0"

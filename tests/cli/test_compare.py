@@ -9,8 +9,7 @@ import torch
 
 from qinit.compare import measure, workers
 from qinit.train import finetune
-from tests.conftest import make_checkpoint
-from tests.qinit.calibration.tiny import add_tokenizer, make_bert, make_reader, words
+from tests.models import add_tokenizer, make_bert, make_checkpoint, make_reader, words
 
 TEXT = words(*(4 + i * 37 % 250 for i in range(400)))
 TRAINING = words(*(4 + i * i % 97 for i in range(900)))
@@ -32,19 +31,13 @@ TUNING = ("--finetune", 2, "--train-text", "train.txt", "--train-length", 16, "-
 TUNING = (*TUNING, "--learning-rates", "0.001,0.01", "--seeds", "0,1", "--micro-batch", 1)
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """A Llama with a word tokenizer; no test changes it."""
-    return make_reader(tmp_path_factory.mktemp("models") / "llama", initializer_range=0.1)
-
-
 @pytest.fixture
-def compare(command, llama):
+def compare(command, strong_reader):
     """Return a function that runs `qinit compare MODEL ARGUMENTS` where test.txt and train.txt are."""
     Path("test.txt").write_text(TEXT)
     Path("train.txt").write_text(TRAINING)
     Path("short.txt").write_text(words(7, 8, 9))
-    return lambda *arguments, model=llama: command("compare", model, *arguments)
+    return lambda *arguments, model=strong_reader: command("compare", model, *arguments)
 
 
 @pytest.fixture
@@ -133,14 +126,14 @@ class TestTable:
         assert (Path("out/cells/loftq-2bit/run/qinit.json")).is_file()
         assert not Path("out/compare.png").exists()
 
-    def test_the_start_is_what_stock_loaders_load(self, compare, llama, undrawn):
+    def test_the_start_is_what_stock_loaders_load(self, compare, strong_reader, undrawn):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from qinit.evaluate.figures import perplexity
 
         assert compare(*STARTS, "--keep-runs", "--quiet") == (0, "", "")
-        tokens = torch.tensor(AutoTokenizer.from_pretrained(llama)(TEXT, add_special_tokens=False).input_ids)
+        tokens = torch.tensor(AutoTokenizer.from_pretrained(strong_reader)(TEXT, add_special_tokens=False).input_ids)
         run = Path("out/cells/eqft-none-2bit/run")
         model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
         model = PeftModel.from_pretrained(model, run, subfolder="eqft_init")

@@ -3,11 +3,10 @@ import json
 import pytest
 from qinit_cli.draw import Screen, size
 
-from qinit.planner.make import make_plan
 from qinit.planner.time import Estimate
-from qinit.recipe import make_recipe
 from qinit.runner.run import run
-from tests.conftest import make_checkpoint
+from tests.helpers import plan_of
+from tests.models import make_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -16,10 +15,6 @@ from tests.conftest import make_checkpoint
 )
 def test_sizes_are_decimal(nbytes, text):
     assert size(nbytes) == text
-
-
-def plan_of(directory, **options):
-    return make_plan(make_recipe(**{"rank": 4, "iter": 1, "calibration": "none", **options}), directory, "tiny")
 
 
 def test_names_are_shown_as_they_are_without_markup_or_emoji(capsys):
@@ -33,7 +28,7 @@ def test_a_long_line_is_not_wrapped_in_a_file(capsys):
 
 
 def test_quiet_says_nothing(tiny_llama, tmp_path, capsys):
-    plan, screen = plan_of(tiny_llama), Screen(quiet=True)
+    plan, screen = plan_of(tiny_llama, iter=1), Screen(quiet=True)
     screen.say("hello")
     screen.plan(plan, tmp_path / "out", Estimate(0.0, 0.0, 3.0, 0.0))
     report = screen.follow(plan, run(plan, tmp_path / "out"))
@@ -42,7 +37,7 @@ def test_quiet_says_nothing(tiny_llama, tmp_path, capsys):
 
 
 def test_a_run_is_plain_lines_and_a_table_when_the_output_is_no_terminal(tiny_llama, tmp_path, capsys):
-    plan = plan_of(tiny_llama)
+    plan = plan_of(tiny_llama, iter=1)
     out = tmp_path / "[red]out[/red]"
     report = Screen().follow(plan, run(plan, out))
     text, errors = capsys.readouterr()
@@ -67,7 +62,7 @@ def test_a_run_is_plain_lines_and_a_table_when_the_output_is_no_terminal(tiny_ll
 
 
 def test_kept_layers_and_lowered_ranks_are_said_before_and_during_the_run(tmp_path, capsys):
-    plan = plan_of(make_checkpoint(tmp_path / "m", intermediate_size=80), rank=48)
+    plan = plan_of(make_checkpoint(tmp_path / "m", intermediate_size=80), rank=48, iter=1)
     Screen().follow(plan, run(plan, tmp_path / "out"))
     text = capsys.readouterr().out
     assert "note: model.layers.0.mlp.up_proj stays as it is: 80 x 64 is not divisible by 32\n" in text
@@ -77,7 +72,7 @@ def test_kept_layers_and_lowered_ranks_are_said_before_and_during_the_run(tmp_pa
 
 
 def test_the_plan_lists_every_layer_and_why_it_is_kept(tmp_path, capsys):
-    plan = plan_of(make_checkpoint(tmp_path / "m", intermediate_size=80))
+    plan = plan_of(make_checkpoint(tmp_path / "m", intermediate_size=80), iter=1)
     Screen().plan(plan, tmp_path / "out", Estimate(0.0, 0.0, 3.0, 0.0))
     text = capsys.readouterr().out
     for layer in plan.layers:
@@ -91,7 +86,7 @@ def test_an_interrupt_while_drawing_ends_the_run_and_keeps_what_is_finished(tiny
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    plan, screen = plan_of(tiny_llama), Screen()
+    plan, screen = plan_of(tiny_llama, iter=1), Screen()
     monkeypatch.setattr(screen, "say", interrupt)
     place = tmp_path / "place"
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -103,7 +98,7 @@ def test_an_interrupt_while_drawing_ends_the_run_and_keeps_what_is_finished(tiny
 
 
 def test_json_is_one_line_with_the_report(tiny_llama, tmp_path, capsys):
-    plan, screen = plan_of(tiny_llama), Screen(to_stderr=True)
+    plan, screen = plan_of(tiny_llama, iter=1), Screen(to_stderr=True)
     report = screen.follow(plan, run(plan, tmp_path / "out"))
     screen.json_report(report, tmp_path / "out")
     text, others = capsys.readouterr()

@@ -7,7 +7,8 @@ from qinit_cli.eqft import _command
 
 from qinit.files.tensors import StoredTensor
 from qinit.source import demo
-from tests.conftest import make_checkpoint, weights_of
+from tests.helpers import weights_of
+from tests.models import make_checkpoint
 
 QUICK = ("--rank", 4, "--iter", 1)
 # What a recipe says of calibration when there is none.

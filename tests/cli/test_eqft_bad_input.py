@@ -10,16 +10,12 @@ import torch
 
 from qinit.files.tensors import INDEX_NAME
 from qinit.files.writer import SafetensorsWriter
-from tests.conftest import make_checkpoint, rewrite_header
+from tests.helpers import edit_config, rewrite_header
+from tests.models import make_checkpoint
 
 QUICK = ("--rank", 4, "--iter", 1)
 
 # Bad input: what is done to a good checkpoint, the options, and what the one line on stderr says.
-
-
-def edit_json(file, **changes):
-    value = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: item for key, item in value.items() if item is not None}))
 
 
 def edit_weight(name, change):
@@ -37,7 +33,7 @@ def edit_header(change):
 
 
 def config(**changes):
-    return lambda source: edit_json(source / "config.json", **changes)
+    return lambda source: edit_config(source, **changes)
 
 
 def sharded(**weight_map):

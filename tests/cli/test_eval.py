@@ -10,12 +10,12 @@ from qinit.evaluate import loaded
 from qinit.evaluate.figures import perplexity
 from qinit.files.manifest import file_sum, read_manifest, write_manifest
 from qinit.source.demo import demo_directory
-from tests.compat.stock import load, load_base
-from tests.conftest import make_checkpoint, quantize
-from tests.qinit.calibration.tiny import add_tokenizer, words
-from tests.qinit.evaluate.runs import TEXT, TOKENS, make_run, make_source
+from tests.evaluated import TEXT, TOKENS, make_run, make_source
+from tests.helpers import contents, quantize
+from tests.models import add_tokenizer, make_checkpoint, words
 from tests.qinit.evaluate.test_tasks import harness  # noqa: F401 - a fixture
 from tests.qinit.text.test_hub_documents import StandIn
+from tests.stock import load, load_base
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,6 @@ def table(out):
     """The lines of the table by their first column."""
     lines = (line.strip().split("  ", 1) for line in out.splitlines() if line.startswith(" "))
     return {parts[0]: parts[-1].strip() for parts in lines}
-
-
-def contents(directory):
-    return {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 class TestARun:

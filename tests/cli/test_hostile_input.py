@@ -16,7 +16,7 @@ import pytest
 
 from qinit.files.reading import UNPRINTABLE
 from tests.cli.hostile import CASES, HUB_CASES, SECRET, World, edit_config
-from tests.qinit.calibration.tiny import make_reader
+from tests.models import make_reader
 
 COUNT = 266  # of cases: docs/promises.md has this figure
 SECONDS = 60  # per command, on a machine that is busy with other things; a refusal takes a tenth of one

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import make_checkpoint, weights_of
+from tests.helpers import weights_of
+from tests.models import make_checkpoint
 
 QUICK = ("--rank", 4, "--iter", 1, "--group-size", 32)
 HALF = (*QUICK, "--ratio", 0.5)

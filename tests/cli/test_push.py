@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_main import process
-from tests.conftest import contents, make_checkpoint
+from tests.helpers import contents
 from tests.hub_stand_in import READER, WRITER
+from tests.models import make_checkpoint
 
 REPO = "me/tiny"
 QUICK = ("--rank", 4, "--iter", 1, "--calibration", "none", "--out", "out")

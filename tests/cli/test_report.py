@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from qinit.report.report import LayerRow, Report
-from tests.conftest import quantize
+from tests.helpers import quantize
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_checkpoint
 from tests.hub_stand_in import WRITER
+from tests.models import make_checkpoint
 
 MODEL, REPO = "someone/secret", "me/tiny"
 # What a token could be cut or encoded to; the part is long enough to be nothing else.

@@ -10,8 +10,8 @@ import pytest
 
 from qinit.files.manifest import MANIFEST_NAME, listed, write_manifest
 from tests.cli.test_main import process
-from tests.conftest import make_checkpoint, quantize
-from tests.qinit.verification.runs import edit_json, edit_tensors
+from tests.helpers import edit_json, edit_tensors, quantize
+from tests.models import make_checkpoint
 
 CONFIG = "eqft_init/adapter_config.json"
 

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from tests.compat.stock import (
+from tests.models import FAMILIES, make_checkpoint
+from tests.stock import (
     delta,
     dense_twin,
     dense_weight,
@@ -17,7 +18,6 @@ from tests.compat.stock import (
     solved,
     source_weight,
 )
-from tests.conftest import FAMILIES, make_checkpoint
 
 pytest.importorskip("gptqmodel", reason="pip install 'qinit[gptq]'")
 pytest.importorskip("optimum", reason="pip install 'qinit[gptq]'")
@@ -72,11 +72,6 @@ def test_every_family_is_close_to_full_precision_at_eight_bits(family, fmt):
     out = directory / f"{fmt}-8bit"
     quantize(source, out, bits=8, format=fmt)
     assert relative(logits(load(out)), logits(load_base(source))) < 0.03
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("llama") / "source", "llama")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

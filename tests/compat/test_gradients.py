@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests.compat.stock import dense_twin, load, load_adapter, logits, quantize
-from tests.conftest import make_checkpoint
+from tests.models import make_checkpoint
+from tests.stock import dense_twin, load, load_adapter, logits, quantize
 
 pytest.importorskip("gptqmodel", reason="pip install 'qinit[gptq]'")
 pytest.importorskip("optimum", reason="pip install 'qinit[gptq]'")

@@ -16,8 +16,8 @@ from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.run import run
 from qinit.source.demo import demo_directory
-from tests.compat.stock import delta, dense_twin, dense_weight, load_adapter, load_base, logits, lora_modules, solved
-from tests.conftest import make_checkpoint
+from tests.models import make_checkpoint
+from tests.stock import delta, dense_twin, dense_weight, load_adapter, load_base, logits, lora_modules, solved
 
 TOKENS = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(1))
 WIDTHS = (2, 3, 4, 8, 2, 2, 3)  # one of each kind in every block, and another one in the next
@@ -63,11 +63,6 @@ def source(request, tmp_path_factory):
 def mixed(source, tmp_path_factory):
     gptq_only()
     return write(mixed_plan(source, "gptq"), tmp_path_factory.mktemp("mixed") / "out")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("llama") / "source", "llama", "bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,12 @@ from torch import nn
 
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
-from tests.compat.stock import delta, dense_weight, load, lora_modules
-from tests.conftest import make_checkpoint, quantize
-from tests.qinit.solver.test_solve import KINDS, draw, loftq, product, qpissa, spec
+from tests.helpers import quantize
+from tests.layers import KINDS, of_kind
+from tests.models import make_checkpoint
+from tests.qinit.solver.papers import loftq, qpissa
+from tests.qinit.solver.test_solve import product, spec
+from tests.stock import delta, dense_weight, load, lora_modules
 
 RANK = 8
 HARD_CODED = '"xpu" if is_xpu_available() else "cuda"'
@@ -64,7 +67,7 @@ class TestQLoRA:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("kind", KINDS)
     def test_codes_and_absmax_are_bitsandbytes_bit_by_bit(self, kind, dtype):
-        weight = draw(kind, 128, 512).to(dtype).float()
+        weight = of_kind(kind, 128, 512).to(dtype).float()
         codes, absmax, values = nf4(weight)
         solution = solve(weight, spec("qlora", 4, rank=RANK))
         assert torch.equal(solution.quantized.codes, codes)
@@ -90,7 +93,7 @@ class TestPiSSA:
     @pytest.mark.parametrize("alpha", [RANK, 4 * RANK])
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_low_rank_part_is_peft_s(self, kind, alpha):
-        weight = draw(kind)
+        weight = of_kind(kind)
         theirs = adapted(weight, init_lora_weights="pissa", lora_alpha=alpha)
         solution = solve(weight, spec("qpissa", 2, rank=RANK))
         close(product(solution), delta(theirs), 1e-5)
@@ -101,7 +104,7 @@ class TestPiSSA:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_base_is_the_nf4_of_peft_s_residual(self, kind):
-        weight = draw(kind)
+        weight = of_kind(kind)
         theirs = adapted(weight, init_lora_weights="pissa", lora_alpha=RANK)
         codes, _, values = nf4(theirs.base_layer.weight.data)
         solution = solve(weight, spec("qpissa", 4, rank=RANK))
@@ -119,7 +122,7 @@ class TestLoftQ:
         from peft.utils.loftq_utils import loftq_init
 
         monkeypatch.setattr(layer, "loftq_init", on_the_cpu(loftq_init))
-        weight = draw(kind)
+        weight = of_kind(kind)
         config = LoftQConfig(loftq_bits=4, loftq_iter=rounds)
         theirs = adapted(weight, init_lora_weights="loftq", loftq_config=config, lora_alpha=RANK)
         solution = solve(weight, spec("loftq", 4, rank=RANK, iterations=rounds))
@@ -156,7 +159,7 @@ class TestLoftQ:
         from peft.utils.loftq_utils import loftq_init
 
         with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
-            loftq_init(draw("normal"), num_bits=4, reduced_rank=RANK, num_iter=1)
+            loftq_init(of_kind("normal"), num_bits=4, reduced_rank=RANK, num_iter=1)
 
 
 @pytest.mark.parametrize(("method", "paper"), [("loftq", loftq), ("qpissa", qpissa)])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.cli.hostile.world import NORM, UP, World, add, edit_config, sparse
-from tests.conftest import rewrite_header
+from tests.helpers import rewrite_header
 
 
 def raw_file(header: bytes, data: bytes = b"", length: int | None = None) -> Callable[[World], object]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import helpers
+
 NORM, UP, HEAD = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
 
 
@@ -110,12 +112,7 @@ PART, OUT_OF = "part.safetensors", "a link that leads out of the directory, to "
 
 
 def edit_config(**changes: Any) -> Callable[[World], object]:
-    def damage(world: World) -> None:
-        file = world.model / "config.json"
-        values = {**json.loads(file.read_text()), **changes}
-        file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-
-    return damage
+    return lambda world: helpers.edit_config(world.model, **changes)
 
 
 def beside(name: str, content: bytes) -> Callable[[World], object]:

@@ -5,6 +5,7 @@ from qinit.calibration.meter import Meter
 from qinit.files.tensors import StoredTensor
 from qinit.plan.plan import LayerPlan
 from qinit.source.targets import LinearModule, Target
+from tests.helpers import gauss
 
 CPU = torch.device("cpu")
 
@@ -14,13 +15,9 @@ def layer(name: str = "q", out_features: int = 5, in_features: int = 6) -> Layer
     return LayerPlan(Target(LinearModule(name, out_features, in_features, False), tensor), 2, 6, 1, None, ())
 
 
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("sizes", [(40,), (7, 30, 3), (1,) * 40, (0, 40, 0)])
 def test_batches_of_any_size_add_up_to_the_mean_over_all_tokens(sizes):
-    x, differences = draw(40, 6), {"q": draw(40, 5, seed=1), "k": draw(40, 3, seed=2)}
+    x, differences = gauss(40, 6), {"q": gauss(40, 5, seed=1), "k": gauss(40, 3, seed=2)}
     layers = [layer("q"), layer("k", out_features=3)]
     meter = Meter(layers, CPU, drift=True)
     first = 0
@@ -39,7 +36,7 @@ def test_batches_of_any_size_add_up_to_the_mean_over_all_tokens(sizes):
 
 
 def test_batches_without_a_difference_count_as_none():
-    x, difference = draw(40, 6), draw(40, 5, seed=1)
+    x, difference = gauss(40, 6), gauss(40, 5, seed=1)
     meter = Meter([layer()], CPU, drift=True)
     meter.add(x[:10], {"q": difference[:10]})
     meter.add(x[10:], {})
@@ -48,12 +45,12 @@ def test_batches_without_a_difference_count_as_none():
 
 def test_without_drift_there_is_none_and_differences_are_ignored():
     meter = Meter([layer()], CPU, drift=False)
-    meter.add(draw(4, 6), {"q": draw(4, 5)})
+    meter.add(gauss(4, 6), {"q": gauss(4, 5)})
     assert meter.statistics(layer()).drift is None
 
 
 def test_half_precision_activations_are_added_in_float32():
-    x = draw(3000, 6).bfloat16()
+    x = gauss(3000, 6).bfloat16()
     meter = Meter([layer()], CPU, drift=False)
     for part in x.split(100):
         meter.add(part, {})

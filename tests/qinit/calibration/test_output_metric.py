@@ -8,8 +8,9 @@ from qinit.calibration.output_metric import DIRECTIONS, FLOOR, SHRINKAGE, output
 from qinit.events import Measuring
 from qinit.stream.blocks import NotStreamable
 from qinit.text.samples import Samples
-from tests.conftest import FAMILIES, exhausted
-from tests.qinit.calibration.models import OTHERS, make, padded, plan_of, random_samples, stock
+from tests.helpers import calibrated_plan, exhausted, padded, random_samples
+from tests.models import FAMILIES, OTHERS, make_float32
+from tests.traces import stock
 
 CPU = torch.device("cpu")
 LENGTHS = [12, 3, 7, 12, 9]
@@ -46,7 +47,7 @@ def moments(plan, samples):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_it_is_the_second_moment_of_the_gradients(family, tmp_path):
-    plan, samples = plan_of(make(tmp_path / family, family)), random_samples(4)
+    plan, samples = calibrated_plan(make_float32(tmp_path / family, family)), random_samples(4)
     found, expected = measured(plan, samples), moments(plan, samples)
     assert found.keys() == expected.keys()
     for name, metric in found.items():
@@ -63,7 +64,7 @@ def test_it_is_the_second_moment_of_the_gradients(family, tmp_path):
 
 
 def test_directions_are_kept_over_batches(tmp_path, monkeypatch):
-    plan, samples = plan_of(make(tmp_path / "llama", "llama")), random_samples(8)
+    plan, samples = calibrated_plan(make_float32(tmp_path / "llama", "llama")), random_samples(8)
     at_once = measured(plan, samples)
     monkeypatch.setattr(backward, "GRADIENT_BATCH_TOKENS", 24)
     for name, metric in measured(plan, samples).items():
@@ -74,7 +75,7 @@ def test_directions_are_kept_over_batches(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_every_family_and_padding(family, tmp_path):
-    plan = plan_of(make(tmp_path / family, family))
+    plan = calibrated_plan(make_float32(tmp_path / family, family))
     samples = padded(random_samples(5), LENGTHS)
     for name, metric in measured(plan, samples).items():
         out = next(layer for layer in plan.quantized if layer.target.name == name).target.module.out_features
@@ -84,7 +85,7 @@ def test_every_family_and_padding(family, tmp_path):
 
 
 def test_padding_changes_nothing(tmp_path):
-    plan, samples = plan_of(make(tmp_path / "llama", "llama")), random_samples(3)
+    plan, samples = calibrated_plan(make_float32(tmp_path / "llama", "llama")), random_samples(3)
     longer = Samples(
         torch.cat([samples.tokens, torch.zeros(3, 4, dtype=torch.long)], 1),
         torch.tensor([[True] * 12 + [False] * 4] * 3),
@@ -97,7 +98,7 @@ def test_padding_changes_nothing(tmp_path):
 
 
 def test_block_by_block_it_is_what_the_whole_model_gives(tmp_path, monkeypatch):
-    plan, samples = plan_of(make(tmp_path / "llama", "llama")), random_samples(4)
+    plan, samples = calibrated_plan(make_float32(tmp_path / "llama", "llama")), random_samples(4)
     expected = measured(plan, samples, scratch=tmp_path)
 
     def refuse(*_):
@@ -112,8 +113,8 @@ def test_block_by_block_it_is_what_the_whole_model_gives(tmp_path, monkeypatch):
 
 
 def test_a_model_that_overflows_has_none(tmp_path):
-    source = make(tmp_path / "llama", "llama")
-    plan, samples = plan_of(source), random_samples(2)
+    source = make_float32(tmp_path / "llama", "llama")
+    plan, samples = calibrated_plan(source), random_samples(2)
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(source / "model.safetensors")

@@ -11,18 +11,9 @@ from qinit.calibration.walk import Seen, Walk
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
 from qinit.stream import carried
-from tests.conftest import FAMILIES
-from tests.qinit.calibration.models import (
-    Trace,
-    assert_close,
-    make,
-    oriented,
-    padded,
-    plan_of,
-    random_samples,
-    second_moment,
-    stock,
-)
+from tests.helpers import calibrated_plan, padded, random_samples
+from tests.models import FAMILIES, make_float32
+from tests.traces import Trace, assert_close, oriented, second_moment, stock
 
 CPU = torch.device("cpu")
 ALL = (*FAMILIES, "gpt_neox", "gemma2", "gemma4", "bert")
@@ -42,7 +33,7 @@ OUTSIDE = ("cls.predictions.transform.dense", "model.per_layer_model_projection"
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     """Return a function from a family to its plan, each made once."""
-    return cache(lambda family: plan_of(make(tmp_path_factory.mktemp(family) / family, family)))
+    return cache(lambda family: calibrated_plan(make_float32(tmp_path_factory.mktemp(family) / family, family)))
 
 
 @pytest.fixture
@@ -285,14 +276,14 @@ class TestMemory:
 
 class TestLayersThatAreNotVisited:
     def test_layers_that_are_not_chosen_are_neither_seen_nor_repaired(self, plan, small_batches):
-        plan = plan_of(plan("llama").checkpoint.directory, target_modules="o_proj,down_proj")
+        plan = calibrated_plan(plan("llama").checkpoint.directory, target_modules="o_proj,down_proj")
         seen = sequential(plan, random_samples())
         assert {name.rsplit(".", 1)[-1] for name in seen} == {"o_proj", "down_proj"}
         trace = Trace(stock(plan), list(seen), random_samples())
         assert all(assert_close(e.statistics.hessian, trace.hessian(n)) is None for n, e in seen.items())
 
     def test_blocks_without_a_layer_are_passed_through(self, plan):
-        plan = plan_of(plan("llama").checkpoint.directory, target_modules=r"model\.layers\.1\..*")
+        plan = calibrated_plan(plan("llama").checkpoint.directory, target_modules=r"model\.layers\.1\..*")
         seen = parallel(plan, random_samples())
         assert len(seen) == 7
         trace = Trace(stock(plan), list(seen), random_samples())
@@ -309,7 +300,7 @@ class TestOverflow:
     """The checkpoint itself is finite."""
 
     def source(self, directory, family, name, rows, value):
-        source = make(directory / "source", family)
+        source = make_float32(directory / "source", family)
         tensors = load_file(source / "model.safetensors")
         tensors[name][rows] = value
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -321,7 +312,7 @@ class TestOverflow:
         with pytest.raises(
             CalibrationError, match=r"^model\.layers\.1\.mlp\.down_proj: NaN or Inf at its input in samp"
         ):
-            list(Walk(plan_of(source), random_samples(), CPU, mode).visit())
+            list(Walk(calibrated_plan(source), random_samples(), CPU, mode).visit())
 
     @pytest.mark.parametrize("sample", [0, 4])
     def test_it_is_said_in_which_sample(self, mode, sample, tmp_path, small_batches):
@@ -329,4 +320,4 @@ class TestOverflow:
         samples = random_samples()
         samples.tokens[sample, -1] = 251
         with pytest.raises(CalibrationError, match=rf"h\.0\.attn\.c_attn: .* in sample {sample} of .*\(a test\)"):
-            list(Walk(plan_of(source), samples, CPU, mode).visit())
+            list(Walk(calibrated_plan(source), samples, CPU, mode).visit())

@@ -7,16 +7,9 @@ from qinit.calibration.walk import Seen
 from qinit.calibration.whole import WholeModel
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
-from tests.qinit.calibration.models import (
-    Trace,
-    assert_close,
-    make,
-    oriented,
-    padded,
-    plan_of,
-    random_samples,
-    stock,
-)
+from tests.helpers import calibrated_plan, padded, random_samples
+from tests.models import make_float32
+from tests.traces import Trace, assert_close, oriented, stock
 
 CPU = torch.device("cpu")
 LENGTHS = [12, 5, 9, 1, 2, 7, 8]
@@ -37,7 +30,7 @@ def seen_by(plan, samples):
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "t5"])
 def test_every_layer_sees_what_it_sees_in_the_stock_model(family, mask, tmp_path, small_batches):
-    plan = plan_of(make(tmp_path / "m", family))
+    plan = calibrated_plan(make_float32(tmp_path / "m", family))
     samples = padded(random_samples(), LENGTHS) if mask else random_samples()
     seen = seen_by(plan, samples)
     assert list(seen) == [layer.target.name for layer in plan.quantized]
@@ -56,7 +49,7 @@ def test_every_layer_sees_what_it_sees_in_the_stock_model(family, mask, tmp_path
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_fisher_is_the_mean_squared_gradient_of_the_next_token_loss(family, mask, tmp_path, small_batches):
-    plan = plan_of(make(tmp_path / "m", family), method="lq-lora", bits=2)
+    plan = calibrated_plan(make_float32(tmp_path / "m", family), method="lq-lora", bits=2)
     samples = padded(random_samples(), LENGTHS) if mask else random_samples()
     seen = seen_by(plan, samples)
     model = stock(plan)
@@ -79,19 +72,19 @@ def test_fisher_is_the_mean_squared_gradient_of_the_next_token_loss(family, mask
 
 
 def test_an_activation_that_overflows_names_the_layer_and_the_sample(tmp_path, small_batches):
-    source = make(tmp_path / "m", "gpt2")
+    source = make_float32(tmp_path / "m", "gpt2")
     tensors = load_file(source / "model.safetensors")
     tensors["transformer.wte.weight"][251] = 3e38
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     samples = random_samples()
     samples.tokens[4, -1] = 251
     with pytest.raises(CalibrationError, match=r"h\.0\.attn\.c_attn: .* in sample 4 of .*\(a test\)"):
-        seen_by(plan_of(source), samples)
+        seen_by(calibrated_plan(source), samples)
 
 
 def test_a_checkpoint_that_does_not_load_is_an_error_that_says_what_to_do(tmp_path):
-    source = make(tmp_path / "m", "llama")
-    plan = plan_of(source)
+    source = make_float32(tmp_path / "m", "llama")
+    plan = calibrated_plan(source)
     (source / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(CalibrationError, match=r"cannot be loaded whole for calibration .* --calibration none"):
         seen_by(plan, random_samples())
@@ -101,9 +94,9 @@ def test_a_model_that_does_not_run_is_an_error_that_says_what_to_do(tmp_path):
     samples = random_samples()
     samples.tokens[0, 0] = 10**6  # no such token
     with pytest.raises(CalibrationError, match=r"does not run on token ids \(IndexError: .* --calibration none"):
-        seen_by(plan_of(make(tmp_path / "m", "llama")), samples)
+        seen_by(calibrated_plan(make_float32(tmp_path / "m", "llama")), samples)
 
 
 def test_the_gradient_mode_is_the_caller_s(tmp_path):
-    for _ in WholeModel(plan_of(make(tmp_path / "m", "llama")), random_samples(), CPU).visit():
+    for _ in WholeModel(calibrated_plan(make_float32(tmp_path / "m", "llama")), random_samples(), CPU).visit():
         assert torch.is_grad_enabled()

@@ -7,7 +7,7 @@ from qinit.compare.texts import Text, read_source, split, tokenized
 from qinit.errors import CalibrationError, CompareError
 from qinit.evaluate.text import Text as Words
 from qinit.source.checkpoint import Checkpoint
-from tests.qinit.calibration.tiny import add_tokenizer, make_reader, words
+from tests.models import add_tokenizer, make_reader, words
 
 
 def test_documents_are_joined_by_blank_lines(tmp_path):

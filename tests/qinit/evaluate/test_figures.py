@@ -7,7 +7,7 @@ import torch
 from qinit.errors import QinitError
 from qinit.evaluate.figures import measure, perplexity
 from qinit.evaluate.windows import cut_windows
-from tests.conftest import exhausted
+from tests.helpers import exhausted
 
 
 class Guess(torch.nn.Module):

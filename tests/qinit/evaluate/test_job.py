@@ -9,9 +9,8 @@ from qinit.evaluate.job import Evaluated, Loading, Read, check_vocabularies, cho
 from qinit.evaluate.loaded import batch_size_for, class_name, loaded_bytes
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import cut_windows
-from tests.conftest import make_checkpoint
-from tests.qinit.calibration.tiny import make_bert
-from tests.qinit.evaluate.runs import CPU, TOKENS, figures, make_run, make_source, subject
+from tests.evaluated import CPU, TOKENS, figures, make_run, make_source, subject
+from tests.models import make_bert, make_checkpoint
 
 WINDOWS = cut_windows(TOKENS, 25)
 

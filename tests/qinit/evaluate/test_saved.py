@@ -13,7 +13,7 @@ from qinit.evaluate.windows import cut_windows
 from qinit.files.manifest import MANIFEST_NAME, file_sum, read_manifest, write_manifest
 from qinit.report.card import with_evaluations
 from qinit.report.report import Report
-from tests.conftest import quantize
+from tests.helpers import quantize
 
 WINDOWS = cut_windows(torch.arange(40), 10, 4)
 FIGURES = Figures(39, 2.5, 2.25, 0.125, 0.75)

@@ -13,10 +13,10 @@ from qinit.evaluate.job import Block, choose_way, evaluate
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import cut_windows
 from qinit.stream import carried
-from tests.compat.stock import load, load_base
-from tests.conftest import exhausted
-from tests.qinit.calibration.models import make
-from tests.qinit.evaluate.runs import CPU, TOKENS, figures, make_run, make_source, subject
+from tests.evaluated import CPU, TOKENS, figures, make_run, make_source, subject
+from tests.helpers import exhausted
+from tests.models import make_float32
+from tests.stock import load, load_base
 
 FAMILIES = ("llama", "gpt2", "opt")
 RUNS = {
@@ -33,13 +33,13 @@ def source(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
+def bfloat16_llama(tmp_path_factory):
     return make_source(tmp_path_factory.mktemp("one") / "llama", "llama", "bfloat16")
 
 
 @pytest.fixture(scope="module")
-def dense(llama, tmp_path_factory):
-    return make_run(llama, tmp_path_factory.mktemp("dense") / "run", format="dense")
+def dense(bfloat16_llama, tmp_path_factory):
+    return make_run(bfloat16_llama, tmp_path_factory.mktemp("dense") / "run", format="dense")
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -79,19 +79,19 @@ def test_ranks_of_their_own_are_there_to_be_read(source, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt_neox"])
 def test_a_plain_checkpoint_of_another_family(family, tmp_path):
-    source = Subject("m", make(tmp_path / "m", family))
+    source = Subject("m", make_float32(tmp_path / "m", family))
     streamed, loaded = (figures(source, stream=stream) for stream in ("always", "never"))
     assert streamed.loss == pytest.approx(loaded.loss, rel=2e-6)
 
 
-def test_bfloat16_weights_are_computed_with_in_float32(llama):
-    expected = math.log(perplexity(load_base(llama), TOKENS, 25))
-    assert figures(Subject("m", llama), stream="always").loss == pytest.approx(expected, rel=1e-5)
+def test_bfloat16_weights_are_computed_with_in_float32(bfloat16_llama):
+    expected = math.log(perplexity(load_base(bfloat16_llama), TOKENS, 25))
+    assert figures(Subject("m", bfloat16_llama), stream="always").loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_block_is_in_memory_at_a_time(dense, llama):
+def test_one_block_is_in_memory_at_a_time(dense, bfloat16_llama):
     windows, model = cut_windows(TOKENS, 25), subject(dense)
-    original = Subject("original", llama)
+    original = Subject("original", bfloat16_llama)
     way = choose_way(model, original, windows, CPU, stream="always")
     events = [event for event in evaluate(model, original, windows, way, CPU) if isinstance(event, Block)]
     assert [(event.model, event.done, event.blocks) for event in events] == [
@@ -100,11 +100,13 @@ def test_one_block_is_in_memory_at_a_time(dense, llama):
     ]
 
 
-def test_hidden_states_that_take_too_much_memory_go_to_disk_and_are_removed(dense, llama, tmp_path, monkeypatch):
-    expected = figures(subject(dense), Subject("original", llama), stream="always")
+def test_hidden_states_that_take_too_much_memory_go_to_disk_and_are_removed(
+    dense, bfloat16_llama, tmp_path, monkeypatch
+):
+    expected = figures(subject(dense), Subject("original", bfloat16_llama), stream="always")
     monkeypatch.setattr(carried, "CARRIED_SHARE", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert figures(subject(dense), Subject("original", llama), stream="always") == expected
+    assert figures(subject(dense), Subject("original", bfloat16_llama), stream="always") == expected
     assert not list(tmp_path.iterdir())
 
 
@@ -138,8 +140,8 @@ class TestNotStreamable:
         (run / "config.json").write_text(json.dumps(config))
         self.refused(subject(run), "its weights are packed as bitsandbytes")
 
-    def test_a_checkpoint_without_its_head(self, llama, tmp_path):
-        source = self.copied(llama, tmp_path)
+    def test_a_checkpoint_without_its_head(self, bfloat16_llama, tmp_path):
+        source = self.copied(bfloat16_llama, tmp_path)
         tensors = load_file(source / "model.safetensors")
         del tensors["lm_head.weight"]
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})

@@ -7,8 +7,8 @@ from qinit.errors import CheckpointError
 from qinit.evaluate.subject import Subject, find_model, find_subject, repair_base
 from qinit.files.manifest import file_sum, read_manifest, write_manifest
 from qinit.source.demo import demo_directory
-from tests.conftest import make_checkpoint
-from tests.qinit.evaluate.runs import make_run, make_source
+from tests.evaluated import make_run, make_source
+from tests.models import make_checkpoint
 
 
 @pytest.fixture(scope="module")

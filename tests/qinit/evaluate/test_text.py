@@ -18,14 +18,8 @@ from qinit.evaluate.text import (
     tokenize,
 )
 from qinit.source.demo import DEMO_WINDOW, demo_directory, held_out_text
-from tests.conftest import make_checkpoint
-from tests.qinit.calibration.tiny import add_tokenizer, make_reader, words
+from tests.models import add_tokenizer, make_checkpoint, words
 from tests.qinit.text.test_hub_documents import StandIn
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory):
-    return make_reader(tmp_path_factory.mktemp("reader") / "llama")
 
 
 def facts(directory):

@@ -8,7 +8,8 @@ from qinit.errors import OutputError, RecipeError
 from qinit.exports import EXPORTS, FinishedRun
 from qinit.exports.write import export
 from qinit.source.targets import possible_names
-from tests.conftest import make_checkpoint, quantize
+from tests.helpers import quantize
+from tests.models import make_checkpoint
 
 IDS = torch.arange(3, 43).view(2, 20)
 

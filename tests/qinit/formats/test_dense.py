@@ -7,6 +7,7 @@ from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.source.targets import LinearModule, Target
+from tests.helpers import gauss
 
 DENSE, INT = FORMATS["dense"], GRIDS["int"]
 
@@ -18,7 +19,7 @@ def make_target(dtype=torch.bfloat16, transposed=False) -> Target:
 
 
 def quantized(grid="int", bits=2):
-    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    weight = gauss(24, 40)
     search = GRIDS[grid].searches[0]
     return GRIDS[grid].quantize(weight, weight, bits=bits, group_size=16, search=search)[0]
 

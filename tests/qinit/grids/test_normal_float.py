@@ -5,6 +5,7 @@ from scipy.stats import norm
 
 from qinit.grids import GRIDS
 from qinit.grids.normal_float import levels
+from tests.helpers import gauss
 
 NF = GRIDS["nf"]
 
@@ -19,10 +20,6 @@ def published_levels(bits: int) -> np.ndarray:
     return values / values.max()
 
 
-def draw(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    return 0.02 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_levels_are_the_published_ones(bits):
     found = levels(bits)
@@ -35,7 +32,7 @@ def test_levels_are_the_published_ones(bits):
 
 def test_four_bits_are_bitsandbytes_nf4_code_by_code():
     functional = pytest.importorskip("bitsandbytes").functional
-    weight = draw(32, 256)
+    weight = gauss(32, 256, scale=0.02)
     quantized, residual = NF.quantize(weight, weight, bits=4, group_size=64, search="absmax")
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     their_codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).reshape(weight.shape)
@@ -58,7 +55,7 @@ def test_four_bits_are_bitsandbytes_nf4_code_by_code():
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("columns", [64, 100, 40])
 def test_values_are_the_nearest_levels_times_the_block_s_scale(bits, columns, search):
-    weight = draw(7, columns)
+    weight = gauss(7, columns, scale=0.02)
     quantized, residual = NF.quantize(weight, weight, bits=bits, group_size=64, search=search)
     scale = quantized.scales.repeat_interleave(64, 1)[:, :columns]
     assert quantized.zeros is None
@@ -69,7 +66,7 @@ def test_values_are_the_nearest_levels_times_the_block_s_scale(bits, columns, se
 
 
 def test_absmax_scales_are_the_largest_magnitudes_of_the_blocks():
-    weight = draw(5, 100)
+    weight = gauss(5, 100, scale=0.02)
     quantized, _ = NF.quantize(weight, weight, bits=2, group_size=64, search="absmax")
     expected = torch.stack([weight[:, :64].abs().amax(1), weight[:, 64:].abs().amax(1)], 1)
     assert torch.equal(quantized.scales, expected)
@@ -77,7 +74,7 @@ def test_absmax_scales_are_the_largest_magnitudes_of_the_blocks():
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_mse_search_is_no_worse_than_absmax(bits):
-    weight = draw(32, 256)
+    weight = gauss(32, 256, scale=0.02)
     errors = {}
     for search in ("absmax", "mse"):
         _, residual = NF.quantize(weight, weight, bits=bits, group_size=64, search=search)
@@ -98,7 +95,7 @@ def test_zeros_stay_zeros_and_positive_constants_are_exact(bits, search):
 
 @pytest.mark.parametrize("shape", [(1, 128), (128, 1), (1, 1)])
 def test_single_rows_and_columns(shape):
-    weight = draw(*shape)
+    weight = gauss(*shape, scale=0.02)
     quantized, residual = NF.quantize(weight, weight, bits=2, group_size=64, search="mse")
     assert quantized.codes.shape == residual.shape == shape
     assert residual.norm() < weight.norm()

@@ -3,8 +3,8 @@ import pytest
 from qinit.errors import CheckpointError, HubError
 from qinit.hub.download import local_directory
 from qinit.source.checkpoint import Checkpoint
-from tests.conftest import make_checkpoint
 from tests.hub_stand_in import READER
+from tests.models import make_checkpoint
 
 MODEL = "someone/tiny"
 

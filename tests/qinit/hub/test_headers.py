@@ -15,12 +15,11 @@ from qinit.errors import CheckpointError, HubError
 from qinit.files.tensors import INDEX_NAME, write_header_only
 from qinit.hub import download as hub_module
 from qinit.hub.download import header_directory, local_directory
-from qinit.planner.make import make_plan
 from qinit.planner.memory import working_bytes
-from qinit.recipe import make_recipe
 from qinit.runner.run import run
 from qinit.source.checkpoint import Checkpoint
-from tests.conftest import make_checkpoint
+from tests.helpers import plan_of
+from tests.models import make_checkpoint, make_reader, words
 
 MODEL = "someone/tiny"
 RANGE = 100_001  # what huggingface_hub fetches of a file for its header
@@ -46,10 +45,6 @@ def no_leftovers(monkeypatch):
 
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
-
-
-def plan_of(directory, name=MODEL, **options):
-    return make_plan(make_recipe(**{"rank": 4, "calibration": "none", **options}), directory, name)
 
 
 def put(repo, header):
@@ -96,8 +91,6 @@ def test_a_header_longer_than_the_first_range_is_fetched_whole(hub, repo):
 
 
 def test_a_plan_with_calibration_on_text_finds_the_tokenizer(hub, repo, tmp_path):
-    from tests.qinit.calibration.tiny import make_reader, words
-
     hub.repos[MODEL] = make_reader(tmp_path / "reader")
     (tmp_path / "a.txt").write_text(words(4, 5))
     for calibration in ("self", str(tmp_path / "a.txt")):

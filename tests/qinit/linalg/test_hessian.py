@@ -4,26 +4,26 @@ import torch
 from qinit.errors import QinitError
 from qinit.grids.integer.rounding import round_gptq
 from qinit.linalg.hessian import damped_cholesky, without
-from tests.qinit.grids.integer.test_rounding import correlated, draw
-from tests.qinit.linalg.test_low_rank import output_error, second_moment
+from tests.helpers import gauss
+from tests.layers import correlated, fading, output_error
 
 
 class TestWithout:
-    hessian = second_moment(40, 300)
-    A = draw(5, 40, seed=3)
+    hessian = fading(40, 300)
+    A = gauss(5, 40, seed=3, scale=0.02)
 
     def test_it_is_the_error_after_the_best_b(self):
-        residual = draw(16, 40, seed=4)
+        residual = gauss(16, 40, seed=4, scale=0.02)
         H, A, E = self.hessian.double(), self.A.double(), residual.double()
         best = E @ H @ A.T @ torch.linalg.inv(A @ H @ A.T)
         least = output_error(E - best @ A, H)
         assert output_error(residual, without(self.hessian, self.A)) == pytest.approx(least, rel=1e-3)
-        worse = best + 0.01 * draw(16, 5, seed=6)
+        worse = best + 0.01 * gauss(16, 5, seed=6, scale=0.02)
         assert output_error(E - worse @ A, H) > least
 
     @pytest.mark.parametrize("tokens", [12, 300])
     def test_both_parts_are_positive_semidefinite(self, tokens):
-        hessian = second_moment(40, tokens)
+        hessian = fading(40, tokens)
         left = without(hessian, self.A)
         slack = 1e-4 * float(hessian.diagonal().mean())
         for part in (left, hessian - left):
@@ -42,7 +42,7 @@ class TestWithout:
         assert torch.equal(without(self.hessian, torch.zeros(3, 40)), self.hessian)
 
     def test_all_inputs_can_be_repaired_at_full_rank(self):
-        left = without(self.hessian, torch.linalg.qr(draw(40, 40, seed=8)).Q)
+        left = without(self.hessian, torch.linalg.qr(gauss(40, 40, seed=8, scale=0.02)).Q)
         assert float(left.abs().max()) <= 1e-3 * float(self.hessian.diagonal().mean())
 
 
@@ -77,4 +77,4 @@ class TestDamping:
         with pytest.raises(QinitError, match="2 inputs stays indefinite"):
             damped_cholesky(broken, 0.01)
         with pytest.raises(QinitError, match="calibration text"):
-            round_gptq(draw(3, 2), broken, bits=2, group_size=8, search="mse")
+            round_gptq(gauss(3, 2, scale=0.02), broken, bits=2, group_size=8, search="mse")

@@ -5,19 +5,10 @@ import torch
 
 from qinit.linalg.low_rank import COLD_STEPS, OutputMetric, full_svd, output_subspace, random_basis, subspace
 from qinit.linalg.weighting import closed_form
+from tests.helpers import gauss
+from tests.layers import decaying, fading, output_error
 
 SHAPES = [(48, 32), (32, 48), (64, 64), (200, 20), (20, 200)]
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def decaying(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """A matrix with singular values 1, 0.8, 0.64, ... as weights have, not the flat ones of noise."""
-    size = min(rows, columns)
-    U, V = torch.linalg.qr(draw(rows, size, seed=seed)).Q, torch.linalg.qr(draw(columns, size, seed=seed + 1)).Q
-    return U * 0.8 ** torch.arange(size) @ V.T
 
 
 def approximate(matrix, rank, steps=COLD_STEPS):
@@ -43,7 +34,7 @@ def assert_balanced(approximation, captured):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_the_full_svd_captures_all_that_the_rank_allows(shape, rank):
-    matrix = draw(*shape)
+    matrix = gauss(*shape)
     approximation = full_svd(matrix, rank)
     best = energy(matrix, rank)
     assert approximation.captured == pytest.approx(best, rel=1e-5)
@@ -55,7 +46,7 @@ def test_the_full_svd_captures_all_that_the_rank_allows(shape, rank):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_the_subspace_iteration_captures_nearly_as_much(shape, rank):
-    for matrix, least in ((decaying(*shape), 0.9999), (draw(*shape), 0.97)):
+    for matrix, least in ((decaying(*shape), 0.9999), (gauss(*shape), 0.97)):
         approximation = approximate(matrix, rank)
         assert approximation.factors.B.shape == (shape[0], rank)
         assert approximation.factors.A.shape == (rank, shape[1])
@@ -65,14 +56,14 @@ def test_the_subspace_iteration_captures_nearly_as_much(shape, rank):
 
 
 def test_captured_energy_is_what_the_product_takes_from_the_matrix():
-    matrix = draw(48, 32)
+    matrix = gauss(48, 32)
     approximation = approximate(matrix, 4)
     rest = (matrix - approximation.factors.B @ approximation.factors.A).double().square().sum()
     assert float(rest) == pytest.approx(float(matrix.double().square().sum()) - approximation.captured, rel=1e-5)
 
 
 def test_more_steps_never_capture_less():
-    matrix = draw(64, 64)
+    matrix = gauss(64, 64)
     captured = [approximate(matrix, 8, steps).captured for steps in (1, 2, 4, 8, 16)]
     assert all(later >= earlier * (1 - 1e-6) for earlier, later in pairwise(captured))
     assert captured[-1] >= 0.999 * energy(matrix, 8)
@@ -80,7 +71,7 @@ def test_more_steps_never_capture_less():
 
 def test_one_step_from_a_nearby_matrix_s_basis_is_enough():
     matrix = decaying(96, 64)
-    nearby = matrix + 0.01 * draw(96, 64, seed=5) / 8
+    nearby = matrix + 0.01 * gauss(96, 64, seed=5) / 8
     start = approximate(matrix, 8)
     best = energy(nearby, 8)
     warm = subspace(nearby, 8, start.basis, steps=1)
@@ -92,14 +83,14 @@ def test_one_step_from_a_nearby_matrix_s_basis_is_enough():
 @pytest.mark.parametrize("method", [full_svd, approximate])
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8), (1, 16), (16, 1), (1, 1)])
 def test_at_full_rank_nothing_is_left(method, shape):
-    matrix = draw(*shape)
+    matrix = gauss(*shape)
     factors = method(matrix, min(shape)).factors
     torch.testing.assert_close(factors.B @ factors.A, matrix, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", [full_svd, approximate])
 def test_a_matrix_of_lower_rank_is_reproduced(method):
-    matrix = draw(48, 3) @ draw(3, 32, seed=1)
+    matrix = gauss(48, 3) @ gauss(3, 32, seed=1)
     approximation = method(matrix, 8)
     factors = approximation.factors
     assert torch.isfinite(factors.A).all()
@@ -132,22 +123,10 @@ def test_random_bases_depend_on_the_seed_alone():
 
 
 def test_the_same_input_gives_the_same_bits():
-    matrix = draw(64, 48)
+    matrix = gauss(64, 48)
     one, two = approximate(matrix, 8), approximate(matrix, 8)
     assert torch.equal(one.factors.A, two.factors.A)
     assert torch.equal(one.factors.B, two.factors.B)
-
-
-def second_moment(columns: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    """H of inputs with a decaying spectrum; singular when there are fewer tokens than columns."""
-    x = draw(tokens, columns, seed=seed) * 0.95 ** torch.arange(columns) @ draw(columns, columns, seed=seed + 1)
-    return x.T @ x / tokens
-
-
-def output_error(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
-    """tr(M H M'), float64."""
-    matrix = matrix.double()
-    return float(((matrix @ hessian.double()) * matrix).sum())
 
 
 def fit_output(residual, hessian, rank, steps=12):
@@ -161,7 +140,7 @@ OUTPUT_SHAPES = [(48, 32), (32, 48), (64, 64), (100, 20), (20, 100), (6, 40)]
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("shape", OUTPUT_SHAPES)
 def test_the_output_subspace_is_the_optimum_of_the_closed_form(shape, rank, tokens):
-    residual, hessian = decaying(*shape), second_moment(shape[1], tokens)
+    residual, hessian = decaying(*shape), fading(shape[1], tokens)
     approximation = fit_output(residual, hessian, rank)
     B, A = approximation.factors.B, approximation.factors.A
     assert (B.shape, A.shape) == ((shape[0], rank), (rank, shape[1]))
@@ -177,7 +156,7 @@ def test_the_output_subspace_is_the_optimum_of_the_closed_form(shape, rank, toke
 
 @pytest.mark.parametrize("tokens", [7, 400])
 def test_the_output_factors_have_equal_norms_and_rows_of_one_length(tokens):
-    factors = fit_output(decaying(48, 32), second_moment(32, tokens), 4).factors
+    factors = fit_output(decaying(48, 32), fading(32, tokens), 4).factors
     left, right = factors.B.T @ factors.B, factors.A @ factors.A.T
     assert float(left.trace()) == pytest.approx(float(right.trace()), rel=1e-4)
     torch.testing.assert_close(left, torch.diag(left.diagonal()), rtol=0, atol=1e-5 * float(left.max()))
@@ -186,13 +165,13 @@ def test_the_output_factors_have_equal_norms_and_rows_of_one_length(tokens):
 
 
 def test_the_output_factors_of_nothing_are_finite():
-    factors = fit_output(torch.zeros(48, 32), second_moment(32, 400), 4).factors
+    factors = fit_output(torch.zeros(48, 32), fading(32, 400), 4).factors
     assert not factors.B.any()
     assert torch.isfinite(factors.A).all()
 
 
 def output_metric(rows: int, directions: int, seed: int = 0) -> OutputMetric:
-    return OutputMetric(draw(directions, rows, seed=seed), 0.1 + draw(rows, 1, seed=seed + 1)[:, 0].square())
+    return OutputMetric(gauss(directions, rows, seed=seed), 0.1 + gauss(rows, 1, seed=seed + 1)[:, 0].square())
 
 
 def two_sided(matrix: torch.Tensor, metric: OutputMetric, hessian: torch.Tensor) -> float:
@@ -205,7 +184,7 @@ def two_sided(matrix: torch.Tensor, metric: OutputMetric, hessian: torch.Tensor)
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("shape", OUTPUT_SHAPES)
 def test_under_a_metric_of_outputs_it_is_the_optimum_of_that_closed_form(shape, rank, tokens):
-    residual, hessian, metric = decaying(*shape), second_moment(shape[1], tokens), output_metric(shape[0], 5)
+    residual, hessian, metric = decaying(*shape), fading(shape[1], tokens), output_metric(shape[0], 5)
     basis = random_basis(shape[1], rank, 0, residual.device)
     found = output_subspace(residual, hessian, rank, basis, 20, metric)
     G = metric.times(torch.eye(shape[0])).double()
@@ -231,7 +210,7 @@ def test_under_a_metric_of_outputs_it_is_the_optimum_of_that_closed_form(shape, 
 
 
 def test_a_metric_that_is_the_identity_changes_nothing():
-    residual, hessian = decaying(48, 32), second_moment(32, 400)
+    residual, hessian = decaying(48, 32), fading(32, 400)
     basis = random_basis(32, 4, 0, residual.device)
     identity = OutputMetric(torch.zeros(3, 48), torch.ones(48))
     plain, found = (output_subspace(residual, hessian, 4, basis, 12, metric) for metric in (None, identity))
@@ -246,15 +225,15 @@ def test_under_the_identity_the_output_subspace_is_the_svd():
 
 
 def test_more_steps_at_the_output_never_capture_less():
-    residual, hessian = draw(64, 48), second_moment(48, 400)
+    residual, hessian = gauss(64, 48), fading(48, 400)
     captured = [fit_output(residual, hessian, 6, steps).captured for steps in (1, 2, 4, 8, 16)]
     assert all(later >= earlier * (1 - 1e-5) for earlier, later in pairwise(captured))
 
 
 def test_a_nearby_matrix_s_basis_starts_the_output_search_well():
-    residual, hessian = decaying(96, 64), second_moment(64, 500)
+    residual, hessian = decaying(96, 64), fading(64, 500)
     start = fit_output(residual, hessian, 6)
-    nearby = residual + 0.01 * draw(96, 64, seed=5) / 8
+    nearby = residual + 0.01 * gauss(96, 64, seed=5) / 8
     best = closed_form(nearby, hessian, 6)
     most = output_error(nearby, hessian) - output_error(nearby - best.B @ best.A, hessian)
     warm = output_subspace(nearby, hessian, 6, start.basis)
@@ -264,7 +243,7 @@ def test_a_nearby_matrix_s_basis_starts_the_output_search_well():
 
 @pytest.mark.parametrize("zero", ["residual", "hessian"])
 def test_nothing_at_the_output_gives_finite_factors_and_a_usable_basis(zero):
-    residual, hessian = decaying(48, 32), second_moment(32, 400)
+    residual, hessian = decaying(48, 32), fading(32, 400)
     empty = output_subspace(
         residual * (zero != "residual"), hessian * (zero != "hessian"), 4, random_basis(32, 4, 0, residual.device), 3
     )

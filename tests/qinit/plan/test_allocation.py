@@ -13,14 +13,15 @@ from qinit.plan.allocation import Sensitivity
 from qinit.widths.budget import options
 from qinit.widths.validity import check_sensitivity, conditions
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, with_value
-from tests.qinit.calibration.models import make, plan_of
+from tests.helpers import calibrated_plan
+from tests.models import make_float32
 
 MIXED = {"calibration": "none", "target_bits": 4, "bits_choices": [2, 3, 8]}
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    return plan_of(make(tmp_path_factory.mktemp("llama") / "llama", "llama"), **MIXED)
+    return calibrated_plan(make_float32(tmp_path_factory.mktemp("llama") / "llama", "llama"), **MIXED)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ class TestFile:
             Sensitivity.read(tmp_path / "binary.json")
 
     def test_of_another_model(self, plan, file, tmp_path):
-        other = plan_of(make(tmp_path / "other", "llama", seed=1), **MIXED)
+        other = calibrated_plan(make_float32(tmp_path / "other", "llama", seed=1), **MIXED)
         with pytest.raises(RecipeError, match="was measured for another model"):
             check_sensitivity(Sensitivity.read(file), other, options(other), file)
 
@@ -92,7 +93,7 @@ class TestFile:
         ],
     )
     def test_of_another_recipe(self, plan, file, changes, message):
-        other = plan_of(plan.checkpoint.directory, **{**MIXED, **changes})
+        other = calibrated_plan(plan.checkpoint.directory, **{**MIXED, **changes})
         with pytest.raises(RecipeError, match=message + ".*; leave the option out to measure anew"):
             check_sensitivity(Sensitivity.read(file), other, options(other), file)
 

@@ -9,12 +9,8 @@ from qinit.planner.make import make_plan
 from qinit.planner.memory import working_bytes
 from qinit.recipe import make_recipe
 from qinit.solver.methods import CALIBRATED, METHODS
-from tests.conftest import make_checkpoint, quantize
-from tests.qinit.calibration.tiny import make_bert, make_reader, words
-
-
-def plan_of(directory, **options):
-    return make_plan(make_recipe(**{"rank": 4, "calibration": "none", **options}), directory, "name")
+from tests.helpers import plan_of, quantize
+from tests.models import make_bert, make_checkpoint, make_reader, words
 
 
 @pytest.mark.parametrize("format", ["gptq", "dense"])

@@ -6,15 +6,10 @@ from qinit.planner.make import make_plan
 from qinit.planner.time import calibration_cost, estimate, expected
 from qinit.recipe import make_recipe
 from qinit.solver.methods import METHODS
-from tests.qinit.calibration.tiny import make_reader
-from tests.qinit.planner.test_auto import plan_of
+from tests.helpers import plan_of
+from tests.models import make_reader
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_reader(tmp_path_factory.mktemp("llama") / "llama")
 
 
 @pytest.fixture
@@ -70,10 +65,10 @@ def test_more_inputs_take_more_than_their_share_with_calibration_only(tiny_llama
 
 class TestCost:
     @pytest.fixture
-    def cost(self, llama):
+    def cost(self, reader):
         base = {"calibration_samples": 64, "calibration_length": 64}
         return lambda source="self", speed=1e10, **options: calibration_cost(
-            plan_of(llama, **{**base, **options}), source, speed
+            plan_of(reader, **{**base, **options}), source, speed
         )
 
     def test_text_that_is_there_costs_nothing_to_write(self, cost):
@@ -95,33 +90,33 @@ class TestCost:
     def test_samples_longer_than_the_model_takes_count_as_they_will_be(self, cost):
         assert cost(calibration_length=128) == cost(calibration_length=4096)
 
-    def test_a_larger_model_costs_more(self, llama, tmp_path):
+    def test_a_larger_model_costs_more(self, reader, tmp_path):
         larger = plan_of(make_reader(tmp_path / "larger", num_hidden_layers=4))
         for source in ("self", "random"):
             assert (
                 calibration_cost(larger, source, 1e10).seconds
-                > 1.5 * calibration_cost(plan_of(llama), source, 1e10).seconds
+                > 1.5 * calibration_cost(plan_of(reader), source, 1e10).seconds
             )
 
-    def test_only_the_chosen_layers_are_measured(self, llama, cost):
-        part = plan_of(llama, target_modules="q_proj", calibration_samples=64, calibration_length=64)
+    def test_only_the_chosen_layers_are_measured(self, reader, cost):
+        part = plan_of(reader, target_modules="q_proj", calibration_samples=64, calibration_length=64)
         assert calibration_cost(part, "random", 1e10).measuring < cost("random").measuring / 4
 
 
 class TestExpected:
-    def test_nothing_is_said_without_calibration(self, llama):
-        assert expected(plan_of(llama, calibration="none"), CPU) == ()
+    def test_nothing_is_said_without_calibration(self, reader):
+        assert expected(plan_of(reader, calibration="none"), CPU) == ()
 
-    def test_the_text_and_the_polish_are_told_apart(self, llama, monkeypatch):
+    def test_the_text_and_the_polish_are_told_apart(self, reader, monkeypatch):
         monkeypatch.setattr(module, "measured_speed", lambda device: 1e7)
-        lines = expected(plan_of(llama, calibration="self", polish=50), CPU)
+        lines = expected(plan_of(reader, calibration="self", polish=50), CPU)
         assert len(lines) == 2
         assert "of it to write the text" in lines[0]
         assert lines[1].startswith("50 steps of polish take about ")
-        (line,) = expected(plan_of(llama, calibration="random"), CPU)
+        (line,) = expected(plan_of(reader, calibration="random"), CPU)
         assert "write the text" not in line
 
-    def test_more_steps_take_longer(self, llama, monkeypatch):
+    def test_more_steps_take_longer(self, reader, monkeypatch):
         monkeypatch.setattr(module, "measured_speed", lambda device: 1e7)
-        few, many = (expected(plan_of(llama, calibration="random", polish=n), CPU)[1] for n in (10, 1000))
+        few, many = (expected(plan_of(reader, calibration="random", polish=n), CPU)[1] for n in (10, 1000))
         assert few.removeprefix("10") != many.removeprefix("1000")

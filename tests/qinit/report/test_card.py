@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from qinit.report.card import hub_card, load_snippet, polish_words
-from tests.conftest import make_checkpoint, quantize
+from tests.helpers import quantize
+from tests.models import make_checkpoint
 
 
 def front_matter(directory):

@@ -132,7 +132,7 @@ FULL = Report(
 )
 
 
-def draw(raw):
+def put_into_words(raw):
     """Read a report and put it into words, as `qinit report` does before it draws."""
     with file_of(raw, REPORT_NAME) as file, only_qinit_errors():
         report = Report.read(file.parent)
@@ -146,10 +146,10 @@ def draw(raw):
 @examples(100)
 @given(st.binary(max_size=40) | st.builds(changed, st.just(FULL.to_json().encode()), changes))
 def test_fuzz_bytes_are_a_report_or_refused(raw):
-    draw(raw)
+    put_into_words(raw)
 
 
 @examples(200)
 @given(st.integers(0, 10**7), json_values)
 def test_fuzz_a_report_with_a_value_replaced_is_read_or_refused(path, value):
-    draw(json.dumps(with_value(json.loads(FULL.to_json()), path, value)).encode())
+    put_into_words(json.dumps(with_value(json.loads(FULL.to_json()), path, value)).encode())

@@ -16,18 +16,13 @@ from qinit.runner.run import run
 from qinit.solver.methods import CALIBRATED, METHODS
 from qinit.stream.blocks import NotStreamable
 from qinit.train.polish import polish
-from tests.compat.stock import delta, dense_weight, load, lora_modules, relative
-from tests.conftest import make_checkpoint, quantize, weights_of
+from tests.helpers import gauss, quantize, weights_of
+from tests.models import make_checkpoint
+from tests.stock import delta, dense_weight, load, lora_modules, relative
 
 FEW = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "iter": None}
 MORE = {**FEW, "calibration_samples": 32, "calibration_length": 32}
 POLISHED = {**MORE, "calibration_samples": 128, "calibration_mode": "parallel", "polish": 5}
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """Weights larger than usual: otherwise the layers hardly change what the embeddings say."""
-    return make_checkpoint(tmp_path_factory.mktemp("models") / "llama", initializer_range=0.1)
 
 
 def events_of(source, out, **options):
@@ -42,9 +37,9 @@ def source_weights(directory):
 class TestLoading:
     @pytest.mark.parametrize("format", ["gptq", "dense"])
     @pytest.mark.parametrize("scaling", [{}, {"use_rslora": True, "lora_alpha": 7.0}])
-    def test_stock_loaders_get_the_errors_that_the_report_states(self, llama, tmp_path, format, scaling):
-        report = quantize(llama, tmp_path / "out", format=format, **FEW, **scaling)
-        modules, weights = lora_modules(load(tmp_path / "out")), source_weights(llama)
+    def test_stock_loaders_get_the_errors_that_the_report_states(self, strong_llama, tmp_path, format, scaling):
+        report = quantize(strong_llama, tmp_path / "out", format=format, **FEW, **scaling)
+        modules, weights = lora_modules(load(tmp_path / "out")), source_weights(strong_llama)
         assert len(report.layers) == len(modules) == 14
         for row in report.layers:
             module, weight = modules[row.name], weights[row.name]
@@ -55,24 +50,24 @@ class TestLoading:
             assert row.output_error < row.output_error_start
 
     @pytest.mark.parametrize("format", ["gptq", "dense"])
-    def test_a_polished_adapter_is_the_one_that_is_loaded(self, llama, tmp_path, format):
-        report = quantize(llama, tmp_path / "out", format=format, use_rslora=True, lora_alpha=7.0, **POLISHED)
+    def test_a_polished_adapter_is_the_one_that_is_loaded(self, strong_llama, tmp_path, format):
+        report = quantize(strong_llama, tmp_path / "out", format=format, use_rslora=True, lora_alpha=7.0, **POLISHED)
         assert report.totals["calibration"]["polish"]["kept"]
-        modules, weights = lora_modules(load(tmp_path / "out")), source_weights(llama)
+        modules, weights = lora_modules(load(tmp_path / "out")), source_weights(strong_llama)
         for row in report.layers:
             loaded = dense_weight(modules[row.name].base_layer) + delta(modules[row.name])
             assert relative(loaded, weights[row.name]) == pytest.approx(row.error, rel=2e-3)
 
-    def test_output_errors_are_those_of_the_inputs_that_the_layer_saw(self, llama, tmp_path):
+    def test_output_errors_are_those_of_the_inputs_that_the_layer_saw(self, strong_llama, tmp_path):
         """The first block's q, k and v see the normalised embeddings, whatever has been quantized."""
         from transformers import AutoModelForCausalLM
 
-        report = quantize(llama, tmp_path / "out", format="dense", **MORE)
+        report = quantize(strong_llama, tmp_path / "out", format="dense", **MORE)
         from qinit.text.sources import load_samples
 
-        config = json.loads((llama / "config.json").read_text())
-        tokens = load_samples("random", llama, config, samples=32, length=32, seed=0).tokens
-        source = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        config = json.loads((strong_llama / "config.json").read_text())
+        tokens = load_samples("random", strong_llama, config, samples=32, length=32, seed=0).tokens
+        source = AutoModelForCausalLM.from_pretrained(strong_llama, dtype=torch.float32)
         layer, modules = source.model.layers[0], lora_modules(load(tmp_path / "out"))
         with torch.no_grad():
             x = layer.input_layernorm(source.model.embed_tokens(tokens)).flatten(0, 1)
@@ -85,9 +80,9 @@ class TestLoading:
             assert relative(x @ (base + low_rank).T, wanted) == pytest.approx(row.output_error, rel=1e-3)
 
 
-def test_the_low_rank_is_fitted_under_what_the_outputs_cost(llama, tmp_path, monkeypatch):
+def test_the_low_rank_is_fitted_under_what_the_outputs_cost(strong_llama, tmp_path, monkeypatch):
     def adapter(out):
-        *_, last = events_of(llama, out, **MORE)
+        *_, last = events_of(strong_llama, out, **MORE)
         return last, safetensors.torch.load_file(out / "eqft_init/adapter_model.safetensors")
 
     with_metric, weighed = adapter(tmp_path / "with")
@@ -105,8 +100,8 @@ def test_the_low_rank_is_fitted_under_what_the_outputs_cost(llama, tmp_path, mon
 
 
 class TestReport:
-    def test_events_tell_of_the_text_the_passes_and_the_layers(self, llama, tmp_path):
-        *events, last = events_of(llama, tmp_path / "out")
+    def test_events_tell_of_the_text_the_passes_and_the_layers(self, strong_llama, tmp_path):
+        *events, last = events_of(strong_llama, tmp_path / "out")
         assert isinstance(last, Finished)
         assert events[0] == Sampling("random")
         measured = [name for event in events if isinstance(event, Measuring) for name in event.layers]
@@ -118,8 +113,8 @@ class TestReport:
         assert sum(event.nbytes for event in done) == last.report.totals["bytes_before"]
         assert {event.row for event in done if event.row} == set(last.report.layers)
 
-    def test_totals_and_rows_have_the_calibration(self, llama, tmp_path):
-        report = quantize(llama, tmp_path / "out", **FEW)
+    def test_totals_and_rows_have_the_calibration(self, strong_llama, tmp_path):
+        report = quantize(strong_llama, tmp_path / "out", **FEW)
         text = "4 samples of 16 random tokens, seed 0"
         assert report.totals["calibration"] == {"text": text, "tokens": 64}
         assert 0 < report.totals["output_error"] < report.totals["output_error_start"] < 1
@@ -130,8 +125,8 @@ class TestReport:
         assert f"| relative output error, base + adapter | {report.totals['output_error']:.4f} |\n" in card
         assert "calibration_samples: 4\n" in card
 
-    def test_without_calibration_nothing_is_said_of_it(self, llama, tmp_path):
-        report = quantize(llama, tmp_path / "out")
+    def test_without_calibration_nothing_is_said_of_it(self, strong_llama, tmp_path):
+        report = quantize(strong_llama, tmp_path / "out")
         assert not {"calibration", "output_error", "output_error_start"} & report.totals.keys()
         assert {(row.tokens, row.output_error) for row in report.layers} == {(None, None)}
         assert "calibrated on" not in (tmp_path / "out/README.md").read_text()
@@ -146,7 +141,7 @@ class TestReport:
         assert "80 x 64 is not divisible by 32" in kept.kept
         load(tmp_path / "out")
 
-    def test_a_layer_that_the_text_never_reaches_is_solved_without_data(self, llama, tmp_path, monkeypatch):
+    def test_a_layer_that_the_text_never_reaches_is_solved_without_data(self, strong_llama, tmp_path, monkeypatch):
         real = OpenBlock.visit
 
         def unreached(block):
@@ -155,7 +150,7 @@ class TestReport:
                 yield type(event)(event.layer, event.weight, None, event.repair) if is_it else event
 
         monkeypatch.setattr(OpenBlock, "visit", unreached)
-        report = quantize(llama, tmp_path / "out", **FEW)
+        report = quantize(strong_llama, tmp_path / "out", **FEW)
         row = next(row for row in report.layers if row.name == "model.layers.0.mlp.up_proj")
         assert (row.tokens, row.output_error) == (None, None)
         assert (
@@ -163,24 +158,26 @@ class TestReport:
         )
         module = lora_modules(load(tmp_path / "out"))[row.name]
         loaded = dense_weight(module.base_layer) + delta(module)
-        assert relative(loaded, source_weights(llama)[row.name]) == pytest.approx(row.error, rel=2e-3)
-        plain = quantize(llama, tmp_path / "plain", iter=5)  # the same as a run without calibration
+        assert relative(loaded, source_weights(strong_llama)[row.name]) == pytest.approx(row.error, rel=2e-3)
+        plain = quantize(strong_llama, tmp_path / "plain", iter=5)  # the same as a run without calibration
         assert row.error == next(other for other in plain.layers if other.name == row.name).error
 
-    def test_a_model_that_cannot_be_streamed_is_taken_whole_and_that_is_said(self, llama, tmp_path, monkeypatch):
+    def test_a_model_that_cannot_be_streamed_is_taken_whole_and_that_is_said(self, strong_llama, tmp_path, monkeypatch):
         def refuse(*_args, **_options):
             raise NotStreamable("the model has no blocks")
 
-        streamed = quantize(llama, tmp_path / "streamed", calibration_mode="parallel", **FEW)
+        streamed = quantize(strong_llama, tmp_path / "streamed", calibration_mode="parallel", **FEW)
         monkeypatch.setattr("qinit.runner.calibrated.Walk", refuse)
-        *events, last = events_of(llama, tmp_path / "out", calibration_mode="parallel")
+        *events, last = events_of(strong_llama, tmp_path / "out", calibration_mode="parallel")
         note = "calibration with the whole model in memory: the model has no blocks"
         assert Noted(note) in events
         assert note in last.report.notes
         for one, other in zip(streamed.layers, last.report.layers, strict=True):
             assert one.output_error == pytest.approx(other.output_error, rel=0.05)
 
-    def test_a_walk_that_breaks_off_midway_says_what_to_do_and_leaves_nothing(self, llama, tmp_path, monkeypatch):
+    def test_a_walk_that_breaks_off_midway_says_what_to_do_and_leaves_nothing(
+        self, strong_llama, tmp_path, monkeypatch
+    ):
         real = Walk.__iter__
 
         def breaks(walk):
@@ -191,54 +188,56 @@ class TestReport:
 
         monkeypatch.setattr(Walk, "__iter__", breaks)
         with pytest.raises(CalibrationError, match="odd block; use --calibration none or --calibration-mode parallel"):
-            quantize(llama, tmp_path / "place/out", **FEW)
+            quantize(strong_llama, tmp_path / "place/out", **FEW)
         assert list((tmp_path / "place").iterdir()) == []
 
 
 class TestDeterminism:
     @pytest.mark.parametrize("format", ["gptq", "dense"])
     @pytest.mark.parametrize("mode", ["sequential", "parallel"])
-    def test_two_runs_give_the_same_bytes(self, llama, tmp_path, mode, format):
-        quantize(llama, tmp_path / "one", format=format, calibration_mode=mode, **FEW)
+    def test_two_runs_give_the_same_bytes(self, strong_llama, tmp_path, mode, format):
+        quantize(strong_llama, tmp_path / "one", format=format, calibration_mode=mode, **FEW)
         torch.manual_seed(99)
-        quantize(llama, tmp_path / "two", format=format, calibration_mode=mode, **FEW)
+        quantize(strong_llama, tmp_path / "two", format=format, calibration_mode=mode, **FEW)
         assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
 
-    def test_a_polished_run_too(self, llama, tmp_path):
+    def test_a_polished_run_too(self, strong_llama, tmp_path):
         for name in ("one", "two"):
-            quantize(llama, tmp_path / name, **POLISHED)
+            quantize(strong_llama, tmp_path / name, **POLISHED)
         assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
 
-    def test_the_modes_the_rounding_the_order_and_the_seed_change_them(self, llama, tmp_path):
+    def test_the_modes_the_rounding_the_order_and_the_seed_change_them(self, strong_llama, tmp_path):
         others = ({"calibration_mode": "parallel"}, {"rounding": "nearest"}, {"act_order": True}, {"seed": 1})
         found = []
         for number, other in enumerate(({}, *others)):
-            quantize(llama, tmp_path / str(number), **FEW, **other)
+            quantize(strong_llama, tmp_path / str(number), **FEW, **other)
             found.append(weights_of(tmp_path / str(number))["model.safetensors"])
         assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_row_of_the_method_table_runs(llama, tmp_path, method):
+def test_every_row_of_the_method_table_runs(strong_llama, tmp_path, method):
     row = METHODS[method]
     options = dict(FEW) if row.needs else {"iter": None}
-    report = quantize(llama, tmp_path / "out", method=method, format="dense" if row.grid == "nf" else "gptq", **options)
+    report = quantize(
+        strong_llama, tmp_path / "out", method=method, format="dense" if row.grid == "nf" else "gptq", **options
+    )
     assert report.totals["layers"] == 14
     assert ("calibration" in report.totals) == bool(row.needs)
     if method != "qlora":
         assert report.totals["error"] != report.totals["error_start"]
     if row.metric in ("activation", "diagonal"):
         assert report.totals["output_error"] < report.totals["output_error_start"]
-    modules, weights = lora_modules(load(tmp_path / "out")), source_weights(llama)
+    modules, weights = lora_modules(load(tmp_path / "out")), source_weights(strong_llama)
     for row in report.layers[:7]:
         loaded = dense_weight(modules[row.name].base_layer) + delta(modules[row.name])
         assert relative(loaded, weights[row.name]) == pytest.approx(row.error, rel=3e-3)
 
 
 class TestPolish:
-    def test_it_is_kept_where_it_lowers_the_held_out_loss(self, llama, tmp_path):
-        plain = quantize(llama, tmp_path / "plain", **{**POLISHED, "polish": 0})
-        *events, last = events_of(llama, tmp_path / "out", **POLISHED)
+    def test_it_is_kept_where_it_lowers_the_held_out_loss(self, strong_llama, tmp_path):
+        plain = quantize(strong_llama, tmp_path / "plain", **{**POLISHED, "polish": 0})
+        *events, last = events_of(strong_llama, tmp_path / "out", **POLISHED)
         steps = [event for event in events if isinstance(event, Progress)]
         found = last.report.totals["calibration"]["polish"]
         assert [event.step for event in steps] == [0, 1, 2, 3, 4, 5]
@@ -255,10 +254,10 @@ class TestPolish:
         assert {row.output_error for row in last.report.layers} == {None}
         assert "output_error" not in last.report.totals
 
-    def test_it_is_refused_where_it_does_not(self, llama, tmp_path, monkeypatch):
-        plain = quantize(llama, tmp_path / "plain", **FEW)
+    def test_it_is_refused_where_it_does_not(self, strong_llama, tmp_path, monkeypatch):
+        plain = quantize(strong_llama, tmp_path / "plain", **FEW)
         monkeypatch.setattr("qinit.runner.polished.polish", partial(polish, learning_rate=0.0))
-        *events, last = events_of(llama, tmp_path / "out", polish=3)
+        *events, last = events_of(strong_llama, tmp_path / "out", polish=3)
         note = "polish: did not lower the held-out loss, so the adapters stay as they were"
         assert Noted(note) in events
         assert note in last.report.notes
@@ -283,7 +282,7 @@ def correlated(tmp_path_factory):
     """Inputs with a few strong directions, as real models have: there calibration knows where errors count."""
     directory = make_checkpoint(tmp_path_factory.mktemp("models") / "m", dtype="float32", initializer_range=0.1)
     tensors = safetensors.torch.load_file(directory / "model.safetensors")
-    basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+    basis = torch.linalg.qr(gauss(64, 64))[0]
     tensors["model.embed_tokens.weight"] @= basis * torch.logspace(0, -2, 64) @ basis.T * 8
     safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory

@@ -20,7 +20,8 @@ from qinit.recipe import make_recipe
 from qinit.runner import layer as layer_module
 from qinit.runner.run import run
 from qinit.workplace.place import kept
-from tests.conftest import make_checkpoint, quantize, weights_of
+from tests.helpers import edit_tensors, names, quantize, weights_of
+from tests.models import make_checkpoint
 
 
 def start(source, out, overwrite=False, **options):
@@ -33,22 +34,11 @@ def everything(directory):
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
-def names(directory):
-    return sorted(path.name for path in directory.iterdir())
-
-
 @pytest.fixture
 def place(tmp_path):
     """A directory in which only the output may appear."""
     (tmp_path / "place").mkdir()
     return tmp_path / "place"
-
-
-def edit_weights(source, change):
-    file = source / "model.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    change(tensors)
-    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
 
 class TestWhatIsWritten:
@@ -105,7 +95,9 @@ class TestWhatIsWritten:
         assert all(torch.equal(one[name], many[name]) for name in one)
 
     def test_a_layer_of_zeros_works(self, tiny_llama, place):
-        edit_weights(tiny_llama, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].zero_())
+        edit_tensors(
+            tiny_llama / "model.safetensors", lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].zero_()
+        )
         report = quantize(tiny_llama, place / "out", format="dense")
         row = next(row for row in report.layers if row.name == "model.layers.0.mlp.up_proj")
         assert row.error == row.error_start == 0
@@ -290,14 +282,16 @@ class TestFailure:
 
     @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
     def test_bad_values_name_the_tensor_and_their_number(self, tiny_llama, place, name):
-        edit_weights(tiny_llama, lambda tensors: tensors[name].view(-1)[:3].fill_(float("nan")))
+        edit_tensors(tiny_llama / "model.safetensors", lambda tensors: tensors[name].view(-1)[:3].fill_(float("nan")))
         with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor '{name}' holds 3 NaN or Inf among"):
             quantize(tiny_llama, place / "out")
         assert everything(place) == []
 
     def test_bad_values_are_counted_over_the_chunks_of_a_large_tensor(self, tiny_llama, place, monkeypatch):
         monkeypatch.setattr("qinit.files.tensors.StoredTensor.chunks.__defaults__", (64,))
-        edit_weights(tiny_llama, lambda tensors: tensors["lm_head.weight"][::2, 0].fill_(float("inf")))
+        edit_tensors(
+            tiny_llama / "model.safetensors", lambda tensors: tensors["lm_head.weight"][::2, 0].fill_(float("inf"))
+        )
         with pytest.raises(CheckpointError, match=r"'lm_head\.weight' holds 128 NaN or Inf among 16384"):
             quantize(tiny_llama, place / "out")
 

@@ -17,7 +17,7 @@ from qinit.runner.run import run
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.source.targets import LinearModule, Target
-from tests.conftest import weights_of
+from tests.helpers import weights_of
 
 EXPERTS, WIDTH, HIDDEN = 4, 64, 32
 STACKED = "model.layers.0.mlp.experts.down_proj"
@@ -28,7 +28,7 @@ def mixture(tmp_path_factory):
     """A model whose experts are saved as one tensor [expert, out, in], as transformers has them in memory."""
     from safetensors.torch import save_file
 
-    from tests.conftest import make_checkpoint
+    from tests.models import make_checkpoint
 
     source = make_checkpoint(tmp_path_factory.mktemp("mixture") / "m")
     tensors = load_file(source / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The published calibrated methods once more, in float64 from their papers, and layers to try them on."""
+"""The published methods once more, in float64 from their papers."""
 
 from __future__ import annotations
 
@@ -11,37 +11,12 @@ from qinit.solver.methods import METHODS, Method
 from qinit.solver.residual import as_loaded
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
-
-ROWS, COLUMNS, RANK, GROUP = 48, 192, 8, 64
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def weights(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0, structure: float = 1.0) -> torch.Tensor:
-    """Noise and `structure` times a rank-4 part, as large as trained weights are."""
-    low_rank = draw(rows, 4, seed=seed + 1) @ draw(4, columns, seed=seed + 2)
-    return 0.02 * (draw(rows, columns, seed=seed) + structure * low_rank)
-
-
-def statistics(columns: int = COLUMNS, rows: int = ROWS, tokens: int = 512, seed: int = 9) -> Statistics:
-    """Correlated inputs with a few loud channels; fewer tokens than columns make H singular."""
-    mixing = torch.eye(columns) + 0.3 * draw(columns, columns, seed=seed) / columns**0.5
-    loud = torch.ones(columns)
-    loud[:: max(columns // 5, 1)] = 8.0
-    x = (draw(tokens, columns, seed=seed + 1) @ mixing * loud).double()
-    fisher = draw(rows, columns, seed=seed + 2).square() * draw(rows, 1, seed=seed + 3).exp() * loud
-    return Statistics((x.T @ x / tokens).float(), x.abs().mean(0).float(), tokens, fisher=fisher)
+from tests.layers import GROUP, RANK, array
 
 
 def spec(method: str | Method, bits: int = 2, rank: int = RANK, storage=None) -> LayerSpec:
     row = METHODS[method] if isinstance(method, str) else method
     return LayerSpec(row, bits, GROUP, rank, row.iterations, storage)
-
-
-def array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.double().numpy()
 
 
 def product(solution) -> np.ndarray:
@@ -75,6 +50,26 @@ def normal_float(weight: np.ndarray, bits: int) -> np.ndarray:
     blocks = weight.reshape(-1, GROUP)
     absmax = np.abs(blocks).max(1, keepdims=True)
     return (table[np.abs(blocks[..., None] / absmax[..., None] - table).argmin(-1)] * absmax).reshape(weight.shape)
+
+
+def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
+    U, S, Vh = np.linalg.svd(matrix, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def loftq(weight: np.ndarray, bits: int, rank: int, rounds: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """LoftQ, arXiv:2310.08659, algorithm 1."""
+    low_rank = np.zeros_like(weight)
+    for _ in range(rounds):
+        quantized = normal_float(weight - low_rank, bits)
+        low_rank = truncated(weight - quantized, rank)
+    return quantized, low_rank
+
+
+def qpissa(weight: np.ndarray, bits: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """QPiSSA, arXiv:2404.02948: the principal part goes to the adapter, the rest is quantized."""
+    low_rank = truncated(weight, rank)
+    return normal_float(weight - low_rank, bits), low_rank
 
 
 def symmetric_root(hessian: np.ndarray) -> np.ndarray:

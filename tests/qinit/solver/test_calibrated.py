@@ -13,12 +13,9 @@ from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
+from tests.helpers import gauss
 
 ROW = get_method("eqft", calibrated=True)
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return 0.02 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def measured(columns: int, tokens: int = 2000, seed: int = 0, **options) -> Statistics:
@@ -56,7 +53,7 @@ def all_parts(solution) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("rank", [1, 8, 32])
 def test_the_output_error_is_far_below_that_of_the_data_free_row(rank, bits):
-    weight, statistics = draw(96, 128), measured(128)
+    weight, statistics = gauss(96, 128, scale=0.02), measured(128)
     blind = true_output_error(weight, solve(weight, data_free(bits, rank)), data_free(bits, rank), statistics.hessian)
     layer_spec = spec(bits, rank)
     solution = solve(weight, layer_spec, statistics=statistics)
@@ -67,7 +64,7 @@ def test_the_output_error_is_far_below_that_of_the_data_free_row(rank, bits):
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
 def test_the_reported_errors_are_those_of_what_is_returned(rounding, bits, storage):
-    weight, statistics = draw(96, 128), measured(128)
+    weight, statistics = gauss(96, 128, scale=0.02), measured(128)
     layer_spec = spec(bits, storage=storage, rounding=rounding)
     solution = solve(weight, layer_spec, statistics=statistics)
     expected = true_output_error(weight, solution, layer_spec, statistics.hessian)
@@ -82,7 +79,7 @@ def test_the_reported_errors_are_those_of_what_is_returned(rounding, bits, stora
 
 
 def test_the_output_error_of_a_tall_layer_is_close_though_not_of_all_its_rows():
-    weight, statistics = draw(1100, 32), measured(32)
+    weight, statistics = gauss(1100, 32, scale=0.02), measured(32)
     solution = solve(weight, spec(3), statistics=statistics)
     expected = true_output_error(weight, solution, spec(3), statistics.hessian)
     assert solution.output_error == pytest.approx(expected, rel=0.05)
@@ -91,7 +88,7 @@ def test_the_output_error_of_a_tall_layer_is_close_though_not_of_all_its_rows():
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_no_round_raises_the_error(bits, act_order):
-    weight, statistics = draw(64, 192), measured(192)
+    weight, statistics = gauss(64, 192, scale=0.02), measured(192)
     solution = solve(weight, spec(bits, iterations=6, act_order=act_order), statistics=statistics)
     assert len(solution.trace) == 6
     assert all(later <= earlier * 1.002 for earlier, later in pairwise(solution.trace))
@@ -101,7 +98,7 @@ def test_no_round_raises_the_error(bits, act_order):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
 def test_quantizing_first_leaves_little_to_the_adapter(bits, rounding):
-    weight, statistics = draw(96, 128), measured(128)
+    weight, statistics = gauss(96, 128, scale=0.02), measured(128)
     first, other = (
         solve(weight, spec(bits, rounding=rounding, start=start), statistics=statistics)
         for start in ("quantize", "low-rank")
@@ -114,7 +111,7 @@ def test_quantizing_first_leaves_little_to_the_adapter(bits, rounding):
 
 @pytest.mark.parametrize(("rank", "start"), [(4, "quantize"), (10, "quantize"), (11, "low-rank")])
 def test_the_order_is_that_of_the_row(rank, start):
-    weight, statistics = draw(64, 128), measured(128)
+    weight, statistics = gauss(64, 128, scale=0.02), measured(128)
     chosen, named = (
         all_parts(solve(weight, spec(rank=rank, **changes), statistics=statistics))
         for changes in ({}, {"start": start})
@@ -135,7 +132,7 @@ def test_what_the_rounds_do(start, rounds, roundings, monkeypatch):
             return step(*args, **given)
 
         monkeypatch.setattr(IntegerGrid, step.__name__, noted)
-    solution = solve(draw(96, 128), spec(iterations=rounds, start=start), statistics=measured(128))
+    solution = solve(gauss(96, 128, scale=0.02), spec(iterations=rounds, start=start), statistics=measured(128))
     assert steps == ["round_gptq"] * roundings + ["descend"] * (rounds - roundings)
     assert len(solution.trace) == rounds
 
@@ -145,7 +142,7 @@ def test_more_rounds_of_quantize_first_come_closer(bits):
     statistics, errors = measured(128), {}
     for rounds in (1, 3, 5):
         layer_spec = spec(bits, iterations=rounds)
-        found = [solve(draw(96, 128, seed=seed), layer_spec, statistics=statistics) for seed in range(4)]
+        found = [solve(gauss(96, 128, seed=seed, scale=0.02), layer_spec, statistics=statistics) for seed in range(4)]
         errors[rounds] = sum(solution.output_error for solution in found)
     assert errors[5] < 0.99 * errors[3] < 0.95 * errors[1]
 
@@ -153,12 +150,12 @@ def test_more_rounds_of_quantize_first_come_closer(bits):
 def test_the_second_rounding_of_quantize_first_comes_closer():
     statistics = measured(128)
     for seed in range(4):
-        trace = solve(draw(96, 128, seed=seed), spec(start="quantize"), statistics=statistics).trace
+        trace = solve(gauss(96, 128, seed=seed, scale=0.02), spec(start="quantize"), statistics=statistics).trace
         assert trace[1] < 0.98 * trace[0]
 
 
 def test_the_trace_is_relative_to_the_target_under_the_stable_hessian():
-    weight, statistics = draw(48, 128), measured(128, tokens=200)
+    weight, statistics = gauss(48, 128, scale=0.02), measured(128, tokens=200)
     quantized, approximation, trace = alternate(weight, spec(), statistics, seed=0)
     rest = weight - as_loaded(quantized, spec()) - approximation.factors.B @ approximation.factors.A
     hessian = stable_hessian(statistics)
@@ -166,7 +163,7 @@ def test_the_trace_is_relative_to_the_target_under_the_stable_hessian():
 
 
 def test_the_low_rank_is_the_best_for_the_returned_quantization():
-    weight, statistics = draw(64, 128), measured(128)
+    weight, statistics = gauss(64, 128, scale=0.02), measured(128)
     solution = solve(weight, spec(), statistics=statistics)
     rest = (weight - as_loaded(solution.quantized, spec())).double()
     hessian = stable_hessian(statistics).double()
@@ -177,7 +174,7 @@ def test_the_low_rank_is_the_best_for_the_returned_quantization():
 
 
 def test_error_feedback_is_better_than_rounding_to_nearest():
-    weight, statistics = draw(64, 192), measured(192)
+    weight, statistics = gauss(64, 192, scale=0.02), measured(192)
     errors = {
         name: solve(weight, spec(3, rounding=name), statistics=statistics).output_error for name in ("gptq", "nearest")
     }
@@ -185,8 +182,8 @@ def test_error_feedback_is_better_than_rounding_to_nearest():
 
 
 class TestDrift:
-    weight = draw(48, 96)
-    shift = draw(48, 96, seed=5)
+    weight = gauss(48, 96, scale=0.02)
+    shift = gauss(48, 96, seed=5, scale=0.02)
     clean = measured(96)
 
     def drifting(self) -> Statistics:
@@ -228,9 +225,9 @@ class TestScarceStatistics:
     @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
     @pytest.mark.parametrize("drift", [False, True])
     def test_fewer_tokens_than_inputs_still_give_a_solution(self, tokens, rounding, drift):
-        weight, statistics = draw(48, 128), measured(128, tokens)
+        weight, statistics = gauss(48, 128, scale=0.02), measured(128, tokens)
         if drift:
-            statistics = replace(statistics, drift=draw(48, 128, seed=3) @ statistics.hessian)
+            statistics = replace(statistics, drift=gauss(48, 128, seed=3, scale=0.02) @ statistics.hessian)
         solution = solve(weight, spec(rounding=rounding), statistics=statistics)
         assert all(torch.isfinite(part.float()).all() for part in all_parts(solution))
         if not drift:
@@ -260,7 +257,7 @@ class TestScarceStatistics:
     @pytest.mark.parametrize("drift", [False, True])
     def test_inputs_that_are_always_zero_are_rounded_to_nearest(self, drift):
         statistics = Statistics(torch.zeros(96, 96), torch.zeros(96), 100, torch.zeros(32, 96) if drift else None)
-        weight = draw(32, 96)
+        weight = gauss(32, 96, scale=0.02)
         solution = solve(weight, spec(3), statistics=statistics)
         assert all(torch.isfinite(part.float()).all() for part in all_parts(solution))
         assert solution.output_error == solution.quantized_output_error == 0.0
@@ -270,7 +267,7 @@ class TestScarceStatistics:
         statistics = measured(96)
         statistics.hessian[:40] = 0
         statistics.hessian[:, :40] = 0
-        solution = solve(draw(32, 96), spec(3, group_size=32), statistics=statistics)
+        solution = solve(gauss(32, 96, scale=0.02), spec(3, group_size=32), statistics=statistics)
         assert all(torch.isfinite(part.float()).all() for part in all_parts(solution))
         assert solution.error < 0.6
 
@@ -278,12 +275,12 @@ class TestScarceStatistics:
         statistics = measured(32)
         statistics.hessian[0, 1] = statistics.hessian[1, 0] = 1e6
         with pytest.raises(QinitError, match="indefinite"):
-            solve(draw(16, 32), spec(rank=2), statistics=statistics)
+            solve(gauss(16, 32, scale=0.02), spec(rank=2), statistics=statistics)
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
 def test_storage_in_bfloat16_is_part_of_the_fit(rounding):
-    weight, statistics = draw(64, 128), measured(128)
+    weight, statistics = gauss(64, 128, scale=0.02), measured(128)
     dense = spec(8, rank=32, storage=torch.bfloat16, rounding=rounding)
     aware = solve(weight, dense, statistics=statistics)
     unaware = solve(weight, replace(dense, storage=None), statistics=statistics)
@@ -293,7 +290,7 @@ def test_storage_in_bfloat16_is_part_of_the_fit(rounding):
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1), (1, 1), (3, 100), (40, 33)])
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
 def test_the_smallest_shapes_work_at_their_full_rank(shape, rounding):
-    weight, statistics = draw(*shape), measured(shape[1])
+    weight, statistics = gauss(*shape, scale=0.02), measured(shape[1])
     solution = solve(weight, spec(rank=min(shape), rounding=rounding), statistics=statistics)
     assert solution.output_error < 1e-3
 
@@ -306,7 +303,7 @@ def test_zero_weights_give_zero():
 
 
 def test_the_same_call_gives_the_same_bits_and_seeds_hardly_matter():
-    weight, statistics = draw(64, 128), measured(128)
+    weight, statistics = gauss(64, 128, scale=0.02), measured(128)
     hessian, state = statistics.hessian.clone(), torch.get_rng_state()
     one = solve(weight, spec(), seed=7, statistics=statistics)
     assert torch.equal(torch.get_rng_state(), state)
@@ -320,4 +317,4 @@ def test_the_same_call_gives_the_same_bits_and_seeds_hardly_matter():
 
 def test_a_row_that_needs_statistics_says_so():
     with pytest.raises(ValueError, match="needs statistics"):
-        solve(draw(16, 64), spec(rank=2))
+        solve(gauss(16, 64, scale=0.02), spec(rank=2))

@@ -7,7 +7,7 @@ import torch
 
 from qinit.linalg.hessian import activation_norm
 from qinit.solver.magr import reduce_magnitude
-from tests.qinit.solver.papers import COLUMNS, GROUP, ROWS, statistics, weights
+from tests.layers import COLUMNS, GROUP, ROWS, statistics, weights
 
 
 def test_magr_shrinks_the_largest_weights_and_hardly_the_outputs():

@@ -9,7 +9,8 @@ from qinit.linalg.low_rank import OutputMetric
 from qinit.solver.methods import CALIBRATED, METHODS, get_method
 from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec
-from tests.qinit.solver.papers import COLUMNS, GROUP, RANK, ROWS, draw, statistics, weights
+from tests.helpers import gauss
+from tests.layers import COLUMNS, GROUP, RANK, ROWS, statistics, weights
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -83,7 +84,7 @@ def test_an_unknown_method_is_answered_with_the_nearest_name():
 @pytest.mark.parametrize("row", [*METHODS.values(), *CALIBRATED.values()], ids=lambda row: f"{row.name}-{row.solver}")
 def test_a_row_looks_at_nothing_but_what_it_needs(row):
     """What it does not need is damaged, and changes nothing."""
-    everything = replace(statistics(), output_metric=OutputMetric(draw(3, ROWS), torch.ones(ROWS)))
+    everything = replace(statistics(), output_metric=OutputMetric(gauss(3, ROWS), torch.ones(ROWS)))
     damaged = {
         "hessian": {"hessian": torch.full((COLUMNS, COLUMNS), torch.nan)},
         "magnitude": {"magnitude": torch.full((COLUMNS,), torch.nan)},

@@ -16,20 +16,9 @@ from qinit.solver.methods import METHODS
 from qinit.solver.published import preserved_rank, solve_published, weighting_of
 from qinit.solver.residual import as_loaded
 from qinit.solver.statistics import Statistics
-from tests.qinit.solver.papers import (
-    COLUMNS,
-    PAPERS,
-    RANK,
-    ROWS,
-    array,
-    draw,
-    norm_under,
-    product,
-    spec,
-    statistics,
-    symmetric_root,
-    weights,
-)
+from tests.helpers import gauss
+from tests.layers import COLUMNS, RANK, ROWS, array, statistics, weights
+from tests.qinit.solver.papers import PAPERS, norm_under, product, spec, symmetric_root
 
 PEERS = [name for name, row in METHODS.items() if row.needs and "arXiv" in row.source]
 
@@ -176,14 +165,14 @@ def test_nothing_near_the_closed_form_is_better(tokens, rank):
     least = float(loss(residual, hessian, factors.B, factors.A))
     for seed in range(20):
         for size in (1e-1, 1e-2, 1e-3):
-            B = factors.B * (1 + size * draw(ROWS, rank, seed=seed))
-            A = factors.A * (1 + size * draw(rank, COLUMNS, seed=seed + 50))
+            B = factors.B * (1 + size * gauss(ROWS, rank, seed=seed))
+            A = factors.A * (1 + size * gauss(rank, COLUMNS, seed=seed + 50))
             assert float(loss(residual, hessian, B, A)) > least
 
 
 @pytest.mark.parametrize("tokens", [5, 64])  # 5: H is singular
 def test_the_closed_form_is_what_brute_force_finds(tokens):
-    E, x = draw(6, 8).double(), draw(tokens, 8, seed=1).double()
+    E, x = gauss(6, 8).double(), gauss(tokens, 8, seed=1).double()
     factors = closed_form(E.float(), (x.T @ x / tokens).float(), 2)
 
     def output_error(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -191,8 +180,8 @@ def test_the_closed_form_is_what_brute_force_finds(tokens):
 
     found = []
     for seed in range(3):
-        B = draw(6, 2, seed=seed + 10).double().requires_grad_()
-        A = draw(2, 8, seed=seed + 20).double().requires_grad_()
+        B = gauss(6, 2, seed=seed + 10).double().requires_grad_()
+        A = gauss(2, 8, seed=seed + 20).double().requires_grad_()
         optimizer = torch.optim.LBFGS([B, A], max_iter=400, line_search_fn="strong_wolfe")
 
         def closure(B=B, A=A, optimizer=optimizer):
@@ -254,8 +243,8 @@ def test_channels_without_weight_are_not_divided_by():
 
 
 def test_the_activation_norm_is_that_of_the_outputs():
-    x = draw(300, 32).double()
-    E = draw(16, 32, seed=1)
+    x = gauss(300, 32).double()
+    E = gauss(16, 32, seed=1)
     expected = float((x @ E.double().T).square().sum(1).mean().sqrt())
     assert activation_norm(E, x.T @ x / 300) == pytest.approx(expected, rel=1e-9)
 

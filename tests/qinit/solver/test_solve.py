@@ -5,29 +5,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 
 from qinit.grids import GRIDS
 from qinit.solver.methods import METHODS
 from qinit.solver.residual import as_loaded, residual_norm
 from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec, seed_of
+from tests.layers import KINDS, of_kind
+from tests.qinit.solver.papers import loftq, normal_float, qpissa
 
 DATA_FREE = [name for name, row in METHODS.items() if not row.needs]
-KINDS = ("normal", "low-rank plus noise", "heavy-tailed")
-
-
-def draw(kind: str, rows: int = 64, columns: int = 128, seed: int = 0) -> torch.Tensor:
-    random = np.random.default_rng(seed)
-    if kind == "low-rank plus noise":
-        values = random.normal(size=(rows, 12)) @ random.normal(size=(12, columns)) / 3 + random.normal(
-            size=(rows, columns)
-        )
-    elif kind == "heavy-tailed":
-        values = random.standard_t(3, size=(rows, columns))
-    else:
-        values = random.normal(size=(rows, columns))
-    return torch.from_numpy(0.02 * values).float()
 
 
 def spec(method="eqft", bits=2, rank=8, group_size=64, iterations=None, storage=None) -> LayerSpec:
@@ -47,45 +34,11 @@ def true_error(weight, solution, layer_spec) -> float:
     return float(rest.norm() / weight.double().norm())
 
 
-# The papers' algorithms, written from the papers: float64, full SVD, nothing shared with qinit.
-
-
-def normal_float(weight: np.ndarray, bits: int, block: int) -> np.ndarray:
-    """Block-wise absmax quantization to the normal-float map (QLoRA, arXiv:2305.14314, section 3)."""
-    positive = norm.ppf(np.linspace(0.9677083, 0.5, 2 ** (bits - 1) + 1)[:-1])
-    negative = -norm.ppf(np.linspace(0.9677083, 0.5, 2 ** (bits - 1))[:-1])
-    table = np.sort(np.concatenate([positive, [0.0], negative])) / positive.max()
-    blocks = weight.reshape(-1, block)
-    absmax = np.abs(blocks).max(1, keepdims=True)
-    nearest = np.abs(blocks[..., None] / absmax[..., None] - table).argmin(-1)
-    return (table[nearest] * absmax).reshape(weight.shape)
-
-
-def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
-    U, S, Vh = np.linalg.svd(matrix, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
-
-
-def loftq(weight: np.ndarray, bits: int, rank: int, rounds: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """LoftQ, arXiv:2310.08659, algorithm 1."""
-    low_rank = np.zeros_like(weight)
-    for _ in range(rounds):
-        quantized = normal_float(weight - low_rank, bits, 64)
-        low_rank = truncated(weight - quantized, rank)
-    return quantized, low_rank
-
-
-def qpissa(weight: np.ndarray, bits: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """QPiSSA, arXiv:2404.02948: the principal part goes to the adapter, the rest is quantized."""
-    low_rank = truncated(weight, rank)
-    return normal_float(weight - low_rank, bits, 64), low_rank
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("method", "paper"), [("loftq", loftq), ("qpissa", qpissa)])
 def test_published_methods_are_their_papers_algorithms(method, paper, bits, kind):
-    weight = draw(kind)
+    weight = of_kind(kind)
     expected_q, expected_l = paper(weight.double().numpy(), bits, 8)
     solution = solve(weight, spec(method, bits))
     found = as_loaded(solution.quantized, spec(method, bits))
@@ -99,9 +52,9 @@ def test_published_methods_are_their_papers_algorithms(method, paper, bits, kind
 
 
 def test_qlora_quantizes_the_weight_and_leaves_the_adapter_to_its_plain_start():
-    weight = draw("normal")
+    weight = of_kind("normal")
     solution = solve(weight, spec("qlora"))
-    expected = normal_float(weight.double().numpy(), 2, 64)
+    expected = normal_float(weight.double().numpy(), 2)
     assert solution.low_rank is None
     found = as_loaded(solution.quantized, spec("qlora")).double()
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=1e-7)
@@ -112,7 +65,7 @@ def test_qlora_quantizes_the_weight_and_leaves_the_adapter_to_its_plain_start():
 @pytest.mark.parametrize("method", DATA_FREE)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_reported_errors_are_those_of_what_is_returned(method, bits, storage):
-    weight, layer_spec = draw("heavy-tailed"), spec(method, bits, storage=storage)
+    weight, layer_spec = of_kind("heavy-tailed"), spec(method, bits, storage=storage)
     solution = solve(weight, layer_spec)
     assert solution.error == pytest.approx(true_error(weight, solution, layer_spec), rel=1e-5)
     alone = true_error(weight, replace(solution, low_rank=None), layer_spec)
@@ -125,7 +78,7 @@ def test_the_reported_errors_are_those_of_what_is_returned(method, bits, storage
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_eqft_returns_its_best_iterate(bits, kind):
-    solution = solve(draw(kind), spec("eqft", bits))
+    solution = solve(of_kind(kind), spec("eqft", bits))
     assert len(solution.trace) >= 1
     # The last fit is refined after the choice, so the result may only be better than the iterate was.
     assert solution.error <= min(solution.trace) * (1 + 1e-4)
@@ -133,13 +86,13 @@ def test_eqft_returns_its_best_iterate(bits, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_iterations_never_make_eqft_worse(kind):
-    errors = [solve(draw(kind), spec("eqft", iterations=rounds)).error for rounds in (1, 2, 5, 10)]
+    errors = [solve(of_kind(kind), spec("eqft", iterations=rounds)).error for rounds in (1, 2, 5, 10)]
     assert all(later <= earlier * 1.005 for earlier, later in pairwise(errors))
 
 
 @cache
 def error_of(method: str, bits: int, rank: int, kind: str) -> float:
-    return solve(draw(kind), spec(method, bits, rank)).error
+    return solve(of_kind(kind), spec(method, bits, rank)).error
 
 
 @pytest.mark.parametrize("other", ["loftq", "qpissa"])
@@ -162,7 +115,7 @@ def test_at_two_bits_eqft_is_far_better_than_loftq(kind):
 
 @pytest.mark.parametrize("rank", [2, 8, 32])
 def test_the_low_rank_is_the_best_for_the_returned_quantization(rank):
-    weight = draw("low-rank plus noise")
+    weight = of_kind("low-rank plus noise")
     solution = solve(weight, spec("eqft", rank=rank))
     rest = weight.double() - as_loaded(solution.quantized, spec("eqft")).double()
     best = torch.linalg.svdvals(rest)[rank:].square().sum().sqrt() / weight.double().norm()
@@ -170,7 +123,7 @@ def test_the_low_rank_is_the_best_for_the_returned_quantization(rank):
 
 
 def test_storage_in_bfloat16_is_part_of_the_fit():
-    weight = draw("heavy-tailed")
+    weight = of_kind("heavy-tailed")
     dense = spec("eqft", bits=8, rank=32, storage=torch.bfloat16)
     solution = solve(weight, dense)
     values = GRIDS["int"].dequantize(solution.quantized)
@@ -192,7 +145,7 @@ def test_zero_weights_give_zero_and_no_nan(method):
 @pytest.mark.parametrize("method", DATA_FREE)
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1), (1, 1), (3, 100)])
 def test_the_smallest_shapes_work_at_their_full_rank(method, shape):
-    weight = draw("normal", *shape)
+    weight = of_kind("normal", *shape)
     layer_spec = spec(method, rank=min(shape))
     solution = solve(weight, layer_spec)
     assert solution.error == pytest.approx(true_error(weight, solution, layer_spec), rel=1e-3, abs=1e-6)
@@ -208,10 +161,10 @@ def test_constant_weights_are_exact(method, value):
 
 @pytest.mark.parametrize("method", DATA_FREE)
 def test_the_same_call_gives_the_same_bits_whatever_ran_before(method):
-    weight = draw("normal")
+    weight = of_kind("normal")
     one = solve(weight, spec(method), seed=7)
     torch.manual_seed(123)
-    solve(draw("heavy-tailed", seed=1), spec(method), seed=8)
+    solve(of_kind("heavy-tailed", seed=1), spec(method), seed=8)
     two = solve(weight, spec(method), seed=7)
     assert torch.equal(one.quantized.codes, two.quantized.codes)
     assert torch.equal(one.quantized.scales, two.quantized.scales)
@@ -222,7 +175,7 @@ def test_the_same_call_gives_the_same_bits_whatever_ran_before(method):
 
 
 def test_solving_leaves_the_weight_and_the_global_random_state_alone():
-    weight = draw("normal")
+    weight = of_kind("normal")
     kept, state = weight.clone(), torch.get_rng_state()
     solve(weight, spec("eqft"), seed=3)
     assert torch.equal(weight, kept)
@@ -241,6 +194,6 @@ def test_seeds_come_from_the_layer_s_name_and_the_run_s_seed():
 
 
 def test_the_result_hardly_depends_on_the_seed():
-    weight = draw("low-rank plus noise")
+    weight = of_kind("low-rank plus noise")
     errors = [solve(weight, spec("eqft"), seed=seed).error for seed in range(4)]
     assert max(errors) <= 1.02 * min(errors)

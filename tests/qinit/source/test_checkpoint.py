@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from qinit.errors import CheckpointError
 from qinit.files.tensors import INDEX_NAME
 from qinit.source.checkpoint import Checkpoint, count_nonfinite, read_json
-from tests.conftest import make_checkpoint
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, texts, with_value
+from tests.models import make_checkpoint
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -11,8 +11,9 @@ from qinit.errors import CheckpointError, TargetError
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import ALL_LINEAR, read_architecture, resolve_targets, select
 from qinit.source.vocabulary import Facts
-from tests.conftest import FAMILIES, make_checkpoint
 from tests.fuzz import examples, json_values, numbers, only_qinit_errors, with_value
+from tests.helpers import edit_config
+from tests.models import FAMILIES, make_checkpoint
 
 LLAMA_KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -20,12 +21,6 @@ LLAMA_KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def targets_of(directory):
     checkpoint = Checkpoint.open(directory)
     return resolve_targets(checkpoint, read_architecture(checkpoint))
-
-
-def edit_config(directory, **changes):
-    file = directory / "config.json"
-    config = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def kinds(targets):

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qinit.calibration.walk import Walk
 from qinit.errors import CheckpointError
 from qinit.stream.blocks import Blocks, NotStreamable
-from tests.conftest import FAMILIES, make_checkpoint, quantize
-from tests.qinit.calibration.models import OTHERS, assert_close, make, padded, plan_of, random_samples, stock
+from tests.helpers import calibrated_plan, edit_tensors, padded, quantize, random_samples
+from tests.models import FAMILIES, OTHERS, make_checkpoint, make_float32
+from tests.traces import assert_close, stock
 
 CPU = torch.device("cpu")
 STREAMABLE = (*FAMILIES, *(name for name in OTHERS if name != "t5"))
@@ -16,13 +16,6 @@ BLOCKS = {
     "gpt_neox": "gpt_neox.layers",
     "bert": "bert.encoder.layer",
 }
-
-
-def edit(source, change):
-    file = source / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def on_meta(model):
@@ -53,9 +46,9 @@ def stock_states(plan, samples):
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), *((name, "float32") for name in STREAMABLE)])
 def test_block_by_block_the_hidden_states_are_those_of_the_whole_model(family, dtype, mask, tmp_path):
     if dtype == "bfloat16":
-        plan = plan_of(make_checkpoint(tmp_path / family, family, dtype))
+        plan = calibrated_plan(make_checkpoint(tmp_path / family, family, dtype))
     else:
-        plan = plan_of(make(tmp_path / family, family))
+        plan = calibrated_plan(make_float32(tmp_path / family, family))
     samples = padded(random_samples(5), [12, 3, 7, 12, 9]) if mask else random_samples(5)
     expected = stock_states(plan, samples)
     blocks = Blocks.of(plan, CPU)
@@ -78,7 +71,7 @@ def test_block_by_block_the_hidden_states_are_those_of_the_whole_model(family, d
 
 class TestMemory:
     def test_only_what_lies_before_the_blocks_is_loaded_for_the_first_states(self, tmp_path):
-        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
+        blocks = Blocks.of(calibrated_plan(make_float32(tmp_path / "m", "llama")), CPU)
         assert on_meta(blocks.model)
         with blocks.surroundings():
             loaded = {name for name, parameter in blocks.model.named_parameters() if not parameter.is_meta}
@@ -86,7 +79,7 @@ class TestMemory:
         assert on_meta(blocks.model)
 
     def test_a_tied_head_is_the_embedding_and_is_loaded(self, tmp_path):
-        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama", tie_word_embeddings=True)), CPU)
+        blocks = Blocks.of(calibrated_plan(make_float32(tmp_path / "m", "llama", tie_word_embeddings=True)), CPU)
         samples = random_samples(2)
         with torch.no_grad(), blocks.surroundings():
             hidden, _ = blocks.row.calls(samples.tokens, None)
@@ -94,13 +87,13 @@ class TestMemory:
         assert on_meta(blocks.model)
 
     def test_it_is_given_back_after_an_error_too(self, tmp_path):
-        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
+        blocks = Blocks.of(calibrated_plan(make_float32(tmp_path / "m", "llama")), CPU)
         with pytest.raises(RuntimeError), blocks.surroundings():
             raise RuntimeError
         assert on_meta(blocks.model)
 
     def test_the_blocks_are_in_their_places_again_after_a_failed_pass(self, tmp_path):
-        blocks = Blocks.of(plan_of(make(tmp_path / "m", "llama")), CPU)
+        blocks = Blocks.of(calibrated_plan(make_float32(tmp_path / "m", "llama")), CPU)
         real = list(blocks.row.blocks)
         with torch.no_grad(), blocks.surroundings(), pytest.raises(NotStreamable, match="without its blocks"):
             blocks.row.calls(torch.full((1, 4), 10**6), None)  # no such token
@@ -108,53 +101,56 @@ class TestMemory:
 
 
 def test_trained_buffers_come_from_the_checkpoint(tmp_path):
-    source = make(tmp_path / "m", "gemma4")
-    edit(source, lambda tensors: tensors["model.layers.1.layer_scalar"].fill_(0.25))
-    block = Blocks.of(plan_of(source), CPU).row.load(1)
+    source = make_float32(tmp_path / "m", "gemma4")
+    edit_tensors(source / "model.safetensors", lambda tensors: tensors["model.layers.1.layer_scalar"].fill_(0.25))
+    block = Blocks.of(calibrated_plan(source), CPU).row.load(1)
     assert block.layer_scalar.item() == 0.25
 
 
 class TestNotStreamable:
     def test_an_encoder_and_a_decoder_are_two_rows(self, tmp_path):
         with pytest.raises(NotStreamable, match="2 rows of blocks"):
-            _ = Blocks.of(plan_of(make(tmp_path / "t5", "t5")), CPU).row
+            _ = Blocks.of(calibrated_plan(make_float32(tmp_path / "t5", "t5")), CPU).row
 
     def test_layers_in_no_row_at_all(self, tmp_path):
-        plan = plan_of(make(tmp_path / "bert", "bert"), target_modules="transform.dense")
+        plan = calibrated_plan(make_float32(tmp_path / "bert", "bert"), target_modules="transform.dense")
         with pytest.raises(NotStreamable, match="no blocks"):
             Blocks.of(plan, CPU)
 
     def test_a_tensor_that_the_checkpoint_lacks(self, tmp_path):
-        source = make(tmp_path / "m", "llama")
-        edit(source, lambda tensors: tensors.pop("model.layers.1.input_layernorm.weight"))
+        source = make_float32(tmp_path / "m", "llama")
+        edit_tensors(source / "model.safetensors", lambda tensors: tensors.pop("model.layers.1.input_layernorm.weight"))
         with pytest.raises(NotStreamable, match=r"no tensor model\.layers\.1\.input_layernorm\.weight"):
-            Blocks.of(plan_of(source), CPU)
+            Blocks.of(calibrated_plan(source), CPU)
         options = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "format": "dense"}
         report = quantize(source, tmp_path / "out", group_size=32, **options)
         assert any("whole model in memory: the checkpoint has no tensor" in note for note in report.notes)
 
     def test_blocks_that_share_keys_and_values(self, tmp_path):
-        source = make(
+        source = make_float32(
             tmp_path / "m", "gemma4", num_hidden_layers=3, num_kv_shared_layers=1, layer_types=["full_attention"] * 3
         )
         with pytest.raises(NotStreamable, match="keys and values of others"):
-            Blocks.of(plan_of(source), CPU)
+            Blocks.of(calibrated_plan(source), CPU)
 
     def test_a_missing_embedding(self, tmp_path):
-        source = make(tmp_path / "m", "llama")
-        edit(source, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+        source = make_float32(tmp_path / "m", "llama")
+        edit_tensors(source / "model.safetensors", lambda tensors: tensors.pop("model.embed_tokens.weight"))
         with pytest.raises(NotStreamable, match="does not run without its blocks"):
-            next(iter(Walk(plan_of(source), random_samples(), CPU, "sequential")))
+            next(iter(Walk(calibrated_plan(source), random_samples(), CPU, "sequential")))
 
     def test_damaged_tensors_are_an_error_of_the_checkpoint(self, tmp_path):
-        source = make(tmp_path / "m", "llama")
-        edit(source, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")))
+        source = make_float32(tmp_path / "m", "llama")
+        edit_tensors(
+            source / "model.safetensors",
+            lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")),
+        )
         with pytest.raises(CheckpointError, match="up_proj"):
-            Blocks.of(plan_of(source), CPU).row.load(0)
+            Blocks.of(calibrated_plan(source), CPU).row.load(0)
 
     @pytest.mark.parametrize("mode", ["parallel", "sequential"])
     def test_a_run_takes_the_whole_model_instead_and_says_so(self, mode, tmp_path):
-        source = make(tmp_path / "t5", "t5")
+        source = make_float32(tmp_path / "t5", "t5")
         options = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "format": "dense"}
         report = quantize(source, tmp_path / "out", group_size=32, calibration_mode=mode, **options)
         assert any("whole model in memory: the layers lie in 2 rows of blocks" in note for note in report.notes)
@@ -162,7 +158,7 @@ class TestNotStreamable:
         assert not any("without data" in note for note in report.notes)
 
     def test_a_run_on_layers_outside_of_the_blocks_solves_them_too(self, tmp_path):
-        source = make(tmp_path / "bert", "bert")
+        source = make_float32(tmp_path / "bert", "bert")
         options = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "format": "dense"}
         report = quantize(source, tmp_path / "out", group_size=32, **options)
         outside = next(row for row in report.layers if row.name == "cls.predictions.transform.dense")

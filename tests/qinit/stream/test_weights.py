@@ -6,9 +6,9 @@ from qinit.errors import CheckpointError
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import read_architecture
 from qinit.stream.weights import ModelWeights
-from tests.compat.stock import delta, dense_weight, load, load_base, lora_modules
-from tests.conftest import make_checkpoint
-from tests.qinit.evaluate.runs import make_run
+from tests.evaluated import make_run
+from tests.models import make_checkpoint
+from tests.stock import delta, dense_weight, load, load_base, lora_modules
 
 CPU = torch.device("cpu")
 

@@ -7,14 +7,9 @@ import pytest
 from qinit.errors import CalibrationError, HubError
 from qinit.source.checkpoint import read_json
 from qinit.text.sources import check_source, load_samples
-from tests.qinit.calibration.tiny import make_bert, make_reader, words
+from tests.models import make_bert, words
 
 NAME = "someone/words"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_reader(tmp_path_factory.mktemp("models") / "llama")
 
 
 class StandIn:
@@ -54,8 +49,8 @@ def load(source, directory, *, samples=4, length=2, seed=0, **options):
     return load_samples(source, directory, config, samples=samples, length=length, seed=seed, **options)
 
 
-def test_its_documents_are_one_stream(llama, stand_in):
-    found = load(NAME, llama)
+def test_its_documents_are_one_stream(reader, stand_in):
+    found = load(NAME, reader)
     assert found.tokens.tolist() == [[4, 5], [6, 7]]
     assert found.origin == "2 windows of 2 tokens from someone/words, seed 0"
 
@@ -71,28 +66,28 @@ def test_its_documents_are_one_stream(llama, stand_in):
         ("someone/words.v2", "someone/words.v2", None, "train"),
     ],
 )
-def test_name_configuration_and_split(llama, stand_in, source, name, config, split):
-    load(source, llama)
+def test_name_configuration_and_split(reader, stand_in, source, name, config, split):
+    load(source, reader)
     assert stand_in.asked == (name, config, {"split": split, "streaming": True, "token": None})
 
 
-def test_the_token_is_passed_on(llama, stand_in):
-    load(NAME, llama, token=" hf_secret\n")
+def test_the_token_is_passed_on(reader, stand_in):
+    load(NAME, reader, token=" hf_secret\n")
     assert stand_in.asked[-1]["token"] == "hf_secret"
 
 
-def test_another_field(llama, stand_in):
+def test_another_field(reader, stand_in):
     stand_in.rows = [{"body": words(4, 5), "id": 1}]
-    assert load(NAME, llama, text_field="body").tokens.tolist() == [[4, 5]]
+    assert load(NAME, reader, text_field="body").tokens.tolist() == [[4, 5]]
     with pytest.raises(
         CalibrationError, match=r"someone/words, row 1: no field 'text'; its fields are body, id; choose"
     ):
-        load(NAME, llama)
+        load(NAME, reader)
 
 
-def test_only_what_is_needed_is_fetched(llama, stand_in):
+def test_only_what_is_needed_is_fetched(reader, stand_in):
     stand_in.rows = ({"text": words(*[4 + i % 200] * 1000)} for i in itertools.count())
-    found = load(NAME, llama, samples=8, length=16)
+    found = load(NAME, reader, samples=8, length=16)
     assert found.tokens.shape == (8, 16)
     assert 200 < stand_in.read < 500  # 2^20 characters of 3000 to 4000 each
 
@@ -104,30 +99,30 @@ def test_an_encoder_gets_four_times_as_many_documents_as_it_draws_from(tmp_path,
     assert stand_in.read == 16
 
 
-def test_without_text_there_is_nothing(llama, stand_in):
+def test_without_text_there_is_nothing(reader, stand_in):
     stand_in.rows = [{"text": ""}, {"text": None}]
     with pytest.raises(CalibrationError, match="someone/words: field 'text' holds no text in any of its rows"):
-        load(NAME, llama)
+        load(NAME, reader)
 
 
-def test_the_package_is_optional_and_its_absence_says_what_to_install(llama, monkeypatch):
+def test_the_package_is_optional_and_its_absence_says_what_to_install(reader, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    config = read_json(llama / "config.json", "")
+    config = read_json(reader / "config.json", "")
     with pytest.raises(CalibrationError, match=r'need the package `datasets`: pip install "qinit\[datasets\]"'):
-        check_source(NAME, llama, config)
+        check_source(NAME, reader, config)
     with pytest.raises(CalibrationError, match=r'cannot be imported .*pip install "qinit\[datasets\]"'):
-        load_samples(NAME, llama, config, samples=1, length=2, seed=0)
+        load_samples(NAME, reader, config, samples=1, length=2, seed=0)
 
 
-def test_offline_and_not_in_the_cache(llama):
+def test_offline_and_not_in_the_cache(reader):
     """What `datasets` itself says here, where no test reaches the network."""
     with pytest.raises(HubError, match=r"^someone/words: no such file here, and the Hub cannot be reached; check"):
-        load(NAME, llama)
+        load(NAME, reader)
 
 
-def test_a_misspelt_keyword_is_taken_for_a_data_set_but_asked_about(llama):
+def test_a_misspelt_keyword_is_taken_for_a_data_set_but_asked_about(reader):
     with pytest.raises(HubError, match=r"radom: no such file here \(did you mean 'random'\?\), and the Hub"):
-        load("radom", llama)
+        load("radom", reader)
 
 
 @pytest.mark.parametrize(
@@ -145,50 +140,50 @@ def test_a_misspelt_keyword_is_taken_for_a_data_set_but_asked_about(llama):
         (OSError("Bearer hf_secret"), r"cannot be read \(OSError: Bearer \*\*\*\)"),
     ],
 )
-def test_every_failure_is_one_line_without_the_token(llama, stand_in, error, message):
+def test_every_failure_is_one_line_without_the_token(reader, stand_in, error, message):
     stand_in.error = error
     with pytest.raises(HubError, match=f"^{NAME}: .*{message}") as caught:
-        load(NAME, llama, token="hf_secret")
+        load(NAME, reader, token="hf_secret")
     assert "\n" not in str(caught.value)
     assert "hf_secret" not in str(caught.value)
     assert caught.value.__suppress_context__
 
 
-def test_nor_is_the_token_told_that_the_machine_has_anyway(llama, stand_in, monkeypatch):
+def test_nor_is_the_token_told_that_the_machine_has_anyway(reader, stand_in, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_machine")
     stand_in.error = OSError("Bearer hf_machine")
     with pytest.raises(HubError, match=r"OSError: Bearer \*\*\*"):
-        load(NAME, llama)
+        load(NAME, reader)
 
 
-def test_a_stream_that_breaks_midway_is_such_a_failure(llama, stand_in):
+def test_a_stream_that_breaks_midway_is_such_a_failure(reader, stand_in):
     def rows():
         yield {"text": "w4"}
         raise OSError("broken pipe")
 
     stand_in.rows = rows()
     with pytest.raises(HubError, match=r"cannot be read \(OSError: broken pipe\)"):
-        load(NAME, llama)
+        load(NAME, reader)
 
 
-def test_a_token_that_is_none_never_reaches_the_hub(llama, stand_in):
+def test_a_token_that_is_none_never_reaches_the_hub(reader, stand_in):
     with pytest.raises(HubError, match="token holds characters that no token has") as caught:
-        load(NAME, llama, token="hf_\nsecret")
+        load(NAME, reader, token="hf_\nsecret")
     assert "secret" not in str(caught.value)
     assert stand_in.asked is None
 
 
 @pytest.mark.parametrize("source", ["json", "text", "csv@train"])
-def test_a_file_format_is_no_data_set(llama, stand_in, source):
+def test_a_file_format_is_no_data_set(reader, stand_in, source):
     """`datasets` would read whatever files lie in the working directory."""
     with pytest.raises(CalibrationError, match="is the name of a file format, not of a data set"):
-        load(source, llama)
+        load(source, reader)
     assert stand_in.asked is None
 
 
-def test_progress_bars_are_hidden_meanwhile_only(llama, stand_in):
+def test_progress_bars_are_hidden_meanwhile_only(reader, stand_in):
     from datasets.utils import are_progress_bars_disabled, enable_progress_bars
 
     enable_progress_bars()
-    load(NAME, llama)
+    load(NAME, reader)
     assert not are_progress_bars_disabled()

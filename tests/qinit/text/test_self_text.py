@@ -8,7 +8,7 @@ from qinit.source.checkpoint import read_json
 from qinit.source.demo import demo_directory
 from qinit.text.self_text import LARGEST_BATCH, batch_size, write_text
 from qinit.text.sources import check_source, load_samples
-from tests.conftest import make_checkpoint
+from tests.models import make_checkpoint
 
 CPU = torch.device("cpu")
 EOS = 2

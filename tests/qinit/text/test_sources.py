@@ -10,16 +10,10 @@ from qinit.source.checkpoint import read_json
 from qinit.source.demo import demo_directory, held_out_text
 from qinit.text.documents import read_file
 from qinit.text.sources import check_source, load_samples, sampling_cost
-from tests.conftest import make_checkpoint
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors
-from tests.qinit.calibration.tiny import UNKNOWN, add_tokenizer, make_bert, make_reader, words
+from tests.models import UNKNOWN, add_tokenizer, make_bert, make_checkpoint, make_reader, words
 
 IDS = list(range(4, 254))  # 250 words: 31 windows of 8, 2 left over
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_reader(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +51,8 @@ def refusal(source, directory, *, planned=True, config=None, **options):
 
 
 class TestWindows:
-    def test_they_are_different_whole_windows_of_the_text_in_its_order(self, llama, text):
-        found = load(text, llama)
+    def test_they_are_different_whole_windows_of_the_text_in_its_order(self, reader, text):
+        found = load(text, reader)
         assert found.tokens.dtype == torch.int64
         assert found.tokens.shape == (4, 8)
         assert found.mask is None
@@ -67,29 +61,29 @@ class TestWindows:
         assert starts == sorted(set(starts))
         assert all((start - IDS[0]) % 8 == 0 for start in starts)
 
-    def test_the_seed_decides_which(self, llama, text):
-        first, again, other = load(text, llama), load(text, llama), load(text, llama, seed=1)
+    def test_the_seed_decides_which(self, reader, text):
+        first, again, other = load(text, reader), load(text, reader), load(text, reader, seed=1)
         assert torch.equal(first.tokens, again.tokens)
         assert not torch.equal(first.tokens, other.tokens)
 
-    def test_every_window_can_be_drawn(self, llama, text):
-        starts = {row[0] for seed in range(60) for row in load(text, llama, seed=seed).tokens.tolist()}
+    def test_every_window_can_be_drawn(self, reader, text):
+        starts = {row[0] for seed in range(60) for row in load(text, reader, seed=seed).tokens.tolist()}
         assert starts == set(IDS[: 31 * 8 : 8])
 
-    def test_all_are_taken_when_there_are_fewer_and_what_is_left_over_is_dropped(self, llama, text):
-        found = load(text, llama, samples=1000)
+    def test_all_are_taken_when_there_are_fewer_and_what_is_left_over_is_dropped(self, reader, text):
+        found = load(text, reader, samples=1000)
         assert found.tokens.flatten().tolist() == IDS[: 31 * 8]
         assert found.origin == "31 windows of 8 tokens from text.txt, seed 0"
 
-    def test_a_text_shorter_than_one_window_is_one_short_sample(self, llama, tmp_path):
+    def test_a_text_shorter_than_one_window_is_one_short_sample(self, reader, tmp_path):
         (tmp_path / "short.txt").write_text(words(4, 5, 6))
-        found = load(tmp_path / "short.txt", llama)
+        found = load(tmp_path / "short.txt", reader)
         assert found.tokens.tolist() == [[4, 5, 6]]
         assert found.mask is None
         assert found.origin == "1 window of 3 tokens from short.txt, seed 0"
 
-    def test_the_length_is_cut_to_what_the_model_takes(self, llama, text):
-        assert load(text, llama, samples=1, length=4096).tokens.shape == (1, 128)
+    def test_the_length_is_cut_to_what_the_model_takes(self, reader, text):
+        assert load(text, reader, samples=1, length=4096).tokens.shape == (1, 128)
 
     def test_n_positions_counts_too(self, tmp_path, text):
         gpt2 = add_tokenizer(make_checkpoint(tmp_path / "gpt2", "gpt2", n_positions=16))
@@ -101,21 +95,21 @@ class TestWindows:
         assert set(found.tokens[:, 0].tolist()) == {1}
         assert found.tokens[:, 1:].flatten().tolist() == IDS[: 250 // 7 * 7]
 
-    def test_there_is_no_bos_where_the_tokenizer_puts_none(self, llama, text):
-        assert 1 not in load(text, llama, samples=1000).tokens
+    def test_there_is_no_bos_where_the_tokenizer_puts_none(self, reader, text):
+        assert 1 not in load(text, reader, samples=1000).tokens
 
-    def test_a_long_text_is_not_tokenized_as_a_whole_but_drawn_from_everywhere(self, llama, tmp_path, monkeypatch):
+    def test_a_long_text_is_not_tokenized_as_a_whole_but_drawn_from_everywhere(self, reader, tmp_path, monkeypatch):
         monkeypatch.setattr("qinit.text.tokens.PIECE", 100)
         monkeypatch.setattr("qinit.text.tokens.characters_for", lambda samples, length: 400)
         (tmp_path / "long.txt").write_text("\n".join(words(*[i] * 16) for i in range(100, 250)))
-        found = load(tmp_path / "long.txt", llama, samples=1000)
+        found = load(tmp_path / "long.txt", reader, samples=1000)
         assert len(found.tokens) == 4 * 2  # 4 pieces of a line of 16 words
         assert found.tokens.flatten().tolist() == sorted(found.tokens.flatten().tolist())
-        assert load(tmp_path / "long.txt", llama, seed=1).tokens.tolist() != found.tokens.tolist()
+        assert load(tmp_path / "long.txt", reader, seed=1).tokens.tolist() != found.tokens.tolist()
 
-    def test_a_long_line_is_cut_in_pieces_too(self, llama, text, monkeypatch):
+    def test_a_long_line_is_cut_in_pieces_too(self, reader, text, monkeypatch):
         monkeypatch.setattr("qinit.text.tokens.PIECE", 50)
-        tokens = load(text, llama, samples=1000).tokens
+        tokens = load(text, reader, samples=1000).tokens
         cut = set(IDS) - set(tokens.flatten().tolist())
         assert len(cut) < 60  # cut words have other ids; the rest is all there
         assert len(tokens) >= 30
@@ -141,22 +135,22 @@ class TestJsonl:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         return path
 
-    def test_its_documents_are_one_stream(self, llama, tmp_path):
+    def test_its_documents_are_one_stream(self, reader, tmp_path):
         path = self.write(tmp_path / "a.jsonl", {"text": words(4, 5, 6)}, {"text": words(7, 8)}, {"text": words(9)})
-        assert load(path, llama, length=2).tokens.tolist() == [[4, 5], [6, 7], [8, 9]]
+        assert load(path, reader, length=2).tokens.tolist() == [[4, 5], [6, 7], [8, 9]]
 
-    def test_the_text_can_be_in_another_field_and_another_suffix(self, llama, tmp_path):
+    def test_the_text_can_be_in_another_field_and_another_suffix(self, reader, tmp_path):
         path = self.write(tmp_path / "a.json", {"body": words(4, 5), "text": 7})
-        assert load(path, llama, length=2, text_field="body").tokens.tolist() == [[4, 5]]
+        assert load(path, reader, length=2, text_field="body").tokens.tolist() == [[4, 5]]
 
-    def test_blank_lines_null_and_line_separators_within_strings_are_fine(self, llama, tmp_path):
+    def test_blank_lines_null_and_line_separators_within_strings_are_fine(self, reader, tmp_path):
         path = self.write(tmp_path / "a.jsonl", {"text": None}, {"text": "w4\u2028w5"})
         path.write_text("\n" + path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-        assert load(path, llama, length=2).tokens.tolist() == [[4, 5]]
+        assert load(path, reader, length=2).tokens.tolist() == [[4, 5]]
 
-    def test_a_missing_field_is_named_with_the_line_and_the_fields_there_are(self, llama, tmp_path):
+    def test_a_missing_field_is_named_with_the_line_and_the_fields_there_are(self, reader, tmp_path):
         path = self.write(tmp_path / "a.jsonl", {"text": "w4"}, {"texts": "w4", "id": 1})
-        message = refusal(path, llama, planned=False)
+        message = refusal(path, reader, planned=False)
         assert message == (
             f"{path}, line 2: no field 'text' (did you mean 'texts'?); its fields are texts, id; "
             "choose one with --text-field"
@@ -174,14 +168,14 @@ class TestJsonl:
             ("{}", "line 2: no field 'text'; its fields are none"),
         ],
     )
-    def test_a_line_that_is_no_document_is_named(self, llama, tmp_path, line, message):
+    def test_a_line_that_is_no_document_is_named(self, reader, tmp_path, line, message):
         path = tmp_path / "a.jsonl"
         path.write_text('{"text": "w4"}\n' + line + "\n")
-        assert f"{path}, {message}" in refusal(path, llama, planned=False)
+        assert f"{path}, {message}" in refusal(path, reader, planned=False)
 
-    def test_documents_without_text_are_an_error(self, llama, tmp_path):
+    def test_documents_without_text_are_an_error(self, reader, tmp_path):
         path = self.write(tmp_path / "a.jsonl", {"text": ""}, {"text": " \n"})
-        assert refusal(path, llama, planned=False) == f"{path}: field 'text' holds no text in any of its rows"
+        assert refusal(path, reader, planned=False) == f"{path}: field 'text' holds no text in any of its rows"
 
 
 class TestRandom:
@@ -275,21 +269,21 @@ class TestEncoder:
 
 
 class TestRefusals:
-    def test_no_such_file_lists_what_a_source_may_be(self, llama):
+    def test_no_such_file_lists_what_a_source_may_be(self, reader):
         for source in ("gone.txt", "./gone", "/gone/gone", "a/b/c", "two words", "gone/text.jsonl", "~/gone", "-x"):
-            message = refusal(source, llama)
+            message = refusal(source, reader)
             assert message.startswith(f"{source}: no such file; SOURCE may be a text file, a JSONL file")
             assert "`self`" in message
             assert "`random`" in message
             assert "owner/name:config@split" in message
 
-    def test_a_directory_is_no_source(self, llama, tmp_path, monkeypatch):
-        assert refusal(tmp_path, llama) == f"{tmp_path}: is a directory; give one text file or JSONL file"
+    def test_a_directory_is_no_source(self, reader, tmp_path, monkeypatch):
+        assert refusal(tmp_path, reader) == f"{tmp_path}: is a directory; give one text file or JSONL file"
         monkeypatch.chdir(tmp_path.parent)
-        assert "no such file" in refusal(f"{tmp_path.name}:part", llama)  # `datasets` would read the directory
+        assert "no such file" in refusal(f"{tmp_path.name}:part", reader)  # `datasets` would read the directory
 
-    def test_a_name_that_no_file_system_takes(self, llama):
-        assert "cannot be looked at" in refusal("x" * 300, llama)
+    def test_a_name_that_no_file_system_takes(self, reader):
+        assert "cannot be looked at" in refusal("x" * 300, reader)
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -299,20 +293,20 @@ class TestRefusals:
             (b"w4 \xff\xfe", "not UTF-8 text (byte 3 cannot be decoded); convert it"),
         ],
     )
-    def test_a_file_without_text(self, llama, tmp_path, content, message):
+    def test_a_file_without_text(self, reader, tmp_path, content, message):
         (tmp_path / "a.txt").write_bytes(content)
-        assert refusal(tmp_path / "a.txt", llama).startswith(f"{tmp_path / 'a.txt'}: {message}")
+        assert refusal(tmp_path / "a.txt", reader).startswith(f"{tmp_path / 'a.txt'}: {message}")
 
-    def test_a_file_that_cannot_be_read(self, llama, text, monkeypatch):
+    def test_a_file_that_cannot_be_read(self, reader, text, monkeypatch):
         def fail(*_):
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr("qinit.text.documents.read_regular", fail)
-        assert refusal(text, llama).startswith(f"{text}: cannot be read (Permission denied); give one text file")
+        assert refusal(text, reader).startswith(f"{text}: cannot be read (Permission denied); give one text file")
 
-    def test_a_file_too_large_to_be_read_whole(self, llama, text, monkeypatch):
+    def test_a_file_too_large_to_be_read_whole(self, reader, text, monkeypatch):
         monkeypatch.setattr("qinit.text.documents.LARGEST_FILE", 100)
-        assert "an excerpt is enough" in refusal(text, llama)
+        assert "an excerpt is enough" in refusal(text, reader)
 
     def test_text_that_tokenizes_to_nothing(self, tmp_path):
         directory = make_reader(tmp_path / "model")
@@ -336,21 +330,21 @@ class TestRefusals:
         assert message.startswith(f"{text}: the tokenizer made token id 253, but the model has ids up to 99 (")
         assert message.endswith("vocab_size 100); the tokenizer is that of another model")
 
-    def test_unknown_words_are_words(self, llama, tmp_path):
+    def test_unknown_words_are_words(self, reader, tmp_path):
         (tmp_path / "a.txt").write_text("never heard")
-        assert load(tmp_path / "a.txt", llama).tokens.tolist() == [[UNKNOWN, UNKNOWN]]
+        assert load(tmp_path / "a.txt", reader).tokens.tolist() == [[UNKNOWN, UNKNOWN]]
 
     @pytest.mark.parametrize(("samples", "length"), [(0, 8), (4, 1), (-1, 8)])
-    def test_nothing_to_draw(self, llama, text, samples, length):
-        message = refusal(text, llama, planned=False, samples=samples, length=length)
+    def test_nothing_to_draw(self, reader, text, samples, length):
+        message = refusal(text, reader, planned=False, samples=samples, length=length)
         assert message == f"expected at least 1 sample of at least 2 tokens, found {samples} of {length}"
 
 
-def test_a_file_called_random_is_given_with_its_directory(llama, tmp_path, monkeypatch):
+def test_a_file_called_random_is_given_with_its_directory(reader, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "random").write_text(words(4, 5))
-    assert load("./random", llama).tokens.tolist() == [[4, 5]]
-    assert load("random", llama).tokens.shape == (4, 8)
+    assert load("./random", reader).tokens.tolist() == [[4, 5]]
+    assert load("random", reader).tokens.shape == (4, 8)
 
 
 def test_the_cost_of_writing_is_two_operations_per_parameter_and_token():

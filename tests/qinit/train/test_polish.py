@@ -14,7 +14,8 @@ from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec, seed_of
 from qinit.text.samples import Samples
 from qinit.train.polish import Polished, polish, polish_flops
-from tests.conftest import exhausted, make_checkpoint
+from tests.helpers import exhausted
+from tests.models import make_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -67,21 +68,20 @@ def same(one, other):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    # A larger initialization than usual: otherwise the layers hardly change what the embeddings say.
-    directory = make_checkpoint(tmp_path_factory.mktemp("llama") / "model", initializer_range=0.1)
-    return directory, *split(load(directory))
+def start(strong_llama):
+    """A model, with its bases and factors."""
+    return strong_llama, *split(load(strong_llama))
 
 
-def test_the_held_out_loss_falls(llama):
-    events, result = run(*llama, tokens(33), steps=60)
+def test_the_held_out_loss_falls(start):
+    events, result = run(*start, tokens(33), steps=60)
     assert result.kept
     assert result.after < 0.9 * result.before
     assert result.after == min(e.held_out for e in events if e.held_out is not None)
 
 
-def test_the_generator_tells_of_the_start_and_every_step_and_returns_the_result(llama):
-    events, result = run(*llama, tokens(), steps=25)
+def test_the_generator_tells_of_the_start_and_every_step_and_returns_the_result(start):
+    events, result = run(*start, tokens(), steps=25)
     assert isinstance(result, Polished)
     assert [e.step for e in events] == list(range(26))
     assert all(isinstance(e, Progress) and math.isfinite(e.loss) for e in events)
@@ -90,8 +90,8 @@ def test_the_generator_tells_of_the_start_and_every_step_and_returns_the_result(
     assert result.steps == 25
 
 
-def test_every_factor_of_every_layer_moves_and_nothing_else(llama):
-    directory, bases, factors = llama
+def test_every_factor_of_every_layer_moves_and_nothing_else(start):
+    directory, bases, factors = start
     before = {name: (base.clone(), factors[name].B.clone(), factors[name].A.clone()) for name, base in bases.items()}
     weights = (directory / "model.safetensors").read_bytes()
     result = run(directory, bases, factors, tokens())[1]
@@ -109,8 +109,8 @@ def test_every_factor_of_every_layer_moves_and_nothing_else(llama):
     assert (directory / "model.safetensors").read_bytes() == weights
 
 
-def test_teacher_and_student_share_all_but_the_targets_and_the_gradient_reaches_each_layer(llama):
-    directory, bases, factors = llama
+def test_teacher_and_student_share_all_but_the_targets_and_the_gradient_reaches_each_layer(start):
+    directory, bases, factors = start
     teacher = qinit.train.polish._load(directory, json.loads((directory / "config.json").read_text()))
     student = qinit.train.repaired._make_student(teacher, bases, factors, CPU)
     originals = dict(teacher.named_parameters())
@@ -147,9 +147,9 @@ def test_blocks_are_recomputed_with_the_gradient_of_a_plain_backward_pass(tmp_pa
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-7)
 
 
-def test_the_start_is_the_model_with_its_adapters(llama):
+def test_the_start_is_the_model_with_its_adapters(start):
     """The loss at step 0, from the definition, on the sample that is held out."""
-    directory, bases, factors = llama
+    directory, bases, factors = start
     text = tokens(5)
     before = run(directory, bases, factors, text, steps=0)[1].before
     teacher, student = load(directory), load(directory)
@@ -178,38 +178,38 @@ def test_nothing_to_gain_gives_the_given_factors_back(tmp_path):
     )
 
 
-def test_a_plain_lora_start_can_be_polished(llama):
-    directory, bases, factors = llama
+def test_a_plain_lora_start_can_be_polished(start):
+    directory, bases, factors = start
     zero = {name: LowRank(torch.zeros_like(f.B), torch.zeros_like(f.A)) for name, f in factors.items()}
     _, result = run(directory, bases, zero, tokens(33), steps=30)
     assert result.kept
     assert all(bool(f.B.any()) for f in result.factors.values())
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_one_others(llama):
-    results = [run(*llama, tokens(33), seed=seed, steps=20)[1].factors for seed in (3, 3, 4)]
-    assert not same(results[0], llama[2])
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(start):
+    results = [run(*start, tokens(33), seed=seed, steps=20)[1].factors for seed in (3, 3, 4)]
+    assert not same(results[0], start[2])
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
 
 
-def test_how_the_product_is_shared_between_the_factors_does_not_matter(llama):
-    directory, bases, factors = llama
+def test_how_the_product_is_shared_between_the_factors_does_not_matter(start):
+    directory, bases, factors = start
     lopsided = {name: LowRank(f.B * 100, f.A / 100) for name, f in factors.items()}
     one, other = (run(directory, bases, start, tokens(), steps=10)[1] for start in (factors, lopsided))
     assert one.after == pytest.approx(other.after, rel=1e-2)
 
 
-def test_padding_is_never_looked_at(llama):
+def test_padding_is_never_looked_at(start):
     mask = torch.ones(9, 16, dtype=torch.bool)
     mask[::2, 10:] = False
     results = []
     for filler in (0, 7):
         text = torch.where(mask, tokens(), filler)
-        results.append(run(*llama, Samples(text, mask, ""), steps=10)[1])
+        results.append(run(*start, Samples(text, mask, ""), steps=10)[1])
     assert results[0].before == results[1].before
     assert same(results[0].factors, results[1].factors)
-    assert results[0].before != run(*llama, tokens(), steps=10)[1].before
+    assert results[0].before != run(*start, tokens(), steps=10)[1].before
 
 
 def test_conv1d_of_gpt2(tmp_path):
@@ -240,8 +240,8 @@ def test_an_encoder_and_a_decoder(tmp_path):
     assert result.kept
 
 
-def test_layers_without_adapters_and_adapters_without_quantized_layers(llama):
-    directory, bases, factors = llama
+def test_layers_without_adapters_and_adapters_without_quantized_layers(start):
+    directory, bases, factors = start
     names = list(bases)
     some = {name: factors[name] for name in names[1:]}
     before = run(directory, bases, some, tokens(), steps=0)[1].before
@@ -253,8 +253,8 @@ def test_layers_without_adapters_and_adapters_without_quantized_layers(llama):
     assert bool(result.factors[names[0]].B.any())
 
 
-def test_bases_may_be_16_bit(llama):
-    directory, bases, factors = llama
+def test_bases_may_be_16_bit(start):
+    directory, bases, factors = start
     halves = {name: base.bfloat16() for name, base in bases.items()}
     result = run(directory, halves, factors, tokens(), steps=10)[1]
     assert result.kept
@@ -262,15 +262,15 @@ def test_bases_may_be_16_bit(llama):
     assert same(result.factors, run(directory, floats, factors, tokens(), steps=10)[1].factors)
 
 
-def test_it_stops_when_nothing_improves_any_more(llama, monkeypatch):
+def test_it_stops_when_nothing_improves_any_more(start, monkeypatch):
     monkeypatch.setattr("qinit.train.polish.EVALUATE_EVERY", 1)
-    events, result = run(*llama, tokens(), learning_rate=30.0, steps=1000)
+    events, result = run(*start, tokens(), learning_rate=30.0, steps=1000)
     assert not result.kept
     assert result.steps == events[-1].step == qinit.train.polish.PATIENCE
-    assert same(result.factors, llama[2])
+    assert same(result.factors, start[2])
 
 
-def test_a_loss_that_is_no_number_ends_it_and_the_best_is_kept(llama, monkeypatch):
+def test_a_loss_that_is_no_number_ends_it_and_the_best_is_kept(start, monkeypatch):
     monkeypatch.setattr("qinit.train.polish.EVALUATE_EVERY", 2)
     terms, trained = qinit.train.polish._terms, []
 
@@ -283,24 +283,24 @@ def test_a_loss_that_is_no_number_ends_it_and_the_best_is_kept(llama, monkeypatc
         return result
 
     monkeypatch.setattr("qinit.train.polish._terms", spoilt)
-    events, result = run(*llama, tokens(), steps=100)
+    events, result = run(*start, tokens(), steps=100)
     assert result.steps == events[-1].step == 5
     assert result.kept
     assert all(bool(f.B.isfinite().all() and f.A.isfinite().all()) for f in result.factors.values())
 
 
-def test_a_start_that_is_no_number_is_refused(llama):
-    directory, bases, factors = llama
+def test_a_start_that_is_no_number_is_refused(start):
+    directory, bases, factors = start
     broken = {name: base * math.nan for name, base in bases.items()}
     result = run(directory, broken, factors, tokens())[1]
     assert (result.kept, result.steps) == (False, 0)
     assert same(result.factors, factors)
 
 
-def test_two_samples_do_and_fewer_are_an_error(llama):
-    assert run(*llama, tokens(2), steps=2)[1].steps == 2
+def test_two_samples_do_and_fewer_are_an_error(start):
+    assert run(*start, tokens(2), steps=2)[1].steps == 2
     with pytest.raises(CalibrationError, match="1 samples, at least 2 are needed"):
-        run(*llama, tokens(1))
+        run(*start, tokens(1))
 
 
 def test_a_source_that_cannot_be_loaded_is_an_error(tmp_path):

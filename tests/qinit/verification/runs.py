@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from safetensors.torch import load_file, save_file
 
 from qinit.files.manifest import write_manifest
 from qinit.verification.findings import Finding
 from qinit.verification.verify import verify
-from tests.conftest import make_checkpoint, quantize
+from tests.helpers import quantize
+from tests.models import make_checkpoint
 
 # name: family, options of the source, options of the run
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -49,15 +46,3 @@ def vouched(run: Path, source: Path | None = None) -> list[str]:
     """Write the sums anew, so that hashes find nothing; returns what else is found, in words."""
     write_manifest(run)
     return [str(each) for each in problems(run, source)]
-
-
-def edit_json(file: Path, change: Callable[[Any], None]) -> None:
-    value = json.loads(file.read_text())
-    change(value)
-    file.write_text(json.dumps(value))
-
-
-def edit_tensors(file: Path, change: Callable[[Any], None]) -> None:
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})

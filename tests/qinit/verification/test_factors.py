@@ -12,7 +12,8 @@ from qinit.files.manifest import MANIFEST_NAME
 from qinit.verification.factors import point_to
 from qinit.verification.findings import Finding
 from qinit.verification.verify import verify
-from tests.qinit.verification.runs import edit_json, edit_tensors, problems, vouched
+from tests.helpers import edit_json, edit_tensors
+from tests.qinit.verification.runs import problems, vouched
 
 CONFIG, WEIGHTS = "eqft_init/adapter_config.json", "eqft_init/adapter_model.safetensors"
 A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"

@@ -10,7 +10,8 @@ import pytest
 from qinit.recipe import make_recipe
 from qinit.report.report import LayerRow, Report
 from qinit.verification.figures import check_rows, check_totals
-from tests.qinit.verification.runs import edit_json, vouched
+from tests.helpers import edit_json
+from tests.qinit.verification.runs import vouched
 
 NAME = "model.layers.0.self_attn.q_proj"
 

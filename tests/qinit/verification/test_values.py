@@ -9,8 +9,9 @@ import torch
 
 from qinit.errors import CheckpointError
 from qinit.files.tensors import read_header, write_header_only
-from tests.conftest import make_checkpoint
-from tests.qinit.verification.runs import KINDS, edit_json, edit_tensors, vouched
+from tests.helpers import edit_json, edit_tensors
+from tests.models import make_checkpoint
+from tests.qinit.verification.runs import KINDS, vouched
 
 BASE, FACTORS = "model.safetensors", "eqft_init/adapter_model.safetensors"
 UP = "model.layers.0.mlp.up_proj"

@@ -13,8 +13,9 @@ from qinit.files.manifest import MANIFEST_NAME, listed
 from qinit.files.tensors import write_header_only
 from qinit.verification.findings import Finding
 from qinit.verification.verify import verify
-from tests.conftest import make_checkpoint, quantize
-from tests.qinit.verification.runs import edit_json, edit_tensors, problems, vouched
+from tests.helpers import edit_json, edit_tensors, quantize
+from tests.models import make_checkpoint
+from tests.qinit.verification.runs import problems, vouched
 
 UP = "model.layers.0.mlp.up_proj"
 INDEX = "model.safetensors.index.json"

@@ -18,21 +18,17 @@ from qinit.widths import budget as mixed
 from qinit.widths.budget import budget, items, options
 from qinit.widths.knapsack import Choice
 from qinit.widths.validity import conditions
-from tests.compat.stock import delta, dense_weight, load, lora_modules, relative
-from tests.conftest import make_checkpoint, quantize, weights_of
+from tests.helpers import plan_of, quantize, weights_of
+from tests.models import make_checkpoint
+from tests.stock import delta, dense_weight, load, lora_modules, relative
 
 BITS = {2: 2 + 18 / 32, 3: 3 + 19 / 32, 4: 4 + 20 / 32, 8: 8 + 24 / 32}  # with scales and zeros, group size 32
 SMALL = {"rank": 4, "iter": 1, "group_size": 32, "calibration": "none", "device": "cpu"}
 FEW = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16}
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("models") / "llama", initializer_range=0.1)
-
-
-def plan_of(source, **options):
-    return make_plan(make_recipe(model=str(source), **{**SMALL, **options}), source, "tiny")
+def small_plan(source, **options):
+    return plan_of(source, **{**SMALL, **options})
 
 
 def sensitivity_of(plan, nats):
@@ -55,26 +51,26 @@ def own_choice(_name, bits, rank):
 
 
 class TestItems:
-    def test_every_layer_may_have_every_width_at_its_rank(self, llama):
-        plan = plan_of(llama, target_bits=4, rank=16)
+    def test_every_layer_may_have_every_width_at_its_rank(self, strong_llama):
+        plan = small_plan(strong_llama, target_bits=4, rank=16)
         assert list(options(plan)) == [layer.target.name for layer in plan.quantized]
         assert {tuple(pairs) for pairs in options(plan).values()} == {((2, 16), (3, 16), (4, 16), (8, 16))}
-        assert {tuple(p) for p in options(plan_of(llama, ratio=0, bits_low=3, bits_high=8)).values()} == {
+        assert {tuple(p) for p in options(small_plan(strong_llama, ratio=0, bits_low=3, bits_high=8)).values()} == {
             ((3, 4), (8, 4))
         }
 
-    def test_with_a_rank_budget_also_a_quarter_to_four_times_the_rank_as_far_as_shapes_allow(self, llama):
-        plan = plan_of(llama, ratio=0.5, rank=16, rank_budget="1MB")
+    def test_with_a_rank_budget_also_a_quarter_to_four_times_the_rank_as_far_as_shapes_allow(self, strong_llama):
+        plan = small_plan(strong_llama, ratio=0.5, rank=16, rank_budget="1MB")
         found = options(plan)
         assert found["model.layers.0.mlp.up_proj"] == list(product((2, 3), (4, 8, 16, 32, 64)))
         assert found["model.layers.0.self_attn.k_proj"] == list(product((2, 3), (4, 8, 16, 32, 32)))
-        assert options(plan_of(llama, ratio=0.5, rank=1, rank_budget="1MB"))["model.layers.0.mlp.up_proj"] == list(
-            product((2, 3), (1, 1, 1, 2, 4))
-        )
+        assert options(small_plan(strong_llama, ratio=0.5, rank=1, rank_budget="1MB"))[
+            "model.layers.0.mlp.up_proj"
+        ] == list(product((2, 3), (1, 1, 1, 2, 4)))
 
     @pytest.mark.parametrize("form", ["dense", "gptq"])
-    def test_bits_are_those_of_a_packed_file(self, llama, form):
-        plan = plan_of(llama, target_bits=4, format=form)
+    def test_bits_are_those_of_a_packed_file(self, strong_llama, form):
+        plan = small_plan(strong_llama, target_bits=4, format=form)
         for item, layer in zip(items(plan, None), plan.quantized, strict=True):
             rows, columns = layer.target.module.out_features, layer.target.module.in_features
             for choice in item.totals:
@@ -83,8 +79,8 @@ class TestItems:
                 assert choice.adapter_bytes == 4 * choice.rank * (rows + columns)
                 assert choice.nats == 0
 
-    def test_those_of_gptq_are_the_bytes_that_are_written(self, llama, tmp_path):
-        plan = plan_of(llama, ratio=0.5, format="gptq", allocation="random")
+    def test_those_of_gptq_are_the_bytes_that_are_written(self, strong_llama, tmp_path):
+        plan = small_plan(strong_llama, ratio=0.5, format="gptq", allocation="random")
         list(run(plan, tmp_path / "out"))
         tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
         for item in items(plan, None):
@@ -92,8 +88,8 @@ class TestItems:
             nbytes = sum(t.numel() * t.element_size() for key, t in tensors.items() if key.startswith(name + "."))
             assert {c.bits: c.stored_bits for c in item.totals}[widths(plan)[name]] == 8 * nbytes
 
-    def test_fused_layers_are_one(self, llama):
-        plan = plan_of(llama, ratio=0.5, tie="fused")
+    def test_fused_layers_are_one(self, strong_llama):
+        plan = small_plan(strong_llama, ratio=0.5, tie="fused")
         nats = sensitivity_of(plan, lambda name, bits, rank: len(name) / bits).nats
         made = items(plan, nats)
         assert [len(item.names) for item in made] == [3, 1, 2, 1] * 2
@@ -105,9 +101,9 @@ class TestItems:
 
 
 class TestBudget:
-    def test_a_ratio_lies_between_the_widths(self, llama):
+    def test_a_ratio_lies_between_the_widths(self, strong_llama):
         for ratio in (0, 0.25, 1):
-            plan = plan_of(llama, ratio=ratio)
+            plan = small_plan(strong_llama, ratio=ratio)
             weights = sum(layer.weights for layer in plan.quantized)
             expected = BITS[2] + ratio * (BITS[3] - BITS[2])
             assert budget(plan, items(plan, None)) / weights == pytest.approx(expected)
@@ -115,8 +111,8 @@ class TestBudget:
     @pytest.mark.parametrize("form", ["dense", "gptq"])
     @pytest.mark.parametrize("allocation", ["sensitivity", "uniform", "random"])
     @pytest.mark.parametrize("target", [3.1, 3.5, 7.0])
-    def test_target_bits_are_those_of_the_plan(self, llama, form, allocation, target):
-        plan = plan_of(llama, target_bits=target, format=form, allocation=allocation)
+    def test_target_bits_are_those_of_the_plan(self, strong_llama, form, allocation, target):
+        plan = small_plan(strong_llama, target_bits=target, format=form, allocation=allocation)
         assert plan.pending is (allocation == "sensitivity")
         found = plan.bits_per_weight if form == "gptq" else plan.grid_bits_per_weight
         assert target - 0.7 < found <= target
@@ -131,24 +127,24 @@ class TestBudget:
         ],
     )
     @pytest.mark.parametrize("form", ["dense", "gptq"])
-    def test_what_cannot_be_had_is_said_with_what_can(self, llama, choices, group, low, message, form):
+    def test_what_cannot_be_had_is_said_with_what_can(self, strong_llama, choices, group, low, message, form):
         asked = {"bits_choices": choices, "group_size": group, "format": form}
         with pytest.raises(RecipeError, match="target_bits: " + message) as caught:
-            plan_of(llama, target_bits=2.5 if low else 9.5, **asked)
+            small_plan(strong_llama, target_bits=2.5 if low else 9.5, **asked)
         said = float(str(caught.value).rsplit(" ", 1)[1])
-        plan = plan_of(llama, target_bits=said, **asked)  # what it says can be had can be had
+        plan = small_plan(strong_llama, target_bits=said, **asked)  # what it says can be had can be had
         assert int(choices[0 if low else -1]) in widths(plan).values()
         with pytest.raises(RecipeError, match="cannot be had"):
-            plan_of(llama, target_bits=said + (-1e-3 if low else 1e-3), **asked)
+            small_plan(strong_llama, target_bits=said + (-1e-3 if low else 1e-3), **asked)
 
 
 class TestAllocation:
-    def test_the_layers_that_lose_most_get_more(self, llama, tmp_path):
+    def test_the_layers_that_lose_most_get_more(self, strong_llama, tmp_path):
         def nats(name, bits, _rank):
             return (9.0 if "down_proj" in name or "k_proj" in name else 1.0) / bits
 
-        file = file_of(plan_of(llama, ratio=0.5), tmp_path, nats)
-        plan = plan_of(llama, ratio=0.25, sensitivity=file)
+        file = file_of(small_plan(strong_llama, ratio=0.5), tmp_path, nats)
+        plan = small_plan(strong_llama, ratio=0.25, sensitivity=file)
         assert {name.rsplit(".", 1)[1] for name, bits in widths(plan).items() if bits == 3} >= {"down_proj", "k_proj"}
         assert not plan.pending
         found = plan.allocation
@@ -166,18 +162,18 @@ class TestAllocation:
         assert found.front[-1] == found.uniform[1]
         assert found.chosen[0] * weights <= budget(plan, items(plan, None))
 
-    def test_of_fused_layers_all_get_one_width(self, llama, tmp_path):
-        file = file_of(plan_of(llama, ratio=0.5), tmp_path, lambda name, bits, _rank: hash(name) % 97 / bits)
+    def test_of_fused_layers_all_get_one_width(self, strong_llama, tmp_path):
+        file = file_of(small_plan(strong_llama, ratio=0.5), tmp_path, lambda name, bits, _rank: hash(name) % 97 / bits)
         for options_ in ({"sensitivity": file}, {"allocation": "random"}, {}):
-            given = widths(plan_of(llama, ratio=0.4, tie="fused", **options_))
+            given = widths(small_plan(strong_llama, ratio=0.4, tie="fused", **options_))
             for i in range(2):
                 attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
                 assert len({given[attention + end] for end in ("q_proj", "k_proj", "v_proj")}) == 1
                 assert given[mlp + "gate_proj"] == given[mlp + "up_proj"]
 
     @pytest.mark.parametrize(("rule", "raised"), [("first", range(7)), ("last", range(7, 14))])
-    def test_a_rule_measures_nothing(self, llama, tmp_path, rule, raised):
-        plan = plan_of(llama, ratio=0.5, allocation=rule)
+    def test_a_rule_measures_nothing(self, strong_llama, tmp_path, rule, raised):
+        plan = small_plan(strong_llama, ratio=0.5, allocation=rule)
         assert {i for i, bits in enumerate(widths(plan).values()) if bits == 3} == set(raised)
         events = list(run(plan, tmp_path / "out"))
         assert not any(isinstance(event, Allotted | Sampling) for event in events)
@@ -199,30 +195,30 @@ class TestAllocation:
 
 class TestRankBudget:
     @pytest.mark.parametrize("size", ["40KB", "62KB", "100KB", "1MB"])
-    def test_the_adapter_takes_no_more(self, llama, tmp_path, size):
+    def test_the_adapter_takes_no_more(self, strong_llama, tmp_path, size):
         asked = {"ratio": 0.5, "rank": 8, "rank_budget": size}
-        file = file_of(plan_of(llama, **asked), tmp_path, own_choice)
-        plan = plan_of(llama, **asked, sensitivity=file)
+        file = file_of(small_plan(strong_llama, **asked), tmp_path, own_choice)
+        plan = small_plan(strong_llama, **asked, sensitivity=file)
         room = int(size[:-2]) * (1000 if size.endswith("KB") else 10**6)
-        assert min(0.9 * room, plan_of(llama, rank=32).adapter_bytes) <= plan.adapter_bytes <= room
+        assert min(0.9 * room, small_plan(strong_llama, rank=32).adapter_bytes) <= plan.adapter_bytes <= room
         assert plan.grid_bits_per_weight <= (BITS[2] + BITS[3]) / 2
 
     def test_adapters_of_kept_layers_count(self, tmp_path):
         source = make_checkpoint(tmp_path / "m", intermediate_size=88)
         asked = {"ratio": 0.5, "rank": 8, "rank_budget": "60KB", "format": "gptq"}
-        plan = plan_of(source, **asked)
-        plan = plan_of(source, **asked, sensitivity=file_of(plan, tmp_path, own_choice))
+        plan = small_plan(source, **asked)
+        plan = small_plan(source, **asked, sensitivity=file_of(plan, tmp_path, own_choice))
         assert any(layer.kept for layer in plan.layers)
         assert 0.9 * 60000 < plan.adapter_bytes <= 60000
 
-    def test_one_that_is_too_small_is_said_before_anything_is_measured(self, llama):
-        least = plan_of(llama, rank=2).adapter_bytes
+    def test_one_that_is_too_small_is_said_before_anything_is_measured(self, strong_llama):
+        least = small_plan(strong_llama, rank=2).adapter_bytes
         with pytest.raises(RecipeError, match=f"rank_budget: 1KB are too few; .* from 2, the adapter takes {least} b"):
-            plan_of(llama, ratio=0.5, rank=8, rank_budget="1KB")
+            small_plan(strong_llama, ratio=0.5, rank=8, rank_budget="1KB")
 
-    def test_ranks_are_written_as_peft_reads_them(self, llama, tmp_path):
+    def test_ranks_are_written_as_peft_reads_them(self, strong_llama, tmp_path):
         asked = {"ratio": 0.5, "rank": 8, "rank_budget": "62KB", "lora_alpha": 12.0, "use_rslora": True}
-        report = quantize(llama, tmp_path / "out", **{**SMALL, **asked})
+        report = quantize(strong_llama, tmp_path / "out", **{**SMALL, **asked})
         ranks = {row.name: row.rank for row in report.layers}
         config = json.loads((tmp_path / "out/eqft_init/adapter_config.json").read_text())
         assert len(set(ranks.values())) > 1
@@ -231,7 +227,7 @@ class TestRankBudget:
         assert config["alpha_pattern"] == {
             name: pytest.approx(12 * (rank / 8) ** 0.5) for name, rank in config["rank_pattern"].items()
         }
-        assert_loads(llama, tmp_path / "out", report)
+        assert_loads(strong_llama, tmp_path / "out", report)
         assert report.totals["adapter_bytes"] <= 62000
 
 
@@ -251,22 +247,22 @@ def assert_loads(source, out, report):
 class TestRuns:
     @pytest.mark.parametrize("calibration", [{}, FEW])
     @pytest.mark.parametrize("form", ["dense", "gptq"])
-    def test_all_low_and_all_high_are_eqft_to_the_byte(self, llama, tmp_path, form, calibration):
+    def test_all_low_and_all_high_are_eqft_to_the_byte(self, strong_llama, tmp_path, form, calibration):
         for ratio, bits in ((0, 2), (1, 3)):
             asked = {**SMALL, **calibration, "format": form}
-            quantize(llama, tmp_path / f"mixed-{bits}", ratio=ratio, **asked)
-            quantize(llama, tmp_path / f"eqft-{bits}", bits=bits, **asked)
+            quantize(strong_llama, tmp_path / f"mixed-{bits}", ratio=ratio, **asked)
+            quantize(strong_llama, tmp_path / f"eqft-{bits}", bits=bits, **asked)
             found = weights_of(tmp_path / f"mixed-{bits}")
             assert len(found) == 2
             assert found == weights_of(tmp_path / f"eqft-{bits}")
 
     @pytest.mark.parametrize("calibration", [{}, FEW])
-    def test_with_its_file_nothing_is_measured_and_the_bytes_are_the_same(self, llama, tmp_path, calibration):
+    def test_with_its_file_nothing_is_measured_and_the_bytes_are_the_same(self, strong_llama, tmp_path, calibration):
         asked = {**SMALL, **calibration, "ratio": 0.4}
-        events = list(run(plan_of(llama, **asked), tmp_path / "one"))
+        events = list(run(small_plan(strong_llama, **asked), tmp_path / "one"))
         assert sum(isinstance(event, Allotted) for event in events) == 1
         file = tmp_path / "one" / "sensitivity.json"
-        plan = plan_of(llama, **asked, sensitivity=str(file))
+        plan = small_plan(strong_llama, **asked, sensitivity=str(file))
         assert not plan.pending
         again = list(run(plan, tmp_path / "two"))
         assert not any(isinstance(event, Allotted) for event in again)
@@ -275,14 +271,14 @@ class TestRuns:
         assert again[-1].report.totals["allocation"] == events[-1].report.totals["allocation"]
         assert {row.bits for row in again[-1].report.layers} == {2, 3}
 
-    def test_dense_loads_as_stock_and_is_what_the_report_says(self, llama, tmp_path):
-        report = quantize(llama, tmp_path / "out", **{**SMALL, "target_bits": 3.5})
+    def test_dense_loads_as_stock_and_is_what_the_report_says(self, strong_llama, tmp_path):
+        report = quantize(strong_llama, tmp_path / "out", **{**SMALL, "target_bits": 3.5})
         assert report.recipe["format"] == "dense"
         assert len({row.bits for row in report.layers}) > 1
-        assert_loads(llama, tmp_path / "out", report)
+        assert_loads(strong_llama, tmp_path / "out", report)
 
-    def test_the_report_has_the_front_what_was_chosen_and_each_width_alone(self, llama, tmp_path):
-        report = quantize(llama, tmp_path / "out", **{**SMALL, "target_bits": 3.5})
+    def test_the_report_has_the_front_what_was_chosen_and_each_width_alone(self, strong_llama, tmp_path):
+        report = quantize(strong_llama, tmp_path / "out", **{**SMALL, "target_bits": 3.5})
         written = json.loads((tmp_path / "out/qinit.json").read_text())["totals"]
         found = written["allocation"]
         assert found["allocation"] == "sensitivity"
@@ -297,18 +293,18 @@ class TestRuns:
         assert report.totals["allocation"]["front"][0] == pytest.approx(found["front"][0])
 
     @pytest.mark.parametrize("where", ["qinit.json", "README.md"])
-    def test_its_recipe_can_be_given_again(self, llama, tmp_path, where):
+    def test_its_recipe_can_be_given_again(self, strong_llama, tmp_path, where):
         asked = {**SMALL, "target_bits": 3.5, "bits_choices": "2,3,8", "tie": "fused", "allocation": "random"}
-        quantize(llama, tmp_path / "one", **asked)
+        quantize(strong_llama, tmp_path / "one", **asked)
         text = (tmp_path / "one" / where).read_text()
         recipe = json.loads(text)["recipe"] if where == "qinit.json" else text.split("```yaml\n")[1].split("```")[0]
         (tmp_path / "again.yaml").write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
         again = make_recipe(tmp_path / "again.yaml")
-        assert again == make_recipe(model=str(llama), **asked)
-        list(run(make_plan(again, llama, "tiny"), tmp_path / "two"))
+        assert again == make_recipe(model=str(strong_llama), **asked)
+        list(run(make_plan(again, strong_llama, "tiny"), tmp_path / "two"))
         assert weights_of(tmp_path / "two") == weights_of(tmp_path / "one")
 
-    def test_before_measuring_all_ranks_are_the_recipes(self, llama):
-        plan = plan_of(llama, ratio=0.5, rank_budget="1MB")
+    def test_before_measuring_all_ranks_are_the_recipes(self, strong_llama):
+        plan = small_plan(strong_llama, ratio=0.5, rank_budget="1MB")
         assert mixed._at_recipe_rank(plan, items(plan, None))[0].totals[0].rank == 4
         assert {layer.rank for layer in plan.quantized} == {4}

@@ -21,8 +21,9 @@ from qinit.stream.blocks import NotStreamable, Row
 from qinit.widths import fisher
 from qinit.widths.budget import options
 from qinit.widths.fisher import measure
-from tests.conftest import FAMILIES, exhausted
-from tests.qinit.calibration.models import OTHERS, make, padded, plan_of, random_samples, stock
+from tests.helpers import calibrated_plan, exhausted, padded, random_samples
+from tests.models import FAMILIES, OTHERS, make_float32
+from tests.traces import stock
 
 CPU = torch.device("cpu")
 MIXED = {"calibration": "none", "target_bits": 4, "bits_choices": [2, 3, 8]}
@@ -36,7 +37,7 @@ def plan(tmp_path_factory):
 
     @cache
     def call(family, **overrides):
-        return plan_of(make(tmp_path_factory.mktemp(family) / family, family, **overrides), **MIXED)
+        return calibrated_plan(make_float32(tmp_path_factory.mktemp(family) / family, family, **overrides), **MIXED)
 
     return call
 
@@ -139,7 +140,7 @@ class TestBlockByBlock:
     def test_a_tied_head_and_a_calibrated_recipe(self, plan, whole):
         for made in (
             plan("llama", tie_word_embeddings=True),
-            plan_of(plan("llama").checkpoint.directory, **{**MIXED, "calibration": "random"}),
+            calibrated_plan(plan("llama").checkpoint.directory, **{**MIXED, "calibration": "random"}),
         ):
             found, _ = measured(made, padded(random_samples(5), LENGTHS))
             close(found, whole(made, padded(random_samples(5), LENGTHS)))
@@ -152,7 +153,10 @@ class TestBlockByBlock:
             transformers.BertConfig(**{"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256},
                                     hidden_size=32, intermediate_size=64)
         ).save_pretrained(tmp_path / "m")  # fmt: skip
-        made, samples = plan_of(tmp_path / "m", exclude=".*pooler.*", **MIXED), padded(random_samples(5), LENGTHS)
+        made, samples = (
+            calibrated_plan(tmp_path / "m", exclude=".*pooler.*", **MIXED),
+            padded(random_samples(5), LENGTHS),
+        )
         found, _ = measured(made, samples)
         close(found, whole(made, samples))
         assert all(value > 0 for nats in found.nats.values() for value in nats.values())
@@ -209,7 +213,7 @@ class TestBlockByBlock:
 
 class TestOutputs:
     def test_the_low_rank_is_fitted_under_the_metrics_that_the_run_has(self, plan):
-        made = plan_of(plan("llama").checkpoint.directory, **{**MIXED, "calibration": "random", "rank": 4})
+        made = calibrated_plan(plan("llama").checkpoint.directory, **{**MIXED, "calibration": "random", "rank": 4})
         samples = random_samples(16, 24)
         metrics = exhausted(output_metrics(made, samples, CPU))[0]
         plain, weighed = (measured(made, samples, **rest)[0] for rest in ({}, {"metrics": metrics}))
@@ -263,13 +267,13 @@ class TestOverflow:
     """The checkpoint itself is finite."""
 
     def source(self, directory, family, ends, value):
-        source = make(directory / "m", family)
+        source = make_float32(directory / "m", family)
         tensors = load_file(source / "model.safetensors")
         for name in tensors:
             if name.removesuffix(".weight").endswith(ends):
                 tensors[name].fill_(value)
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-        return plan_of(source, **MIXED)
+        return calibrated_plan(source, **MIXED)
 
     def test_of_the_model_is_an_error_that_says_what_to_do(self, tmp_path):
         made = self.source(tmp_path, "llama", ("gate_proj", "up_proj"), 3e38)

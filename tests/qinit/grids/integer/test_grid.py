@@ -15,7 +15,7 @@ BITS = (2, 3, 4, 8)
 F16_MAX = 65504.0
 
 
-def draw(kind: str, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+def of_kind(kind: str, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     random = np.random.default_rng(seed)
     size = (rows, columns)
     values = {
@@ -60,7 +60,7 @@ def least_error(x: np.ndarray, bits: int) -> float:
 @pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "one-sided", "shifted"])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_the_search_comes_close_to_the_exact_optimum(kind, bits):
-    weight = draw(kind, 24, 64, seed=bits)
+    weight = of_kind(kind, 24, 64, seed=bits)
     _, residual = quantize(weight, bits=bits, group_size=32)
     found = group_errors(residual, 32).flatten().numpy()
     least = np.array([least_error(x.double().numpy(), bits) for x in grouped(weight, 32).flatten(0, 1)])
@@ -70,7 +70,7 @@ def test_the_search_comes_close_to_the_exact_optimum(kind, bits):
 
 
 def test_the_oracle_finds_the_optimum_of_a_dense_sweep():
-    x = draw("heavy-tailed", 1, 16, seed=3)[0].double().numpy()
+    x = of_kind("heavy-tailed", 1, 16, seed=3)[0].double().numpy()
     sweep = np.inf
     for zero in range(4):
         scales = np.linspace(1e-4, 2 * np.abs(x).max(), 4000)
@@ -83,7 +83,7 @@ def test_the_oracle_finds_the_optimum_of_a_dense_sweep():
 @pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "one-sided", "shifted", "outlier"])
 @pytest.mark.parametrize("bits", BITS)
 def test_the_mse_search_is_never_worse_than_minmax(kind, bits):
-    weight = draw(kind, 32, 256)
+    weight = of_kind(kind, 32, 256)
     _, searched = quantize(weight, bits=bits)
     _, plain = quantize(weight, bits=bits, search="minmax")
     # At 8 bits the scale's own rounding to float16 is worth some percent of a single group, for both.
@@ -95,7 +95,7 @@ def test_the_mse_search_is_never_worse_than_minmax(kind, bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("columns", [64, 100, 40])  # whole groups, a short last one, less than one group
 def test_codes_scales_zeros_and_residual_belong_together(bits, columns, search):
-    weight = draw("heavy-tailed", 9, columns)
+    weight = of_kind("heavy-tailed", 9, columns)
     quantized, residual = quantize(weight, bits=bits, search=search)
     assert quantized.zeros is not None
     assert int(quantized.codes.max()) < 2**bits
@@ -109,7 +109,7 @@ def test_codes_scales_zeros_and_residual_belong_together(bits, columns, search):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_every_code_is_the_nearest_one(bits):
-    weight = draw("heavy-tailed", 8, 128)
+    weight = of_kind("heavy-tailed", 8, 128)
     quantized, residual = quantize(weight, bits=bits)
     scale = quantized.scales.repeat_interleave(64, 1)
     zero = quantized.zeros.float().repeat_interleave(64, 1)
@@ -121,7 +121,7 @@ def test_every_code_is_the_nearest_one(bits):
 @pytest.mark.parametrize("size", [1e-9, 1e-8, 3e-7, 1e-5, 1.0, 1e4, 1e5, 3e7])
 @pytest.mark.parametrize("bits", BITS)
 def test_scales_are_float16_numbers_at_any_size_of_weight(size, bits):
-    weight = draw("normal", 16, 128) / 0.02 * size
+    weight = of_kind("normal", 16, 128) / 0.02 * size
     quantized, residual = quantize(weight, bits=bits)
     assert torch.equal(quantized.scales.half().float(), quantized.scales)
     assert (quantized.scales > 0).all()
@@ -140,7 +140,7 @@ def test_weights_below_the_least_float16_become_zero():
 @pytest.mark.parametrize("bits", BITS)
 def test_zeros_stay_zeros(bits, search):
     weight = torch.zeros(3, 100)
-    weight[1, :64] = draw("normal", 1, 64)[0]  # beside a group that is not
+    weight[1, :64] = of_kind("normal", 1, 64)[0]  # beside a group that is not
     quantized, residual = quantize(weight, bits=bits, search=search)
     values = INT.dequantize(quantized)
     assert values[1, :64].any()
@@ -162,14 +162,14 @@ def test_constant_groups_are_exact_but_for_the_scale_s_rounding(bits, value, sea
 @pytest.mark.parametrize("shape", [(1, 128), (128, 1), (1, 1), (1, 65)])
 @pytest.mark.parametrize("bits", BITS)
 def test_single_rows_and_columns(shape, bits):
-    weight = draw("normal", *shape)
+    weight = of_kind("normal", *shape)
     quantized, residual = quantize(weight, bits=bits)
     assert quantized.codes.shape == residual.shape == shape
     assert residual.norm() <= 0.5 * weight.norm()
 
 
 def test_one_huge_outlier_spoils_its_own_group_only():
-    weight = draw("normal", 4, 256)
+    weight = of_kind("normal", 4, 256)
     _, clean = quantize(weight, bits=4)
     weight[2, 70] = 1000.0
     _, residual = quantize(weight, bits=4)
@@ -182,16 +182,16 @@ def test_one_huge_outlier_spoils_its_own_group_only():
 @pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "one-sided", "shifted"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_warm_search_is_about_as_good_as_a_cold_one(bits, kind):
-    weight = draw(kind, 32, 256)
+    weight = of_kind(kind, 32, 256)
     before, _ = quantize(weight, bits=bits)
-    moved = weight + 0.1 * draw("normal", 32, 256, seed=9)
+    moved = weight + 0.1 * of_kind("normal", 32, 256, seed=9)
     _, warm = quantize(moved, bits=bits, previous=before)
     _, cold = quantize(moved, bits=bits)
     assert warm.norm() <= 1.02 * cold.norm()
 
 
 def test_a_warm_search_does_not_write_to_the_previous_result():
-    weight = draw("normal", 4, 128)
+    weight = of_kind("normal", 4, 128)
     before, _ = quantize(weight)
     kept = [before.codes.clone(), before.scales.clone(), before.zeros.clone()]
     quantize(1.3 * weight, previous=before)
@@ -200,7 +200,7 @@ def test_a_warm_search_does_not_write_to_the_previous_result():
 
 @pytest.mark.parametrize("view", ["transposed", "strided"])
 def test_weights_that_are_not_contiguous_give_the_same(view):
-    weight = draw("normal", 32, 64)
+    weight = of_kind("normal", 32, 64)
     other = weight.T.contiguous().T if view == "transposed" else torch.cat([weight, weight], 1)[:, :64]
     assert not other.is_contiguous()
     expected, quantized = quantize(weight)[0], quantize(other)[0]

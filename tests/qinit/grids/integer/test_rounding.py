@@ -10,24 +10,13 @@ from qinit.grids.integer import rounding
 from qinit.grids.integer.rounding import column_blocks, descend, round_gptq
 from qinit.grids.integer.rounding_torch import fit_weighted
 from qinit.linalg.hessian import damped_cholesky
+from tests.helpers import gauss
+from tests.layers import correlated
 
 INT = GRIDS["int"]
 BITS = (2, 3, 4, 8)
 # rows, columns, group size: several blocks, a short last group, a group wider than a block, one wider than the matrix
 SHAPES = [(24, 320, 64), (24, 200, 64), (16, 300, 192), (16, 40, 64), (17, 33, 8)]
-
-
-def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return 0.02 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(columns: int, tokens: int | None = None, seed: int = 0) -> torch.Tensor:
-    """H of inputs that share a few directions, as a layer's do; singular when `tokens` are fewer than columns."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) * 0.93 ** torch.arange(columns)
-    x = torch.randn(tokens or 8 * columns, columns, generator=generator)
-    x = x @ mixing.T + 0.3 * torch.randn(len(x), columns, generator=generator)
-    return x.T @ x / len(x)
 
 
 def error(residual: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -62,7 +51,7 @@ def textbook_gptq(weight, hessian, given, order, damp):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
 def test_rounding_is_textbook_gptq(rows, columns, group_size, bits, search, act_order):
-    target, hessian = draw(rows, columns), correlated(columns)
+    target, hessian = gauss(rows, columns, scale=0.02), correlated(columns)
     options = {"bits": bits, "group_size": group_size, "search": search, "act_order": act_order}
     quantized, residual = round_gptq(target, hessian, damp=0.02, **options)
     order = torch.argsort(hessian.diagonal()).flip(0) if act_order else torch.arange(columns).flip(0)
@@ -74,7 +63,7 @@ def test_rounding_is_textbook_gptq(rows, columns, group_size, bits, search, act_
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_the_first_group_s_min_max_scale_is_that_of_the_weights(act_order):
-    target, hessian = draw(16, 96), correlated(96)
+    target, hessian = gauss(16, 96, scale=0.02), correlated(96)
     options = {"bits": 3, "group_size": 32, "search": "minmax"}
     quantized, _ = round_gptq(target, hessian, act_order=act_order, **options)
     nearest, _ = INT.quantize(target, target, **options)
@@ -88,7 +77,7 @@ def test_the_first_group_s_min_max_scale_is_that_of_the_weights(act_order):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
 def test_the_residual_is_what_the_codes_leave(rows, columns, group_size, bits, search, act_order):
-    target, hessian = draw(rows, columns), correlated(columns)
+    target, hessian = gauss(rows, columns, scale=0.02), correlated(columns)
     kept, kept_hessian = target.clone(), hessian.clone()
     quantized, residual = round_gptq(
         target, hessian, bits=bits, group_size=group_size, search=search, act_order=act_order
@@ -108,7 +97,7 @@ def test_the_residual_is_what_the_codes_leave(rows, columns, group_size, bits, s
 @pytest.mark.parametrize("search", ["mse", "minmax"])
 @pytest.mark.parametrize("bits", BITS)
 def test_on_correlated_inputs_the_error_is_below_that_of_nearest_rounding(bits, search, act_order):
-    target, hessian = draw(48, 256), correlated(256)
+    target, hessian = gauss(48, 256, scale=0.02), correlated(256)
     options = {"bits": bits, "group_size": 64, "search": search}
     _, nearest = INT.quantize(target, target, **options)
     _, residual = round_gptq(target, hessian, act_order=act_order, **options)
@@ -116,7 +105,7 @@ def test_on_correlated_inputs_the_error_is_below_that_of_nearest_rounding(bits, 
 
 
 def test_without_correlation_there_is_nothing_to_feed_back():
-    target = draw(16, 128)
+    target = gauss(16, 128, scale=0.02)
     options = {"bits": 3, "group_size": 32, "search": "minmax"}
     quantized, _ = round_gptq(target, torch.eye(128), **options)
     nearest, _ = INT.quantize(target, target, **options)
@@ -126,7 +115,7 @@ def test_without_correlation_there_is_nothing_to_feed_back():
 
 def test_act_order_takes_the_largest_inputs_first():
     """Nothing is fed back to the column that is taken first: it is rounded to nearest."""
-    target, hessian = draw(64, 96), correlated(96)
+    target, hessian = gauss(64, 96, scale=0.02), correlated(96)
     hessian *= torch.linspace(1, 3, 96).roll(40)[:, None] * torch.linspace(1, 3, 96).roll(40)
     first = int(hessian.diagonal().argmax())
     assert first not in (0, 95)
@@ -151,7 +140,7 @@ def test_scales_are_found_for_the_inputs_that_matter():
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_rounding_finds_its_scales_for_the_inputs_that_matter(act_order):
-    target, sizes = draw(32, 32), torch.full((32,), 1e-4)
+    target, sizes = gauss(32, 32, scale=0.02), torch.full((32,), 1e-4)
     sizes[5::8] = 4.0
     options = {"bits": 3, "group_size": 8, "search": "mse", "act_order": act_order}
     _, residual = round_gptq(target, torch.diag(sizes), damp=1e-5, **options)
@@ -173,7 +162,7 @@ class TestDegenerate:
     options = {"bits": 3, "group_size": 32}  # noqa: RUF012
 
     def test_without_any_input_rounding_is_to_nearest(self, search, act_order):
-        target = draw(8, 96)
+        target = gauss(8, 96, scale=0.02)
         _, residual = round_gptq(target, torch.zeros(96, 96), search=search, act_order=act_order, **self.options)
         assert torch.isfinite(residual).all()
         _, nearest = INT.quantize(target, target, search=search, **self.options)
@@ -181,7 +170,7 @@ class TestDegenerate:
         assert residual.norm() < 0.3 * target.norm()
 
     def test_inputs_that_are_always_zero(self, search, act_order):
-        target, hessian = draw(8, 96), correlated(96)
+        target, hessian = gauss(8, 96, scale=0.02), correlated(96)
         hessian[10:50] = 0
         hessian[:, 10:50] = 0  # a whole group among them
         quantized, residual = round_gptq(target, hessian, search=search, act_order=act_order, **self.options)
@@ -214,7 +203,7 @@ class TestDegenerate:
     passes=st.integers(1, 3),
 )
 def test_a_sweep_never_raises_the_error(seed, bits, rows, columns, group_size, tokens, start, size, passes):
-    target, hessian = size * draw(rows, columns, seed=seed), correlated(columns, tokens, seed)
+    target, hessian = size * gauss(rows, columns, seed=seed, scale=0.02), correlated(columns, tokens, seed)
     options = {"bits": bits, "group_size": group_size, "search": "mse"}
     if start == "gptq":
         quantized, residual = round_gptq(target, hessian, **options)
@@ -239,7 +228,7 @@ def test_a_sweep_never_raises_the_error(seed, bits, rows, columns, group_size, t
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_factor_at_hand_changes_nothing(act_order):
-    target, hessian = draw(16, 160), correlated(160)
+    target, hessian = gauss(16, 160, scale=0.02), correlated(160)
     options = {"bits": 2, "group_size": 32, "search": "mse", "damp": 0.1, "act_order": act_order}
     given, given_residual = round_gptq(target, hessian, factor=damped_cholesky(hessian, 0.1), **options)
     found, residual = round_gptq(target, hessian, **options)
@@ -251,7 +240,7 @@ def test_a_factor_at_hand_changes_nothing(act_order):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("start", ["nearest", "gptq"])
 def test_sweeps_lower_the_error_further_than_rounding_does(bits, start):
-    target, hessian = draw(32, 192), correlated(192)
+    target, hessian = gauss(32, 192, scale=0.02), correlated(192)
     options = {"bits": bits, "group_size": 64, "search": "mse"}
     found = round_gptq(target, hessian, **options) if start == "gptq" else INT.quantize(target, target, **options)
     quantized, residual = found

@@ -6,7 +6,9 @@ from qinit.grids import GRIDS
 from qinit.grids.integer import rounding
 from qinit.grids.integer.rounding import descend, round_gptq
 from qinit.grids.integer.rounding_torch import descend_block_torch, feed_back_block_torch
-from tests.qinit.grids.integer.test_rounding import BITS, SHAPES, correlated, draw, error
+from tests.helpers import gauss
+from tests.layers import correlated
+from tests.qinit.grids.integer.test_rounding import BITS, SHAPES, error
 
 INT = GRIDS["int"]
 
@@ -41,7 +43,7 @@ def assert_alike(found, expected, hessian):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
 def test_the_kernel_feeds_back_as_the_torch_steps_do(rows, columns, group_size, bits, search, act_order, reference):
-    target, hessian = draw(rows, columns), correlated(columns)
+    target, hessian = gauss(rows, columns, scale=0.02), correlated(columns)
     options = {"bits": bits, "group_size": group_size, "search": search, "act_order": act_order}
     found = round_gptq(target, hessian, **options)
     assert_alike(found, reference(round_gptq, target, hessian, **options), hessian)
@@ -51,7 +53,7 @@ def test_the_kernel_feeds_back_as_the_torch_steps_do(rows, columns, group_size, 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
 def test_the_kernel_descends_as_the_torch_steps_do(rows, columns, group_size, bits, passes, reference):
-    target, hessian = draw(rows, columns), correlated(columns)
+    target, hessian = gauss(rows, columns, scale=0.02), correlated(columns)
     hessian[3] = hessian[:, 3] = 0  # an input that is never seen
     options = {"bits": bits, "group_size": group_size, "search": "mse"}
     found, expected = INT.quantize(target, target, **options), INT.quantize(target, target, **options)
@@ -65,7 +67,7 @@ def test_the_kernel_descends_as_the_torch_steps_do(rows, columns, group_size, bi
 @pytest.mark.parametrize("bits", BITS)
 def test_the_number_of_threads_changes_no_bit(bits):
     """The kernels' threads; torch's own products may differ in the last bit with theirs."""
-    target, hessian = draw(101, 96), correlated(96)
+    target, hessian = gauss(101, 96, scale=0.02), correlated(96)
     start, start_residual = INT.quantize(target, target, bits=bits, group_size=32, search="mse")
     gradient = start_residual @ hessian
     feedback = torch.linalg.cholesky(hessian)
@@ -93,7 +95,7 @@ def test_the_number_of_threads_changes_no_bit(bits):
 
 
 def test_a_row_s_result_does_not_depend_on_the_other_rows():
-    target, hessian = draw(9, 128), correlated(128)
+    target, hessian = gauss(9, 128, scale=0.02), correlated(128)
     options = {"bits": 2, "group_size": 64, "search": "mse"}
     together, _ = round_gptq(target, hessian, **options)
     alone, _ = round_gptq(target[4:5], hessian, **options)
@@ -102,7 +104,7 @@ def test_a_row_s_result_does_not_depend_on_the_other_rows():
 
 
 def test_the_same_call_gives_the_same_bits():
-    target, hessian = draw(32, 192), correlated(192)
+    target, hessian = gauss(32, 192, scale=0.02), correlated(192)
     options = {"bits": 2, "group_size": 64, "search": "mse"}
     runs = []
     for seed in (0, 1):

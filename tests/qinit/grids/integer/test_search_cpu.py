@@ -12,7 +12,7 @@ BITS = (2, 3, 4, 8)
 SHAPES = [(37, 192, 64), (5, 100, 32), (3, 40, 64), (1, 64, 16)]  # rows, columns, group size
 
 
-def draw(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+def heavy_tailed(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_t(4, size=(rows, columns))).float() * 0.02
 
 
@@ -43,7 +43,7 @@ def assert_the_same_quantization(found, expected):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
 def test_the_kernel_finds_what_the_torch_reference_finds(rows, columns, group_size, bits, search, reference):
-    target, weight = draw(rows, columns), draw(rows, columns, seed=1)
+    target, weight = heavy_tailed(rows, columns), heavy_tailed(rows, columns, seed=1)
     options = {"bits": bits, "group_size": group_size, "search": search}
     for arguments in ((target, target), (target, weight)):
         assert_the_same_quantization(INT.quantize(*arguments, **options), reference(*arguments, **options))
@@ -51,10 +51,10 @@ def test_the_kernel_finds_what_the_torch_reference_finds(rows, columns, group_si
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_kernel_searches_around_a_previous_result_as_the_reference_does(bits, reference):
-    weight = draw(37, 192)
+    weight = heavy_tailed(37, 192)
     options = {"bits": bits, "group_size": 64, "search": "mse"}
     options["previous"], _ = INT.quantize(weight, weight, **options)
-    moved = weight + 0.1 * draw(37, 192, seed=1)
+    moved = weight + 0.1 * heavy_tailed(37, 192, seed=1)
     assert_the_same_quantization(INT.quantize(moved, moved, **options), reference(moved, moved, **options))
 
 
@@ -83,7 +83,7 @@ def test_the_kernel_and_the_reference_agree_on_degenerate_groups(weight, bits, r
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads")
 @pytest.mark.parametrize("bits", BITS)
 def test_the_number_of_threads_changes_no_bit(bits):
-    target, weight = draw(101, 192), draw(101, 192, seed=1)
+    target, weight = heavy_tailed(101, 192), heavy_tailed(101, 192, seed=1)
     results = []
     before = torch.get_num_threads()
     try:
@@ -100,7 +100,7 @@ def test_the_number_of_threads_changes_no_bit(bits):
 
 
 def test_a_row_s_result_does_not_depend_on_the_other_rows():
-    weight = draw(9, 192)
+    weight = heavy_tailed(9, 192)
     together, _ = INT.quantize(weight, weight, bits=2, group_size=64, search="mse")
     alone, _ = INT.quantize(weight[4:5], weight[4:5], bits=2, group_size=64, search="mse")
     assert torch.equal(together.codes[4:5], alone.codes)

@@ -18,8 +18,7 @@ from qinit.plan.plan import LayerPlan
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.run import run
-from tests.conftest import make_checkpoint
-from tests.qinit.calibration.tiny import add_tokenizer, words
+from tests.models import add_tokenizer, make_checkpoint, words
 
 CPU = torch.device("cpu")
 SPREAD = {"opt": "init_std"}  # what the family calls it
