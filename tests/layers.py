@@ -16,6 +16,11 @@ def array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.double().numpy()
 
 
+def symmetric_root(hessian: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(hessian)
+    return vectors @ np.diag(np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
 def weights(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0, structure: float = 1.0) -> torch.Tensor:
     """Noise and `structure` times a rank-4 part, as large as trained weights are."""
     low_rank = gauss(rows, 4, seed=seed + 1) @ gauss(4, columns, seed=seed + 2)

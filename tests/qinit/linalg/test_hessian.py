@@ -3,7 +3,7 @@ import torch
 
 from qinit.errors import QinitError
 from qinit.grids.integer.rounding import round_gptq
-from qinit.linalg.hessian import damped_cholesky, without
+from qinit.linalg.hessian import activation_norm, damped_cholesky, without
 from tests.helpers import gauss
 from tests.layers import correlated, fading, output_error
 
@@ -78,3 +78,10 @@ class TestDamping:
             damped_cholesky(broken, 0.01)
         with pytest.raises(QinitError, match="calibration text"):
             round_gptq(gauss(3, 2, scale=0.02), broken, bits=2, group_size=8, search="mse")
+
+
+def test_the_activation_norm_is_that_of_the_outputs():
+    x = gauss(300, 32).double()
+    E = gauss(16, 32, seed=1)
+    expected = float((x @ E.double().T).square().sum(1).mean().sqrt())
+    assert activation_norm(E, x.T @ x / 300) == pytest.approx(expected, rel=1e-9)

@@ -1,5 +1,4 @@
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -7,34 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinit.errors import ReportError
-from qinit.report.averages import average, mean_bits, places, relative_error
 from qinit.report.pictures.contents import Grid, heading, pareto_front, summary
-from qinit.report.report import REPORT_NAME, LayerRow, Report
+from qinit.report.report import REPORT_NAME, Report
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, with_value
-
-
-def row(shape, error, kept=None):
-    return LayerRow("x", shape, 2, 64, 4, 100, 20, error, error, (), 0.1, kept)
-
-
-def test_the_relative_error_weighs_layers_by_their_size():
-    rows = (row((3, 10), 0.4), row((1, 10), 0.8))
-    assert math.isclose(relative_error(rows, "error"), math.sqrt((3 * 0.16 + 1 * 0.64) / 4))
-
-
-def test_kept_layers_do_not_count():
-    assert relative_error((row((3, 10), 0.4), row((9, 9), None, kept="odd")), "error") == pytest.approx(0.4)
-
-
-def test_what_was_not_measured_does_not_count():
-    rows = (row((3, 10), 0.4), replace(row((9, 9), 0.6), output_error=0.2), replace(row((2, 9), 0.6), output_error=0.5))
-    expected = math.sqrt((81 * 0.2**2 + 18 * 0.5**2) / 99)
-    assert relative_error(rows, "output_error") == pytest.approx(expected)
+from tests.qinit.report.reports import sized
 
 
 def test_the_report_is_json_with_every_part(tmp_path):
     report = Report(
-        "m", "qinit eqft m", {"bits": 2}, {"class": "C"}, {"torch": "2"}, {"layers": 1}, ("n",), (row((3, 2), 0.5),)
+        "m", "qinit eqft m", {"bits": 2}, {"class": "C"}, {"torch": "2"}, {"layers": 1}, ("n",), (sized((3, 2), 0.5),)
     )
     report.write(tmp_path)
     value = json.loads((tmp_path / REPORT_NAME).read_text())
@@ -43,14 +23,14 @@ def test_the_report_is_json_with_every_part(tmp_path):
 
 
 def test_what_was_written_is_read_back(tmp_path):
-    rows = (row((3, 2), 0.5), replace(row((3, 2), None, kept="odd"), bits=None, group_size=None))
+    rows = (sized((3, 2), 0.5), replace(sized((3, 2), None, kept="odd"), bits=None, group_size=None))
     report = Report("m", "qinit eqft m", {"bits": 2}, {}, {"torch": "2"}, {"layers": 1, "later": [1]}, ("n",), rows)
     report.write(tmp_path)
     assert Report.read(tmp_path) == report
 
 
 def test_keys_of_a_later_version_are_passed_over(tmp_path):
-    report = Report("m", "c", {}, {}, {}, {}, (), (row((3, 2), 0.5),))
+    report = Report("m", "c", {}, {}, {}, {}, (), (sized((3, 2), 0.5),))
     value = json.loads(report.to_json())
     value["later"] = value["layers"][0]["later"] = 1
     (tmp_path / REPORT_NAME).write_text(json.dumps(value))
@@ -71,7 +51,7 @@ def test_keys_of_a_later_version_are_passed_over(tmp_path):
 )
 def test_what_is_no_report_is_refused(tmp_path, text, words):
     if isinstance(text, tuple):
-        report = Report("m", "c", {}, {}, {}, {}, (), (row((3, 2), 0.5),))
+        report = Report("m", "c", {}, {}, {}, {}, (), (sized((3, 2), 0.5),))
         text = json.dumps(json.loads(report.to_json()) | {text[0]: text[1]})
     (tmp_path / REPORT_NAME).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ReportError, match=words):
@@ -86,31 +66,6 @@ def test_a_missing_report_says_what_is_missing(tmp_path):
     (tmp_path / REPORT_NAME).mkdir()
     with pytest.raises(ReportError, match=r"qinit\.json: cannot be read \(Is a directory\)"):
         Report.read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("names", "found"),
-    [
-        (["model.layers.3.mlp.up_proj", "lm_head"], [("mlp.up_proj", 3), ("lm_head", None)]),
-        (["l.0.experts.7.w1", "l.1.experts.12.w1"], [("experts.*.w1", 0), ("experts.*.w1", 1)]),
-        (["m.encoder.b.0.q", "m.decoder.b.0.q"], [("encoder.b.*.q", 0), ("decoder.b.*.q", 0)]),
-        (["net.0", "net.2"], [("net.*", 0), ("net.*", 2)]),
-        (["0.x"], [("x", 0)]),
-        (["h.9999999999.x"], [("h.9999999999.x", None)]),
-        (["fc1", ""], [("fc1", None), ("", None)]),
-        ([], []),
-    ],
-)
-def test_module_types_and_layer_numbers(names, found):
-    assert places(names) == found
-
-
-def test_means_of_what_there_is():
-    rows = [row((3, 10), 0.4), replace(row((1, 10), None, kept="odd"), bits=None), replace(row((1, 10), 0.4), bits=4)]
-    assert mean_bits(rows) == 2.5
-    assert mean_bits(rows[1:2]) is None
-    assert average(rows, "error") == pytest.approx(0.4)
-    assert average(rows, "output_error") is None
 
 
 FULL = Report(
@@ -128,7 +83,7 @@ FULL = Report(
         "evaluations": [{"text": "t", "perplexity": 3.5, "reference_perplexity": 3.0}],
     },
     ("n",),
-    (row((3, 2), 0.5), replace(row((3, 2), None, kept="odd"), bits=None, group_size=None)),
+    (sized((3, 2), 0.5), replace(sized((3, 2), None, kept="odd"), bits=None, group_size=None)),
 )
 
 

@@ -11,7 +11,7 @@ from qinit.solver.methods import METHODS, Method
 from qinit.solver.residual import as_loaded
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
-from tests.layers import GROUP, RANK, array
+from tests.layers import GROUP, RANK, array, symmetric_root
 
 
 def spec(method: str | Method, bits: int = 2, rank: int = RANK, storage=None) -> LayerSpec:
@@ -70,11 +70,6 @@ def qpissa(weight: np.ndarray, bits: int, rank: int) -> tuple[np.ndarray, np.nda
     """QPiSSA, arXiv:2404.02948: the principal part goes to the adapter, the rest is quantized."""
     low_rank = truncated(weight, rank)
     return normal_float(weight - low_rank, bits), low_rank
-
-
-def symmetric_root(hessian: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(hessian)
-    return vectors @ np.diag(np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
 def triplets(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
