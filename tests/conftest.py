@@ -67,6 +67,13 @@ def tiny_reader(reader: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(reader, tmp_path / "tiny-reader"))
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """An empty directory, in which only what a run writes may appear."""
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense run of three shards with its SHA256SUMS, not to be changed."""

@@ -93,6 +93,11 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def everything(directory: Path) -> list[str]:
+    """Return all files and directories below, hidden ones too."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
 def edit_json(file: Path, change: Callable[[Any], object]) -> None:
     """Let `change` change what a JSON file holds."""
     value = json.loads(file.read_text())

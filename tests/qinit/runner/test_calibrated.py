@@ -1,7 +1,6 @@
 """Runs with calibration: what is written is what the report says, the same every time, and better."""
 
 import json
-from functools import partial
 
 import pytest
 import safetensors.torch
@@ -9,13 +8,12 @@ import torch
 
 from qinit.calibration.walk import OpenBlock, Walk
 from qinit.errors import CalibrationError
-from qinit.events import Done, Finished, Measuring, Noted, Progress, Sampling, Working
+from qinit.events import Done, Finished, Measuring, Noted, Sampling, Working
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.run import run
 from qinit.solver.methods import CALIBRATED, METHODS
 from qinit.stream.blocks import NotStreamable
-from qinit.train.polish import polish
 from tests.helpers import gauss, quantize, weights_of
 from tests.models import make_checkpoint
 from tests.stock import delta, dense_weight, load, lora_modules, relative
@@ -48,15 +46,6 @@ class TestLoading:
             assert relative(base, weight) == pytest.approx(row.error_start, rel=2e-3)
             assert relative(base + delta(module), weight) == pytest.approx(row.error, rel=2e-3)
             assert row.output_error < row.output_error_start
-
-    @pytest.mark.parametrize("format", ["gptq", "dense"])
-    def test_a_polished_adapter_is_the_one_that_is_loaded(self, strong_llama, tmp_path, format):
-        report = quantize(strong_llama, tmp_path / "out", format=format, use_rslora=True, lora_alpha=7.0, **POLISHED)
-        assert report.totals["calibration"]["polish"]["kept"]
-        modules, weights = lora_modules(load(tmp_path / "out")), source_weights(strong_llama)
-        for row in report.layers:
-            loaded = dense_weight(modules[row.name].base_layer) + delta(modules[row.name])
-            assert relative(loaded, weights[row.name]) == pytest.approx(row.error, rel=2e-3)
 
     def test_output_errors_are_those_of_the_inputs_that_the_layer_saw(self, strong_llama, tmp_path):
         """The first block's q, k and v see the normalised embeddings, whatever has been quantized."""
@@ -201,11 +190,6 @@ class TestDeterminism:
         quantize(strong_llama, tmp_path / "two", format=format, calibration_mode=mode, **FEW)
         assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
 
-    def test_a_polished_run_too(self, strong_llama, tmp_path):
-        for name in ("one", "two"):
-            quantize(strong_llama, tmp_path / name, **POLISHED)
-        assert weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
-
     def test_the_modes_the_rounding_the_order_and_the_seed_change_them(self, strong_llama, tmp_path):
         others = ({"calibration_mode": "parallel"}, {"rounding": "nearest"}, {"act_order": True}, {"seed": 1})
         found = []
@@ -232,49 +216,6 @@ def test_every_row_of_the_method_table_runs(strong_llama, tmp_path, method):
     for row in report.layers[:7]:
         loaded = dense_weight(modules[row.name].base_layer) + delta(modules[row.name])
         assert relative(loaded, weights[row.name]) == pytest.approx(row.error, rel=3e-3)
-
-
-class TestPolish:
-    def test_it_is_kept_where_it_lowers_the_held_out_loss(self, strong_llama, tmp_path):
-        plain = quantize(strong_llama, tmp_path / "plain", **{**POLISHED, "polish": 0})
-        *events, last = events_of(strong_llama, tmp_path / "out", **POLISHED)
-        steps = [event for event in events if isinstance(event, Progress)]
-        found = last.report.totals["calibration"]["polish"]
-        assert [event.step for event in steps] == [0, 1, 2, 3, 4, 5]
-        assert found == {
-            **{"steps": 5, "held_out_before": steps[0].held_out, "held_out_after": steps[-1].held_out, "kept": True},
-        }
-        assert found["held_out_after"] < found["held_out_before"]
-        one, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "out")
-        assert one["model.safetensors"] == other["model.safetensors"]
-        assert one["eqft_init/adapter_model.safetensors"] != other["eqft_init/adapter_model.safetensors"]
-        assert [row.error_start for row in plain.layers] == [row.error_start for row in last.report.layers]
-        assert all(a.error != b.error for a, b in zip(plain.layers, last.report.layers, strict=True))
-        # What the layers' outputs are off by was not measured again.
-        assert {row.output_error for row in last.report.layers} == {None}
-        assert "output_error" not in last.report.totals
-
-    def test_it_is_refused_where_it_does_not(self, strong_llama, tmp_path, monkeypatch):
-        plain = quantize(strong_llama, tmp_path / "plain", **FEW)
-        monkeypatch.setattr("qinit.runner.polished.polish", partial(polish, learning_rate=0.0))
-        *events, last = events_of(strong_llama, tmp_path / "out", polish=3)
-        note = "polish: did not lower the held-out loss, so the adapters stay as they were"
-        assert Noted(note) in events
-        assert note in last.report.notes
-        assert not last.report.totals["calibration"]["polish"]["kept"]
-        assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "out")
-        errors = [[(row.error, row.output_error) for row in report.layers] for report in (plain, last.report)]
-        assert errors[0] == errors[1]
-        assert "| polish | 3 steps, nothing gained |\n" in (tmp_path / "out/README.md").read_text()
-
-    def test_a_kept_layer_keeps_its_fresh_adapter(self, tmp_path):
-        source = make_checkpoint(tmp_path / "m", intermediate_size=80, initializer_range=0.1)
-        quantize(source, tmp_path / "out", **POLISHED)
-        factors = safetensors.torch.load_file(tmp_path / "out/eqft_init/adapter_model.safetensors")
-        name = "base_model.model.model.layers.0.mlp.up_proj"
-        assert factors[f"{name}.lora_A.weight"].any()
-        assert not factors[f"{name}.lora_B.weight"].any()
-        assert len(factors) == 28
 
 
 @pytest.fixture(scope="module")

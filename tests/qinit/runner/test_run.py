@@ -4,8 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,35 +13,15 @@ from qinit.errors import CheckpointError, OutputError
 from qinit.events import Done, Finished, Working
 from qinit.files.tensors import TensorSpec
 from qinit.files.writer import SafetensorsWriter
-from qinit.planner.make import make_plan
-from qinit.recipe import make_recipe
-from qinit.runner import layer as layer_module
-from qinit.runner.run import run
 from qinit.workplace.place import kept
-from tests.helpers import edit_tensors, names, quantize, weights_of
+from tests.broken_off import PLAIN, fail_at_layer, start
+from tests.helpers import edit_tensors, everything, names, quantize, weights_of
 from tests.models import make_checkpoint
-
-
-def start(source, out, overwrite=False, **options):
-    recipe = make_recipe(**{"rank": 4, "iter": 1, "calibration": "none", **options})
-    return run(make_plan(recipe, source, "name"), out, overwrite=overwrite)
-
-
-def everything(directory):
-    """All files and directories below, hidden ones too."""
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A directory in which only the output may appear."""
-    (tmp_path / "place").mkdir()
-    return tmp_path / "place"
 
 
 class TestWhatIsWritten:
     def test_events_cover_every_tensor_and_end_with_the_report(self, tiny_llama, place):
-        *events, last = start(tiny_llama, place / "out")
+        *events, last = start(tiny_llama, place / "out", **PLAIN)
         assert isinstance(last, Finished)
         assert events[0::2] == [Working(event.name, event.nbytes) for event in events[1::2]]
         done = [event for event in events if isinstance(event, Done)]
@@ -153,7 +131,8 @@ class TestDeterminism:
             writer.write(name, tensor)
         writer.close()
         orders = [
-            [event.name for event in start(s, place / s.name) if isinstance(event, Done)] for s in (source, other)
+            [event.name for event in start(s, place / s.name, **PLAIN) if isinstance(event, Done)]
+            for s in (source, other)
         ]
         assert orders[0] == orders[1][::-1]
         for file in ("model.safetensors", "eqft_init/adapter_model.safetensors"):
@@ -172,19 +151,6 @@ class TestDeterminism:
         quantize(tiny_llama, place / "one", seed=0)
         quantize(tiny_llama, place / "two", seed=1)
         assert weights_of(place / "one") != weights_of(place / "two")
-
-
-def fail_at_layer(monkeypatch, number, error):
-    """Let the `number`-th solve raise."""
-    calls = iter(range(1, 100))
-    real = layer_module.solve
-
-    def solve(*args):
-        if next(calls) == number:
-            raise error
-        return real(*args)
-
-    monkeypatch.setattr(layer_module, "solve", solve)
 
 
 class TestFailure:
@@ -217,42 +183,11 @@ class TestFailure:
 
     @pytest.mark.parametrize(("steps", "left"), [(1, []), (2, []), (9, [".out.partial"]), (42, [".out.partial"])])
     def test_a_run_that_is_given_up_leaves_its_finished_layers_only(self, tiny_llama, place, steps, left):
-        events = start(tiny_llama, place / "out")
+        events = start(tiny_llama, place / "out", **PLAIN)
         for _ in range(steps):
             next(events)
         events.close()
         assert names(place) == left
-
-    def test_nothing_stands_at_the_final_name_before_the_end(self, tiny_llama, place):
-        for event in start(tiny_llama, place / "out"):
-            assert (place / "out").exists() == isinstance(event, Finished)
-
-    def test_a_partial_directory_of_a_killed_run_is_replaced(self, tiny_llama, place):
-        (place / ".out.partial").mkdir()
-        (place / ".out.partial/model.safetensors").write_text("old")
-        (place / ".out.partial/old.json").write_text("old")
-        quantize(tiny_llama, place / "out")
-        assert not (place / "out/old.json").exists()
-        assert names(place) == ["out"]
-
-    def test_a_failing_last_rename_puts_the_old_output_back_and_keeps_the_new_one(self, tiny_llama, place, monkeypatch):
-        quantize(tiny_llama, place / "out")
-        before = weights_of(place / "out")
-        real = Path.rename
-
-        def rename(self, target):
-            if self.parent.name == ".out.partial":
-                raise OSError(errno.EIO, "Input/output error")
-            return real(self, target)
-
-        monkeypatch.setattr(Path, "rename", rename)
-        with pytest.raises(OutputError, match=r"Input/output error.*14 of 14 layers are kept"):
-            quantize(tiny_llama, place / "out", overwrite=True, bits=3)
-        assert names(place) == [".out.partial", "out"]
-        assert weights_of(place / "out") == before
-        monkeypatch.undo()
-        quantize(tiny_llama, place / "out", overwrite=True, bits=3)
-        assert names(place) == ["out"]
 
     def test_a_killed_process_leaves_nothing_at_the_final_name(self, tiny_llama, place):
         script = (
@@ -294,80 +229,3 @@ class TestFailure:
         )
         with pytest.raises(CheckpointError, match=r"'lm_head\.weight' holds 128 NaN or Inf among 16384"):
             quantize(tiny_llama, place / "out")
-
-
-class TestPlace:
-    def test_an_existing_output_needs_overwrite(self, tiny_llama, place):
-        quantize(tiny_llama, place / "out")
-        with pytest.raises(OutputError, match="exists; pass --overwrite"):
-            quantize(tiny_llama, place / "out")
-
-    def test_overwrite_replaces_the_whole_directory(self, tiny_llama, place):
-        quantize(tiny_llama, place / "out")
-        (place / "out/extra").write_text("x")
-        quantize(tiny_llama, place / "out", overwrite=True, bits=3)
-        assert not (place / "out/extra").exists()
-        assert json.loads((place / "out/qinit.json").read_text())["recipe"]["bits"] == 3
-        assert names(place) == ["out"]
-
-    def test_overwrite_does_not_touch_what_qinit_did_not_write(self, tiny_llama, place):
-        (place / "thesis.tex").write_text("years of work")
-        with pytest.raises(OutputError, match=r"has no qinit\.json, so qinit did not write it"):
-            quantize(tiny_llama, place, overwrite=True)
-        assert everything(place) == ["thesis.tex"]
-
-    def test_a_file_is_not_replaced(self, tiny_llama, place):
-        (place / "out").write_text("x")
-        with pytest.raises(OutputError, match="is no directory"):
-            quantize(tiny_llama, place / "out", overwrite=True)
-
-    def test_an_empty_directory_is_taken(self, tiny_llama, place):
-        (place / "out").mkdir()
-        quantize(tiny_llama, place / "out")
-        assert (place / "out/qinit.json").is_file()
-
-    def test_what_a_link_points_to_is_replaced_and_the_link_stays(self, tiny_llama, place):
-        quantize(tiny_llama, place / "real")
-        (place / "link").symlink_to("real")
-        quantize(tiny_llama, place / "link", overwrite=True, bits=3)
-        assert names(place) == ["link", "real"]
-        assert (place / "link").is_symlink()
-        assert json.loads((place / "real/qinit.json").read_text())["recipe"]["bits"] == 3
-
-    def test_missing_parents_are_made(self, tiny_llama, place):
-        quantize(tiny_llama, place / "a/b/out")
-        assert (place / "a/b/out/qinit.json").is_file()
-
-    def test_below_a_file_nothing_can_be_written(self, tiny_llama, place):
-        (place / "file").write_text("x")
-        with pytest.raises(OutputError, match="cannot be written"):
-            quantize(tiny_llama, place / "file/out")
-
-    def test_a_name_that_no_file_system_takes_is_an_error(self, tiny_llama, place):
-        with pytest.raises(OutputError, match=r"cannot be looked at .*too long"):
-            quantize(tiny_llama, place / ("x" * 300))
-
-    @pytest.mark.parametrize("where", [".", "..", "inner/out"])
-    def test_the_source_is_never_written_to(self, tiny_llama, where):
-        before = everything(tiny_llama.parent)
-        with pytest.raises(OutputError, match="is, holds or lies in the source"):
-            quantize(tiny_llama, tiny_llama / where, overwrite=True)
-        assert everything(tiny_llama.parent) == before
-
-    def test_too_little_space_is_seen_before_the_run(self, tiny_llama, place, monkeypatch):
-        usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(OutputError, match=r"needs 0\.00 GB, but only 0\.00 GB are free"):
-            quantize(tiny_llama, place / "out")
-        assert everything(place) == []
-
-    def test_what_an_unfinished_run_has_written_counts_as_room(self, tiny_llama, place, monkeypatch):
-        fail_at_layer(monkeypatch, 14, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            quantize(tiny_llama, place / "out", format="dense")
-        monkeypatch.undo()
-        usage = namedtuple("usage", "total used free")(10**9, 10**9 - 40_000, 40_000)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(OutputError, match="are free"):
-            quantize(tiny_llama, place / "other", format="dense")
-        quantize(tiny_llama, place / "out", format="dense")

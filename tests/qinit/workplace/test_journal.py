@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qinit.workplace.journal import Journal, finished_layers, kept_words, read_journal
+from qinit.workplace.place import partial_of
+from tests.broken_off import RANDOM, break_off, finish
 
 HEADER = {
     "since": "2026-01-02T03:04:05+00:00",
@@ -181,3 +183,16 @@ def test_the_file_is_lines_of_json(file):
         digest, _, text = line.partition(" ")
         assert len(digest) == 64
         assert json.loads(text)["kind"] in ("start", "note")
+
+
+def test_times_add_up(strong_llama, place, monkeypatch):
+    break_off(strong_llama, place / "out", 3, **RANDOM)
+    file = partial_of(place / "out") / "journal"
+    journal = Journal.open(file)
+    monkeypatch.setattr(Journal, "seconds", 1000.0)
+    journal.append({"kind": "note", "text": "a long time"})
+    journal.close()
+    monkeypatch.undo()
+    report = finish(strong_llama, place / "out", **RANDOM)[-1].report
+    assert 1000 < report.totals["seconds"] < 1100
+    assert "a long time" in report.notes

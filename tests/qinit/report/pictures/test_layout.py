@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -64,7 +65,7 @@ def test_of_many_numbers_some_are_written_a_round_step_apart(count):
     assert shown[0] == 0
     assert len(shown) <= 26
     assert shown == list(range(count)) if count <= 26 else len(shown) >= 26 / 3
-    steps = {later - earlier for earlier, later in zip(shown, shown[1:], strict=False)}
+    steps = {later - earlier for earlier, later in pairwise(shown)}
     assert steps <= {1, 2, 5, 10, 20, 50}
     assert len(steps) <= 1
 

@@ -1,0 +1,50 @@
+from qinit.planner.memory import working_bytes
+from tests.helpers import plan_of
+from tests.models import make_checkpoint
+
+
+def test_working_memory_depends_on_the_largest_layer_only(tmp_path):
+    two, four = (plan_of(make_checkpoint(tmp_path / str(n), num_hidden_layers=n)) for n in (2, 4))
+    assert working_bytes(two) == working_bytes(four) > 0
+    assert two.bytes_before < four.bytes_before
+
+
+def test_working_memory_grows_with_the_text_the_mode_and_the_widest_layer(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr("qinit.planner.memory.LOGITS_COPIES", 0)  # the pass back needs more than layers this small
+
+    def needed(directory=tiny_llama, **options):
+        samples = {"calibration": "random", "calibration_samples": 8, "calibration_length": 16}
+        return working_bytes(plan_of(directory, **{**samples, **options}))
+
+    plain = working_bytes(plan_of(tiny_llama))
+    assert plain < needed(calibration_mode="parallel") < needed()
+    # Float32 hidden states of two models, width 64.
+    assert needed(calibration_samples=16) - needed() == 2 * 4 * 64 * 8 * 16
+    assert needed(calibration_length=32) == needed(calibration_samples=16)
+    assert needed(make_checkpoint(tmp_path / "wide", intermediate_size=256)) > needed()
+    assert needed(make_checkpoint(tmp_path / "deep", num_hidden_layers=4)) == needed()
+
+
+def test_working_memory_counts_the_head_and_the_logits_of_the_pass_back(tmp_path):
+    directory = make_checkpoint(tmp_path / "many-words", vocab_size=50_000)
+    plan = plan_of(directory, calibration="random")
+    assert working_bytes(plan) == 4 * 50_000 * 64 + 4 * 4 * 1024 * 50_000
+
+
+def test_working_memory_counts_what_needs_the_whole_model(tiny_llama):
+    few = {"calibration_samples": 1, "calibration_length": 2}
+    plan = plan_of(tiny_llama, calibration="random", **few)
+    parameters, weights = plan.bytes_before // 2, sum(layer.weights for layer in plan.quantized)
+    assert working_bytes(plan_of(tiny_llama, calibration="self", **few)) == max(working_bytes(plan), plan.bytes_before)
+    polished = working_bytes(plan_of(tiny_llama, calibration="random", polish=1, **few))
+    whole = 4 * parameters + 4 * weights + 5 * plan.adapter_bytes
+    assert polished == max(working_bytes(plan), whole)
+    fisher = working_bytes(plan_of(tiny_llama, calibration="random", method="lq-lora", format="dense", **few))
+    assert fisher > 4 * parameters + 8 * weights
+
+
+def test_a_large_model_that_writes_its_own_text_is_in_memory_as_a_whole(tmp_path):
+    directory = make_checkpoint(tmp_path / "deep", num_hidden_layers=12)
+    few = {"calibration_samples": 1, "calibration_length": 2, "target_modules": "k_proj"}
+    plan = plan_of(directory, calibration="self", **few)
+    assert working_bytes(plan) == plan.bytes_before > working_bytes(plan_of(directory, calibration="random", **few))
