@@ -7,13 +7,12 @@ from qinit.errors import CheckpointError
 from qinit.evaluate.subject import Subject, find_model, find_subject, repair_base
 from qinit.files.manifest import file_sum, read_manifest, write_manifest
 from qinit.source.demo import demo_directory
-from tests.evaluated import make_run, make_source
+from tests.evaluated import make_run
 from tests.models import make_checkpoint
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    source = make_source(tmp_path_factory.mktemp("source") / "llama")
+def made(source, tmp_path_factory):
     return make_run(source, tmp_path_factory.mktemp("made") / "run", format="dense")
 
 

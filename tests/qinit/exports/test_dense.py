@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qinit.errors import OutputError, RecipeError
 from qinit.exports import EXPORTS, FinishedRun
 from qinit.exports.write import export
 from qinit.source.targets import possible_names
@@ -72,29 +71,3 @@ def test_a_dense_run_is_copied_and_what_is_rounded_is_said(tmp_path):
             assert torch.equal(after[name], tensor)
     quantize(source, tmp_path / "packed")
     assert EXPORTS["dense"].loses(FinishedRun.open(tmp_path / "packed")).endswith("become bfloat16, as the rest is")
-
-
-def test_another_adapter_takes_the_place_of_the_run_s_own(tmp_path):
-    source = make_checkpoint(tmp_path / "source")
-    quantize(source, tmp_path / "run", format="dense")
-    quantize(source, tmp_path / "other", format="dense", bits=3)
-    export(FinishedRun.open(tmp_path / "run", tmp_path / "other/eqft_init"), "dense", tmp_path / "out")
-    name = "eqft_init/adapter_model.safetensors"
-    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
-
-
-def test_what_does_not_work_leaves_nothing(tmp_path, monkeypatch):
-    quantize(make_checkpoint(tmp_path / "source"), tmp_path / "run", format="dense")
-    run = FinishedRun.open(tmp_path / "run")
-    with pytest.raises(RecipeError, match=r"--to: no 'dens' \(did you mean 'dense'\?\); known are dense"):
-        export(run, "dens", tmp_path / "out")
-    with pytest.raises(OutputError, match="exists; choose another place"):
-        export(run, "dense", tmp_path / "run")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("qinit.exports.dense.SafetensorsWriter.write_chunks", full)
-    with pytest.raises(OutputError, match="No space left on device"):
-        export(run, "dense", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]

@@ -7,8 +7,6 @@ import torch
 
 from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
-from qinit.formats.gptq.packing import pack_rows
-from qinit.formats.gptq.reading import dequantized
 from qinit.grids import GRIDS, Quantized
 from qinit.source.targets import LinearModule, Target
 
@@ -232,23 +230,3 @@ def test_gptqmodel_reads_the_width_of_every_module():
 )
 def test_a_block_that_the_loader_does_not_know_is_named(names, block):
     assert GPTQ.quantization_config(dict.fromkeys(names, 2), 64, []).get("block_name_to_quantize") == block
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_packed_weights_come_back_exactly(bits):
-    quantized = random_codes(bits)
-    tensors = GPTQ.encode(make_target(), quantized, INT)
-    parts = [tensors[f"model.layers.0.mlp.up_proj.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")]
-    assert torch.equal(dequantized(*parts, bits=bits), INT.dequantize(quantized))
-
-
-def test_the_groups_are_those_that_are_stored():
-    quantized = random_codes(4)
-    tensors = GPTQ.encode(make_target(), quantized, INT)
-    order = torch.randperm(IN, generator=torch.Generator().manual_seed(0))
-    prefix = "model.layers.0.mlp.up_proj."
-    shuffled = pack_rows(quantized.codes[:, order].contiguous(), 4).T.contiguous()
-    found = dequantized(
-        shuffled, tensors[prefix + "qzeros"], tensors[prefix + "scales"], tensors[prefix + "g_idx"][order], bits=4
-    )
-    assert torch.equal(found, INT.dequantize(quantized)[:, order])

@@ -1,8 +1,3 @@
-import os
-import shutil
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -206,27 +201,3 @@ def test_weights_that_are_not_contiguous_give_the_same(view):
     expected, quantized = quantize(weight)[0], quantize(other)[0]
     assert torch.equal(expected.codes, quantized.codes)
     assert torch.equal(expected.scales, quantized.scales)
-
-
-COMPILED = """
-import torch
-from torch._dynamo.utils import counters
-from qinit.grids.integer import search_torch
-
-torch.manual_seed(0)
-x = torch.randn(16, 4, 64)
-base, centre, none = torch.rand(16, 4) + 0.5, torch.ones(16, 4), torch.full((16, 4), -1.0)
-for step, arguments in (
-    (search_torch._consider, (x, base, centre, 3, none, base, centre)),
-    (search_torch._refine, (x, base, centre, 3)),
-):
-    expected, found = step(*arguments), torch.compile(step, dynamic=True)(*arguments)
-    torch.testing.assert_close(found, expected)
-assert counters["stats"]["unique_graphs"] == 2, counters["stats"]
-"""
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_the_steps_that_a_gpu_compiles_agree_with_eager_torch():
-    environment = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
-    subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True)

@@ -1,0 +1,83 @@
+"""The search that CUDA runs; on the CPU it is the kernel's reference, and held against it in test_search_cpu.py."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios
+from qinit.grids.integer.search_torch import fit_groups, quantize_torch
+from qinit.linalg import chunks
+from tests.qinit.grids.integer.test_grid import least_error, of_kind
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "one-sided", "shifted"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_groups_are_fitted_close_to_the_exact_optimum(kind, bits):
+    x = of_kind(kind, 24, 32, seed=bits)
+    codes, zeros, scales = fit_groups(x, 2**bits - 1, clip_ratios(bits).tolist(), REFINEMENTS, None)
+    found = (x - codes * scales[:, None]).double().square().sum(1).numpy()
+    least = np.array([least_error(group.double().numpy(), bits) for group in x])
+    assert (found >= least * (1 - 1e-4)).all()
+    assert found.sum() <= 1.02 * least.sum()
+    assert ((codes >= -zeros[:, None]) & (codes <= 2**bits - 1 - zeros[:, None])).all()
+
+
+def test_one_ratio_is_the_min_max_scale():
+    x = torch.tensor([[-0.3, 0.9, 0.1, 0.6], [0.2, 0.5, 0.8, 0.1]])
+    codes, zeros, scales = fit_groups(x, 3, [1.0], 0, None)
+    torch.testing.assert_close(scales, torch.tensor([0.4, 0.8 / 3]).half().float())
+    assert zeros.tolist() == [1, 0]  # a range without zero is stretched to it
+    assert (codes + zeros[:, None]).tolist() == [[0, 3, 1, 3], [1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_start_is_kept_where_it_is_the_best_and_left_where_it_is_not(bits):
+    x = of_kind("normal", 8, 64)
+    levels, ratios = 2**bits - 1, clip_ratios(bits).tolist()
+    codes, zeros, scales = fit_groups(x, levels, ratios, REFINEMENTS, None)
+    least = float((x - codes * scales[:, None]).norm())
+    for start, tried in ((scales, [0.95, 1.0, 1.06]), (1.1 * scales, [0.88, 0.95, 1.0])):
+        codes, again, found = fit_groups(x, levels, tried, REFINEMENTS, (start, zeros))
+        assert float((x - codes * found[:, None]).norm()) <= 1.01 * least
+        assert ((again - zeros).abs() <= 1).all()
+    assert not torch.equal(found, start)
+
+
+def test_rows_in_chunks_are_the_rows_alone(monkeypatch):
+    weight = of_kind("heavy-tailed", 7, 100)
+    arguments = (2, 32, clip_ratios(2), REFINEMENTS, None)
+    quantized, residual = quantize_torch(weight, weight, *arguments)
+    monkeypatch.setattr(chunks, "ROW_CHUNK_ELEMENTS", 200)
+    pieces, rest = quantize_torch(weight, weight, *arguments)
+    assert torch.equal(pieces.codes, quantized.codes)
+    assert torch.equal(pieces.scales, quantized.scales)
+    assert torch.equal(rest, residual)
+
+
+COMPILED = """
+import torch
+from torch._dynamo.utils import counters
+from qinit.grids.integer import search_torch
+
+torch.manual_seed(0)
+x = torch.randn(16, 4, 64)
+base, centre, none = torch.rand(16, 4) + 0.5, torch.ones(16, 4), torch.full((16, 4), -1.0)
+for step, arguments in (
+    (search_torch._consider, (x, base, centre, 3, none, base, centre)),
+    (search_torch._refine, (x, base, centre, 3)),
+):
+    expected, found = step(*arguments), torch.compile(step, dynamic=True)(*arguments)
+    torch.testing.assert_close(found, expected)
+assert counters["stats"]["unique_graphs"] == 2, counters["stats"]
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_the_steps_that_a_gpu_compiles_agree_with_eager_torch():
+    environment = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
+    subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True)
