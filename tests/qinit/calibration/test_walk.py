@@ -4,9 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qinit.calibration import activations
 from qinit.calibration import walk as module
-from qinit.calibration.activations import batch_size
 from qinit.calibration.walk import Seen, Walk
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
@@ -259,13 +257,6 @@ class TestMemory:
             assert torch.equal(found[name].statistics.hessian, event.statistics.hessian)
             if event.statistics.drift is not None:
                 assert torch.equal(found[name].statistics.drift, event.statistics.drift)
-
-    def test_batches_are_as_large_as_the_widest_activation_allows(self, plan, monkeypatch):
-        samples = random_samples(count=7, length=12)
-        widest = 128 * 12 * 4  # bytes of one sample in front of down_proj
-        for room, expected in ((0, 1), (widest, 1), (3 * widest + 5, 3), (100 * widest, 7)):
-            monkeypatch.setattr(activations, "BATCH_BYTES", room)
-            assert batch_size(plan("llama"), samples) == expected
 
     def test_how_many_samples_run_at_once_changes_nothing(self, plan, monkeypatch):
         expected = sequential(plan("llama"), random_samples(), perturbed)

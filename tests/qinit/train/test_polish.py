@@ -8,49 +8,11 @@ import qinit.train.polish
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.events import Progress
 from qinit.linalg.low_rank import LowRank
-from qinit.solver.methods import METHODS
-from qinit.solver.residual import as_loaded
-from qinit.solver.solve import solve
-from qinit.solver.spec import LayerSpec, seed_of
 from qinit.text.samples import Samples
 from qinit.train.polish import Polished, polish, polish_flops
 from tests.helpers import exhausted
 from tests.models import make_checkpoint
-
-CPU = torch.device("cpu")
-
-
-def tokens(samples=9, length=16, seed=0):
-    return torch.randint(3, 256, (samples, length), generator=torch.Generator().manual_seed(seed))
-
-
-def load(directory, kind="AutoModelForCausalLM"):
-    import transformers
-
-    return getattr(transformers, kind).from_pretrained(directory, dtype=torch.float32).eval()
-
-
-def linears(model):
-    """Return the weights [out, in] of what is quantized."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    return {
-        name: (module.weight.T if isinstance(module, Conv1D) else module.weight).detach().contiguous()
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    }
-
-
-def split(model, bits=2, rank=4, names=None):
-    """Return the bases and factors of a data-free start."""
-    bases, factors = {}, {}
-    for name, weight in linears(model).items():
-        if names is None or name in names:
-            spec = LayerSpec(METHODS["eqft"], bits, 32, rank, 1)
-            solution = solve(weight, spec, seed_of(name, 0))
-            bases[name], factors[name] = as_loaded(solution.quantized, spec), solution.low_rank
-    return bases, factors
+from tests.qinit.train.starts import CPU, linears, load, split, tokens
 
 
 def run(directory, bases, factors, samples, **options):
@@ -65,12 +27,6 @@ def run(directory, bases, factors, samples, **options):
 
 def same(one, other):
     return all(torch.equal(one[n].A, other[n].A) and torch.equal(one[n].B, other[n].B) for n in one | other)
-
-
-@pytest.fixture(scope="module")
-def start(strong_llama):
-    """A model, with its bases and factors."""
-    return strong_llama, *split(load(strong_llama))
 
 
 def test_the_held_out_loss_falls(start):
@@ -107,44 +63,6 @@ def test_every_factor_of_every_layer_moves_and_nothing_else(start):
         assert not polished.B.requires_grad
         assert not torch.allclose(polished.B @ polished.A, B @ A, rtol=0, atol=1e-4 * float((B @ A).abs().max()))
     assert (directory / "model.safetensors").read_bytes() == weights
-
-
-def test_teacher_and_student_share_all_but_the_targets_and_the_gradient_reaches_each_layer(start):
-    directory, bases, factors = start
-    teacher = qinit.train.polish._load(directory, json.loads((directory / "config.json").read_text()))
-    student = qinit.train.repaired._make_student(teacher, bases, factors, CPU)
-    originals = dict(teacher.named_parameters())
-    trained = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            trained.append(name)
-        else:
-            assert parameter is originals[name]
-    assert sorted(trained) == sorted(f"{name}.{factor}" for name in factors for factor in "AB")
-    samples = Samples(tokens(), None, "")
-    qinit.train.polish._terms(teacher, student, samples, torch.arange(4)).loss().backward()
-    assert all(bool(student.get_parameter(name).grad.any()) for name in trained)
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_blocks_are_recomputed_with_the_gradient_of_a_plain_backward_pass(tmp_path, family, monkeypatch):
-    """Dropout stays off although the blocks are told that they are trained: OPT and GPT-2 have it."""
-    directory = make_checkpoint(tmp_path / "model", family)
-    bases, factors = split(load(directory))
-    samples, config = Samples(tokens(), None, ""), json.loads((directory / "config.json").read_text())
-    gradients, calls = [], []
-    for _ in range(2):
-        teacher = qinit.train.polish._load(directory, config)
-        student = qinit.train.repaired._make_student(teacher, bases, factors, CPU)
-        first = student.get_submodule(next(iter(bases)))
-        first.register_forward_hook(lambda *_: calls.append(len(gradients)))
-        qinit.train.polish._terms(teacher, student, samples, torch.arange(4)).loss().backward()
-        gradients.append({name: p.grad for name, p in student.named_parameters() if p.requires_grad})
-        monkeypatch.setattr(f"transformers.{type(teacher).__name__}.supports_gradient_checkpointing", False)
-    assert calls == [0, 0, 1]
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-7)
 
 
 def test_the_start_is_the_model_with_its_adapters(start):

@@ -1,16 +1,19 @@
 import errno
 import json
+import os
 import shutil
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from qinit.errors import OutputError
+from qinit.errors import CheckpointError, HubError, OutputError
 from qinit.events import Finished
-from qinit.workplace.place import partial_of
+from qinit.workplace.place import check_space, partial_of, working
 from tests.broken_off import PLAIN, TEXT, break_off, fail_at_layer, finish, start
-from tests.helpers import everything, names, quantize, weights_of
+from tests.helpers import everything, names, plan_of, quantize, weights_of
+from tests.jobs import job_at, solved
 
 
 def test_nothing_of_the_broken_off_run_is_left_in_the_result(strong_llama, place):
@@ -133,3 +136,99 @@ class TestFailure:
         monkeypatch.undo()
         quantize(tiny_llama, place / "out", overwrite=True, bits=3)
         assert names(place) == ["out"]
+
+
+def test_an_unfinished_run_lies_beside_what_a_link_points_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk/out")
+    assert partial_of(tmp_path / "out") == tmp_path / ".out.partial"
+    assert partial_of(tmp_path / "link") == tmp_path / "disk/.out.partial"
+
+
+def fail_after_a_layer(source, place, error):
+    """Let a run end in an error when one of its two layers is finished."""
+    plan = plan_of(source, iter=1, target_modules="k_proj")
+    with job_at(plan, place / "out") as job:
+        job.store.put(plan.layers[0], *solved(plan, plan.layers[0]))
+        raise error
+
+
+class TestWorking:
+    def test_it_is_removed_at_the_end_and_its_scratch_is_empty_at_the_start(self, llama, place):
+        with working(plan_of(llama), place / "out", "a test") as found:
+            assert found.partial == place / ".out.partial"
+            assert names(found.partial) == ["lock", "scratch"]
+            (found.scratch / "states").write_bytes(b"x")
+            found.run.mkdir()
+        assert names(place) == []
+
+    def test_clearing_removes_all_but_the_lock(self, llama, place):
+        with working(plan_of(llama), place / "out", "a test") as found:
+            found.run.mkdir()
+            (found.run / "model.safetensors").write_bytes(b"x")
+            (found.partial / "elsewhere").symlink_to(place.parent)
+            found.journal.write_bytes(b"x")
+            found.clear()
+            assert names(found.partial) == ["lock", "scratch"]
+        assert place.parent.is_dir()  # the link went, not what it points to
+
+    @pytest.mark.parametrize(
+        ("error", "left", "noted"),
+        [
+            (CheckpointError("bad weights"), [], False),  # the same command would end so again
+            (HubError("no network"), [".out.partial"], True),
+            (RuntimeError("boom"), [".out.partial"], True),
+            (OutputError("no room"), [".out.partial"], False),  # its own message says what is kept
+            (KeyboardInterrupt(), [".out.partial"], False),
+        ],
+    )
+    def test_what_an_error_leaves(self, llama, place, error, left, noted):
+        with pytest.raises(type(error)) as caught:
+            fail_after_a_layer(llama, place, error)
+        assert names(place) == left
+        words = "1 of 2 layers are kept, the same command goes on from there"
+        assert getattr(caught.value, "__notes__", []) == ([words] if noted else [])
+
+    def test_an_input_that_could_not_be_read_just_then_is_no_bad_input(self, llama, place):
+        error = CheckpointError("cannot be read")
+        error.__cause__ = OSError(errno.EIO, "Input/output error")
+        with pytest.raises(CheckpointError):
+            fail_after_a_layer(llama, place, error)
+        assert names(place) == [".out.partial"]
+
+
+def test_the_result_is_on_the_disk_before_it_has_its_name(llama, place, monkeypatch):
+    synced, order = [], []
+    real_sync, real_rename = os.fsync, Path.rename
+
+    def sync(descriptor):
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        return real_sync(descriptor)
+
+    def rename(path, target):
+        order.append((path, set(synced)))
+        return real_rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    quantize(llama, place / "out")
+    (path, before), run = order[-1], str(place / ".out.partial/run")
+    assert str(path) == run
+    written = {f"{run}/{file.relative_to(place / 'out')}" for file in (place / "out").rglob("*")}
+    assert {run, *written} <= before
+    assert synced[-1] == str(place)  # and so is its name
+
+
+def test_room_is_needed_for_base_adapter_companions_and_a_second_adapter_of_a_polish(llama, place, monkeypatch):
+    plan = plan_of(llama)
+    companions = plan.checkpoint.companion_bytes()
+    assert companions > 0
+    for options, needed in (
+        ({}, plan.base_bytes + plan.adapter_bytes + companions),
+        ({"calibration": "random", "polish": 1}, plan.base_bytes + 2 * plan.adapter_bytes + companions),
+    ):
+        for free, refused in ((needed, False), (needed - 1, True)):
+            usage = namedtuple("usage", "total used free")(10**9, 0, free)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+            with pytest.raises(OutputError, match="are free there") if refused else nullcontext():
+                check_space(plan_of(llama, **options), place / "out")
