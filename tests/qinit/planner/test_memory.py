@@ -1,4 +1,4 @@
-from qinit.planner.memory import working_bytes
+from qinit.planner.memory import carried_bytes, scratch_bytes, working_bytes
 from tests.helpers import plan_of
 from tests.models import make_checkpoint
 
@@ -48,3 +48,14 @@ def test_a_large_model_that_writes_its_own_text_is_in_memory_as_a_whole(tmp_path
     few = {"calibration_samples": 1, "calibration_length": 2, "target_modules": "k_proj"}
     plan = plan_of(directory, calibration="self", **few)
     assert working_bytes(plan) == plan.bytes_before > working_bytes(plan_of(directory, calibration="random", **few))
+
+
+def test_hidden_states_are_on_disk_where_memory_does_not_hold_them(llama, monkeypatch):
+    text = {"calibration": "random", "calibration_samples": 8, "calibration_length": 16}
+    both, one = plan_of(llama, **text), plan_of(llama, **text, calibration_mode="parallel")
+    assert carried_bytes(both) == 2 * carried_bytes(one) == 2 * 4 * 64 * 8 * 16
+    assert scratch_bytes(both) == 0
+    monkeypatch.setattr("qinit.planner.memory.fits_in_memory", lambda size: size < carried_bytes(both))
+    assert scratch_bytes(both) == carried_bytes(both)
+    assert scratch_bytes(one) == 0
+    assert scratch_bytes(plan_of(llama)) == 0

@@ -1,0 +1,138 @@
+"""Gradients at the layers' outputs, block by block, against one pass back of the whole model as transformers has it."""
+
+from math import inf, nan
+
+import pytest
+import torch
+
+from qinit.calibration import backward as module
+from qinit.calibration.backward import OverflowedError, Probe, backward, require_number
+from qinit.events import Measuring
+from qinit.stream.blocks import NotStreamable
+from tests.helpers import calibrated_plan, exhausted, padded, random_samples
+from tests.models import make_float32
+from tests.traces import assert_close, oriented, stock
+
+CPU = torch.device("cpu")
+LENGTHS = [12, 3, 7, 12, 9]
+
+
+class Sums(Probe):
+    """Adds up g' x for each layer: the gradient of its weight [out, in]; `prepared` is what was asked for before."""
+
+    def __init__(self, plan, samples):
+        super().__init__(plan, samples, CPU)
+        self.gradients, self.tokens, self.prepared = {}, {}, []
+
+    def prepare(self, layers, modules, run):
+        assert not torch.is_grad_enabled()
+        assert modules.keys() == {layer.target.name for layer in layers}
+        self.prepared.append(list(modules))
+        if modules:
+            for batch in self.batches:
+                run(batch)  # a pass in front of the pass back changes nothing
+
+    def add(self, name, x, gradient):
+        assert len(x) == len(gradient)
+        self.gradients[name] = self.gradients.get(name, 0) + gradient.T @ x
+        self.tokens[name] = self.tokens.get(name, 0) + len(x)
+
+
+def expected(plan, samples):
+    """The same by autograd on the stock model, with labels drawn in the same order."""
+    model = stock(plan)
+    mask = torch.ones_like(samples.tokens, dtype=torch.bool) if samples.mask is None else samples.mask
+    inputs = {"input_ids": samples.tokens, "attention_mask": None if samples.mask is None else mask.long()}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = samples.tokens
+    output = model(**inputs)
+    rows = output.logits[mask].log_softmax(-1)
+    labels = torch.multinomial(rows.detach().exp(), 1, generator=torch.Generator().manual_seed(plan.recipe.seed))
+    (-rows.gather(1, labels).sum()).backward()
+    return {
+        layer.target.name: oriented(model.get_submodule(layer.target.name).weight.grad, layer)
+        for layer in plan.quantized
+    }
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "gemma2", "bert", "t5"])
+def test_they_are_those_of_the_whole_model(family, mask, tmp_path):
+    plan, samples = calibrated_plan(make_float32(tmp_path / family, family)), random_samples(5)
+    samples = padded(samples, LENGTHS) if mask else samples
+    wanted = expected(plan, samples)
+    probe, events = exhausted(backward(lambda: Sums(plan, samples), tmp_path))
+    assert all(isinstance(event, Measuring) for event in events)
+    assert events[0].blocks == (1 if family == "t5" else 2)  # two rows of blocks are taken whole
+    assert probe.gradients.keys() == {layer.target.name for layer in plan.quantized}
+    assert set(probe.tokens.values()) == {samples.count}
+    for name, gradient in probe.gradients.items():
+        assert_close(gradient, wanted[name], 1e-3)
+    assert list(tmp_path.iterdir()) == [tmp_path / family]
+
+
+def test_layers_are_prepared_before_the_pass_back_reaches_them_the_last_block_first(tmp_path):
+    plan = calibrated_plan(make_float32(tmp_path / "bert", "bert"))
+    probe, events = exhausted(backward(lambda: Sums(plan, random_samples(3)), tmp_path))
+    blocks = [[name for name in probe.layers if f".layer.{index}." in name] for index in (1, 0)]
+    assert probe.prepared == [["cls.predictions.transform.dense"], *blocks]
+    assert [event.block for event in events] == [0, 1, 0]
+    assert [list(event.layers) for event in events[1:]] == blocks
+
+
+def test_only_the_beginning_of_a_long_text_is_taken(llama, monkeypatch):
+    monkeypatch.setattr(module, "GRADIENT_SAMPLES", 3)
+    monkeypatch.setattr(module, "GRADIENT_LENGTH", 8)
+    probe = Sums(calibrated_plan(llama), padded(random_samples(7), [12, 5, 9, 12, 2, 7, 8]))
+    assert probe.samples.tokens.shape == (3, 8)
+    assert probe.samples.mask.sum(1).tolist() == [8, 5, 8]
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1024, [7]), (24, [2, 2, 2, 1]), (1, [1] * 7)])
+def test_batches_hold_so_many_tokens(llama, monkeypatch, limit, sizes):
+    monkeypatch.setattr(module, "GRADIENT_BATCH_TOKENS", limit)
+    probe = Sums(calibrated_plan(llama), random_samples(7, 12))
+    assert [batch.stop - batch.start for batch in probe.batches] == sizes
+
+
+def test_a_large_vocabulary_makes_batches_small(llama, monkeypatch):
+    monkeypatch.setattr(module, "GRADIENT_LOGITS_BYTES", 4 * 256 * 12 * 3)
+    assert [batch.stop - batch.start for batch in Sums(calibrated_plan(llama), random_samples(7, 12)).batches] == [
+        3,
+        3,
+        1,
+    ]
+
+
+def test_a_model_that_does_not_run_in_blocks_starts_anew_as_a_whole(llama, monkeypatch):
+    plan, samples, made = calibrated_plan(llama), random_samples(4), []
+
+    def make():
+        made.append(Sums(plan, samples))
+        return made[-1]
+
+    def refuse(blocks, probe, scratch):
+        probe.gradients["half"] = torch.zeros(1)
+        raise NotStreamable
+        yield
+
+    streamed, _ = exhausted(backward(lambda: Sums(plan, samples), None))
+    monkeypatch.setattr(module, "_streamed", refuse)
+    probe, events = exhausted(backward(make, None))
+    assert probe is made[1]
+    assert len(made) == 2
+    assert [event.blocks for event in events] == [1]
+    assert probe.gradients.keys() == streamed.gradients.keys()
+    for name, gradient in probe.gradients.items():
+        assert_close(gradient, streamed.gradients[name], 1e-3)
+
+
+@pytest.mark.parametrize("value", [nan, inf, torch.tensor(nan)])
+def test_what_is_no_number_is_an_overflow(value):
+    with pytest.raises(OverflowedError, match="the model's output"):
+        require_number(value, "the model's output")
+
+
+def test_a_token_that_cannot_be_is_none():
+    require_number(-inf, "")
+    require_number(torch.tensor(-3e38), "")

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES
+from qinit.text import for_run as module
+from qinit.text.for_run import text_for
+from tests.helpers import plan_of
+from tests.models import make_bert, words
+
+CPU = torch.device("cpu")
+
+
+def test_it_is_the_text_that_the_recipe_asks_for(reader, tmp_path):
+    (tmp_path / "text.jsonl").write_text(f'{{"body": "{words(*range(4, 204))}"}}\n')
+    options = {"calibration": str(tmp_path / "text.jsonl"), "text_field": "body", "seed": 3}
+    plan = plan_of(reader, calibration_samples=4, calibration_length=10, **options)
+    found = text_for(plan, CPU, None)
+    assert found.origin == "4 windows of 10 tokens from text.jsonl, seed 3"
+    assert all(row == list(range(row[0], row[0] + 10)) for row in found.tokens.tolist())
+
+
+def test_the_token_and_the_device_are_handed_on(llama, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(module, "load_samples", lambda *_, **options: asked.update(options))
+    text_for(plan_of(llama, calibration="random", trust_remote_code=True), CPU, "hf_secret")
+    assert (asked["token"], asked["device"], asked["trust_remote_code"]) == ("hf_secret", CPU, True)
+
+
+@pytest.mark.parametrize(("memory", "words"), [(10**10, "wrote itself"), (10**5, "random tokens")])
+def test_without_calibration_it_is_a_little_of_the_models_own_where_that_fits(llama, monkeypatch, memory, words):
+    monkeypatch.setattr(module, "GRADIENT_LENGTH", 8)
+    monkeypatch.setattr(module, "free_memory", lambda device: memory)
+    found = text_for(plan_of(llama, calibration_samples=99, calibration_length=99), CPU, None)
+    assert words in found.origin
+    assert found.tokens.shape == (GRADIENT_SAMPLES, 8)
+    assert GRADIENT_LENGTH > 8
+
+
+def test_a_model_that_writes_no_text_reads_random_tokens(tmp_path):
+    found = text_for(plan_of(make_bert(tmp_path / "bert"), format="dense"), CPU, None)
+    assert "random tokens" in found.origin
+    assert found.tokens.shape == (GRADIENT_SAMPLES, 32)  # as many positions as it has
