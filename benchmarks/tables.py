@@ -178,7 +178,7 @@ def compare_short(result: Result) -> list[Table]:
         for row, line in zip(result["rows"], table.lines(result), strict=True)
         if row["method"] in SHORT
     ]
-    return [Table(table.title(result), ["bits", "method", "bits/weight", "start", "end", "end / 16-bit LoRA"], rows)]
+    return [Table(table.title(result), ["bits", "method", "bits/weight", "start", "end", "end / LoRA's"], rows)]
 
 
 KINDS: dict[str, Callable[[Result], list[Table]]] = {

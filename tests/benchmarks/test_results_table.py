@@ -45,11 +45,30 @@ def test_every_result_is_in_a_document_as_a_whole(table):
     assert sorted(whole) == sorted(file.stem for file in (ROOT / "model_zoo/results").glob("*.json"))
 
 
+def test_the_figures_in_the_readmes_sentences_are_those_of_the_results():
+    readme = " ".join(README.read_text().split())
+    rows = json.loads((ROOT / "model_zoo/results/compare-demo.json").read_text())["rows"]
+    two_bits = {row["method"]: row for row in rows if row["bits"] == 2}
+    above = {name: f"{100 * (row['to_lora']['code'] - 1):.0f} %" for name, row in two_bits.items()}
+    assert above["loftq"] == above["qpissa"]
+    said = f"EQFT ends {above['eqft']} above 16-bit LoRA, LoftQ and QPiSSA {above['loftq']}, QLoRA {above['qlora']}."
+    assert said in readme
+    for bits in (3, 4):
+        ends = {row["method"]: row["end"]["code"] for row in rows if row["bits"] == bits}
+        near = [ends[name] for name in ("eqft", "loftq", "qlora")]
+        far = max(one["mean"] for one in near) - min(one["mean"] for one in near)
+        assert far < min(one["spread"] for one in near)  # "within one standard deviation of each other"
+    runs = json.loads((ROOT / "model_zoo/results/mixed-SmolLM2-135M-self-runs.json").read_text())
+    found = {row["ratio"]: row["perplexity"] / runs["full_precision"] for row in runs["results"][0]["rows"]}
+    said = f"at 2 bits has {found[0]:.1f} times the perplexity of full precision, at 3 bits {found[1]:.1f} times"
+    assert said in readme
+
+
 def test_the_short_view_of_a_comparison_is_some_of_its_rows_and_columns(table):
     result = json.loads((ROOT / "model_zoo/results/compare-demo.json").read_text())
     (short,), (whole,) = table.VIEWS["short"](result), table.KINDS["compare"](result)
     assert short.title == whole.title
-    assert short.header == ["bits", "method", "bits/weight", "start", "end", "end / 16-bit LoRA"]
+    assert short.header == ["bits", "method", "bits/weight", "start", "end", "end / LoRA's"]
     columns = [whole.header.index(name) for name in ("bits", "method", "bits/weight", "start code", "end code")]
     columns.append(whole.header.index("/ LoRA code"))
     names = {"16-bit LoRA", "eqft", "loftq", "qpissa", "qlora"}
