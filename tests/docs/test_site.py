@@ -18,7 +18,10 @@ def copy(tmp_path):
     """What the site is made of, elsewhere."""
     for name in ("docs", "benchmarks", "mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):
         source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("out", "__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / name)
     return tmp_path
 
 
