@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 # Waiting threads sleep: spinning saves 3 % on idle cores and more than doubles the time on busy ones.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: help setup lint test demo compare results-table clean
+.PHONY: help setup lint test docs demo compare results-table picture commands clean
 .DELETE_ON_ERROR:
 
 help:  ## Show the targets
@@ -46,7 +46,12 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## The tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-demo: $(STAMP)  ## Quantize the demo model to 2 bits, compare it with its peers, load it and train some steps
+# Strict: a broken link, or a page that is not in the menu, fails. The variable only hushes a notice.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)  ## The site, into build/site
+	$(BIN)/mkdocs build --strict
+
+demo: $(STAMP)  ## Quantize the demo model to 2 bits, compare the start with its peers', and train from it and from QLoRA's
 	$(BIN)/qinit eqft --bits 2 --rank 16 --calibration-samples 64 --calibration-length 256 --overwrite
 	$(BIN)/python benchmarks/demo.py model_zoo/eqft/demo-2bit-16rank
 
@@ -56,8 +61,14 @@ compare: $(STAMP)  ## Every method at 2, 3 and 4 bits, fine-tuned with three see
 	  --full-learning-rates 0.0004,0.0008,0.0016 --length 256 --windows 48 \
 	  --calibration-samples 64 --calibration-length 256 --jobs 2
 
-results-table: $(STAMP)  ## The README's tables, from model_zoo/results
+results-table: $(STAMP)  ## The tables of README.md and docs/, from model_zoo/results
 	$(BIN)/python benchmarks/results_table.py
 
+picture: $(STAMP)  ## The README's picture, from model_zoo/results
+	$(BIN)/python benchmarks/picture.py
+
+commands: $(STAMP)  ## docs/commands.md, from the command line's own help
+	$(BIN)/python docs/commands.py
+
 clean:  ## Remove .venv and what the tools left
-	rm -rf .venv .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv build .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

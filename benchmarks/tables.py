@@ -1,4 +1,4 @@
-"""Results to tables, for the screen and for the README: what a table shows is written down once, here.
+"""Results to tables, for the screen and for the documents: what a table shows is written down once, here.
 
 A result is a JSON object with `kind` (which of the functions below draws it), `command`, `versions`, `machine` and
 `seeds` (null where that was not recorded), and what was measured.
@@ -163,7 +163,27 @@ def compare(result: Result) -> list[Table]:
     return [Table(table.title(result), table.header(result), table.lines(result))]
 
 
+SHORT = ("lora", "eqft", "loftq", "qpissa", "qlora")  # the ceiling and each method as it is by default
+
+
+def compare_short(result: Result) -> list[Table]:
+    """`qinit compare`: start and end of a few methods on the first text only."""
+    from qinit.compare import table
+
+    text = result["texts"][0]["name"]
+    names = ["bits", "method", "bits/weight", f"start {text}", f"end {text}", f"/ LoRA {text}"]
+    columns = [table.header(result).index(name) for name in names]
+    rows = [
+        [line[column] for column in columns]
+        for row, line in zip(result["rows"], table.lines(result), strict=True)
+        if row["method"] in SHORT
+    ]
+    return [Table(table.title(result), ["bits", "method", "bits/weight", "start", "end", "end / LoRA's"], rows)]
+
+
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
 }
+# What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
+VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

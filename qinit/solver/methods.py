@@ -50,7 +50,7 @@ class Method:
         The first starts closer where codes are few, but puts the largest part of the weights into the adapter, where
         training disturbs it: it wants a rate three times lower and ends higher. So of rows that leave it open, those
         layers get it whose A and B hold a large share of the numbers that W does, and all at 2 bits without
-        calibration (README).
+        calibration (docs/method.md).
         """
         if self.start != "either":
             return self.start == "low-rank"

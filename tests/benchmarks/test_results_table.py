@@ -35,8 +35,45 @@ def run(table, monkeypatch):
 
 
 def test_the_documents_say_what_the_results_say(table, run):
-    assert README in table.FILES
+    assert {README, ROOT / "docs/study.md", ROOT / "docs/results/start.md"} <= set(table.FILES)
     assert run("--check") == 0
+
+
+def test_every_result_is_in_a_document_as_a_whole(table):
+    marks = [mark for file in table.FILES for mark in table.BLOCK.finditer(file.read_text())]
+    whole = [mark["name"] for mark in marks if mark["view"] is None]
+    assert sorted(whole) == sorted(file.stem for file in (ROOT / "model_zoo/results").glob("*.json"))
+
+
+def test_the_figures_in_the_readmes_sentences_are_those_of_the_results():
+    readme = " ".join(README.read_text().split())
+    rows = json.loads((ROOT / "model_zoo/results/compare-demo.json").read_text())["rows"]
+    two_bits = {row["method"]: row for row in rows if row["bits"] == 2}
+    above = {name: f"{100 * (row['to_lora']['code'] - 1):.0f} %" for name, row in two_bits.items()}
+    assert above["loftq"] == above["qpissa"]
+    said = f"EQFT ends {above['eqft']} above 16-bit LoRA, LoftQ and QPiSSA {above['loftq']}, QLoRA {above['qlora']}."
+    assert said in readme
+    for bits in (3, 4):
+        ends = {row["method"]: row["end"]["code"] for row in rows if row["bits"] == bits}
+        near = [ends[name] for name in ("eqft", "loftq", "qlora")]
+        far = max(one["mean"] for one in near) - min(one["mean"] for one in near)
+        assert far < min(one["spread"] for one in near)  # "within one standard deviation of each other"
+    runs = json.loads((ROOT / "model_zoo/results/mixed-SmolLM2-135M-self-runs.json").read_text())
+    found = {row["ratio"]: row["perplexity"] / runs["full_precision"] for row in runs["results"][0]["rows"]}
+    said = f"at 2 bits has {found[0]:.1f} times the perplexity of full precision, at 3 bits {found[1]:.1f} times"
+    assert said in readme
+
+
+def test_the_short_view_of_a_comparison_is_some_of_its_rows_and_columns(table):
+    result = json.loads((ROOT / "model_zoo/results/compare-demo.json").read_text())
+    (short,), (whole,) = table.VIEWS["short"](result), table.KINDS["compare"](result)
+    assert short.title == whole.title
+    assert short.header == ["bits", "method", "bits/weight", "start", "end", "end / LoRA's"]
+    columns = [whole.header.index(name) for name in ("bits", "method", "bits/weight", "start code", "end code")]
+    columns.append(whole.header.index("/ LoRA code"))
+    names = {"16-bit LoRA", "eqft", "loftq", "qpissa", "qlora"}
+    assert short.rows == [[row[column] for column in columns] for row in whole.rows if row[1] in names]
+    assert len(short.rows) == 13
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "model_zoo/results").glob("*.json")), ids=lambda file: file.stem)
@@ -59,6 +96,7 @@ def test_a_marked_block_is_replaced_and_nothing_else(table, run, tmp_path):
     assert "old" in file.read_text()
     assert run(file) == 0
     text = file.read_text()
+    assert "\n\n<!-- /results -->" in text  # else the mark is a row of the table, for some readers of Markdown
     assert text.startswith("before\n<!-- results:memory -->\n`python benchmarks/memory.py`:\n")
     assert text.endswith("\n<!-- /results -->\nafter\n")
     assert "| gptq | 4 | 4.04 | 1768 | 1768 | 69.4 |" in text
@@ -72,6 +110,10 @@ def test_a_marked_block_is_replaced_and_nothing_else(table, run, tmp_path):
         (
             "<!-- results:nothing -->\n<!-- /results -->\n",
             "error: <!-- results:nothing -->: no nothing.json in results",
+        ),
+        (
+            "<!-- results:compare-demo:long -->\n<!-- /results -->\n",
+            "error: <!-- results:compare-demo:long -->: no view 'long'; there are short",
         ),
         ("<!-- results:memory -->\nno end\n", "error: a <!-- results:NAME --> has no <!-- /results --> after it"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qinit.grids.base import DAMPING, Grid, Quantized
+from qinit.grids.base import Grid, Quantized
 from qinit.grids.integer.candidates import NEARBY, REFINEMENTS, clip_ratios
 from qinit.grids.integer.rounding import descend, round_gptq
 from qinit.grids.integer.search_torch import quantize_torch
@@ -52,20 +52,8 @@ class IntegerGrid(Grid):
     def bits_per_weight(self, bits: int, group_size: int) -> float:
         return bits + (16 + bits) / group_size
 
-    def round_gptq(
-        self,
-        target: torch.Tensor,
-        hessian: torch.Tensor,
-        *,
-        bits: int,
-        group_size: int,
-        search: str,
-        damp: float = DAMPING,
-        act_order: bool = False,
-        factor: torch.Tensor | None = None,
-    ) -> tuple[Quantized, torch.Tensor]:
-        options: dict[str, Any] = {"bits": bits, "group_size": group_size, "search": search, "act_order": act_order}
-        return round_gptq(target, hessian, damp=damp, factor=factor, **options)
+    def round_gptq(self, target: torch.Tensor, hessian: torch.Tensor, **options: Any) -> tuple[Quantized, torch.Tensor]:
+        return round_gptq(target, hessian, **options)
 
     def descend(self, quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:
         descend(quantized, residual, hessian, passes)

@@ -1,0 +1,69 @@
+"""The wheel that users install holds every module and all data."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("qinit", "cli", "model_zoo/demo", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+# The demo's scripts are part of the package, and need what only its makers have.
+IMPORTS = """
+import importlib, pkgutil, sys
+import qinit, qinit_cli, qinit_demo
+place = sys.argv[1]
+for package in (qinit, qinit_cli, qinit_demo):
+    assert package.__file__.startswith(place), package.__file__
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not found.name.startswith("qinit_demo."):
+            assert importlib.import_module(found.name).__file__.startswith(place)
+            print(found.name)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("pip install setuptools")
+    place = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        copy, source = place / "source" / name, ROOT / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(place), str(place / "source")]
+    subprocess.run(command, check=True, capture_output=True)
+    (found,) = place.glob("*.whl")
+    return found
+
+
+def modules_of(package, folder):
+    files = (file.relative_to(ROOT / folder) for file in (ROOT / folder).rglob("*.py"))
+    parts = ((package, *file.with_suffix("").parts) for file in files)
+    return {".".join(part for part in names if part != "__init__") for names in parts}
+
+
+def test_every_module_of_the_source_is_imported_from_it(wheel, tmp_path):
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(tmp_path)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", IMPORTS, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = (modules_of("qinit", "qinit") | modules_of("qinit_cli", "cli")) - {"qinit", "qinit_cli"}
+    assert expected == {line for line in done.stdout.splitlines() if line.startswith("qinit")}
+
+
+def test_the_demo_model_is_in_it(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("qinit_demo/")}
+    data = {"config.json", "model.safetensors", "tokenizer.json", "heldout.txt"}
+    assert {f"qinit_demo/{name}" for name in data} <= names
