@@ -1,4 +1,4 @@
-"""What is compared: the rows of the table, and the cells that each of them needs, every one with its signature."""
+"""What is compared: the rows of the table, and the cells that each of them needs, every one with its digest."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Comparison:
     def file(self, cell: Cell) -> Path:
         return self.out / CELLS / f"{cell.name}.json"
 
-    def signature(self, cell: Cell) -> str:
+    def digest(self, cell: Cell) -> str:
         """Hash all that decides what a cell finds."""
         value = {**self._measuring, **self._starting[cell.row.name]}
         if cell.rate is not None:

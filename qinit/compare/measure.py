@@ -33,14 +33,14 @@ def kept_result(comparison: Comparison, cell: Cell) -> dict[str, Any] | None:
         value = json.loads(comparison.file(cell).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) and value.get("signature") == comparison.signature(cell) else None
+    return value if isinstance(value, dict) and value.get("signature") == comparison.digest(cell) else None
 
 
 def work(comparison: Comparison, cell: Cell, progress: Progress = lambda step, loss: None) -> dict[str, Any]:
-    """Do what a cell needs, store it under its signature and return it."""
+    """Do what a cell needs, store it under its digest and return it."""
     started = time.perf_counter()
     found = _start(comparison, cell.row) if cell.rate is None else _tuned(comparison, cell, progress)
-    value = {"signature": comparison.signature(cell), **found, "seconds": round(time.perf_counter() - started, 2)}
+    value = {"signature": comparison.digest(cell), **found, "seconds": round(time.perf_counter() - started, 2)}
     write_json(comparison.file(cell), value)
     return value
 
@@ -62,7 +62,7 @@ def ready(comparison: Comparison, row: Row) -> bool:
 
 
 def _start(comparison: Comparison, row: Row) -> dict[str, Any]:
-    """Quantize, unless that was done under the same signature, and measure the start, unless that was done."""
+    """Quantize, unless that was done under the same digest, and measure the start, unless that was done."""
     directory, known = comparison.run_directory(row), kept_result(comparison, Cell(row))
     if row.recipe is not None and not (known and ready(comparison, row)):
         for _ in run(make_plan(row.recipe, comparison.directory, comparison.model), directory, overwrite=True):
