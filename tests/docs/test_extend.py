@@ -19,8 +19,8 @@ from qinit.solver.methods import CALIBRATED, METHODS, Method
 from qinit.stages import STAGES
 from qinit.verification.findings import Finding
 from qinit.verification.verify import verify
-from tests.stock import dense_weight, load, load_base, lora_modules, quantize, solved
 from tests.models import make_checkpoint
+from tests.stock import dense_weight, load, load_base, lora_modules, quantize, solved
 
 CPU = torch.device("cpu")
 PAGES = Path(__file__).resolve().parents[2] / "docs/extend"
