@@ -69,7 +69,7 @@ class Carried:
     memory."""
 
     def __init__(self, shape: tuple[int, ...], file: Path, streams: int) -> None:
-        self.streams = streams
+        self.file, self.streams = file, streams
         size = 4 * torch.Size(shape).numel()
         if fits_in_memory(streams * size):
             self.states = torch.empty(shape)
@@ -78,9 +78,9 @@ class Carried:
             flat = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
             self.states = flat.view(shape)
 
-    def twin(self, directory: Path) -> Carried:
-        """Return another store with the same contents."""
-        other = Carried(tuple(self.states.shape), directory / "repaired", self.streams)
+    def twin(self, name: str) -> Carried:
+        """Return another store with the same contents, its file under another name."""
+        other = Carried(tuple(self.states.shape), self.file.with_name(name), self.streams)
         other.states.copy_(self.states)
         return other
 
