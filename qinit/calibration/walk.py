@@ -51,7 +51,7 @@ class Walk:
 
     In mode `sequential` two models run side by side, the original and the repaired one, and every group of layers is
     measured after the layers in front of it have been repaired: the original block runs once, the repaired one as far
-    as each group, and once to its end. In mode `parallel` only the original runs, once.
+    as each group, and to its end for the last one. In mode `parallel` only the original runs, once.
 
     Layers named in `finished` are not yielded again; `weight_of` gives the weight [out, in] that they were repaired to.
     All others see the same as if the walk had not been broken off, to the last bit. With `whole_blocks` a block is
@@ -78,7 +78,7 @@ class Walk:
         self.layers = {layer.target.name: layer for layer in plan.quantized}
         self.batch = batch_size(plan, samples)
         self.scratch = scratch
-        self.finished, self.weight_of = frozenset(finished), weight_of
+        self.finished, self.weight_of, self.whole_blocks = frozenset(finished), weight_of, whole_blocks
         if whole_blocks:
             blocks = [self._names(index) for index in range(len(self.row))]
             self.finished = frozenset(name for names in blocks if self.finished.issuperset(names) for name in names)
@@ -161,7 +161,8 @@ class OpenBlock:
         self.names = walk._names(states.index)
         self.groups = Groups({self._inner(name): walk.layers[name] for name in self.names}, self._written)
         self.shelf: Shelf | None = None
-        self.passed = False
+        self.passed = False  # whether the text has run through the original module
+        self.at_last = False  # whether it has run through the repaired one, all of it but for the last group repaired
 
     def repair(self, layer: LayerPlan, weight: torch.Tensor) -> None:
         """Put `weight` [out, in] in the layer's place for all that follows."""
@@ -215,15 +216,54 @@ class OpenBlock:
 
     def run_repaired(self) -> None:
         """Take the text through the repaired block."""
+        states, last = self.states, self._last
+        assert self.repaired is not None
+        if last is None or not self.walk.diverged:
+            for batch in states.batches:
+                if self.walk.diverged:
+                    call = states.calls.of(batch, states.index)
+                    end = call(self.repaired, states.repaired.read(batch).to(self.walk.device))
+                else:
+                    end = states.ahead.read(batch)
+                states.repaired.write(batch, end)
+            return
+        changes = [self._weight(layer, self.repaired) - self._weight(layer) for layer in last.layers]
+        if not self.at_last:  # the block was finished before: its last group as it was when it was measured
+            for layer in last.layers:
+                self.repair(layer, self._weight(layer))
+            for batch in states.batches:
+                self._leave(last, batch, *self._through(last, batch))
+        for batch in states.batches:
+            end = states.repaired.read(batch).to(self.walk.device)
+            assert self.shelf is not None
+            x = self.shelf.take(last.inner, batch.start)
+            if x is not None:
+                x = rows_of(x).to(self.walk.device, torch.float32)
+                for change in changes:
+                    end = end + (x @ change.T).view_as(end)
+            states.repaired.write(batch, end)
+
+    @property
+    def _last(self) -> Group | None:
+        """The last group, if its layers write to the block's output and nothing else of the block is changed after
+        them: what their repair changes there is then one product, and not another pass."""
+        last = self.groups.found[-1] if self.groups.found else None
+        return last if last is not None and last.at_end and not self.walk.whole_blocks else None
+
+    def _through(self, group: Group, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Run the repaired block to its end; return what a group reads, and the end."""
         states = self.states
         assert self.repaired is not None
-        for batch in states.batches:
-            if self.walk.diverged:
-                call = states.calls.of(batch, states.index)
-                end = call(self.repaired, states.repaired.read(batch).to(self.walk.device))
-            else:
-                end = states.ahead.read(batch)
-            states.repaired.write(batch, end)
+        now = states.repaired.read(batch).to(self.walk.device)
+        inputs, end = caught(self.repaired, states.calls.of(batch, states.index), now, [group.inner])
+        return inputs.get(group.inner), end
+
+    def _leave(self, last: Group, batch: Batch, x: torch.Tensor | None, end: torch.Tensor) -> None:
+        """Keep where the text is once all but the last group is repaired."""
+        self.at_last = True
+        if x is not None:
+            self._keep(last, batch, x)
+        self.states.repaired.write(batch, end)
 
     def _measured(self, group: Group) -> Meter:
         """Take the text through the repaired block as far as a group, and measure it against the original."""
@@ -235,17 +275,16 @@ class OpenBlock:
         }
         meter = Meter(group.layers, device, originals if diverged else None)
         for batch in states.batches:
-            call = states.calls.of(batch, states.index)
             now = states.repaired.read(batch).to(device)
             end = None
             if diverged and any(kind == "output" for kind in group.writes.values()):
-                inputs, end = caught(self.repaired, call, now, [group.inner])
-                x = inputs.get(group.inner)
+                x, end = self._through(group, batch)
             else:
-                x = caught_at(self.repaired, call, now, group.inner)
-            if x is None:
-                continue
-            self._add(meter, group, batch, x, self._gap(group, batch, x, now, end) if diverged else None)
+                x = caught_at(self.repaired, states.calls.of(batch, states.index), now, group.inner)
+            if x is not None:
+                self._add(meter, group, batch, x, self._gap(group, batch, x, now, end) if diverged else None)
+            if group is self._last:
+                self._leave(group, batch, x, states.ahead.read(batch) if end is None else end)
         return meter
 
     def _gap(
@@ -284,8 +323,8 @@ class OpenBlock:
     def _keep(self, group: Group, batch: Batch, x: torch.Tensor) -> None:
         """Keep what a group reads in the original block until the repaired one has come so far."""
         if self.shelf is None:
-            kept = [other.layers[0] for other in self.groups.found[1:] if not other.at_end]
-            width = sum(layer.target.module.in_features for layer in kept)
+            kept = [other for number, other in enumerate(self.groups.found) if number or other is self._last]
+            width = sum(other.layers[0].target.module.in_features for other in kept)
             self.shelf = Shelf(self.walk.directory / "shelf", 4 * width * self.walk.samples.tokens.numel())
         self.shelf.put(group.inner, batch.start, x)
 
@@ -297,8 +336,9 @@ class OpenBlock:
             assert self.walk.weight_of is not None
             self.repair(layer, self.walk.weight_of(layer))
 
-    def _weight(self, layer: LayerPlan) -> torch.Tensor:
-        linear: Any = self.module.get_submodule(self._inner(layer.target.name))
+    def _weight(self, layer: LayerPlan, module: nn.Module | None = None) -> torch.Tensor:
+        """Return a layer's weight [out, in] in the original block, or in another `module` of its kind."""
+        linear: Any = (self.module if module is None else module).get_submodule(self._inner(layer.target.name))
         return oriented(linear.weight.data, layer)
 
     def _finished(self, group: Group) -> bool:

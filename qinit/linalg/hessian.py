@@ -11,10 +11,8 @@ from qinit.linalg.chunks import row_chunks
 from qinit.linalg.low_rank import symmetric
 
 WORST_DAMPING = 10.0
-SYMMETRIC_CHUNK, SYMMETRIC_CHUNKS = (
-    256,
-    8,
-)  # of a symmetric matrix: columns that are computed at once, at least; how many
+NARROWEST = 256  # columns of a symmetric matrix that are computed at once, at least
+MOST_CHUNKS = 8  # into which they are cut
 
 
 def corrected(weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -59,7 +57,7 @@ def mirror(moment: torch.Tensor) -> None:
 
 def _halves(size: int) -> Iterator[tuple[slice, slice]]:
     """Cut the columns of a symmetric matrix into blocks; yield each with the rows below it."""
-    step = max(SYMMETRIC_CHUNK, -(-size // SYMMETRIC_CHUNKS))
+    step = max(NARROWEST, -(-size // MOST_CHUNKS))
     for first in range(0, size, step):
         yield slice(first, min(first + step, size)), slice(first + step, None)
 

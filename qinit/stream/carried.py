@@ -7,16 +7,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from qinit.machine import free_memory
 from qinit.stream.blocks import Call, alike
 from qinit.text.samples import Samples
-
-if TYPE_CHECKING:
-    pass
 
 CARRIED_SHARE = 0.25  # of the free memory; more hidden states than that are kept on disk
 
