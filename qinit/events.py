@@ -91,6 +91,14 @@ class Passing:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """The source has read the text of the polish with `done` of its `blocks`."""
+
+    done: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """One optimizer step has been made. `loss` is that of its batch, `held_out` that of the held-out samples where
     it was measured; both are KL in nats per token plus a multiple of the relative squared error of the last hidden
@@ -101,4 +109,17 @@ class Progress:
     held_out: float | None
 
 
-Event = Resumed | Discarded | Sampling | Measuring | Passing | Allotted | Noted | Working | Done | Progress | Finished
+Event = (
+    Resumed
+    | Discarded
+    | Sampling
+    | Measuring
+    | Passing
+    | Allotted
+    | Noted
+    | Working
+    | Done
+    | Reading
+    | Progress
+    | Finished
+)

@@ -74,6 +74,10 @@ class SafetensorsWriter:
             self._places[spec.name] = StoredTensor(spec.name, spec.dtype, spec.shape, file, place)
             place += spec.nbytes
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that name is in the layout."""
+        return name in self._places
+
     def write(self, name: str, tensor: torch.Tensor) -> int:
         """Write one tensor; its dtype and shape must be the announced ones. Returns its checksum."""
         spec = self._places[name]

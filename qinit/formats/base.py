@@ -54,6 +54,16 @@ class Format(ABC):
         The tensors must have the names, dtypes and shapes of `specs`, and no `flaws`.
         """
 
+    def codes(
+        self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int
+    ) -> Quantized | None:
+        """Return Q as codes, zero points and scales from those tensors; None for a format that stores no codes."""
+        return None
+
+    def scales(self, target: Target, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the tensors, by name, that hold other scales [out, groups] for the same codes."""
+        raise NotImplementedError(f"format {self.name} stores no codes")  # pragma: no cover - `codes` said so
+
     def flaws(
         self, target: Target, tensors: Mapping[str, torch.Tensor], group_size: int
     ) -> Iterator[tuple[str, str, str]]:

@@ -7,28 +7,34 @@ from dataclasses import replace
 
 import torch
 
-from qinit.events import (
-    Event,
-)
+from qinit.events import Event
+from qinit.formats import FORMATS
 from qinit.linalg.low_rank import LowRank
+from qinit.plan.plan import LayerPlan
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
-from qinit.solver.residual import residual_norm
-from qinit.train.polish import Polished, polish
+from qinit.solver.residual import frobenius, residual_norm
+from qinit.text.samples import Samples
+from qinit.train.polish import Trained, polish
+from qinit.train.student import Start, student_of
+from qinit.train.teacher import Lessons, teach
 from qinit.workplace.kept import apply_polish, save_polish
+from qinit.workplace.store import Store
 
 
 def polish_adapters(job: Job) -> Generator[Event, None, None]:
-    """Polish all adapters together and put them in the place of those that were fitted layer by layer."""
+    """Polish all adapters and scales together and put them in the place of those that were fitted layer by layer."""
     if job.journal.find("polish") is None:
         yield from _polish(job)
     result, errors = apply_polish(job.store)
     job.calibration["polish"] = result
     if not result["kept"]:
         yield job.note("polish: did not lower the held-out loss, so the adapters stay as they were")
-    for name, error in errors.items():
+    for name, (start, error) in errors.items():
         # What the layer's output was off by was measured before; the polish trades it between layers.
-        job.store.rows[name] = replace(job.store.rows[name], error=error, output_error=None)
+        job.store.rows[name] = replace(
+            job.store.rows[name], error_start=start, error=error, output_error_start=None, output_error=None
+        )
 
 
 def _polish(job: Job) -> Generator[Event, None, None]:
@@ -36,25 +42,58 @@ def _polish(job: Job) -> Generator[Event, None, None]:
     plan, store = job.plan, job.store
     layers = {layer.target.name: layer for layer in plan.quantized}
     samples = yield from job.samples()
-    result: Polished = yield from polish(
-        plan.checkpoint.directory,
-        plan.checkpoint.config,
-        {name: store.quantized(layer) for name, layer in layers.items()},
-        {name: store.low_rank(layer) for name, layer in layers.items()},
-        samples,
-        steps=plan.recipe.polish,
-        device=job.device,
-        seed=plan.recipe.seed,
-        trust_remote_code=plan.recipe.trust_remote_code,
-    )
-    errors: dict[str, float] = {}
-    encoded: dict[str, torch.Tensor] = {}
-    for name, low_rank in result.factors.items() if result.kept else ():
-        layer = layers[name]
-        weight = read_weight(layer, job.device)
-        residual = weight - store.quantized(layer).to(job.device)
-        factors = LowRank(low_rank.B.to(job.device), low_rank.A.to(job.device))
-        errors[name] = residual_norm(residual, factors) / residual_norm(weight, None)
-        encoded |= plan.adapter.encode(layer.target.module, low_rank, layer.rank, plan.recipe.lora_scale, 0)
+    lessons = yield from _lessons(job, samples)
+    starts = {name: _start(store, layer) for name, layer in layers.items()}
+    with student_of(plan, starts, job.device) as student:
+        result = yield from polish(
+            student,
+            lessons,
+            samples,
+            steps=plan.recipe.polish,
+            seed=plan.recipe.seed,
+            state=job.place.partial / "polishing.safetensors",
+        )
+    errors: dict[str, tuple[float, float]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, trained in result.layers.items():
+        changed = _encoded(job, layers[name], trained)
+        errors[name] = _errors(job, layers[name], trained.low_rank, changed)
+        tensors |= changed
     words = {"steps": result.steps, "held_out_before": result.before, "held_out_after": result.after}
-    save_polish(store, {**words, "kept": result.kept}, errors, encoded)
+    save_polish(store, {**words, "kept": result.kept}, errors, tensors)
+
+
+def _lessons(job: Job, samples: Samples) -> Generator[Event, None, Lessons]:
+    """Return what the source makes of the text: what was kept of it, or made anew."""
+    directory = job.place.partial / "lessons"
+    if job.journal.find("lessons") is None:
+        yield from teach(job.plan, samples, job.device, directory, job.place.scratch)
+        job.journal.append({"kind": "lessons"})
+    return Lessons(directory)
+
+
+def _start(store: Store, layer: LayerPlan) -> Start:
+    codes = store.codes(layer)
+    if codes is not None:
+        return Start(codes, store.low_rank(layer))
+    return Start(
+        store.quantized(layer).to(FORMATS[store.plan.recipe.format].storage(layer.target)), store.low_rank(layer)
+    )
+
+
+def _encoded(job: Job, layer: LayerPlan, trained: Trained) -> dict[str, torch.Tensor]:
+    """Return the tensors that change: the factors, and the scales where they were trained."""
+    recipe = job.plan.recipe
+    changed = job.plan.adapter.encode(layer.target.module, trained.low_rank, layer.rank, recipe.lora_scale, 0)
+    if trained.scales is not None:
+        changed |= FORMATS[recipe.format].scales(layer.target, trained.scales)
+    return changed
+
+
+def _errors(job: Job, layer: LayerPlan, low_rank: LowRank, changed: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Return the errors of Q alone and of Q + L, relative to the weight."""
+    weight = read_weight(layer, job.device)
+    residual = weight - job.store.quantized(layer, changed).to(job.device)
+    factors = LowRank(low_rank.B.to(job.device), low_rank.A.to(job.device))
+    size = frobenius(weight)
+    return frobenius(residual) / size, residual_norm(residual, factors) / size

@@ -34,9 +34,9 @@ def write_text(
 ) -> torch.Tensor:
     """Return int64 ids [samples, length] on the CPU: `start`, then tokens sampled from the model's own distribution.
 
-    On a CPU the model runs in float32, as few have instructions for 16 bits; where it would take more than FLOAT32_SHARE
-    of the machine's memory, and on a GPU, in the dtype that it is stored in. eos is a token like any other: text goes
-    on behind it.
+    On a CPU the model runs in float32, as few have instructions for 16 bits; where it would take more than
+    FLOAT32_SHARE of the machine's memory, and on a GPU, in the dtype that it is stored in. eos is a token like any
+    other: text goes on behind it.
     `memory` (bytes) bounds the batch; the text depends on it, and on nothing that a machine happens to have free.
     The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
     """

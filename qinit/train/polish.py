@@ -1,203 +1,178 @@
-"""The optional polish: a few hundred steps on the LoRA factors of all layers together, towards the source model.
+"""The optional polish: some hundred steps on the factors and the scales of all layers together, towards the source.
 
 After RILQ (Lee et al. 2024, arXiv:2412.01129): its model loss, the distance between the last hidden states of the
 full-precision model and of Q + B A, lets the adapters of all layers make up for one another, which no layer-wise
-fit can. RILQ adds the text's own next tokens; here it is the source's whole next-token distribution (Hinton et al.
-2015, arXiv:1503.02531, section 2, temperature 1), so that the goal is the source and not the text.
+fit can. RILQ adds the text's own next tokens; here it is the source's next-token distribution (Hinton et al. 2015,
+arXiv:1503.02531, section 2, temperature 1), so that the goal is the source and not the text. That the scales are worth
+training, with the codes as they are, is EfficientQAT's second phase (Chen et al. 2024, arXiv:2407.11062, section 3.3).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from qinit.errors import CalibrationError, CheckpointError
+from qinit.errors import CalibrationError
 from qinit.events import Progress
 from qinit.linalg.low_rank import LowRank
-from qinit.source.quiet import no_progress_bar
-from qinit.source.skeleton import loader
 from qinit.text.samples import Samples
-from qinit.train.repaired import _make_student
+from qinit.train.bases import CodedBase
+from qinit.train.course import Course
+from qinit.train.finetune import Training, batches
+from qinit.train.outputs import observed
+from qinit.train.repaired import Repaired
+from qinit.train.teacher import Lessons
 
-# Chosen on a 260K-parameter Llama at 2 bits by held-out loss and by the KL on fresh text that the model wrote.
-LEARNING_RATE = 0.015
-BATCH_TOKENS = 2048
+LEARNING_RATE = 0.015  # of the factors, relative to their entries' size
+STRETCH_RATE = 0.002  # of the scales, relative to each
+BATCH_TOKENS = 1024
+MICRO_BYTES = 1 << 28  # of the logits that are computed at once, float32
 HIDDEN_WEIGHT = 4.0  # nats for a relative squared error of 1
 BETAS = (0.9, 0.99)
 WARM_UP = 0.1  # of the steps
 MAX_GRADIENT = 1.0
-HELD_OUT = 8  # 1 in so many samples
+HELD_OUT = 8  # 1 in so many samples,
+HELD_OUT_TOKENS = 4096  # at most so many tokens
 EVALUATE_EVERY = 10
+MOST_EVALUATIONS = 40
 PATIENCE = 5  # evaluations
 NOISE = 1e-6  # a smaller gain may be float32's rounding
+LEAST = 1e-6  # probability: less is not told apart from nothing
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a layer has come to: L = B A, and the scales [out, groups] of a base that has any."""
+
+    low_rank: LowRank
+    scales: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class Polished:
-    """The factors with the lowest held-out loss. `before` and `after` are that loss at the start and with these
-    factors, `steps` how many were made. `kept` False: nothing was gained and the factors are the ones given."""
+    """The layers with the lowest held-out loss. `before` and `after` are that loss at the start and with these, `steps`
+    how many were made. `kept` False: nothing was gained and there are no layers."""
 
-    factors: dict[str, LowRank]
+    layers: dict[str, Trained]
     steps: int
     before: float
     after: float
-    kept: bool
+
+    @property
+    def kept(self) -> bool:
+        return bool(self.layers)
 
 
-def polish_flops(parameters: int, samples_tokens_per_step: int, steps: int) -> float:
-    """Return about how many floating-point operations a polish takes, evaluations not counted.
+def polish_flops(parameters: int, tokens: int, steps: int) -> float:
+    """Return about how many floating-point operations `steps` of `tokens` take, evaluations not counted.
 
-    Per parameter and token: the source's forward 2, the student's 2, again 2 (recomputed), its backward 4.
+    Per parameter and token: the student's forward 2, again 2 (recomputed), its backward 2, the scales' gradient 2.
     """
-    return 10.0 * parameters * samples_tokens_per_step * steps
+    return 8.0 * parameters * tokens * steps
 
 
 def polish(
-    directory: Path,
-    config: dict[str, Any],
-    bases: dict[str, torch.Tensor],
-    factors: dict[str, LowRank],
+    student: Any,
+    lessons: Lessons,
     samples: Samples,
     *,
     steps: int,
-    device: torch.device,
     seed: int,
+    state: Path | None = None,
     learning_rate: float = LEARNING_RATE,
+    stretch_rate: float = STRETCH_RATE,
     batch_size: int | None = None,
-    trust_remote_code: bool = False,
 ) -> Generator[Progress, None, Polished]:
-    """Improve the factors jointly; yields Progress, first for the start (step 0), and returns Polished.
+    """Improve all factors and scales of a student jointly; yields Progress, first for the start (step 0) or for where
+    `state` goes on, and returns Polished.
 
-    `directory` and `config` are the source checkpoint and its config.json. `bases` maps module names to
-    Q [out, in], `factors` to B [out, r] and A [r, in] unscaled, r <= min(out, in). A module with a base alone runs
-    on Q, one with factors alone on its own weight. `learning_rate` is relative to the size of the factors' entries,
-    so that it means the same for every layer, for A and for B; `batch_size` counts samples (default: BATCH_TOKENS
-    tokens). One in HELD_OUT samples is held out and chooses the iterate; `seed` draws these and the batches, and
-    the same seed gives the same bytes on a CPU.
+    `student` comes from `student_of`, `lessons` from `teach` with the same samples. `learning_rate` is relative to the
+    size of the factors' entries and `stretch_rate` to each scale, so that they mean the same for every layer;
+    `batch_size` counts samples (default: BATCH_TOKENS tokens). One in HELD_OUT samples, at most HELD_OUT_TOKENS tokens,
+    is held out and chooses the iterate; `seed` draws these and the batches, and the same seed gives the same bytes on a
+    CPU, be it broken off or not: what it needs to go on is kept in the file `state`, anew at every evaluation.
 
-    Memory: the whole source in float32 once, plus Q of every target in its dtype, five times the factors (gradients,
-    two moments, the best iterate), and for one batch the activations at the borders of the blocks and about six
-    times the logits [batch, length, vocabulary] in float32. On a CPU it is sensible for small models only.
+    Memory beside the student's: four times what is trained, the activations at the borders of the blocks and those of
+    one block for as many samples as have logits of MICRO_BYTES, and six times these.
 
-    Raises CalibrationError for fewer than 2 samples and CheckpointError if the source cannot be loaded. A loss that
-    is not finite ends the polish; the best iterate until then counts.
+    Raises CalibrationError for fewer than 2 samples. A loss that is not finite ends the polish; the best iterate until
+    then counts.
     """
     if len(samples.tokens) < 2:
         raise CalibrationError(
             f"polish: {len(samples.tokens)} samples, at least 2 are needed, one to learn from and one to check on; "
             "give more or longer text"
         )
-    teacher = _load(directory, config, trust_remote_code).to(device)
-    student = _make_student(teacher, bases, factors, device)
-    repaired = {name: student.get_submodule(name) for name in factors}
+    layers = {name: module for name, module in student.named_modules() if isinstance(module, Repaired)}
+    trained = _trained(layers, learning_rate, stretch_rate)
     optimizer = torch.optim.AdamW(
-        [group for module in repaired.values() for group in module.groups(learning_rate)], betas=BETAS, weight_decay=0
+        [{"params": [parameter], "lr": rate} for parameter, rate in trained], betas=BETAS, weight_decay=0
     )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    batch_size = batch_size or max(1, BATCH_TOKENS // samples.tokens.shape[1])
-
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(samples.tokens), generator=generator)
-    held_out, train = order.tensor_split([max(1, len(order) // HELD_OUT)])
-    queue = train[:0]
-    before = after = _evaluate(teacher, student, samples, held_out, batch_size)
-    best = [parameter.detach().clone() for parameter in parameters]
-    yield Progress(0, before, before)
-    step = stale = 0
-    while step < steps and stale < PATIENCE and math.isfinite(before):
-        while len(queue) < min(batch_size, len(train)):
-            queue = torch.cat([queue, train[torch.randperm(len(train), generator=generator)]])
-        rows, queue = queue.split([min(batch_size, len(train)), len(queue) - min(batch_size, len(train))])
-        loss = _terms(teacher, student, samples, rows).loss()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT)
-        if not torch.isfinite(loss + norm):
+    course = Course([parameter for parameter, _ in trained], optimizer, state)
+    text = _Text(student, lessons, samples)
+    length = samples.tokens.shape[1]
+    batch_size = batch_size or max(1, BATCH_TOKENS // length)
+    order = torch.randperm(len(samples.tokens), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = max(1, min(len(order) // HELD_OUT, HELD_OUT_TOKENS // length))
+    held_out, learned = order[:count], order[count:]
+    every = max(EVALUATE_EVERY, steps // MOST_EVALUATIONS)
+    if not course.resume():
+        course.before = course.after = text.loss(held_out)
+    yield Progress(course.step, course.after, course.after)
+    plan = Training(steps=steps, length=length, batch=min(batch_size, len(learned)))
+    for chosen in islice(batches(len(learned), plan, seed), course.step, None):
+        if course.stale >= PATIENCE or not math.isfinite(course.before):
             break
+        loss = text.learn([learned[row] for row in chosen])
+        norm = nn.utils.clip_grad_norm_(course.parameters, MAX_GRADIENT)
+        if not math.isfinite(loss + float(norm)):
+            break
+        for group, (_, rate) in zip(optimizer.param_groups, trained, strict=True):
+            group["lr"] = rate * _share(course.step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        step += 1
+        course.step += 1
         now = None
-        if step % EVALUATE_EVERY == 0 or step == steps:
-            now = _evaluate(teacher, student, samples, held_out, batch_size)
-            stale += 1
-            if now < after:
-                after, stale = now, 0
-                for kept, parameter in zip(best, parameters, strict=True):
-                    kept.copy_(parameter.detach())
-        yield Progress(step, float(loss.detach()), now)
-    if not before - after > NOISE:
-        return Polished(factors, step, before, before, kept=False)
-    values = iter(best)
-    polished = {}
-    for name, low_rank in factors.items():
-        B, A = next(values), next(values)
-        polished[name] = LowRank(B.to(low_rank.B), A.to(low_rank.A))
-    return Polished(polished, step, before, after, kept=True)
+        if course.step % every == 0 or course.step == steps:
+            now = text.loss(held_out)
+            course.judge(now)
+        yield Progress(course.step, loss, now)
+    if not course.before - course.after > NOISE:
+        return Polished({}, course.step, course.before, course.before)
+    course.restore_best()
+    return Polished(
+        {name: _result(module) for name, module in layers.items()}, course.step, course.before, course.after
+    )
 
 
-@dataclass
-class _Terms:
-    """Sums over tokens: nats of KL(teacher || student), squared error and squared norm of the last hidden state."""
-
-    kl: torch.Tensor
-    error: torch.Tensor
-    energy: torch.Tensor
-    tokens: torch.Tensor
-
-    def loss(self) -> torch.Tensor:
-        tiny = torch.finfo(torch.float32).tiny
-        return self.kl / self.tokens.clamp(min=1) + HIDDEN_WEIGHT * self.error / self.energy.clamp(min=tiny)
+def _trained(
+    layers: Mapping[str, Repaired], learning_rate: float, stretch_rate: float
+) -> list[tuple[nn.Parameter, float]]:
+    """Return every parameter that is trained, with its rate."""
+    found: list[tuple[nn.Parameter, float]] = []
+    for module in layers.values():
+        found += ((parameter, learning_rate * size) for parameter, size in module.sizes())
+        if isinstance(module.base, CodedBase):
+            found.append((module.base.stretch, stretch_rate))
+    return found
 
 
-def _terms(teacher: Any, student: Any, samples: Samples, rows: torch.Tensor) -> _Terms:
-    """Run both models on the samples `rows` and compare them where nothing is padded."""
-    tokens = samples.tokens[rows].to(teacher.device)
-    mask = torch.ones_like(tokens, dtype=torch.bool) if samples.mask is None else samples.mask[rows].to(tokens.device)
-    with torch.no_grad():
-        wanted, wanted_logits = _outputs(teacher, tokens, mask)
-    hidden, logits = _outputs(student, tokens, mask)
-    kl = torch.zeros((), device=tokens.device)
-    if logits is not None and wanted_logits is not None:
-        wanted_log = functional.log_softmax(wanted_logits[mask].float(), -1)
-        found_log = functional.log_softmax(logits[mask].float(), -1)
-        kl = functional.kl_div(found_log, wanted_log, reduction="sum", log_target=True)
-    wanted, hidden = wanted[mask].float(), hidden[mask].float()
-    return _Terms(kl, (hidden - wanted).square().sum(), wanted.square().sum(), mask.sum())
+def _result(module: Repaired) -> Trained:
+    assert module.B is not None
+    assert module.A is not None
+    scales = module.base.stretched() if isinstance(module.base, CodedBase) else None
+    return Trained(LowRank(module.B.detach().cpu(), module.A.detach().cpu()), None if scales is None else scales.cpu())
 
 
-@torch.no_grad()
-def _evaluate(teacher: Any, student: Any, samples: Samples, rows: torch.Tensor, batch_size: int) -> float:
-    """Return the loss over all tokens of the samples `rows`."""
-    terms = [_terms(teacher, student, samples, batch) for batch in rows.split(batch_size)]
-    sums = (sum(vars(part)[name] for part in terms) for name in ("kl", "error", "energy", "tokens"))
-    return float(_Terms(*sums).loss())  # type: ignore[arg-type]
-
-
-def _outputs(model: Any, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the last hidden state [batch, length, width] and the logits [batch, length, vocabulary], if any."""
-    head, seen = model.get_output_embeddings(), []
-    if head is not None:
-        hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    else:
-        hook = model.base_model.register_forward_hook(lambda _, inputs, outputs: seen.append(outputs[0]))
-    decoder = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    try:
-        outputs = model(input_ids=tokens, attention_mask=mask.long(), **decoder)
-    finally:
-        hook.remove()
-    return seen[0], None if head is None else outputs.logits
-
-
-def _rate(step: int, steps: int) -> float:
+def _share(step: int, steps: int) -> float:
     """Linear warm-up, then half a cosine down to 0; as a part of the learning rate, for the step after `step`."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
@@ -205,31 +180,68 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def _load(directory: Path, config: dict[str, Any], trust_remote_code: bool = False) -> Any:
-    """Load the source in float32, frozen, in eval mode, with every dropout and the key-value cache off."""
-    import transformers
+class _Text:
+    """The samples, run through the student in parts whose logits take MICRO_BYTES, and compared with the lessons where
+    nothing is padded."""
 
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        for part in {id(part): part for part in (model_config, model_config.get_text_config())}.values():
-            part.use_cache = False
-            for key, value in vars(part).items():
-                if "drop" in key and isinstance(value, float):
-                    setattr(part, key, 0.0)
-        with no_progress_bar():
-            model = loader(config, trust_remote_code).from_pretrained(
-                directory,
-                config=model_config,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-            )
-    except Exception as error:  # a checkpoint can break its class in any way
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(
-            f"{directory}: the source cannot be loaded for the polish ({type(error).__name__}: {reason})"
-        ) from error
-    return model.eval().requires_grad_(False)
+    def __init__(self, student: Any, lessons: Lessons, samples: Samples) -> None:
+        self.student, self.lessons, self.samples = student, lessons, samples
+        vocabulary = getattr(student.config.get_text_config(), "vocab_size", None) or 1
+        self.size = max(1, MICRO_BYTES // (4 * vocabulary * samples.tokens.shape[1]))
+        enable_checkpointing(student)
+
+    def learn(self, rows: Sequence[int]) -> float:
+        """Add the gradients of the mean loss over the samples `rows`, and return it."""
+        return sum(self._parts(rows, backward=True))
+
+    @torch.no_grad()
+    def loss(self, rows: Sequence[int]) -> float:
+        return sum(self._parts(rows, backward=False))
+
+    def _parts(self, rows: Sequence[int], *, backward: bool) -> Iterator[float]:
+        device, tiny = self.student.device, torch.finfo(torch.float32).tiny
+        lesson, mask = self.lessons.of(rows, device), self._mask(rows).to(device)
+        tokens = max(1, int(mask.sum()))
+        energy = lesson.hidden[mask].square().sum().clamp(min=tiny)
+        for at in range(0, len(rows), self.size):
+            part = slice(at, at + self.size)
+            ids = self.samples.tokens[list(rows[part])].to(device)
+            decoder = {"decoder_input_ids": ids} if self.student.config.is_encoder_decoder else {}
+            inputs = {"input_ids": ids, "attention_mask": mask[part].long(), **decoder}
+            hidden, logits = observed(self.student, partial(self.student, **inputs))
+            found, wanted = hidden[mask[part]].float(), lesson.hidden[part][mask[part]]
+            loss = HIDDEN_WEIGHT * (found - wanted).square().sum() / energy
+            if logits is not None and lesson.log_probs is not None and lesson.ids is not None:
+                chosen = mask[part]
+                kl = divergence(logits[chosen], lesson.log_probs[part][chosen], lesson.ids[part][chosen])
+                loss = loss + kl.sum() / tokens
+            if backward:
+                loss.backward()
+            yield float(loss.detach())
+
+    def _mask(self, rows: Sequence[int]) -> torch.Tensor:
+        if self.samples.mask is None:
+            return torch.ones((len(rows), self.samples.tokens.shape[1]), dtype=torch.bool)
+        return self.samples.mask[list(rows)]
+
+
+def divergence(logits: torch.Tensor, log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return KL(teacher || student) in nats [tokens] from the student's logits [tokens, vocabulary] and the teacher's
+    largest log-probabilities [tokens, k] of the tokens `ids`. All other tokens count as one: a lower bound of the whole
+    KL, and equal to it where k is the vocabulary."""
+    found = logits.float().log_softmax(-1).gather(-1, ids)
+    wanted = log_probs.exp()
+    kl = (wanted * (log_probs - found)).sum(-1)
+    rest, found_rest = ((1 - part.sum(-1)).clamp(min=LEAST) for part in (wanted, found.exp()))
+    return kl + rest * (rest.log() - found_rest.log()) if ids.shape[-1] < logits.shape[-1] else kl
+
+
+def enable_checkpointing(student: Any) -> None:
+    """Let the blocks be computed again in the pass back, where the model can; all else stays in eval mode."""
+    if not student.supports_gradient_checkpointing:
+        return
+    # Its name before transformers 5.
+    enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    for module in student.modules():  # only these look whether they are trained
+        module.training = bool(getattr(module, "gradient_checkpointing", False))

@@ -46,18 +46,19 @@ def load_samples(place: Workplace, journal: Journal) -> Samples | None:
 
 
 def save_polish(
-    store: Store, result: dict[str, Any], errors: dict[str, float], factors: dict[str, torch.Tensor]
+    store: Store, result: dict[str, Any], errors: dict[str, tuple[float, float]], tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Keep what a polish has come to beside the adapter, whose own factors it must be able to start from again."""
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in factors.items()]
+    """Keep what a polish has come to, factors and scales, beside the run, whose own it must be able to start from
+    again. `errors` are those of Q alone and of Q + L, relative to the weight."""
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     writer = SafetensorsWriter(store.place.partial, specs, stem=POLISHED_STEM)
-    sums = {name: writer.write(name, tensor) for name, tensor in factors.items()}
+    sums = {name: writer.write(name, tensor) for name, tensor in tensors.items()}
     writer.close()
     store.journal.append({"kind": "polish", "result": result, "errors": errors, "sums": sums})
 
 
-def apply_polish(store: Store) -> tuple[dict[str, Any], dict[str, float]]:
-    """Put the kept factors in the adapter; returns what the polish has come to and the layers' weight errors.
+def apply_polish(store: Store) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    """Put the kept factors and scales in their places; returns what the polish has come to and the layers' errors.
 
     Raises OutputError where they are damaged.
     """
@@ -67,7 +68,7 @@ def apply_polish(store: Store) -> tuple[dict[str, Any], dict[str, float]]:
     try:
         found = read_header(file)
         for name, wanted in record["sums"].items():
-            if store.factors.write(name, found[name].read()) != wanted:
+            if store.replace(name, found[name].read()) != wanted:
                 raise damaged(file, store.place)
     except (KeyError, CheckpointError):
         raise damaged(file, store.place) from None

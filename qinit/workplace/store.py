@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
 from qinit.errors import CheckpointError
 from qinit.files.writer import SafetensorsWriter
-from qinit.formats import FORMATS
+from qinit.formats import FORMATS, Format
+from qinit.grids import Quantized
 from qinit.linalg.low_rank import LowRank
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.report import LayerRow
@@ -44,7 +45,7 @@ class Store:
     def _restore(self) -> None:
         layers = {layer.target.name: layer for layer in self.plan.layers}
         polish = self.journal.find("polish")
-        polished = polish is not None and bool(polish["sums"])  # then the factors are written once more anyway
+        again = frozenset(polish["sums"]) if polish else frozenset()  # these are written once more anyway
         for record in self.journal.records:
             if record["kind"] == "copied" and self._holds([(self.base, record["name"])], record):
                 self.copied.add(record["name"])
@@ -55,7 +56,7 @@ class Store:
                 if row is None or layer is None or not _fits(row, layer):
                     continue
                 tensors = self._tensors(layer)
-                if self._holds(tensors[: len(layer.specs)] if polished else tensors, record):
+                if self._holds(tensors, record, again):
                     self.rows[row.name] = row
                     for writer, name in tensors:
                         writer.keep(name)
@@ -64,10 +65,12 @@ class Store:
         base = [(self.base, spec.name) for spec in layer.specs]
         return base + [(self.factors, name) for name in self.plan.adapter.names(layer.target.module)]
 
-    def _holds(self, tensors: list[tuple[SafetensorsWriter, Any]], record: Record) -> bool:
+    def _holds(self, tensors: list[tuple[SafetensorsWriter, Any]], record: Record, again: Collection[str] = ()) -> bool:
+        """Whether the tensors are those of the record, but for such as are written `again`."""
         try:
-            return len(record["sums"]) >= len(tensors) and all(
-                writer.checksum(name) == wanted for (writer, name), wanted in zip(tensors, record["sums"], strict=False)
+            return len(record["sums"]) == len(tensors) and all(
+                name in again or writer.checksum(name) == wanted
+                for (writer, name), wanted in zip(tensors, record["sums"], strict=True)
             )
         except (KeyError, CheckpointError):
             return False
@@ -94,6 +97,10 @@ class Store:
             self.sync()
         return row
 
+    def replace(self, name: str, tensor: torch.Tensor) -> int:
+        """Write a tensor of a finished layer anew, base or factors; returns its checksum."""
+        return (self.factors if self.factors.has(name) else self.base).write(name, tensor)
+
     def sync(self) -> None:
         """Bring to disk what was written, and then that it was."""
         self.base.sync()
@@ -107,10 +114,22 @@ class Store:
         self.base.close()
         self.factors.close()
 
-    def quantized(self, layer: LayerPlan) -> torch.Tensor:
-        """Return Q [out, in] of a finished layer in float32, as a loader has it."""
-        tensors = {spec.name: self.base.read(spec.name) for spec in layer.specs}
-        return FORMATS[self.plan.recipe.format].decode(layer.target, tensors, layer.bits, layer.group_size)
+    def quantized(self, layer: LayerPlan, changed: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Return Q [out, in] of a finished layer in float32, as a loader has it, or would with other tensors in the
+        place of those `changed`."""
+        tensors = {**self._base_of(layer), **(changed or {})}
+        return self._format.decode(layer.target, tensors, layer.bits, layer.group_size)
+
+    def codes(self, layer: LayerPlan) -> Quantized | None:
+        """Return Q of a finished layer as codes; None where the format stores none."""
+        return self._format.codes(layer.target, self._base_of(layer), layer.bits, layer.group_size)
+
+    @property
+    def _format(self) -> Format:
+        return FORMATS[self.plan.recipe.format]
+
+    def _base_of(self, layer: LayerPlan) -> dict[str, torch.Tensor]:
+        return {spec.name: self.base.read(spec.name) for spec in layer.specs}
 
     def low_rank(self, layer: LayerPlan) -> LowRank:
         """Return L = B A of a finished layer, as PEFT computes it."""

@@ -21,7 +21,7 @@ import torch
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats.base import Format
 from qinit.formats.gptq.loading import PACKAGES, loader_options
-from qinit.formats.gptq.packing import pack_rows
+from qinit.formats.gptq.packing import pack_rows, unpack_rows
 from qinit.formats.gptq.reading import PARTS, dequantized, read_layer
 from qinit.grids import Grid, Quantized
 from qinit.source.targets import LinearModule, Target
@@ -92,6 +92,19 @@ class GptqFormat(Format):
 
     def decode(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
         return dequantized(*(tensors[target.prefix + part].cpu() for part in PARTS), bits=bits)
+
+    def codes(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> Quantized:
+        qweight, qzeros, scales, _ = (tensors[target.prefix + part].cpu() for part in PARTS)
+        return Quantized(
+            bits,
+            group_size,
+            unpack_rows(qweight.T.contiguous(), bits),
+            scales.T.float().contiguous(),
+            unpack_rows(qzeros, bits).T.contiguous(),
+        )
+
+    def scales(self, target: Target, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {target.prefix + "scales": scales.cpu().T.contiguous().half()}
 
     def flaws(
         self, target: Target, tensors: Mapping[str, torch.Tensor], group_size: int
