@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qinit.planner.time import Estimate
     from qinit.report.report import Report
 
+SAMPLING = {"self": "the model writes its calibration text", "text": "reading the text that qinit brings"}
 METHOD_COLUMNS = {
     **{"name": "method", "calibration": "calibration", "grid": "grid", "bits": "bits", "search": "scales"},
     **{"rounding": "rounding", "metric": "metric", "schedule": "schedule", "source": "source"},
@@ -91,8 +92,8 @@ class Screen:
         terminal = self._console.is_terminal and not self._quiet
         return Progress(*columns, *rest, console=self._console, disable=not terminal, transient=True)
 
-    def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
-        """Draw a run's progress and its result; returns its report."""
+    def follow(self, plan: Plan, events: Generator[Event, None, None], expected: Sequence[str] = ()) -> Report:
+        """Draw the plan's notes, what is `expected` of the run, its progress and its result; returns its report."""
         from qinit.events import (
             Allotted,
             Discarded,
@@ -108,7 +109,7 @@ class Screen:
         from qinit.events import Progress as Polishing
         from qinit.words import moment
 
-        for note in plan.notes:
+        for note in (*plan.notes, *expected):
             self.say(f"note: {note}")
         report = None
         terminal = self._console.is_terminal and not self._quiet
@@ -126,12 +127,11 @@ class Screen:
                     case Passing(block, blocks):
                         progress.update(task, description=f"block {block + 1} of {blocks}: finished before")
                     case Sampling(source):
-                        text = "the model writes its calibration text" if source == "self" else f"reading {source}"
+                        text = SAMPLING.get(source, f"reading {source}")
                         progress.update(task, description=printable(text))
                     case Measuring(block, blocks, layers):
-                        progress.update(
-                            task, description=printable(f"block {block + 1} of {blocks}: measuring {layers[0]}")
-                        )
+                        what = f"measuring {layers[0]}" if layers else "none of the chosen layers"
+                        progress.update(task, description=printable(f"block {block + 1} of {blocks}: {what}"))
                     case Allotted(allotted):
                         for line in _allocation_words(allotted):
                             self.say(line)

@@ -121,10 +121,12 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     """
     from qinit_cli import main
 
+    from qinit.planner.auto import Choice
+
     directory = tmp_path / "cwd"
     directory.mkdir()
     monkeypatch.chdir(directory)
-    monkeypatch.setattr("qinit.planner.make.choose", lambda plan, device: ("none", ""))
+    monkeypatch.setattr("qinit.planner.make.choose", lambda plan, device: Choice("none", ""))
 
     def call(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["qinit", *map(str, arguments)])

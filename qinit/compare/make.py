@@ -203,7 +203,7 @@ def _recipe(method: str, bits: float, options: dict[str, Any]) -> Recipe:
     dropped = set()
     if values.get("calibration") == "none":
         dropped = {"text_field", "rounding", "act_order", "polish"}
-    elif values.get("calibration", "auto") in ("auto", "self", "random"):
+    elif values.get("calibration", "auto") in ("auto", "self", "text", "random"):
         dropped = {"text_field"}
     if not row.adjustable:
         dropped |= {"rounding", "act_order"}
