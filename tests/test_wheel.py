@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,19 +29,26 @@ for package in (qinit, qinit_cli, qinit_demo):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def source(tmp_path_factory):
+    """A copy of what the packages are built from: a build leaves files behind."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("pip install setuptools")
-    place = tmp_path_factory.mktemp("wheel")
+    place = tmp_path_factory.mktemp("source")
     for name in SOURCES:
-        copy, source = place / "source" / name, ROOT / name
+        copy, original = place / name, ROOT / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        if original.is_dir():
+            shutil.copytree(original, copy, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(source, copy)
+            shutil.copy(original, copy)
+    return place
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    place = tmp_path_factory.mktemp("wheel")
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check")
-    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(place), str(place / "source")]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(place), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (found,) = place.glob("*.whl")
     return found
@@ -67,3 +75,19 @@ def test_the_demo_model_is_in_it(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("qinit_demo/")}
     data = {"config.json", "model.safetensors", "tokenizer.json", "heldout.txt"}
     assert {f"qinit_demo/{name}" for name in data} <= names
+
+
+def test_the_text_to_calibrate_on_is_in_wheel_and_source_distribution(wheel, source, tmp_path):
+    folder = ROOT / "qinit/text/bundled"
+    data = {file.relative_to(ROOT).as_posix() for file in folder.rglob("*.*") if file.suffix in (".txt", ".md")}
+    assert {f"qinit/text/bundled/{name}" for name in ("books.txt", "SOURCES.md", "licenses/click.txt")} <= data
+    assert data <= set(zipfile.ZipFile(wheel).namelist())
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])",
+    ]
+    subprocess.run([*command, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (found,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(found) as archive:
+        assert data <= {name.partition("/")[2] for name in archive.getnames()}
