@@ -96,6 +96,7 @@ class Screen:
         """Draw the plan's notes, what is `expected` of the run, its progress and its result; returns its report."""
         from qinit.events import (
             Allotted,
+            Checking,
             Discarded,
             Done,
             Finished,
@@ -141,6 +142,8 @@ class Screen:
                         progress.update(task, description=f"polish, step {step}: loss {loss:.4f}")
                         if held_out is not None and not terminal:
                             self.say(f"polish, step {step}: loss {loss:.4f}, held out {held_out:.4f}")
+                    case Checking(step, at, total):
+                        progress.update(task, description=printable(f"check: {step}, {at} of {total}"))
                     case Working(name):
                         progress.update(task, description=printable(name))
                     case Done(name, nbytes, row):
@@ -160,6 +163,7 @@ class Screen:
 
     def _result(self, report: Report, directory: Path) -> None:
         from qinit.report.card import polish_words, snippet_of
+        from qinit.report.check import check_words
 
         if self._quiet:
             return
@@ -184,6 +188,7 @@ class Screen:
                 "layers": f"{totals['layers']}{kept}",
                 "bits per weight": bits,
                 "weights on disk": f"{size(totals['bytes_before'])} -> {after}",
+                **(check_words(totals["check"]) if "check" in totals else {}),
                 "relative error": errors,
                 **outputs,
                 "time": f"{totals['seconds']:.1f} s",

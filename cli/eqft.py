@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from qinit.plan.plan import Plan
 
 
-@takes(*READING, "bits", *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, *RUNNING)
+@takes(*READING, "bits", *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, "check", *RUNNING)
 def eqft(**options: Any) -> None:
     """Quantize a checkpoint to 2, 3, 4 or 8 bits and write a LoRA adapter that repairs the quantization."""
     _quantize("eqft", options)
 
 
-@takes(*READING, *MIXING, *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, *RUNNING)
+@takes(*READING, *MIXING, *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, "check", *RUNNING)
 def meqft(**options: Any) -> None:
     """Quantize with a width for each layer, chosen under a budget (--ratio or --target-bits); all else as eqft."""
     _quantize("meqft", options)

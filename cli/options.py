@@ -220,6 +220,15 @@ OPTIONS: dict[str, Any] = {
         bool,
         typer.Option("--private", help="Make that repository a private one.", rich_help_panel=OUTPUT_PANEL),
     ],
+    "check": Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Measure at the end how close it is to the original: KL and top-1 agreement on a few thousand tokens.",
+            show_default="check",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ],
     "device": Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=RUN_PANEL)
     ],

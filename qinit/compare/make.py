@@ -210,6 +210,7 @@ def _recipe(method: str, bits: float, options: dict[str, Any]) -> Recipe:
     values = {key: value for key, value in values.items() if key not in dropped}
     if row.grid != "int":
         values["format"] = "dense"  # no packed format holds it
+    values["check"] = False  # a comparison measures on its own text
     return make_recipe(**{"format": "dense", **values, "method": name, **_widths(name, bits)})
 
 

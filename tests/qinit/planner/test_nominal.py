@@ -1,7 +1,7 @@
 import pytest
 
 from qinit.planner import nominal
-from qinit.planner.nominal import calibrating_seconds, checking_seconds, run_seconds, solving_seconds
+from qinit.planner.nominal import calibrating_seconds, check_tokens, checking_seconds, run_seconds, solving_seconds
 from tests.helpers import plan_of
 from tests.models import make_reader
 
@@ -55,3 +55,19 @@ def test_another_kind_of_device_has_another_speed(plan, monkeypatch):
     slow = checking_seconds(plan(), 1024)
     monkeypatch.setattr(nominal, "_kind", lambda plan: "cuda")
     assert checking_seconds(plan(), 1024) < slow / 10
+
+
+class TestCheckTokens:
+    def test_they_take_under_a_tenth_of_the_run_within_the_bounds(self, plan):
+        sizes = [check_tokens(plan(calibration_samples=count)) for count in (1, 64, 4096)]
+        assert sizes == sorted(sizes)
+        assert sizes[0] == 2048
+        assert sizes[-1] == 8192
+        for count in (64, 4096):
+            made = plan(calibration_samples=count)
+            size = check_tokens(made)
+            assert size == 2048 or checking_seconds(made, size) <= 0.1 * run_seconds(made)
+
+    def test_a_run_without_calibration_is_soon_done(self, plan, monkeypatch):
+        monkeypatch.setattr(nominal, "SOLVING", 0.0)
+        assert check_tokens(plan(calibration="none")) == 1024
