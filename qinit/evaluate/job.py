@@ -217,8 +217,9 @@ def streamed(
         yield Loading(model.name)
         yield from model.read(directory / str(number), len(models))
     with ExitStack() as heads:
+        held: dict[str, torch.nn.Parameter] = {}  # a run's embeddings and head are mostly those of its original
         for model in models:
-            heads.enter_context(model.blocks.surroundings(head=True))
+            held |= heads.enter_context(model.blocks.surroundings(head=True, others=held))
         logits = [model.logits() for model in models]
         return (yield from _measured(windows, way, *logits))
 

@@ -20,7 +20,7 @@ from qinit.text.tokens import load_tokenizer
 from qinit.words import duration
 
 LEAST_TOKENS = 8 * 512  # fewer say too little of what the layers see
-WORTH_MORE = 2  # times as many tokens of any text are better than the model's own (docs/study.md)
+WORTH_MORE = 2  # times as many tokens: how many there are then counts for more than who wrote them
 SAVED_BY_MANY_BITS = 4  # from that width on a start without calibration is not broken
 WORDS = {
     AUTO_SOURCE: "text that the model writes itself",

@@ -17,6 +17,7 @@ SPEED = {"cpu": 1.8e11, "cuda": 9e12}
 STEP_SECONDS = 4e-4  # per layer of the model: what writing one more token for a whole batch takes beside its arithmetic
 WALK_PASSES = {"sequential": 8, "parallel": 2}  # over the text: two models, up to each group of layers, and on
 SOLVING, SOLVING_CALIBRATED = 4e4, 1.3e5  # operations per weight; with calibration also in proportion to its inputs
+CHECKING = 10  # operations per parameter and token: 2 x 2 in matrix products, the rest in norms, softmax and unpacking
 CHECK_SHARE = 0.1  # of the run's time that its check takes at most
 LEAST_CHECKED, LEAST_CHECKED_WITHOUT = 2048, 1024  # tokens; a run without calibration is soon done
 INPUTS_OF_HALF = 4000  # where what grows with the inputs is half of it
@@ -56,7 +57,7 @@ def run_seconds(plan: Plan) -> float:
 
 def checking_seconds(plan: Plan, tokens: int) -> float:
     """Return what it takes to run the original and what was made of it over so many tokens, forward."""
-    return 2 * 2 * _parameters(plan) * tokens / SPEED[_kind(plan)]
+    return CHECKING * _parameters(plan) * tokens / SPEED[_kind(plan)]
 
 
 def check_tokens(plan: Plan) -> int:

@@ -14,12 +14,12 @@ from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.errors import CalibrationError, QinitError
 from qinit.evaluate.figures import Figures
 from qinit.evaluate.job import Block, Loading, Read, Way, choose_way, in_memory, streamed
-from qinit.evaluate.loaded import batch_size_for
 from qinit.evaluate.saved import row_of
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.text import Text, Tokens, tokenize
 from qinit.evaluate.windows import Windows, cut_windows
 from qinit.events import Checking, Event
+from qinit.plan.limits import CHECK_WINDOW
 from qinit.plan.plan import Plan
 from qinit.planner.nominal import check_tokens
 from qinit.recipe import Recipe
@@ -29,7 +29,6 @@ from qinit.stream.blocks import NotStreamable
 from qinit.text.bundled import check_documents
 from qinit.text.sources import RANDOM, load_samples
 
-WINDOW = 512  # tokens, or what the model takes if that is less
 TEXT = "text that qinit brings, none of it for calibration"
 BROKEN = 1.0  # nats of KL per token: beyond it little of what the original predicts is left
 MORE_BITS = {2: 3, 3: 4, 4: 8}
@@ -63,7 +62,7 @@ def _windows(plan: Plan) -> tuple[Text, Tokens, Windows]:
     """Return what is measured on: the same for all runs of a model that take as many tokens; random tokens for a model
     without a tokenizer."""
     facts, checkpoint, recipe = plan.facts, plan.checkpoint, plan.recipe
-    length = facts.clip(WINDOW)
+    length = facts.clip(CHECK_WINDOW)
     count = max(1, check_tokens(plan) // length)
     text = Text(TEXT, "\n\n".join(check_documents()), "documents joined with blank lines")
     try:
@@ -84,13 +83,12 @@ def _figures(job: Job, windows: Windows) -> Generator[Event, None, tuple[Way, Fi
     name, base = _short(plan.model_name), job.place.run
     written = Subject("the run", base, base / ADAPTER_DIRECTORY, trust_remote_code=trusted)
     original = Subject(name, plan.checkpoint.directory, trust_remote_code=trusted)
-    rows = batch_size_for(windows, plan.facts.vocabulary or 1)
     try:
-        way = Way(True, "always", "float32", rows)
+        way = Way(True, "as every check", "float32", batch_size=1)  # a run's memory is bounded by its blocks
         with TemporaryDirectory(dir=job.place.scratch) as directory:
             figures = yield from _told(streamed(written, original, windows, way, job.device, Path(directory)))
     except NotStreamable as reason:
-        way = choose_way(written, original, windows, job.device)
+        way = choose_way(written, original, windows, job.device, batch_size=1)
         if way.streamed:
             raise NotStreamable(f"{reason}, and in memory not either: {way.reason}") from None
         figures = yield from _told(in_memory(written, original, windows, way, job.device))
@@ -118,8 +116,10 @@ def broken_note(row: dict[str, Any], recipe: Recipe) -> str | None:
     if row["kl"] <= BROKEN:
         return None
     figures = f"KL {row['kl']:.2f} nats per token, the same top token for {100 * row['top1_agreement']:.0f} %"
-    return f"check: this start is broken, its predictions are far from the original's ({figures}); to start closer " + (
-        ", or ".join(_remedies(recipe))
+    *first, last = _remedies(recipe)
+    return (
+        f"check: this start is broken, its predictions are far from the original's ({figures}); to start closer: "
+        f"{', '.join(first)} or {last}"
     )
 
 

@@ -32,7 +32,8 @@ class TestFigures:
         text = "\n\n".join(check_documents())
         ids = torch.tensor(load_tokenizer(source)(text, verbose=False).input_ids)
         windows = cut_windows(ids, 128, limit=8)
-        wanted = figures(subject(tmp_path / "out"), Subject("original", source), windows, stream="always")
+        original = Subject("original", source)
+        wanted = figures(subject(tmp_path / "out"), original, windows, stream="always", batch_size=1)
         assert (row["kl"], row["top1_agreement"], row["loss"]) == (wanted.kl, wanted.agreement, wanted.loss)
         assert (row["perplexity"], row["reference_perplexity"]) == (wanted.perplexity, wanted.reference_perplexity)
         assert (row["windows"], row["length"], row["tokens"]) == (8, 128, 8 * 127)
@@ -84,7 +85,7 @@ class TestInMemory:
         report = quantize(source, tmp_path / "out", format="dense", check=True)
         assert "check" not in report.totals
         (note,) = report.notes
-        assert note.startswith("check: left out (its blocks need each other, and in memory not either: 0.01 GB needed")
+        assert note.startswith("check: left out (its blocks need each other, and in memory not either: 0.00 GB needed")
 
 
 def _windows_of(source):
@@ -128,7 +129,9 @@ class TestBroken:
         assert report.totals["check"]["kl"] > 1
         (note,) = report.notes
         assert note.startswith("check: this start is broken, its predictions are far from the original's (KL ")
-        assert "calibrate (--calibration self or text), or give more bits (--bits 3), or polish" in note
+        assert (
+            "calibrate (--calibration self or text), give more bits (--bits 3), polish (--polish 100) or take a" in note
+        )
         events = finish(source, tmp_path / "again", **PLAIN, check=True)
         assert [event.text for event in events if isinstance(event, Noted)] == [note]
 
@@ -161,7 +164,7 @@ def test_a_broken_start_is_said_with_what_was_not_done_yet(options, said, unsaid
     start = (
         "check: this start is broken, its predictions are far from the original's (KL 4.77 nats per token, the same "
     )
-    assert note.startswith(start + "top token for 11 %); to start closer ")
+    assert note.startswith(start + "top token for 11 %); to start closer: ")
     assert all(words in note for words in said)
     assert not any(words in note for words in unsaid)
 
