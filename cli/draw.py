@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qinit.planner.time import Estimate
     from qinit.report.report import Report
 
+SAMPLING = {"self": "the model writes its calibration text", "text": "reading the text that qinit brings"}
 METHOD_COLUMNS = {
     **{"name": "method", "calibration": "calibration", "grid": "grid", "bits": "bits", "search": "scales"},
     **{"rounding": "rounding", "metric": "metric", "schedule": "schedule", "source": "source"},
@@ -91,10 +92,11 @@ class Screen:
         terminal = self._console.is_terminal and not self._quiet
         return Progress(*columns, *rest, console=self._console, disable=not terminal, transient=True)
 
-    def follow(self, plan: Plan, events: Generator[Event, None, None]) -> Report:
-        """Draw a run's progress and its result; returns its report."""
+    def follow(self, plan: Plan, events: Generator[Event, None, None], expected: Sequence[str] = ()) -> Report:
+        """Draw the plan's notes, what is `expected` of the run, its progress and its result; returns its report."""
         from qinit.events import (
             Allotted,
+            Checking,
             Discarded,
             Done,
             Finished,
@@ -108,7 +110,7 @@ class Screen:
         from qinit.events import Progress as Polishing
         from qinit.words import moment
 
-        for note in plan.notes:
+        for note in (*plan.notes, *expected):
             self.say(f"note: {note}")
         report = None
         terminal = self._console.is_terminal and not self._quiet
@@ -126,12 +128,11 @@ class Screen:
                     case Passing(block, blocks):
                         progress.update(task, description=f"block {block + 1} of {blocks}: the text runs through it")
                     case Sampling(source):
-                        text = "the model writes its calibration text" if source == "self" else f"reading {source}"
+                        text = SAMPLING.get(source, f"reading {source}")
                         progress.update(task, description=printable(text))
                     case Measuring(block, blocks, layers):
-                        progress.update(
-                            task, description=printable(f"block {block + 1} of {blocks}: measuring {layers[0]}")
-                        )
+                        what = f"measuring {layers[0]}" if layers else "none of the chosen layers"
+                        progress.update(task, description=printable(f"block {block + 1} of {blocks}: {what}"))
                     case Allotted(allotted):
                         for line in _allocation_words(allotted):
                             self.say(line)
@@ -141,6 +142,8 @@ class Screen:
                         progress.update(task, description=f"polish, step {step}: loss {loss:.4f}")
                         if held_out is not None and not terminal:
                             self.say(f"polish, step {step}: loss {loss:.4f}, held out {held_out:.4f}")
+                    case Checking(step, at, total):
+                        progress.update(task, description=printable(f"check: {step}, {at} of {total}"))
                     case Working(name):
                         progress.update(task, description=printable(name))
                     case Done(name, nbytes, row):
@@ -160,6 +163,7 @@ class Screen:
 
     def _result(self, report: Report, directory: Path) -> None:
         from qinit.report.card import polish_words, snippet_of
+        from qinit.report.check import check_words
 
         if self._quiet:
             return
@@ -184,6 +188,7 @@ class Screen:
                 "layers": f"{totals['layers']}{kept}",
                 "bits per weight": bits,
                 "weights on disk": f"{size(totals['bytes_before'])} -> {after}",
+                **(check_words(totals["check"]) if "check" in totals else {}),
                 "relative error": errors,
                 **outputs,
                 "time": f"{totals['seconds']:.1f} s",

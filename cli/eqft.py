@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from qinit.plan.plan import Plan
 
 
-@takes(*READING, "bits", *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, *RUNNING)
+@takes(*READING, "bits", *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, "check", *RUNNING)
 def eqft(**options: Any) -> None:
     """Quantize a checkpoint to 2, 3, 4 or 8 bits and write a LoRA adapter that repairs the quantization."""
     _quantize("eqft", options)
 
 
-@takes(*READING, *MIXING, *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, *RUNNING)
+@takes(*READING, *MIXING, *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, "check", *RUNNING)
 def meqft(**options: Any) -> None:
     """Quantize with a width for each layer, chosen under a budget (--ratio or --target-bits); all else as eqft."""
     _quantize("meqft", options)
@@ -81,6 +81,8 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
             screen.json_plan(made, out, seconds)
         return
 
+    from qinit.machine import pick_device
+    from qinit.planner.time import expected
     from qinit.runner.run import run
     from qinit.workplace.place import check_output
 
@@ -93,7 +95,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         open_target(repo_id, **target)
     events = run(made, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token)
     with _interruptible(out):
-        report = screen.follow(made, events)
+        report = screen.follow(made, events, expected(made, pick_device(recipe.device)))
     pushed = None
     try:
         if repo_id:
@@ -129,10 +131,9 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
     from qinit.hub.download import header_directory, local_directory
     from qinit.machine import pick_device
     from qinit.planner.make import make_plan
-    from qinit.planner.time import expected
 
     quiet_hub(options["quiet"], options["debug"])
-    device = pick_device(recipe.device)
+    pick_device(recipe.device)  # before anything is fetched
     if recipe.model is None:
         directory, name = demo_directory(), DEMO_NAME
     else:
@@ -144,9 +145,6 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
         short = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
         place = options["save_dir"] or Path("model_zoo") / ("meqft" if recipe.mixed else "eqft")
         out = place / f"{short}-{recipe.nominal_bits:g}bit-{recipe.rank}rank"
-    if not options["dry_run"]:  # a plan has it in its table
-        for line in expected(made, device):
-            screen.say(f"note: {line}")
     return made, out
 
 

@@ -58,9 +58,18 @@ OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="What the layers are measured on: a text or JSONL file, self (text that the model writes), random "
-            "(random tokens), the id of a data set on the Hub, or none.",
-            show_default="auto: self where it takes minutes, else none",
+            help="What the layers are measured on: a text or JSONL file, self (text that the model writes), text (text "
+            "that qinit brings), random (random tokens), the id of a data set on the Hub, or none.",
+            show_default="auto: self, or text where that takes too long",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ],
+    "calibration_budget": Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="What auto may take at nominal speed: 10m, 90s, 1h, or minutes.",
+            show_default="10m",
             rich_help_panel=DATA_PANEL,
         ),
     ],
@@ -211,6 +220,15 @@ OPTIONS: dict[str, Any] = {
         bool,
         typer.Option("--private", help="Make that repository a private one.", rich_help_panel=OUTPUT_PANEL),
     ],
+    "check": Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Measure at the end how close it is to the original: KL and top-1 agreement on a few thousand tokens.",
+            show_default="check",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ],
     "device": Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=RUN_PANEL)
     ],
@@ -238,7 +256,14 @@ MIXING = (
     "rank_budget",
 )
 CALIBRATING = (
-    *("calibration", "text_field", "calibration_samples", "calibration_length", "calibration_mode"),
+    *(
+        "calibration",
+        "calibration_budget",
+        "text_field",
+        "calibration_samples",
+        "calibration_length",
+        "calibration_mode",
+    ),
     *("rounding", "act_order", "polish"),
 )
 CHOOSING = ("target_modules", "exclude", "lora_alpha", "use_rslora", "seed")

@@ -99,6 +99,15 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Checking:
+    """What was written is being measured against the original: `done` of `total` blocks or windows of a `step`."""
+
+    step: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """One optimizer step has been made. `loss` is that of its batch, `held_out` that of the held-out samples where
     it was measured; both are KL in nats per token plus a multiple of the relative squared error of the last hidden
@@ -121,5 +130,6 @@ Event = (
     | Done
     | Reading
     | Progress
+    | Checking
     | Finished
 )

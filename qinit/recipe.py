@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ class Recipe(BaseModel):
     target_modules: str = ALL_LINEAR
     exclude: str | None = None
     calibration: str = "auto"  # decided by the plan; "none", or what `load_samples` takes
+    calibration_budget: str = "10m"  # what `auto` may take at nominal speed
     text_field: str | None = None
     calibration_samples: int = Field(128, ge=1, le=LARGEST)
     calibration_length: int = Field(512, ge=2, le=LARGEST)
@@ -45,6 +47,7 @@ class Recipe(BaseModel):
     rounding: Literal["gptq", "nearest"] | None = None  # None: the method's own
     act_order: bool = False
     polish: int = Field(0, ge=0, le=LARGEST)
+    check: bool = True  # measure the run at its end; changes no weight
     max_shard_size: str = "5GB"
     device: str = "auto"
     seed: int = Field(0, ge=0, lt=2**63)  # what torch takes
@@ -80,6 +83,17 @@ class Recipe(BaseModel):
     @classmethod
     def _whole_numbers_are_fine(cls, value: Any) -> Any:
         return float(value) if type(value) is int else value
+
+    @field_validator("calibration_budget", mode="before")
+    @classmethod
+    def _minutes(cls, value: Any) -> Any:
+        return f"{value:g}m" if type(value) in (int, float) else value
+
+    @field_validator("calibration_budget")
+    @classmethod
+    def _parsable_time(cls, value: str) -> str:
+        parse_time(value)
+        return value
 
     @field_validator("lora_alpha")
     @classmethod
@@ -155,7 +169,7 @@ class Recipe(BaseModel):
 
     def _check_calibration(self, method: Method) -> None:
         if method.needs and self.calibration == "none":
-            raise ValueError(f"calibration: method {self.method} needs it (a text file, self, ...), found none")
+            raise ValueError(f"calibration: method {self.method} needs it (self, text, a text file, ...), found none")
         takes = method.needs or method.name in CALIBRATED
         if self.calibrated and not takes:
             raise ValueError(f"calibration: method {self.method} looks at weights alone; leave it out or give none")
@@ -173,7 +187,7 @@ class Recipe(BaseModel):
         tokens = self.calibration_samples * self.calibration_length
         if tokens > MOST_TOKENS:
             raise ValueError(f"calibration_samples: {tokens} tokens in all, at most {MOST_TOKENS} are held in memory")
-        if self.text_field and self.calibration in ("auto", "self", "random"):
+        if self.text_field and self.calibration in ("auto", "self", "text", "random"):
             raise ValueError(f"text_field: there is no field to name in calibration {self.calibration}")
 
     @property
@@ -278,3 +292,11 @@ def parse_size(text: str) -> int:
         if number != upper and number.strip().isdecimal() and int(number) > 0:
             return int(number) * factor
     raise ValueError("expected a size like 5GB or 300MiB")
+
+
+def parse_time(text: str) -> float:
+    """Read `10m`, `90s`, `1.5h`, or a number of minutes, as seconds; raises ValueError."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|min|h)?", text.strip().lower(), re.ASCII)
+    if not found:
+        raise ValueError("expected a time like 10m, 90s or 1h")
+    return float(found[1]) * {"s": 1, "h": 3600}.get(found[2], 60)

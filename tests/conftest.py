@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +113,27 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
+def _no_check(job: Any) -> Generator[Any, None, None]:
+    return
+    yield
+
+
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return a function that runs `qinit ARGUMENTS` in an empty directory: (exit code, stdout, stderr).
 
-    Calibration `auto` is none there, and fast; `qinit.planner.make.choose` is what a test may put back.
+    Calibration `auto` is none there, and fast, and no run is measured at its end; `qinit.planner.make.choose` and
+    `qinit.runner.run.check` are what a test may put back.
     """
     from qinit_cli import main
+
+    from qinit.planner.auto import Choice
 
     directory = tmp_path / "cwd"
     directory.mkdir()
     monkeypatch.chdir(directory)
-    monkeypatch.setattr("qinit.planner.make.choose", lambda plan, device: ("none", ""))
+    monkeypatch.setattr("qinit.planner.make.choose", lambda plan, device: Choice("none", ""))
+    monkeypatch.setattr("qinit.runner.run.check", _no_check)
 
     def call(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["qinit", *map(str, arguments)])

@@ -36,7 +36,15 @@ def make_run(
     source: Path, out: Path, *, widths: tuple[int, ...] = (2,), ranks: tuple[int, ...] = (4,), **options: Any
 ) -> Path:
     """Run qinit on a checkpoint; the quantized layers take these widths and ranks in turn."""
-    options = {"rank": 4, "iter": 1, "group_size": 32, "calibration": "none", "device": "cpu", **options}
+    options = {
+        "rank": 4,
+        "iter": 1,
+        "group_size": 32,
+        "calibration": "none",
+        "check": False,
+        "device": "cpu",
+        **options,
+    }
     plan = make_plan(make_recipe(model=str(source), **options), source, source.name)
     turns = zip(itertools.cycle(widths), itertools.cycle(ranks), strict=False)
 

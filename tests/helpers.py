@@ -25,11 +25,11 @@ def gauss(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
 
 
 def plan_of(source: Path, name: str = "tiny", **options: Any) -> Plan:
-    """Plan a run on a checkpoint, at rank 4 and without calibration unless told otherwise."""
+    """Plan a run on a checkpoint, at rank 4, without calibration and check unless told otherwise."""
     from qinit.planner.make import make_plan
     from qinit.recipe import make_recipe
 
-    recipe = make_recipe(**{"model": str(source), "rank": 4, "calibration": "none", **options})
+    recipe = make_recipe(**{"model": str(source), "rank": 4, "calibration": "none", "check": False, **options})
     return make_plan(recipe, source, name)
 
 

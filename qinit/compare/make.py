@@ -203,13 +203,14 @@ def _recipe(method: str, bits: float, options: dict[str, Any]) -> Recipe:
     dropped = set()
     if values.get("calibration") == "none":
         dropped = {"text_field", "rounding", "act_order", "polish"}
-    elif values.get("calibration", "auto") in ("auto", "self", "random"):
+    elif values.get("calibration", "auto") in ("auto", "self", "text", "random"):
         dropped = {"text_field"}
     if not row.adjustable:
         dropped |= {"rounding", "act_order"}
     values = {key: value for key, value in values.items() if key not in dropped}
     if row.grid != "int":
         values["format"] = "dense"  # no packed format holds it
+    values["check"] = False  # a comparison measures on its own text
     return make_recipe(**{"format": "dense", **values, "method": name, **_widths(name, bits)})
 
 

@@ -166,21 +166,37 @@ def evaluate(
     figures, results = None, {}
     if way.streamed:
         assert windows is not None
-        with tempfile.TemporaryDirectory(prefix="qinit-eval-") as directory:
-            figures = yield from _streamed(subject, reference, windows, way, device, Path(directory))
+        try:
+            with tempfile.TemporaryDirectory(prefix="qinit-eval-") as directory:
+                figures = yield from streamed(subject, reference, windows, way, device, Path(directory))
+        except NotStreamable as reason:
+            raise RecipeError(
+                f"stream: {subject.name} cannot be run block by block ({reason}; {way.reason}); use --stream never"
+            ) from None
     else:
         yield Loading(subject.name)
         model = load_model(subject, DTYPES[way.dtype], device)
         with without_compiler():
             if windows is not None:
-                figures = yield from _in_memory(model, reference, windows, way, device)
+                figures = yield from _compared(model, reference, windows, way, device)
             if tasks:
                 yield Tasking(tuple(tasks))
                 results = run_tasks(model, load_tokenizer(subject.base), tasks, way.batch_size)
     yield Evaluated(figures, results, time.perf_counter() - started)
 
 
-def _in_memory(
+def in_memory(
+    subject: Subject, reference: Subject | None, windows: Windows, way: Way, device: torch.device
+) -> Generator[Event, None, Figures]:
+    """Measure a model, beside a reference if there is one, with both in memory; yields what happens. Raises as
+    `evaluate`."""
+    yield Loading(subject.name)
+    model = load_model(subject, DTYPES[way.dtype], device)
+    with without_compiler():
+        return (yield from _compared(model, reference, windows, way, device))
+
+
+def _compared(
     model: Any, reference: Subject | None, windows: Windows, way: Way, device: torch.device
 ) -> Generator[Event, None, Figures]:
     other = None
@@ -190,24 +206,22 @@ def _in_memory(
     return (yield from _measured(windows, way, logits_of(model, windows), other))
 
 
-def _streamed(
+def streamed(
     subject: Subject, reference: Subject | None, windows: Windows, way: Way, device: torch.device, directory: Path
 ) -> Generator[Event, None, Figures]:
+    """Measure the same block by block; `directory` takes the hidden states that memory does not hold. Raises
+    NotStreamable for a model that cannot be run so, and as `evaluate`."""
     subjects = [subject] if reference is None else [subject, reference]
-    try:
-        models = [Streamed(each, windows, way.batch_size, device) for each in subjects]
-        for number, model in enumerate(models):
-            yield Loading(model.name)
-            yield from model.read(directory / str(number), len(models))
-        with ExitStack() as heads:
-            for model in models:
-                heads.enter_context(model.blocks.surroundings(head=True))
-            logits = [model.logits() for model in models]
-            return (yield from _measured(windows, way, *logits))
-    except NotStreamable as reason:
-        raise RecipeError(
-            f"stream: {subject.name} cannot be run block by block ({reason}; {way.reason}); use --stream never"
-        ) from None
+    models = [Streamed(each, windows, way.batch_size, device) for each in subjects]
+    for number, model in enumerate(models):
+        yield Loading(model.name)
+        yield from model.read(directory / str(number), len(models))
+    with ExitStack() as heads:
+        held: dict[str, torch.nn.Parameter] = {}  # a run's embeddings and head are mostly those of its original
+        for model in models:
+            held |= heads.enter_context(model.blocks.surroundings(head=True, others=held))
+        logits = [model.logits() for model in models]
+        return (yield from _measured(windows, way, *logits))
 
 
 def _measured(

@@ -30,7 +30,13 @@ def load_model(subject: Subject, dtype: torch.dtype, device: torch.device) -> An
     """Load base and adapter in eval mode. Raises CheckpointError for what is damaged or needs a missing package."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # some kernels' packages print a banner
         model = load_parts(
-            subject.base, subject.adapter, class_name(subject), subject.config, dtype=dtype, device=str(device)
+            subject.base,
+            subject.adapter,
+            class_name(subject),
+            subject.config,
+            dtype=dtype,
+            device=str(device),
+            trust_remote_code=subject.trust_remote_code,
         )
     model.config.use_cache = False
     return model.eval()
@@ -50,7 +56,7 @@ def class_name(subject: Subject) -> str:
         source = read_json(subject.base / REPORT_NAME, "").get("source")
         if isinstance(source, dict) and isinstance(source.get("class"), str):
             return source["class"]
-    return loader(subject.config).__name__
+    return loader(subject.config, subject.trust_remote_code).__name__
 
 
 def missing_packages(subject: Subject) -> list[str]:

@@ -86,7 +86,7 @@ def _weights(subject: Subject) -> ModelWeights:
         raise NotStreamable(f"its weights are packed as {how}, which is not read layer by layer")
     if (problem := fmt.cannot_read(checkpoint.config)) is not None:
         raise NotStreamable(f"its weights are packed as {problem}")
-    architecture = read_architecture(checkpoint)
+    architecture = read_architecture(checkpoint, subject.trust_remote_code)
     adapter = None
     if subject.adapter is not None:
         try:
@@ -96,4 +96,4 @@ def _weights(subject: Subject) -> ModelWeights:
         other = adapter.parts.keys() - {module.name for module in architecture.linear}
         if other:
             raise NotStreamable(f"{subject.adapter}: has factors for {min(other)}, which is no linear layer inside")
-    return ModelWeights(checkpoint, architecture, adapter=adapter)
+    return ModelWeights(checkpoint, architecture, adapter=adapter, trust_remote_code=subject.trust_remote_code)

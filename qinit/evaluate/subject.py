@@ -24,12 +24,14 @@ BASE_KEY = "base_model_name_or_path"
 @dataclass(frozen=True)
 class Subject:
     """A base and, unless None, an adapter on it. `name` is for reports. `lost` is the base that the adapter's file
-    names, where it is not there and the run that the adapter lies in was taken instead."""
+    names, where it is not there and the run that the adapter lies in was taken instead. `trust_remote_code` runs code
+    that lies in the base's directory."""
 
     name: str
     base: Path
     adapter: Path | None = None
     lost: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def run(self) -> Path | None:
@@ -44,7 +46,7 @@ class Subject:
     @cached_property
     def facts(self) -> Facts:
         """What the configuration says about tokens. Raises CheckpointError for a model that predicts no next token."""
-        facts = Facts.read(self.base, self.config)
+        facts = Facts.read(self.base, self.config, self.trust_remote_code)
         if not facts.causal:
             raise CheckpointError(
                 f"{facts.config_file}: perplexity needs a causal language model (an architecture that ends in "

@@ -88,12 +88,12 @@ def length_for(directory: Path, facts: Facts, length: int | None) -> int:
     return length
 
 
-def tokenize(text: Text, directory: Path, facts: Facts) -> Tokens:
+def tokenize(text: Text, directory: Path, facts: Facts, *, trust_remote_code: bool = False) -> Tokens:
     """Tokenize a text at once with a checkpoint's tokenizer, with the special tokens that it puts there by itself.
 
     Raises CalibrationError without a tokenizer, and for ids that the model does not have.
     """
-    tokenizer = load_tokenizer(directory, instead="copy the tokenizer files of its original there")
+    tokenizer = load_tokenizer(directory, trust_remote_code, "copy the tokenizer files of its original there")
     found = tokenizer(text.text, return_attention_mask=False, return_special_tokens_mask=True, verbose=False)
     ids = torch.tensor(found.input_ids, dtype=torch.int64)
     if not len(ids):

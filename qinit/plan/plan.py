@@ -63,6 +63,11 @@ class Plan:
     def quantized(self) -> tuple[LayerPlan, ...]:
         return tuple(layer for layer in self.layers if layer.kept is None)
 
+    @property
+    def widest(self) -> int:
+        """The inputs of the widest quantized layer."""
+        return max(layer.target.module.in_features for layer in self.quantized)
+
     @cached_property
     def sliced(self) -> frozenset[str]:
         """Names of the source's tensors that hold several layers, a slice each: experts."""
@@ -141,6 +146,10 @@ class Plan:
             how = f"calibration {self.recipe.calibration}" if self.recipe.calibrated else "no calibration"
             if self.calibration_reason:
                 notes.append(f"{how}: {self.calibration_reason}")
+        if self.recipe.calibrated:
+            tokens = self.recipe.calibration_samples * self.facts.clip(self.recipe.calibration_length)
+            more = -(-8 * self.widest // self.facts.clip(self.recipe.calibration_length))
+            notes += few_tokens(self, tokens, f"give --calibration-samples {more}")
         notes += [
             f"{layer.target.name}: rank lowered from {self.recipe.rank} to {layer.rank}, all that its shape allows"
             for layer in self.layers
@@ -179,6 +188,16 @@ class Plan:
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return the same for a layer that the calibration text never reaches."""
         return replace(self.layer_spec(layer), method=UNREACHED, iterations=UNREACHED.iterations)
+
+
+def few_tokens(plan: Plan, tokens: int, remedy: str) -> list[str]:
+    """Say where `tokens` of calibration text are fewer than the inputs of the widest layer, with the remedy."""
+    if tokens >= plan.widest:
+        return []
+    return [
+        f"calibration: {tokens} tokens are fewer than the {plan.widest} inputs of the widest layer, so H is singular "
+        f"and damped more; {8 * plan.widest} or more are better: {remedy}"
+    ]
 
 
 def with_choice(plan: Plan, layer: LayerPlan, bits: int, rank: int) -> LayerPlan:

@@ -1,38 +1,157 @@
-"""What `--calibration auto` becomes: decided before anything is read."""
+"""What `--calibration auto` becomes: decided before anything is read, by what it costs at a nominal speed."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 import torch
 
-from qinit.machine import free_memory, measured_speed
+from qinit.errors import CalibrationError
+from qinit.machine import free_memory
 from qinit.plan.limits import AUTO_SOURCE, LARGEST_SHARE
 from qinit.plan.plan import Plan
-from qinit.planner.time import calibration_cost
+from qinit.planner.nominal import calibrating_seconds, solving_seconds
+from qinit.recipe import parse_time
 from qinit.solver.methods import CALIBRATED
+from qinit.source.skeleton import loader
+from qinit.text.sources import BUNDLED, RANDOM
+from qinit.text.tokens import load_tokenizer
 from qinit.words import duration
 
-LONGEST = 300.0  # seconds that `auto` may spend without being asked, on a machine of nominal speed:
-NOMINAL_SPEED = {"cpu": 1.5e11, "cuda": 5e13}  # so that a busy machine writes the same bytes as an idle one
+LEAST_TOKENS = 8 * 512  # fewer say too little of what the layers see
+WORTH_MORE = 2  # times as many tokens: how many there are then counts for more than who wrote them
+SAVED_BY_MANY_BITS = 4  # from that width on a start without calibration is not broken
+WORDS = {
+    AUTO_SOURCE: "text that the model writes itself",
+    BUNDLED: "text that qinit brings",
+    RANDOM: "random tokens",
+}
 
 
-def choose(plan: Plan, device: torch.device) -> tuple[str, str]:
-    """Decide `auto` for this plan and machine: the source (`self` or `none`) and the reason, for people."""
+@dataclass(frozen=True)
+class Choice:
+    """The source that `auto` becomes, and the reason, for people; `samples` is None where that is nothing."""
+
+    source: str
+    reason: str
+    samples: int | None = None
+
+
+def choose(plan: Plan, device: torch.device) -> Choice:
+    """Decide `auto` for this plan: the model's own text within the budget, with fewer samples where it must be; else
+    text that qinit brings; else random tokens. `none` is for methods and models that take none, and for 4 bits or more
+    where even a little of it is beyond the budget."""
     if plan.recipe.method not in CALIBRATED:
-        return "none", f"method {plan.recipe.method} takes none"
-    facts = plan.facts
-    if not facts.causal or facts.start is None:
-        return "none", "the model writes no text of its own; give --calibration FILE to start closer"
+        return Choice("none", f"method {plan.recipe.method} takes none")
+    costs = _Costs(plan)
+    unable = _cannot_write(plan, device)
+    own = None if unable else costs.most(AUTO_SOURCE)
+    if own == costs.counts[0]:
+        return costs.choice(AUTO_SOURCE, own)
+    other, without_text = _other_source(plan, device)
+    if other is None and unable:
+        return Choice("none", without_text)
+    most = costs.most(other) if other else None
+    if own and (other != BUNDLED or not most or most < WORTH_MORE * own):
+        return costs.choice(AUTO_SOURCE, own)
+    notes = (unable or costs.too_long(AUTO_SOURCE, costs.counts[0]), without_text)
+    source, least = other or AUTO_SOURCE, costs.counts[-1]
+    if most is None and min(plan.recipe.widths) >= SAVED_BY_MANY_BITS:
+        return Choice("none", _joined(*notes, costs.too_long(source, least), f"give --calibration {source} to have it"))
+    return costs.choice(source, most or least, *notes)
+
+
+class _Costs:
+    """What calibration takes at nominal speed, solving included, against the budget."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.budget = plan, parse_time(plan.recipe.calibration_budget)
+        self.length = plan.facts.clip(plan.recipe.calibration_length)
+        asked = plan.recipe.calibration_samples
+        fixed = "calibration_samples" in plan.recipe.model_fields_set
+        self.counts = [asked] if fixed else _counts(asked, -(-LEAST_TOKENS // self.length))
+
+    @property
+    def _over(self) -> str:
+        return f"over --calibration-budget {self.plan.recipe.calibration_budget}"
+
+    def seconds(self, source: str, samples: int) -> float:
+        return calibrating_seconds(self.plan, source, samples) + solving_seconds(self.plan, calibrated=True)
+
+    def most(self, source: str) -> int | None:
+        """Return the most samples within the budget, None where even the least are beyond it."""
+        return next((count for count in self.counts if self.seconds(source, count) <= self.budget), None)
+
+    def too_long(self, source: str, samples: int) -> str:
+        """Say that so many samples are beyond the budget; nothing where they are not."""
+        seconds = self.seconds(source, samples)
+        if seconds <= self.budget:
+            return ""
+        return f"{samples} samples of {WORDS[source]} would take {duration(seconds)}, {self._over}"
+
+    def choice(self, source: str, samples: int, *notes: str) -> Choice:
+        """Return the choice of so many samples, with its size, its time, and what was not affordable."""
+        seconds = self.seconds(source, samples)
+        size = f"{samples} samples of {self.length} tokens ({samples * self.length})"
+        said = f"on {WORDS[source]}, {size}, about {duration(seconds)} at nominal speed"
+        beyond = self.too_long(source, self.counts[0]) if samples < self.counts[0] else ""
+        if seconds > self.budget:
+            beyond = f"{self._over}, but without any the start would be broken"
+        return Choice(source, _joined(said, *notes, beyond), samples)
+
+
+def _counts(asked: int, least: int) -> list[int]:
+    """Return numbers of samples to try: `asked`, then three quarters, a half, three eighths and so on, down to
+    `least`."""
+    found, count = [asked], asked
+    while count // 2 > least:
+        found += [count * 3 // 4, count // 2]
+        count //= 2
+    return found + [least] * (least < found[-1])
+
+
+def _cannot_write(plan: Plan, device: torch.device) -> str:
+    """Say why the model cannot write its own text here; nothing where it can."""
+    try:
+        plan.facts.require_start()
+    except CalibrationError:
+        return "the model writes no text of its own"
     free = free_memory(device)
-    if plan.bytes_before > LARGEST_SHARE * free:
-        return "none", (
-            f"writing its own text takes {plan.bytes_before / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free; "
-            "give --calibration FILE to start closer"
-        )
-    nominal = calibration_cost(plan, AUTO_SOURCE, NOMINAL_SPEED[device.type]).seconds
-    if nominal > LONGEST:
-        here = duration(calibration_cost(plan, AUTO_SOURCE, measured_speed(device)).seconds)
-        return "none", (
-            f"on the model's own text it would take about {here} here; give --calibration self to have it all the "
-            "same, or a file"
-        )
-    return AUTO_SOURCE, "on text that the model writes itself"
+    if plan.bytes_before <= LARGEST_SHARE * free:
+        return ""
+    return (
+        f"writing its own text takes {plan.bytes_before / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free, more "
+        f"than {100 * LARGEST_SHARE:.0f} %"
+    )
+
+
+def _other_source(plan: Plan, device: torch.device) -> tuple[str | None, str]:
+    """Return the source beside the model's own text, None for a model that reads no tokens, and why it is not text."""
+    facts, checkpoint = plan.facts, plan.checkpoint
+    if facts.vocabulary is None or _main_input(plan) != "input_ids":
+        return None, "the model reads more than tokens; give --calibration FILE where it can read text alone"
+    whole = 4 * sum(tensor.numel for tensor in checkpoint.tensors.values())
+    free = free_memory(device)
+    if _rows(plan) > 1 and whole > LARGEST_SHARE * free:  # such a model is not run block by block
+        return None, f"running the model takes {whole / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
+    try:
+        load_tokenizer(checkpoint.directory, plan.recipe.trust_remote_code)
+    except CalibrationError:
+        return RANDOM, "there is no tokenizer that could read text"
+    return BUNDLED, ""
+
+
+def _main_input(plan: Plan) -> str:
+    """Return what the model's class calls its input; one that is code of the checkpoint's is taken to read tokens."""
+    found = loader(plan.checkpoint.config)
+    return str(getattr(found, "main_input_name", "input_ids"))
+
+
+def _rows(plan: Plan) -> int:
+    """Return how many rows of blocks there are: what stands before the first number in the layers' names."""
+    return len({re.split(r"\.\d+\.", layer.target.name)[0] for layer in plan.quantized})
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))

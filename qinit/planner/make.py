@@ -43,12 +43,15 @@ def _with_calibration(plan: Plan) -> Plan:
     """Decide `auto`, and check what was asked for before anything expensive happens."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
     if recipe.calibration == "auto":
-        chosen, reason = choose(plan, pick_device(recipe.device))
+        choice = choose(plan, pick_device(recipe.device))
         asked = {key: getattr(recipe, key) for key in ("rounding", "act_order", "polish") if getattr(recipe, key)}
-        if chosen == "none" and asked:
-            raise RecipeError(f"{', '.join(asked)}: needs calibration, and there is none: {reason}")
-        recipe = recipe.model_copy(update={"calibration": chosen})
-        plan = replace(plan, recipe=recipe, calibration_reason=reason)
+        if choice.source == "none" and asked:
+            raise RecipeError(f"{', '.join(asked)}: needs calibration, and there is none: {choice.reason}")
+        chosen: dict[str, str | int] = {"calibration": choice.source}
+        if choice.samples is not None:
+            chosen["calibration_samples"] = choice.samples
+        recipe = recipe.model_copy(update=chosen)
+        plan = replace(plan, recipe=recipe, calibration_reason=choice.reason)
     if recipe.calibrated:
         check_source(
             recipe.calibration,
@@ -58,7 +61,7 @@ def _with_calibration(plan: Plan) -> Plan:
             trust_remote_code=recipe.trust_remote_code,
         )
     if recipe.row.needs and not recipe.calibrated:
-        raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self or a text file")
+        raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self, text or a text file")
     return plan
 
 

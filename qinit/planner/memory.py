@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from qinit.plan.limits import GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
+import re
+
+from qinit.plan.limits import CHECK_WINDOW, GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
 from qinit.plan.plan import Plan
 from qinit.stream.carried import fits_in_memory
 
@@ -10,6 +12,7 @@ from qinit.stream.carried import fits_in_memory
 PEAK_BYTES_PER_WEIGHT = 18
 FACTOR_COPIES = 5  # of the polish: the factors, gradients, two moments, the best iterate
 LOGITS_COPIES = 4  # of the pass back: logits, log-probabilities, probabilities, the gradient
+CHECK_COPIES = 2  # of a window's logits: themselves, and what becomes of them
 HESSIANS = 4  # H itself, without what the adapter repairs, its Cholesky factor and one temporary
 
 
@@ -23,8 +26,9 @@ def working_bytes(plan: Plan) -> int:
     calibration by the largest block, its statistics and the text under way. A model that writes its own text is
     in memory meanwhile, and a polish needs the source and Q of every layer at once, in float32."""
     solving = PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in plan.quantized)
+    checking = _checking_bytes(plan)
     if not plan.recipe.calibrated:
-        return solving
+        return max(solving, checking)
     source = 4 * sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
     held = 4 * sum(layer.weights for layer in plan.quantized)
     squares = 4 * sum(layer.target.module.in_features**2 for layer in plan.quantized)
@@ -40,7 +44,7 @@ def working_bytes(plan: Plan) -> int:
     polishing = 0
     if plan.recipe.polish:
         polishing = source + held + FACTOR_COPIES * plan.adapter_bytes
-    return max(writing, solving, polishing)
+    return max(writing, solving, polishing, checking)
 
 
 def carried_bytes(plan: Plan) -> int:
@@ -48,6 +52,16 @@ def carried_bytes(plan: Plan) -> int:
     streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
     width = min(layer.target.module.in_features for layer in plan.quantized)
     return streams * 4 * width * plan.recipe.calibration_samples * plan.recipe.calibration_length
+
+
+def _checking_bytes(plan: Plan) -> int:
+    """What lies outside of the blocks (embeddings, the head), once more the largest of it while the two models are
+    compared, and the logits of a window of both."""
+    if not (plan.recipe.check and plan.facts.causal):
+        return 0
+    outside = [t.numel for name, t in plan.checkpoint.tensors.items() if not re.search(r"\.\d+\.", name)]
+    logits = 4 * plan.facts.clip(CHECK_WINDOW) * (plan.facts.vocabulary or 1)
+    return 4 * (sum(outside) + max(outside, default=0)) + 2 * CHECK_COPIES * logits
 
 
 def _measuring_bytes(plan: Plan) -> int:

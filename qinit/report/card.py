@@ -12,6 +12,7 @@ import yaml
 
 from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.formats import FORMATS
+from qinit.report.check import check_words
 from qinit.report.report import Report
 from qinit.source.demo import DEMO_NAME
 
@@ -126,8 +127,8 @@ def is_hub_id(model: object) -> bool:
 
 
 def _measured(totals: dict[str, Any]) -> dict[str, str]:
-    """Return the table's rows that only a calibrated run has."""
-    rows = {}
+    """Return the table's rows that not every run has."""
+    rows = check_words(totals["check"]) if "check" in totals else {}
     if "output_error" in totals:
         rows["relative output error, base alone"] = f"{totals['output_error_start']:.4f}"
         rows["relative output error, base + adapter"] = f"{totals['output_error']:.4f}"

@@ -26,12 +26,17 @@ def copy_companions(plan: Plan, directory: Path) -> None:
         shutil.copyfile(plan.checkpoint.directory / relative, destination)
 
 
-def complete(plan: Plan, report: Report, directory: Path, out: Path) -> None:
-    """Write all other files; `out` is where the directory goes. The last one is the list of all with their sums."""
+def write_configurations(plan: Plan, directory: Path, out: Path) -> None:
+    """Write what loaders read beside the tensors: base and adapter can be loaded then. `out` is where the directory
+    goes."""
     modules = [(layer.target.module, layer.rank) for layer in plan.layers]
     config = plan.adapter.config(plan.recipe, plan.architecture, modules, str(out.resolve()))
     write_config(directory / ADAPTER_DIRECTORY, config)
     _write_config(plan, directory)
+
+
+def complete(plan: Plan, report: Report, directory: Path) -> None:
+    """Write all other files. The last one is the list of all with their sums."""
     report.write(directory)
     if plan.allocation is not None and plan.allocation.sensitivity is not None:
         plan.allocation.sensitivity.write(directory / sensitivity.SENSITIVITY_NAME)
@@ -55,6 +60,7 @@ def make_report(
     rows: tuple[LayerRow, ...],
     *,
     calibration: dict[str, Any],
+    check: dict[str, Any] | None = None,
     notes: tuple[str, ...],
     command: str,
     seconds: float,
@@ -81,6 +87,8 @@ def make_report(
         totals["output_error"] = relative_error(rows, "output_error")
     if calibration:
         totals["calibration"] = calibration
+    if check is not None:
+        totals["check"] = check
     if plan.allocation is not None:
         allocation = plan.allocation
         totals["allocation"] = {"allocation": allocation.how, "metric": allocation.metric}

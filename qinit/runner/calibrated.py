@@ -12,6 +12,7 @@ from qinit.calibration.whole import WholeModel
 from qinit.errors import CalibrationError
 from qinit.events import Done, Event, Noted, Working
 from qinit.linalg.low_rank import OutputMetric
+from qinit.plan.plan import few_tokens
 from qinit.runner.job import Job
 from qinit.runner.layer import solve_layer
 from qinit.runner.staged import Held
@@ -29,12 +30,9 @@ def solve_calibrated(job: Job) -> Generator[Event, None, None]:
             f"{len(samples.tokens)} ({samples.origin}); give more or longer text"
         )
     job.calibration = {"text": samples.origin, "tokens": samples.count}
-    widest = max(layer.target.module.in_features for layer in plan.quantized)
-    if samples.count < widest:
-        yield job.note(
-            f"calibration: {samples.count} tokens are fewer than the {widest} inputs of the widest layer, so H is "
-            f"singular and damped more; {8 * widest} or more are better"
-        )
+    if samples.count < recipe.calibration_samples * plan.facts.clip(recipe.calibration_length):  # else the plan says it
+        for note in few_tokens(plan, samples.count, "give more text"):
+            yield job.note(note)
     if all(layer.target.name in job.store.rows for layer in plan.quantized):
         return
     metrics = yield from job.output_metrics()

@@ -16,8 +16,9 @@ from qinit.events import Done, Event, Finished, Working
 from qinit.files.tensors import StoredTensor
 from qinit.machine import pick_device
 from qinit.plan.plan import Plan
-from qinit.report.finish import complete, copy_companions, make_report
+from qinit.report.finish import complete, copy_companions, make_report, write_configurations
 from qinit.runner.calibrated import solve_calibrated
+from qinit.runner.checked import check
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight, solve_layer
 from qinit.runner.mixed import choose_widths
@@ -50,16 +51,19 @@ def run(
         with closing(journal):
             job = Job(plan, device, place, journal, token)
             yield from _carried_out(job)
+            write_configurations(job.plan, place.run, out)
+            checked = yield from check(job)
             report = make_report(
                 job.plan,
                 tuple(job.store.rows[layer.target.name] for layer in plan.layers),
                 calibration=job.calibration,
+                check=checked,
                 notes=tuple(job.notes),
                 command=command,
                 seconds=journal.seconds,
                 peak_memory_bytes=journal.peak_memory_bytes,
             )
-            complete(job.plan, report, place.run, out)
+            complete(job.plan, report, place.run)
             place.finish()
     yield Finished(report, out)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -158,9 +159,11 @@ class Blocks:
         return self.rows[0]
 
     @contextmanager
-    def surroundings(self, *, head: bool = False) -> Iterator[None]:
+    def surroundings(
+        self, *, head: bool = False, others: Mapping[str, nn.Parameter] = MappingProxyType({})
+    ) -> Iterator[dict[str, nn.Parameter]]:
         """Have what lies before the blocks (embeddings, positions) in memory, with the output head if asked for; it is
-        given back at the end."""
+        given back at the end. Gives it by name; what is equal in `others`, another model's, is not held twice."""
         loaded: dict[str, nn.Parameter] = {}
         empty = {name: self.model.get_parameter(name) for name in self.outside}
         try:
@@ -172,9 +175,11 @@ class Blocks:
                     value = self.read(name) if value is None else value
                     if value is None:  # never reached, or it ends the pass with an error
                         continue
-                    loaded[same_as] = _frozen(value)
+                    other = others.get(same_as)
+                    same = other is not None and other.shape == value.shape and torch.equal(other, value)
+                    loaded[same_as] = other if other is not None and same else _frozen(value)
                 _put(self.model, name, loaded[same_as])
-            yield
+            yield loaded
         finally:
             for name, parameter in empty.items():
                 _put(self.model, name, parameter)

@@ -91,7 +91,7 @@ def _load_dataset(source: str) -> Any:
 def _hub_error(source: str, error: Exception, token: str | None) -> HubError:
     reason = without_token(str(error), token)
     kind = type(error).__name__
-    hint = did_you_mean(source, ("random", "self"))
+    hint = did_you_mean(source, ("random", "self", "text"))
     if kind == "DatasetNotFoundError":
         return HubError(
             f"{source}: no such file here and no such data set on the Hub{hint} (a private or gated one needs HF_TOKEN)"

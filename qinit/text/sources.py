@@ -1,4 +1,5 @@
-"""`--calibration SOURCE` to samples: a file, the model's own text, random tokens, or a data set on the Hub."""
+"""`--calibration SOURCE` to samples: a file, the model's own text, text that qinit brings, random tokens, or a data set
+on the Hub."""
 
 from __future__ import annotations
 
@@ -10,16 +11,18 @@ import torch
 
 from qinit.errors import CalibrationError
 from qinit.source.vocabulary import Facts
+from qinit.text.bundled import calibration_documents
 from qinit.text.documents import is_jsonl, read_file, read_text
 from qinit.text.hub_documents import HUB_SOURCE, parse_hub, read_hub, require_datasets
 from qinit.text.samples import Samples
 from qinit.text.self_text import write_text
 from qinit.text.tokens import characters_for, draw_documents, draw_windows, load_tokenizer
 
-RANDOM, SELF = "random", "self"
+RANDOM, SELF, BUNDLED = "random", "self", "text"
 SOURCES = (
     "SOURCE may be a text file, a JSONL file (.jsonl or .json, one object per line), `self` (text that the model "
-    "writes), `random` (random tokens), or the id of a data set on the Hub (owner/name:config@split)"
+    "writes), `text` (text that qinit brings), `random` (random tokens), or the id of a data set on the Hub "
+    "(owner/name:config@split)"
 )
 CPU = torch.device("cpu")
 
@@ -44,7 +47,7 @@ def load_samples(
     sets, `token` opens private data sets, `device` runs the model for `self`. The same seed gives the same samples.
     Raises CalibrationError for a source that cannot be used, HubError for what the Hub answers.
     """
-    kind = _kind(source)
+    kind = kind_of(source)
     _check_field(source, kind, text_field)
     facts = Facts.read(directory, config, trust_remote_code)
     length = facts.clip(length)
@@ -67,7 +70,9 @@ def load_samples(
         return Samples(tokens, None, f"{samples} texts of {length} tokens that the model wrote itself, seed {seed}")
 
     tokenizer = load_tokenizer(directory, trust_remote_code)
-    if kind == "file":
+    if kind == "text":
+        documents, name = calibration_documents(), "the text that qinit brings"
+    elif kind == "file":
         documents, name = read_file(Path(source), text_field), Path(source).name  # a card tells nobody's directories
     else:
         characters, count = (characters_for(samples, length), 1) if facts.causal else (0, 4 * samples)
@@ -92,7 +97,7 @@ def check_source(
     trust_remote_code: bool = False,
 ) -> None:
     """Raise what `load_samples` would, as far as it shows without the Hub, the weights and reading JSON."""
-    kind = _kind(source)
+    kind = kind_of(source)
     _check_field(source, kind, text_field)
     facts = Facts.read(directory, config, trust_remote_code)
     if kind == "random":
@@ -102,7 +107,7 @@ def check_source(
     else:
         if kind == "file":
             read_text(Path(source))
-        else:
+        elif kind == "hub":
             require_datasets(source)
         load_tokenizer(directory, trust_remote_code)
 
@@ -112,8 +117,8 @@ def sampling_cost(parameters: int, samples: int, length: int) -> float:
     return 2.0 * parameters * samples * length
 
 
-def _kind(source: str) -> Literal["random", "self", "file", "hub"]:
-    """Tell what a source is; a file of the name `self` or `random` is given as ./self.
+def kind_of(source: str) -> Literal["random", "self", "text", "file", "hub"]:
+    """Tell what a source is; a file of the name `self`, `text` or `random` is given as ./self.
 
     Raises CalibrationError for what is none of them.
     """
@@ -121,6 +126,8 @@ def _kind(source: str) -> Literal["random", "self", "file", "hub"]:
         return "random"
     if source == SELF:
         return "self"
+    if source == BUNDLED:
+        return "text"
     try:
         if Path(source).exists():
             return "file"
@@ -137,7 +144,7 @@ def _kind(source: str) -> Literal["random", "self", "file", "hub"]:
 
 
 def _check_field(source: str, kind: str, text_field: str | None) -> None:
-    if text_field and (kind in ("random", "self") or (kind == "file" and not is_jsonl(Path(source)))):
+    if text_field and (kind in ("random", "self", "text") or (kind == "file" and not is_jsonl(Path(source)))):
         raise CalibrationError(
             f"{source}: has no field '{text_field}'; a text field is for JSONL (.jsonl or .json) and data sets"
         )

@@ -70,6 +70,23 @@ def check_totals(report: Report, recipe: Recipe) -> Iterator[Finding]:
         found = report.totals.get(key)
         if not isinstance(found, int | float) or not math.isclose(found, made_anew, rel_tol=ROUNDING):
             yield Finding(REPORT_NAME, f"totals: {key}, made anew from the rows", made_anew, found)
+    if "check" in report.totals:  # runs by an older qinit, and those that were asked for none, have none
+        yield from check_check(report.totals["check"])
+
+
+def check_check(found: Any) -> Iterator[Finding]:
+    """Name what no run can have measured itself to be at its end."""
+    if not isinstance(found, dict):
+        yield Finding(REPORT_NAME, "totals: check", "an object", found)
+        return
+    least = {"tokens": 1, "perplexity": 1, "reference_perplexity": 1, "kl": -ROUNDING, "top1_agreement": 0}
+    for key, low in least.items():
+        value: Any = found.get(key)
+        most, to = (1, " to 1") if key == "top1_agreement" else (math.inf, "")
+        if type(value) not in (int, float) or not low <= value <= most:
+            yield Finding(REPORT_NAME, f"totals: check.{key}", f"a number from {max(low, 0)} up{to}", value)
+    if not isinstance(found.get("text"), str):
+        yield Finding(REPORT_NAME, "totals: check.text", "the text's name", found.get("text"))
 
 
 def _module(row: LayerRow) -> LinearModule:

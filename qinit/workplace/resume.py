@@ -71,7 +71,8 @@ def _as_started(plan: Plan, journal: Journal) -> Plan:
     reason = journal.header["calibration_reason"]
     if not (plan.calibration_reason and reason):
         return plan
-    recipe = plan.recipe.model_copy(update={"calibration": journal.header["signature"].get("calibration")})
+    then = {key: journal.header["signature"].get(key) for key in ("calibration", "calibration_samples")}
+    recipe = plan.recipe.model_copy(update=then)
     return replace(plan, recipe=recipe, calibration_reason=reason)
 
 

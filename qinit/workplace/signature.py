@@ -11,8 +11,11 @@ import torch
 
 from qinit.machine import versions
 from qinit.plan.plan import Plan
+from qinit.text.bundled import calibration_documents
+from qinit.text.sources import BUNDLED
 
 NO_MATTER = ("python", "peft")  # versions that change no byte of the weights
+UNSIGNED = {"check"}  # options that change no byte of the weights
 HASH = "sha256:"
 MOST = 8
 
@@ -22,7 +25,7 @@ def signature(plan: Plan, device: torch.device) -> dict[str, Any]:
 
     Of the source that is the configuration, the headers, and size and time of each weight file, not what is in it.
     """
-    found: dict[str, Any] = plan.recipe.model_dump(mode="json")
+    found: dict[str, Any] = plan.recipe.model_dump(mode="json", exclude=UNSIGNED)
     found["model's name"] = plan.model_name
     checkpoint = plan.checkpoint
     found["the model's config.json"] = _digest(sorted(checkpoint.config.items(), key=lambda item: item[0]))
@@ -35,7 +38,9 @@ def signature(plan: Plan, device: torch.device) -> dict[str, Any]:
         when = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
         found[f"the model's {file.name}"] = f"{stat.st_size} bytes of {when}.{rest:09d} UTC"
     text = Path(plan.recipe.calibration)
-    if plan.recipe.calibrated and text.is_file():
+    if plan.recipe.calibration == BUNDLED:
+        found["the text that qinit brings"] = _digest(calibration_documents())
+    elif plan.recipe.calibrated and text.is_file():
         with text.open("rb") as handle:
             found[f"the text in {text}"] = HASH + hashlib.file_digest(handle, "sha256").hexdigest()
     if plan.recipe.mixed and not plan.pending:

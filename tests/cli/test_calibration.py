@@ -8,7 +8,6 @@ import torch
 import yaml
 
 from qinit.files.tensors import StoredTensor
-from qinit.planner import auto as choice
 from qinit.planner.auto import choose
 from tests.helpers import weights_of
 from tests.models import make_bert, words
@@ -25,7 +24,6 @@ def make_encoder(tmp_path):
 def auto(command, monkeypatch):
     """Let `auto` choose as it does for users; the machine is always fast and empty."""
     monkeypatch.setattr("qinit.planner.make.choose", choose)
-    monkeypatch.setattr("qinit.planner.auto.measured_speed", lambda device: 1e11)
     monkeypatch.setattr("qinit.planner.auto.free_memory", lambda device: 10**10)
 
 
@@ -59,6 +57,15 @@ class TestSources:
         assert (code, err) == (0, "")
         assert "calibrated on    6 texts of 16 tokens that the model wrote itself, seed 0" in out
         assert report()["totals"]["calibration"]["tokens"] == 96
+
+    def test_text_that_qinit_brings(self, command, strong_reader):
+        Path("text").write_text(TEXT)  # a file of that name is given as ./text
+        code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "text")
+        assert (code, err) == (0, "")
+        assert "calibrated on    6 windows of 16 tokens from the text that qinit brings, seed 0" in out
+        assert report()["recipe"]["calibration"] == "text"
+        _, out, _ = command("eqft", strong_reader, *QUICK, "--calibration", "./text", "--overwrite")
+        assert "calibrated on    6 windows of 16 tokens from text, seed 0" in out
 
     def test_a_text_file(self, command, strong_reader):
         Path("corpus.txt").write_text(TEXT)
@@ -102,8 +109,10 @@ class TestSources:
     def test_few_tokens_are_said_on_the_screen_in_the_report_and_in_the_card(self, command, strong_reader):
         note = (
             "calibration: 96 tokens are fewer than the 128 inputs of the widest layer, so H is singular and damped "
-            "more; 1024 or more are better"
+            "more; 1024 or more are better: give --calibration-samples 64"
         )
+        _, out, _ = command("eqft", strong_reader, *QUICK, "--calibration", "random", "--dry-run")
+        assert f"note: {note}\n" in out
         _, out, _ = command("eqft", strong_reader, *QUICK, "--calibration", "random")
         assert f"note: {note}\n" in out
         assert note in report()["notes"]
@@ -146,24 +155,32 @@ class TestPlan:
         monkeypatch.setattr(StoredTensor, "read", refuse)
         code, out, err = command("eqft", strong_reader, "--dry-run")
         assert (code, err, written()) == (0, "", [])
-        assert "note: calibration self: on text that the model writes itself\n" in out
+        assert "note: calibration self: on text that the model writes itself, 128 samples of 128 tokens (16384)" in out
         row = next(line for line in out.splitlines() if line.startswith(" calibration "))
         assert row.split(maxsplit=1)[1].strip() == "self, 128 samples of up to 512 tokens"
 
-    def test_auto_is_none_for_an_encoder(self, command, auto, tmp_path):
+    def test_auto_is_text_for_an_encoder(self, command, auto, tmp_path):
         code, out, _ = command("eqft", make_encoder(tmp_path), "--dry-run")
         assert code == 0
-        reason = "the model writes no text of its own; give --calibration FILE to start closer"
-        assert f"note: no calibration: {reason}\n" in out
+        assert "note: calibration text: on text that qinit brings, 128 samples of 32 tokens (4096), about 1 s at" in out
+        assert "; the model writes no text of its own\n" in out
+
+    def test_auto_is_less_text_where_it_would_take_long(self, command, strong_reader, auto):
+        _, out, _ = command("eqft", strong_reader, "--dry-run", "--calibration-budget", "0.01s")
+        assert "note: calibration text: on text that qinit brings, 32 samples of 128 tokens (4096), about 1 s at" in out
+        assert "128 samples of text that the model writes itself would take 1 s, over --calibration-budget 0.01s" in out
+        row = next(line for line in out.splitlines() if line.startswith(" calibration "))
+        assert row.split(maxsplit=1)[1].strip() == "text, 32 samples of up to 512 tokens"
+
+    def test_auto_is_none_at_four_bits_where_it_would_take_long(self, command, strong_reader, auto):
+        _, out, _ = command("eqft", strong_reader, "--bits", 4, "--dry-run", "--calibration-budget", "0.01s")
+        assert "note: no calibration: 128 samples of text that the model writes itself would take 1 s, over" in out
+        assert "; give --calibration text to have it\n" in out
         assert ["calibration", "none"] in map(str.split, out.splitlines())
 
-    def test_auto_is_none_where_it_would_take_long(self, command, strong_reader, auto, monkeypatch):
-        monkeypatch.setitem(choice.NOMINAL_SPEED, "cpu", 1e6)
-        _, out, _ = command("eqft", strong_reader, "--dry-run")
-        assert "note: no calibration: on the model's own text it would take about" in out
-        assert "give --calibration self to have it all the same, or a file\n" in out
-
-    @pytest.mark.parametrize(("kind", "chosen", "said"), [("llama", "self", "writes itself"), ("bert", "none", "FILE")])
+    @pytest.mark.parametrize(
+        ("kind", "chosen", "said"), [("llama", "self", "itself"), ("bert", "text", "qinit brings")]
+    )
     def test_json_has_the_choice_and_the_reason(self, command, strong_reader, auto, tmp_path, kind, chosen, said):
         model = strong_reader if kind == "llama" else make_encoder(tmp_path)
         code, out, _ = command("eqft", model, "--dry-run", "--json")
@@ -175,20 +192,23 @@ class TestPlan:
     def test_auto_carries_out_what_it_plans(self, command, strong_reader, auto):
         code, out, _ = command("eqft", strong_reader, *QUICK)
         assert code == 0
-        assert "note: calibration self: on text that the model writes itself" in out
+        first = out.splitlines()[0]
+        assert first.startswith("note: calibration self: on text that the model writes itself, 6 samples of 16 tokens")
         assert report()["recipe"]["calibration"] == "self"
         assert "that the model wrote itself" in report()["totals"]["calibration"]["text"]
         assert "- calibration self: on text that the model writes itself" in Path("out/README.md").read_text()
 
     def test_what_was_asked_for_has_no_reason_but_is_in_the_plan(self, command, strong_reader, auto):
-        _, out, _ = command("eqft", strong_reader, *QUICK, "--calibration", "random", "--polish", 7, "--dry-run")
-        assert "random, 6 samples of up to 16 tokens, then 7 steps of polish" in out
+        options = ("--calibration", "random", "--polish", 7, "--calibration-samples", 8)
+        _, out, _ = command("eqft", strong_reader, *QUICK, *options, "--dry-run")
+        assert "random, 8 samples of up to 16 tokens, then 7 steps of polish" in out
         assert "model writes itself" not in out
         assert "note:" not in out
         assert re.search(r"time +about \d+ s here \(\d+ s to calibrate, \d+ s to solve, \d+ s to polish\)", out)
 
     def test_the_cost_is_said_before_the_start(self, command, strong_reader, auto):
-        _, out, _ = command("eqft", strong_reader, *QUICK, "--calibration", "random", "--polish", 1)
+        options = ("--calibration", "random", "--polish", 1, "--calibration-samples", 8)
+        _, out, _ = command("eqft", strong_reader, *QUICK, *options)
         assert [line for line in out.splitlines() if line.startswith("note:")][:2] == [
             "note: calibration takes about 1 s here",
             "note: 1 steps of polish take about 1 s here, with the whole model in memory",
@@ -213,6 +233,10 @@ BAD_INPUT = {
     "field of self": (
         *({}, ["--calibration", "self", "--text-field", "body"]),
         "text_field: there is no field to name in calibration self",
+    ),
+    "budget": (
+        *({}, ["--calibration-budget", "soon"]),
+        "calibration_budget: expected a time like 10m, 90s or 1h, found 'soon'",
     ),
     "field of auto": ({}, ["--text-field", "body"], "text_field: there is no field to name in calibration auto"),
     "field of plain text": (
@@ -257,11 +281,11 @@ BAD_INPUT = {
     ),
     "method that needs it": (
         *({"r.yaml": "method: qera\ncalibration: none\n"}, ["--recipe", "r.yaml"]),
-        "r.yaml: calibration: method qera needs it (a text file, self, ...), found none",
+        "r.yaml: calibration: method qera needs it (self, text, a text file, ...), found none",
     ),
     "method that needs it, auto": (
         *({"r.yaml": "method: qera\n"}, ["--recipe", "r.yaml"]),
-        "calibration: method qera needs it; give --calibration self or a text file",
+        "calibration: method qera needs it; give --calibration self, text or a text file",
     ),
     "method that takes none": (
         *({"r.yaml": "method: loftq\nformat: dense\n"}, ["--recipe", "r.yaml", "--calibration", "random"]),
@@ -336,7 +360,7 @@ def test_self_for_an_encoder(command, tmp_path):
 
 @pytest.mark.parametrize("asked", ["--polish=3", "--rounding=nearest", "--act-order"])
 def test_what_needs_calibration_where_auto_finds_none(command, auto, tmp_path, asked):
-    result = command("eqft", make_encoder(tmp_path), *QUICK, asked)
+    result = command("eqft", make_encoder(tmp_path), *QUICK, asked, "--bits", 4, "--calibration-budget", "0.000001s")
     assert_refused(result, "needs calibration, and there is none: the model writes no text of its own", [])
 
 

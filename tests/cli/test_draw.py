@@ -106,3 +106,8 @@ def test_json_is_one_line_with_the_report(tiny_llama, tmp_path, capsys):
     assert value.pop("directory") == str(tmp_path / "out")
     assert value == json.loads((tmp_path / "out/qinit.json").read_text())
     assert "Load it:" in others
+
+
+def test_a_block_without_a_chosen_layer_is_passed(tiny_llama, tmp_path, capsys):
+    plan = plan_of(tiny_llama, calibration="random", target_modules=r"model\.layers\.0\..*", iter=1)
+    assert Screen().follow(plan, run(plan, tmp_path / "out")).totals["layers"] == 7

@@ -247,15 +247,21 @@ class TestCodeInTheCheckpoint:
         assert json.loads((world.here / "out/qinit.json").read_text())["recipe"]["trust_remote_code"] is False
 
     @pytest.mark.parametrize("calibration", ["text.txt", "self"])
-    def test_asked_for_it_is_run_and_the_report_and_the_card_say_so(self, command, world, own, calibration):
+    def test_asked_for_it_is_run_and_the_report_and_the_card_say_so(
+        self, command, world, own, calibration, monkeypatch
+    ):
         import qinit
+        from qinit.runner.checked import check
 
+        monkeypatch.setattr("qinit.runner.run.check", check)
         short = ("--calibration", calibration, "--calibration-samples", "4", "--calibration-length", "8")
         words = ("eqft", "{model}", "--out", "out", "--trust-remote-code", "--format", "dense", "--polish", "1", *short)
         code, out, err = command(*filled(words, world))
         assert (code, err) == (0, "")
         assert own.exists()
-        assert json.loads((world.here / "out/qinit.json").read_text())["recipe"]["trust_remote_code"] is True
+        report = json.loads((world.here / "out/qinit.json").read_text())
+        assert report["recipe"]["trust_remote_code"] is True
+        assert report["totals"]["check"]["kl"] >= 0  # the model is run for that, too
         assert 'from_pretrained("out", dtype="auto", trust_remote_code=True)' in out
         assert (world.here / "out/own.py").is_file()
         with pytest.raises(qinit.errors.CheckpointError, match="read it and pass trust_remote_code=True"):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinit.errors import RecipeError
-from qinit.recipe import Recipe, make_recipe, parse_size
+from qinit.recipe import Recipe, make_recipe, parse_size, parse_time
 from qinit.solver.methods import CALIBRATED, METHODS
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, texts
 
@@ -282,6 +282,20 @@ def test_a_recipe_cannot_be_changed():
 )
 def test_sizes_are_read_in_decimal_and_binary_units(text, size):
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("10m", 600), ("10 min", 600), ("90s", 90), ("1.5H", 5400), ("7", 420), (7, 420), (0.5, 30), ("0.001s", 0.001)],
+)
+def test_times(given, seconds):
+    assert parse_time(make_recipe(calibration_budget=given).calibration_budget) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("given", ["", "m", "-1m", "1d", "1h30m", "nan", "inf", "²m", -3, float("nan"), True, [1]])
+def test_what_is_no_time(given):
+    with pytest.raises(RecipeError, match=r"calibration_budget: .*found"):
+        make_recipe(calibration_budget=given)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "1.5GB", "-1GB", "0MB", "5", "²GB", "5TBGB"])

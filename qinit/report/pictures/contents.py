@@ -10,6 +10,7 @@ from typing import Any
 
 from qinit.errors import ReportError
 from qinit.report.averages import average, mean_bits, places
+from qinit.report.check import check_words
 from qinit.report.report import LayerRow, Report
 
 NO_FRONT = "no losses were predicted in this run, so there is no Pareto front"
@@ -167,6 +168,7 @@ def summary(report: Report) -> dict[str, str]:
         words["bits per weight"] = f"{totals['bits_per_weight']:.3f} as stored"
         grid = totals.get("grid_bits_per_weight", totals["bits_per_weight"])
         words["bits per weight"] += f", {grid:.3f} on the grid" if grid != totals["bits_per_weight"] else ""
+    words |= checked(report)
     for name, start, end in (("relative error", *PANELS[0][1:]), ("of the outputs", *PANELS[1][1:])):
         before, after = average(rows, start), average(rows, end)
         if before is not None and after is not None:
@@ -180,6 +182,15 @@ def summary(report: Report) -> dict[str, str]:
     for text, perplexity, excess in evaluations(report):
         words[f"perplexity on {text}"] = f"{perplexity:.3f}" + ("" if excess is None else f", {nats_words(excess)}")
     return words
+
+
+def checked(report: Report) -> dict[str, str]:
+    """Return what the run was measured to be at its end, in words; nothing for one without."""
+    try:
+        found = report.totals.get("check")
+        return {} if found is None else check_words(found)
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise damaged("check", error) from None
 
 
 def nats_words(nats: float) -> str:

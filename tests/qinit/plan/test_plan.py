@@ -41,3 +41,18 @@ def test_a_layer_without_data_is_solved_by_the_row_without_calibration(tiny_llam
 def test_sizes_do_not_depend_on_it(tiny_llama):
     plain, calibrated = plan_of(tiny_llama), plan_of(tiny_llama, calibration="random")
     assert (plain.base_bytes, plain.adapter_bytes) == (calibrated.base_bytes, calibrated.adapter_bytes)
+
+
+class TestFewTokens:
+    def test_the_plan_says_it_with_the_option_to_give(self, tiny_llama):
+        options = {"calibration": "random", "calibration_samples": 6, "calibration_length": 16}
+        assert plan_of(tiny_llama, **options).notes == (
+            "calibration: 96 tokens are fewer than the 128 inputs of the widest layer, so H is singular and damped "
+            "more; 1024 or more are better: give --calibration-samples 64",
+        )
+        assert plan_of(tiny_llama, **{**options, "calibration_samples": 8}).notes == ()
+
+    def test_samples_longer_than_the_model_takes_count_as_they_will_be(self, tiny_llama):
+        options = {"calibration": "random", "calibration_samples": 1, "calibration_length": 4096}
+        assert plan_of(tiny_llama, **options).notes == ()  # 128 tokens
+        assert plan_of(tiny_llama, **{**options, "calibration": "none"}).notes == ()

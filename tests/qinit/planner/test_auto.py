@@ -2,68 +2,132 @@ import pytest
 import torch
 
 from qinit.planner import auto as choice
-from qinit.planner.auto import choose
-from qinit.planner.time import calibration_cost
-from qinit.words import duration
+from qinit.planner.auto import Choice, _counts, choose
+from qinit.planner.nominal import calibrating_seconds, solving_seconds
 from tests.helpers import plan_of
-from tests.models import make_bert, make_float32
+from tests.models import add_tokenizer, make_bert, make_checkpoint, make_float32
 
 CPU = torch.device("cpu")
+PLENTY, NOTHING = "100h", "0.000001s"
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """A machine of 10 GFlop/s with 8 GB free."""
-    monkeypatch.setattr(choice, "measured_speed", lambda device: 1e10)
+    """A machine with 8 GB free."""
     monkeypatch.setattr(choice, "free_memory", lambda device: 8 * 10**9)
 
 
-class TestChoose:
-    def test_a_small_causal_model_writes_its_own_text(self, reader):
-        source, reason = choose(plan_of(reader), CPU)
-        assert source == "self"
-        assert "text that the model writes itself" in reason
+def chosen(source, **options):
+    """Return what `auto` becomes for a checkpoint, under a budget that holds all unless told otherwise."""
+    return choose(plan_of(source, **{"calibration_budget": PLENTY, **options}), CPU)
 
-    def test_the_plan_does_what_was_chosen_and_says_why(self, reader, monkeypatch):
-        plan = plan_of(reader, calibration="auto")
-        assert plan.recipe.calibration == "self"
-        assert any(note.startswith("calibration self: ") for note in plan.notes)
-        monkeypatch.setattr(choice, "LONGEST", 0.0)
-        plan = plan_of(reader, calibration="auto")
-        assert plan.recipe.calibration == "none"
-        assert any(note.startswith("no calibration: ") for note in plan.notes)
 
-    def test_an_encoder_writes_nothing(self, tmp_path):
-        source, reason = choose(plan_of(make_bert(tmp_path / "bert"), format="dense"), CPU)
-        assert source == "none"
-        assert "--calibration FILE" in reason
+def budget(source, text, samples):
+    """Return a budget that just holds so many samples."""
+    plan = plan_of(source)
+    seconds = calibrating_seconds(plan, text, samples) + solving_seconds(plan, calibrated=True)
+    return f"{1.001 * seconds:.9f}s"
 
-    def test_without_a_token_to_start_from_nothing_is_written(self, tmp_path):
-        plan = plan_of(make_float32(tmp_path / "m", "llama", bos_token_id=None, eos_token_id=None))
-        assert choose(plan, CPU)[0] == "none"
 
-    @pytest.mark.parametrize(("times", "expected"), [(1.9, "none"), (2.1, "self")])
-    def test_the_model_must_fit_into_half_of_the_free_memory(self, times, expected, reader, monkeypatch):
-        plan = plan_of(reader)
-        monkeypatch.setattr(choice, "free_memory", lambda device: int(times * plan.bytes_before))
-        source, reason = choose(plan, CPU)
-        assert source == expected
-        assert ("GB that are free" in reason) is (expected == "none")
+class TestOwnText:
+    def test_it_is_the_first_choice(self, reader):
+        found = chosen(reader)
+        assert (found.source, found.samples) == ("self", 128)
+        assert found.reason.startswith(
+            "on text that the model writes itself, 128 samples of 128 tokens (16384), about 1 s at nominal speed"
+        )
+        assert "over" not in found.reason
 
-    def test_it_must_not_take_longer_than_a_user_waits_unasked(self, reader, monkeypatch):
-        plan = plan_of(reader)
-        seconds = calibration_cost(plan, "self", choice.NOMINAL_SPEED["cpu"]).seconds
-        monkeypatch.setattr(choice, "LONGEST", 0.99 * seconds)
-        source, reason = choose(plan, CPU)
-        assert source == "none"
-        here = duration(calibration_cost(plan, "self", 1e10).seconds)  # what the fixture's machine reaches
-        assert f"would take about {here} here" in reason
-        monkeypatch.setattr(choice, "LONGEST", 1.01 * seconds)
-        assert choose(plan, CPU)[0] == "self"
+    @pytest.mark.parametrize("samples", [96, 64, 32])
+    def test_it_gets_fewer_samples_where_all_are_beyond_the_budget(self, reader, samples, monkeypatch):
+        monkeypatch.setattr("qinit.planner.nominal.STEP_SECONDS", 0.0)  # as in a large model, where arithmetic counts
+        found = chosen(reader, calibration_budget=budget(reader, "self", samples))
+        assert (found.source, found.samples) == ("self", samples)
+        assert f"on text that the model writes itself, {samples} samples of 128 tokens" in found.reason
+        assert "128 samples of text that the model writes itself would take 1 s, over --calibration-budget" in (
+            found.reason
+        )
+
+    def test_what_was_asked_for_is_not_reduced(self, reader):
+        """But text that needs no writing takes its place."""
+        options = {"calibration_samples": 128, "calibration_budget": budget(reader, "self", 64)}
+        found = chosen(reader, **options)
+        assert (found.source, found.samples) == ("text", 128)
+
+    def test_twice_the_tokens_of_other_text_are_better(self, reader, monkeypatch):
+        monkeypatch.setattr("qinit.planner.nominal.STEP_SECONDS", 1.0)  # writing takes nearly all the time
+        assert chosen(reader, calibration_budget=budget(reader, "self", 64)).source == "text"
+
+    @pytest.mark.parametrize(("times", "expected"), [(1.9, "text"), (2.1, "self")])
+    def test_the_model_must_fit_into_half_of_the_free_memory(self, reader, monkeypatch, times, expected):
+        nbytes = plan_of(reader).bytes_before
+        monkeypatch.setattr(choice, "free_memory", lambda device: int(times * nbytes))
+        found = chosen(reader)
+        assert found.source == expected
+        assert ("GB that are free" in found.reason) is (expected == "text")
 
     def test_a_busy_machine_chooses_as_an_idle_one(self, reader, monkeypatch):
-        monkeypatch.setattr(choice, "measured_speed", lambda device: 1e6)
-        assert choose(plan_of(reader), CPU)[0] == "self"
+        before = chosen(reader, calibration_budget=budget(reader, "self", 64))
+        monkeypatch.setattr("qinit.machine.measured_speed", lambda device: 1e6)
+        assert chosen(reader, calibration_budget=budget(reader, "self", 64)) == before
 
-    def test_published_methods_get_none(self, reader):
-        assert choose(plan_of(reader, method="loftq", format="dense"), CPU) == ("none", "method loftq takes none")
+
+class TestOtherText:
+    @pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 3}, {"ratio": 0.5}, {"target_bits": 3.0}])
+    def test_at_two_or_three_bits_the_least_is_taken_beyond_the_budget_too(self, reader, options):
+        found = chosen(reader, calibration_budget=NOTHING, **options)
+        assert (found.source, found.samples) == ("text", 32)  # of 128 tokens
+        assert "on text that qinit brings, 32 samples of 128 tokens (4096)" in found.reason
+        assert f"over --calibration-budget {NOTHING}, but without any the start would be broken" in found.reason
+
+    @pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8}, {"ratio": 0.5, "bits_low": 4, "bits_high": 8}])
+    def test_at_four_bits_and_more_it_is_left_out(self, reader, options):
+        found = chosen(reader, calibration_budget=NOTHING, **options)
+        assert (found.source, found.samples) == ("none", None)
+        assert found.reason.endswith("give --calibration text to have it")
+        assert "32 samples of text that qinit brings would take" in found.reason
+        assert chosen(reader, bits=4).source == "self"
+
+    def test_an_encoder_reads_it(self, tmp_path):
+        found = chosen(make_bert(tmp_path / "bert"), format="dense")
+        assert (found.source, found.samples) == ("text", 128)
+        assert "the model writes no text of its own" in found.reason
+
+    def test_so_does_a_model_without_a_token_to_start_from(self, tmp_path):
+        source = add_tokenizer(make_float32(tmp_path / "m", "llama", bos_token_id=None, eos_token_id=None))
+        assert chosen(source).source == "text"
+
+    def test_without_a_tokenizer_random_tokens_take_its_place(self, llama):
+        found = chosen(llama, calibration_budget=NOTHING)
+        assert found.source == "random"
+        assert "on random tokens, 32 samples" in found.reason
+        assert "there is no tokenizer that could read text" in found.reason
+
+    def test_but_not_that_of_own_text(self, llama):
+        assert chosen(llama, calibration_budget=budget(llama, "self", 32)).source == "self"
+
+    def test_a_model_that_runs_only_as_a_whole_must_fit(self, tmp_path, monkeypatch):
+        source = add_tokenizer(make_checkpoint(tmp_path / "t5", "t5"))
+        assert chosen(source, format="dense").source == "text"
+        monkeypatch.setattr(choice, "free_memory", lambda device: 10**5)
+        found = chosen(source, format="dense")
+        assert found.source == "none"
+        assert "running the model takes 0.0 GB" in found.reason
+
+    def test_a_model_that_reads_no_tokens_gets_none(self, reader, monkeypatch):
+        monkeypatch.setattr(choice, "_main_input", lambda plan: "pixel_values")
+        monkeypatch.setattr(choice, "_cannot_write", lambda plan, device: "the model writes no text of its own")
+        found = chosen(reader)
+        assert found.source == "none"
+        assert "the model reads more than tokens" in found.reason
+
+
+def test_methods_without_calibration_get_none(reader):
+    found = chosen(reader, method="loftq", format="dense")
+    assert found == Choice("none", "method loftq takes none")
+
+
+def test_numbers_of_samples_come_down_in_steps_of_a_third_or_less_to_the_least():
+    assert _counts(128, 8) == [128, 96, 64, 48, 32, 24, 16, 8]
+    assert _counts(128, 32) == [128, 96, 64, 32]
+    assert _counts(4, 8) == [4]

@@ -3,6 +3,7 @@ import pytest
 from qinit.errors import CalibrationError, RecipeError, TargetError
 from qinit.files.tensors import StoredTensor
 from qinit.planner import auto as choice
+from qinit.planner import nominal
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.solver.methods import CALIBRATED, METHODS
@@ -61,14 +62,14 @@ def test_a_group_longer_than_a_row_is_the_row(tiny_llama):
 class TestAuto:
     @pytest.fixture(autouse=True)
     def machine(self, monkeypatch):
-        """A fast machine with 10 GB free, whatever this one is doing."""
-        monkeypatch.setattr(choice, "measured_speed", lambda device: 1e11)
+        """A machine with 10 GB free, whatever this one is doing."""
         monkeypatch.setattr(choice, "free_memory", lambda device: 10**10)
 
     def test_a_small_language_model_writes_its_own_text(self, tiny_llama):
         plan = plan_of(tiny_llama, calibration="auto")
         assert plan.recipe.calibration == "self"
-        assert plan.notes == ("calibration self: on text that the model writes itself",)
+        (note,) = plan.notes
+        assert note.startswith("calibration self: on text that the model writes itself, 128 samples of 128 tokens")
         assert plan.layer_spec(plan.layers[0]).method == CALIBRATED["eqft"]
 
     def test_what_was_chosen_is_asked_for_the_next_time(self, tiny_llama):
@@ -77,25 +78,31 @@ class TestAuto:
         assert again.recipe == plan.recipe
         assert again.notes == ()
 
-    def test_what_takes_long_is_not_done_unasked(self, tiny_llama, monkeypatch):
-        monkeypatch.setitem(choice.NOMINAL_SPEED, "cpu", 1e6)
-        plan = plan_of(tiny_llama, calibration="auto")
-        assert plan.recipe.calibration == "none"
-        assert plan.notes[0].startswith("no calibration: on the model's own text it would take about ")
+    def test_what_takes_long_is_done_on_less_and_the_recipe_has_how_much(self, tiny_reader, monkeypatch):
+        monkeypatch.setitem(nominal.SPEED, "cpu", 1e6)
+        plan = plan_of(tiny_reader, calibration="auto")
+        assert (plan.recipe.calibration, plan.recipe.calibration_samples) == ("text", 32)
+        assert plan.notes[0].startswith("calibration text: on text that qinit brings, 32 samples of 128 tokens (4096)")
+        assert "writes itself would take" in plan.notes[0]
+        assert plan.layer_spec(plan.layers[0]).method == CALIBRATED["eqft"]
+
+    def test_at_four_bits_it_is_not_done_unasked(self, tiny_reader, monkeypatch):
+        monkeypatch.setitem(nominal.SPEED, "cpu", 1e6)
+        plan = plan_of(tiny_reader, calibration="auto", bits=4)
+        assert (plan.recipe.calibration, plan.recipe.calibration_samples) == ("none", 128)
+        assert plan.notes[0].startswith("no calibration: 128 samples of text that the model writes itself would take")
         assert plan.layer_spec(plan.layers[0]).method == METHODS["eqft"]
 
-    def test_a_full_machine_does_without(self, tiny_llama, monkeypatch):
+    def test_a_full_machine_writes_no_text(self, tiny_reader, monkeypatch):
         monkeypatch.setattr(choice, "free_memory", lambda device: 10**5)
-        plan = plan_of(tiny_llama, calibration="auto")
-        assert plan.recipe.calibration == "none"
-        assert plan.notes[0].startswith("no calibration: writing its own text takes 0.0 GB of the 0.0 GB")
+        plan = plan_of(tiny_reader, calibration="auto")
+        assert plan.recipe.calibration == "text"
+        assert "writing its own text takes 0.0 GB of the 0.0 GB" in plan.notes[0]
 
-    def test_an_encoder_does_without(self, tmp_path):
+    def test_an_encoder_reads_text(self, tmp_path):
         plan = plan_of(make_bert(tmp_path / "bert"), calibration="auto", format="dense")
-        assert plan.recipe.calibration == "none"
-        assert plan.notes == (
-            "no calibration: the model writes no text of its own; give --calibration FILE to start closer",
-        )
+        assert plan.recipe.calibration == "text"
+        assert plan.notes[0].startswith("calibration text: on text that qinit brings, 128 samples of 32 tokens (4096)")
 
     @pytest.mark.parametrize("method", ["qlora", "loftq", "qpissa"])
     def test_a_method_that_takes_none_gets_none_without_a_word(self, tiny_llama, method):
@@ -104,13 +111,14 @@ class TestAuto:
 
     @pytest.mark.parametrize("method", ["lqer", "qera", "eora", "cloq", "srr", "lq-lora"])
     def test_a_method_that_needs_it_is_refused(self, tiny_llama, method):
-        with pytest.raises(RecipeError, match=f"method {method} needs it; give --calibration self or a text file"):
+        with pytest.raises(RecipeError, match=f"method {method} needs it; give --calibration self, text or a"):
             plan_of(tiny_llama, calibration="auto", method=method, format="dense")
 
     @pytest.mark.parametrize("asked", [{"rounding": "gptq"}, {"act_order": True}, {"polish": 3}])
-    def test_what_needs_it_is_refused_where_there_is_none(self, tmp_path, asked):
-        with pytest.raises(RecipeError, match=f"{next(iter(asked))}: needs calibration, and there is none: the model"):
-            plan_of(make_bert(tmp_path / "bert"), calibration="auto", format="dense", **asked)
+    def test_what_needs_it_is_refused_where_there_is_none(self, tiny_reader, monkeypatch, asked):
+        monkeypatch.setitem(nominal.SPEED, "cpu", 1e6)
+        with pytest.raises(RecipeError, match=f"{next(iter(asked))}: needs calibration, and there is none: 128 sam"):
+            plan_of(tiny_reader, calibration="auto", bits=4, **asked)
 
 
 class TestCalibration:
@@ -123,7 +131,7 @@ class TestCalibration:
         directory = make_reader(tmp_path / "m")
         (tmp_path / "a.txt").write_text(words(4, 5))
         monkeypatch.setattr(StoredTensor, "read", None)
-        for source in ("auto", "self", "random", tmp_path / "a.txt"):
+        for source in ("auto", "self", "text", "random", tmp_path / "a.txt"):
             assert len(plan_of(directory, calibration=str(source)).quantized) == 14
 
     def test_a_missing_file_is_an_error_of_the_plan(self, tiny_llama):

@@ -59,3 +59,12 @@ def test_hidden_states_are_on_disk_where_memory_does_not_hold_them(llama, monkey
     assert scratch_bytes(both) == carried_bytes(both)
     assert scratch_bytes(one) == 0
     assert scratch_bytes(plan_of(llama)) == 0
+
+
+def test_working_memory_counts_the_head_and_the_logits_of_the_check(tmp_path):
+    directory = make_checkpoint(tmp_path / "many-words", vocab_size=50_000)
+    embedding = head = 4 * 50_000 * 64
+    norm = 4 * 64
+    logits = 4 * 128 * 50_000  # of a window
+    assert working_bytes(plan_of(directory, check=True)) == embedding + head + norm + head + 2 * 2 * logits
+    assert working_bytes(plan_of(directory, check=False)) < head

@@ -22,6 +22,12 @@ EVALUATIONS = [
 ]
 
 
+CHECK = {
+    **{"text": "a text", "tokens": 9, "kl": 0.5, "top1_agreement": 0.75},
+    **{"perplexity": 15.0, "reference_perplexity": 12.0},
+}
+
+
 EVIL = "<script>document.title='owned'</script></script><img src=http://127.0.0.1/x onerror=document.title='owned'>$a_$"
 
 

@@ -62,6 +62,14 @@ def test_a_calibrated_card_says_on_what_and_how_close_the_outputs_are(tiny_llama
     assert recipe == {**report.recipe, **few}
 
 
+def test_a_card_says_how_close_the_start_is(tiny_llama, tmp_path):
+    found = quantize(tiny_llama, tmp_path / "out", check=True).totals["check"]
+    _, body = front_matter(tmp_path / "out")
+    assert f"| KL from the original | {found['kl']:.4f} nats per token |\n" in body
+    assert f"| same top token | {100 * found['top1_agreement']:.1f} % |\n" in body
+    assert f"| measured on | {found['tokens']} tokens of random tokens, as there is no tokenizer |\n" in body
+
+
 def test_notes_stand_in_the_card(tmp_path):
     quantize(make_checkpoint(tmp_path / "m", intermediate_size=80), tmp_path / "out")
     assert "\n- model.layers.0.mlp.up_proj stays as it is: 80 x 64" in (tmp_path / "out/README.md").read_text()

@@ -6,7 +6,7 @@ import pytest
 
 from qinit.files.manifest import MANIFEST_NAME, read_manifest
 from qinit.report.averages import relative_error
-from qinit.report.finish import complete, copy_companions, make_report
+from qinit.report.finish import complete, copy_companions, make_report, write_configurations
 from qinit.report.report import LayerRow, Report
 from tests.helpers import contents, plan_of
 from tests.models import make_checkpoint
@@ -76,12 +76,20 @@ class TestReport:
         assert found["chosen"] == measured.allocation.chosen
 
 
+def completed(plan, run, out):
+    """Write all that a run writes beside its tensors; returns its report."""
+    write_configurations(plan, run, out)
+    report = report_of(plan)
+    complete(plan, report, run)
+    return report
+
+
 class TestComplete:
     @pytest.mark.parametrize("form", ["gptq", "dense"])
     def test_the_configuration_says_how_the_weights_are_packed_and_keeps_all_else(self, llama, tmp_path, form):
         plan = plan_of(llama, format=form)
         (tmp_path / "run/eqft_init").mkdir(parents=True)
-        complete(plan, report_of(plan), tmp_path / "run", tmp_path / "out")
+        completed(plan, tmp_path / "run", tmp_path / "out")
         config = json.loads((tmp_path / "run/config.json").read_text())
         quantization = config.pop("quantization_config", None)
         assert config == plan.checkpoint.config
@@ -93,7 +101,7 @@ class TestComplete:
         plan = plan_of(llama, rank=48)
         monkeypatch.chdir(tmp_path)
         (tmp_path / "run/eqft_init").mkdir(parents=True)
-        complete(plan, report_of(plan), tmp_path / "run", tmp_path / "run/../out")
+        completed(plan, tmp_path / "run", tmp_path / "run/../out")
         adapter = json.loads((tmp_path / "run/eqft_init/adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == str(tmp_path / "out")
         assert adapter["r"] == 48
@@ -103,8 +111,7 @@ class TestComplete:
         plan = plan_of(llama)
         (tmp_path / "run/eqft_init").mkdir(parents=True)
         (tmp_path / "run/model.safetensors").write_bytes(b"weights")
-        report = report_of(plan)
-        complete(plan, report, tmp_path / "run", tmp_path / "out")
+        report = completed(plan, tmp_path / "run", tmp_path / "out")
         files = contents(tmp_path / "run")
         assert read_manifest(tmp_path / "run").keys() == files.keys() - {MANIFEST_NAME}
         assert {"config.json", "qinit.json", "README.md", "eqft_init/adapter_config.json"} < files.keys()
@@ -115,7 +122,7 @@ class TestComplete:
         measurement.write(tmp_path / "s.json")
         plan = mixed_widths(llama, sensitivity=str(tmp_path / "s.json"))
         (tmp_path / "run/eqft_init").mkdir(parents=True)
-        complete(plan, report_of(plan), tmp_path / "run", tmp_path / "out")
+        completed(plan, tmp_path / "run", tmp_path / "out")
         assert (tmp_path / "run/sensitivity.json").read_bytes() == (tmp_path / "s.json").read_bytes()
 
 

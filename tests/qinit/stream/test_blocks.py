@@ -86,6 +86,16 @@ class TestMemory:
         assert hidden.any()
         assert on_meta(blocks.model)
 
+    def test_what_another_model_holds_too_is_held_once(self, tmp_path):
+        one, other = (Blocks.of(calibrated_plan(make_float32(tmp_path / name, "llama")), CPU) for name in "ab")
+        edit_tensors(tmp_path / "b/model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
+        with one.surroundings(head=True) as held, other.surroundings(head=True, others=held) as again:
+            shared = {name for name in held if held[name] is again[name]}
+            assert shared == {"model.embed_tokens.weight", "model.norm.weight"}
+            assert torch.equal(other.model.lm_head.weight, 2 * one.model.lm_head.weight)
+        assert on_meta(one.model)
+        assert on_meta(other.model)
+
     def test_it_is_given_back_after_an_error_too(self, tmp_path):
         blocks = Blocks.of(calibrated_plan(make_float32(tmp_path / "m", "llama")), CPU)
         with pytest.raises(RuntimeError), blocks.surroundings():

@@ -173,7 +173,7 @@ def test_a_token_that_is_none_never_reaches_the_hub(reader, stand_in):
     assert stand_in.asked is None
 
 
-@pytest.mark.parametrize("source", ["json", "text", "csv@train"])
+@pytest.mark.parametrize("source", ["json", "text@train", "csv@train"])
 def test_a_file_format_is_no_data_set(reader, stand_in, source):
     """`datasets` would read whatever files lie in the working directory."""
     with pytest.raises(CalibrationError, match="is the name of a file format, not of a data set"):

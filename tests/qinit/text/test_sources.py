@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from qinit.source.demo import demo_directory
 from qinit.text.sources import load_samples, sampling_cost
 from tests.models import make_checkpoint, words
 from tests.qinit.text.loading import load, refusal
@@ -69,11 +70,47 @@ class TestRefusals:
         assert message == f"expected at least 1 sample of at least 2 tokens, found {samples} of {length}"
 
 
-def test_a_file_called_random_is_given_with_its_directory(reader, tmp_path, monkeypatch):
+class TestBundled:
+    """The text that qinit brings."""
+
+    @pytest.fixture(autouse=True)
+    def documents(self, monkeypatch):
+        """Three documents of ten words each."""
+        found = [words(*range(start, start + 10)) for start in (10, 20, 30)]
+        monkeypatch.setattr("qinit.text.sources.calibration_documents", lambda: found)
+
+    def test_a_causal_model_gets_windows_of_the_joined_text(self, reader):
+        found = load("text", reader, samples=2, length=8)
+        assert found.tokens.shape == (2, 8)
+        assert all(row[0] % 8 == 2 and row == list(range(row[0], row[0] + 8)) for row in found.tokens.tolist())
+        assert found.origin == "2 windows of 8 tokens from the text that qinit brings, seed 0"
+        assert torch.equal(found.tokens, load("text", reader, samples=2, length=8).tokens)
+        others = [load("text", reader, samples=2, length=8, seed=seed).tokens for seed in range(1, 4)]
+        assert not all(torch.equal(found.tokens, other) for other in others)
+
+    def test_an_encoder_gets_documents(self, bert):
+        found = load("text", bert, samples=2, length=32)
+        assert found.tokens.shape == (2, 12)  # with the special tokens around them
+        assert found.origin == "2 texts of up to 12 tokens from the text that qinit brings, seed 0"
+
+    def test_it_needs_the_tokenizer_and_has_no_fields(self, llama, reader):
+        assert "calibrating on text needs it (`self` and `random` do without)" in refusal("text", llama)
+        message = refusal("text", reader, planned=False, text_field="body")
+        assert message.startswith("text: has no field 'body'")
+
+
+def test_the_text_that_qinit_brings_is_enough_for_the_default():
+    found = load("text", demo_directory(), samples=128, length=512)
+    assert found.tokens.shape == (128, 512)
+    assert len(found.tokens.unique()) > 1000
+
+
+@pytest.mark.parametrize("name", ["random", "text", "self"])
+def test_a_file_called_as_a_source_is_given_with_its_directory(reader, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "random").write_text(words(4, 5))
-    assert load("./random", reader).tokens.tolist() == [[4, 5]]
-    assert load("random", reader).tokens.shape == (4, 8)
+    (tmp_path / name).write_text(words(4, 5))
+    assert load(f"./{name}", reader).tokens.tolist() == [[4, 5]]
+    assert load(name, reader).tokens.shape == (4, 8)
 
 
 def test_the_cost_of_writing_is_two_operations_per_parameter_and_token():

@@ -24,6 +24,7 @@ def total(**values):
     return lambda report: report["totals"].update(values)
 
 
+CHECK = {"text": "a", "tokens": 9, "kl": 0.5, "top1_agreement": 0.5, "perplexity": 9.0, "reference_perplexity": 8.0}
 CASES = {
     "bits": (row(bits=4), f"{NAME}: bits: expected 3, found 4"),
     "group size": (row(group_size=64), f"{NAME}: group_size: expected 32, found 64"),
@@ -39,6 +40,19 @@ CASES = {
     "the count": (total(layers=3), "totals: layers, made anew from the rows: expected 14, found 3"),
     "the size": (total(adapter_bytes=1), "totals: adapter_bytes, made anew from the rows: expected "),
     "the width": (total(bits_per_weight=2), "totals: bits_per_weight, made anew from the rows: expected "),
+    "a check that is none": (total(check=[1]), "totals: check: expected an object, found [1]"),
+    "a check without figures": (
+        total(check={"text": "a"}),
+        "totals: check.kl: expected a number from 0 up, found nothing",
+    ),
+    "a share above one": (
+        total(check={**CHECK, "top1_agreement": 1.5}),
+        "totals: check.top1_agreement: expected a number from 0 up to 1, found 1.5",
+    ),
+    "a check of nothing": (
+        total(check={**CHECK, "text": None}),
+        "totals: check.text: expected the text's name, found no",
+    ),
     "the recipe": (lambda report: report["recipe"].update(bits=5), "bits: method eqft offers 2, 3, 4 or 8, found 5"),
     "no report": (lambda report: report.pop("layers"), "qinit.json: not a report of qinit"),
 }
@@ -50,6 +64,13 @@ def test_a_report_that_contradicts_itself_or_the_model_is_named(change, expected
     edit_json(run / "qinit.json", change)
     found = vouched(run)
     assert any(expected in line for line in found), found
+
+
+def test_a_check_that_a_run_can_have_and_none_are_fine(copy_of):
+    _, run = copy_of("gptq")
+    assert not vouched(run)
+    edit_json(run / "qinit.json", total(check=CHECK))
+    assert not vouched(run)
 
 
 def test_a_report_of_another_run_with_outputs_measured_is_checked_for_them_too(copy_of):

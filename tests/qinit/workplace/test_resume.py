@@ -7,6 +7,7 @@ import torch
 
 from qinit.errors import OutputError
 from qinit.events import Discarded, Done, Noted, Resumed, Sampling
+from qinit.planner.auto import Choice
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.workplace.place import kept, partial_of
@@ -97,14 +98,14 @@ class TestAnotherRun:
     def test_auto_stays_what_it_was(self, strong_llama, place, monkeypatch):
         """It depends on the memory that is free just then."""
         choose = "qinit.planner.make.choose"
-        monkeypatch.setattr(choose, lambda plan, device: ("self", "on its own text"))
+        monkeypatch.setattr(choose, lambda plan, device: Choice("self", "on its own text", 8))
         options = {**TEXT, "calibration": "auto"}
         wanted = undisturbed(strong_llama, place, **options)
         events = start(strong_llama, place / "out", **options)
         while not isinstance(next(events), Done):
             pass
         events.close()
-        monkeypatch.setattr(choose, lambda plan, device: ("none", "no memory, 3 s"))
+        monkeypatch.setattr(choose, lambda plan, device: Choice("random", "no memory, 3 s", 4))
         finish(strong_llama, place / "out", **options)
         assert result_in(place / "out") == wanted
 

@@ -5,7 +5,7 @@ import torch
 
 from qinit.planner.make import make_plan
 from qinit.recipe import Recipe, make_recipe
-from qinit.workplace.signature import MOST, differences, signature
+from qinit.workplace.signature import MOST, UNSIGNED, differences, signature
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def signed(tiny_llama):
 def test_it_is_plain_json_and_has_every_option(signed):
     found = signed()
     assert json.loads(json.dumps(found)) == found
-    assert found.keys() >= Recipe.model_fields.keys()
+    assert found.keys() >= Recipe.model_fields.keys() - UNSIGNED
     assert found == signed()
 
 
@@ -30,7 +30,18 @@ def test_it_has_the_source_the_versions_and_the_device(signed):
         *("model's name", "the model's config.json", "the model's tensors", "the model's model.safetensors"),
         *("version of qinit", "version of torch", "version of transformers", "version of numba", "version of numpy"),
         *("device in use", "threads (OMP_NUM_THREADS)"),
-    } == signed().keys() - Recipe.model_fields.keys()
+    } == signed(check=False).keys() - Recipe.model_fields.keys()
+
+
+def test_whether_a_run_is_measured_at_its_end_does_not_matter(signed):
+    assert signed(check=False) == signed()
+
+
+def test_the_text_that_qinit_brings_is_part_of_it(tiny_reader, monkeypatch):
+    plan = make_plan(make_recipe(calibration="text"), tiny_reader, "name")
+    one = signature(plan, CPU)
+    monkeypatch.setattr("qinit.workplace.signature.calibration_documents", lambda: ["another"])
+    assert differences(one, signature(plan, CPU)) == ["the text that qinit brings changed"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from qinit.errors import ReportError
 from qinit.report.pictures.contents import Grid, bits_words, heading, pareto_front, summary
-from tests.qinit.report.reports import ALLOCATION, EVALUATIONS, SHAPES, report, row
+from tests.qinit.report.reports import ALLOCATION, CHECK, EVALUATIONS, SHAPES, report, row
 
 
 def test_the_grid_is_in_model_order_with_unnumbered_layers_last():
@@ -61,6 +61,10 @@ def test_weights_that_are_not_packed_are_counted_on_the_grid():
         ({"allocation": {**ALLOCATION, "chosen": [1]}}, "allocation"),
         ({"allocation": ["odd"]}, "allocation"),
         ({"allocation": {**ALLOCATION, "front": [["a", "b"]]}}, "allocation"),
+        ({"check": ["odd"]}, "check"),
+        ({"check": {**CHECK, "kl": "much"}}, "check"),
+        ({"check": {**CHECK, "kl": 10**400}}, "check"),
+        ({"check": {"kl": 0.5}}, "check"),
         ({"evaluations": [{"text": "x"}]}, "evaluations"),
         ({"evaluations": [{"text": "x", "perplexity": -1.0, "reference_perplexity": 2.0}]}, "evaluations"),
     ],
@@ -71,7 +75,9 @@ def test_totals_that_are_damaged_are_an_error_of_the_report(totals, key):
 
 
 def test_the_totals_in_words():
-    words = summary(report(allocation=ALLOCATION, evaluations=EVALUATIONS))
+    words = summary(report(allocation=ALLOCATION, evaluations=EVALUATIONS, check=CHECK))
+    assert words["KL from the original"] == "0.5000 nats per token"
+    assert words["same top token"] == "75.0 %"
     assert words["layers"] == "12"
     assert words["bits per weight"] == "2.900 as stored"
     assert words["allocation"] == "sensitivity: 2.900 bits per weight, +0.2000 nats (perplexity x 1.221) predicted"

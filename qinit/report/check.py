@@ -1,0 +1,16 @@
+"""What a run was measured to be at its end, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_words(row: dict[str, Any]) -> dict[str, str]:
+    """Return the rows of a table for `check` in a report's totals. Raises ArithmeticError, KeyError, TypeError and
+    ValueError for what is none."""
+    return {
+        "KL from the original": f"{row['kl']:.4f} nats per token",
+        "same top token": f"{100 * row['top1_agreement']:.1f} %",
+        "perplexity": f"{row['perplexity']:.3f}, original {row['reference_perplexity']:.3f}",
+        "measured on": f"{row['tokens']} tokens of {row['text']}",
+    }
