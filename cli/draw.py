@@ -103,6 +103,7 @@ class Screen:
             Measuring,
             Noted,
             Passing,
+            Reading,
             Resumed,
             Sampling,
             Working,
@@ -138,6 +139,8 @@ class Screen:
                             self.say(line)
                     case Noted(text):
                         self.say(f"note: {text}")
+                    case Reading(at, blocks):
+                        progress.update(task, description=f"polish: the source reads its text, block {at} of {blocks}")
                     case Polishing(step, loss, held_out):
                         progress.update(task, description=f"polish, step {step}: loss {loss:.4f}")
                         if held_out is not None and not terminal:

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import re
 
+from qinit.formats import FORMATS
 from qinit.plan.limits import CHECK_WINDOW, GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
 from qinit.plan.plan import Plan
 from qinit.stream.carried import fits_in_memory
+from qinit.train.bases import NIBBLE
+from qinit.train.polish import BATCH_TOKENS, EPOCHS, MICRO_BYTES
+from qinit.train.teacher import TOP
 
 # Float32 weight, residual and one temporary of the same size, codes twice, the source and the packed result.
 PEAK_BYTES_PER_WEIGHT = 18
-FACTOR_COPIES = 5  # of the polish: the factors, gradients, two moments, the best iterate
+FACTOR_COPIES = 5  # of the polish: what is trained, its gradients, two moments, the best iterate
+LOGITS_OF_POLISH = 6  # logits, log-probabilities, their gradients
 LOGITS_COPIES = 4  # of the pass back: logits, log-probabilities, probabilities, the gradient
 CHECK_COPIES = 2  # of a window's logits: themselves, and what becomes of them
 HESSIANS = 4  # H itself, without what the adapter repairs, its Cholesky factor and one temporary
 
 
 def scratch_bytes(plan: Plan) -> int:
-    """Estimate what the hidden states of a calibrated run will take on disk: nothing where memory holds them."""
-    return 0 if not plan.recipe.calibrated or fits_in_memory(carried_bytes(plan)) else carried_bytes(plan)
+    """Estimate what the activations of a calibrated run will take on disk: nothing where memory holds them."""
+    if not plan.recipe.calibrated:
+        return 0
+    return sum(size for size in (carried_bytes(plan), _shelf_bytes(plan)) if not fits_in_memory(size))
 
 
 def working_bytes(plan: Plan) -> int:
     """Estimated peak memory on top of the libraries' own: set by the largest layer, not by the model; with
     calibration by the largest block, its statistics and the text under way. A model that writes its own text is
-    in memory meanwhile, and a polish needs the source and Q of every layer at once, in float32."""
+    in memory meanwhile, and a polish has Q of all layers, as codes, and what is no layer of the source."""
     solving = PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in plan.quantized)
     checking = _checking_bytes(plan)
     if not plan.recipe.calibrated:
@@ -41,17 +48,56 @@ def working_bytes(plan: Plan) -> int:
             solving, 4 * head.numel + LOGITS_COPIES * min(GRADIENT_LOGITS_BYTES, 4 * tokens * max(head.shape))
         )
     writing = plan.bytes_before if plan.recipe.calibration == "self" else 0
-    polishing = 0
-    if plan.recipe.polish:
-        polishing = source + held + FACTOR_COPIES * plan.adapter_bytes
-    return max(writing, solving, polishing, checking)
+    return max(writing, solving, _polishing_bytes(plan), checking)
+
+
+def polish_disk_bytes(plan: Plan) -> int:
+    """Estimate what a polish keeps on disk: the source's outputs for its text, and where it stands."""
+    if not plan.recipe.polish:
+        return 0
+    width = min(layer.target.module.in_features for layer in plan.quantized)
+    tokens = max(
+        plan.recipe.polish * BATCH_TOKENS // EPOCHS, plan.recipe.calibration_samples * plan.recipe.calibration_length
+    )
+    return tokens * (2 * width + 6 * TOP) + 4 * _trained_bytes(plan)
 
 
 def carried_bytes(plan: Plan) -> int:
     """Estimated size of the hidden states of the calibration text between two blocks, of all models that run."""
-    streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
+    streams = 3 if plan.recipe.calibration_mode == "sequential" else 1
     width = min(layer.target.module.in_features for layer in plan.quantized)
     return streams * 4 * width * plan.recipe.calibration_samples * plan.recipe.calibration_length
+
+
+def _shelf_bytes(plan: Plan) -> int:
+    """Estimate what is kept of a block's activations until the repaired block has come so far; layers read the same in
+    pairs, mostly."""
+    if plan.recipe.calibration_mode != "sequential":
+        return 0
+    widths: dict[str, int] = {}
+    for layer in plan.quantized:
+        block = _block_of(layer.target.name)
+        widths[block] = widths.get(block, 0) + layer.target.module.in_features
+    tokens = plan.recipe.calibration_samples * plan.recipe.calibration_length
+    return 4 * tokens * max(widths.values()) // 2
+
+
+def _trained_bytes(plan: Plan) -> int:
+    """Factors and scales, in float32."""
+    return plan.adapter_bytes + sum(4 * layer.weights // plan.recipe.group_size for layer in plan.quantized)
+
+
+def _polishing_bytes(plan: Plan) -> int:
+    if not plan.recipe.polish:
+        return 0
+    coded = FORMATS[plan.recipe.format].storage(plan.quantized[0].target) is None
+    held = sum(layer.weights if layer.bits > NIBBLE else layer.weights // 2 for layer in plan.quantized)
+    if not coded:
+        held = sum(layer.target.tensor.nbytes for layer in plan.quantized)
+    inside = sum(layer.weights for layer in plan.quantized)
+    outside = 4 * (sum(tensor.numel for tensor in plan.checkpoint.tensors.values()) - inside)
+    logits = max(MICRO_BYTES, 4 * plan.facts.clip(plan.recipe.calibration_length) * (plan.facts.vocabulary or 1))
+    return held + outside + FACTOR_COPIES * _trained_bytes(plan) + LOGITS_OF_POLISH * logits
 
 
 def _checking_bytes(plan: Plan) -> int:
@@ -67,10 +113,15 @@ def _checking_bytes(plan: Plan) -> int:
 def _measuring_bytes(plan: Plan) -> int:
     streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
     blocks: dict[str, int] = {}
-    for layer in plan.quantized:  # a block is what has the same first number in its name
-        parts = layer.target.name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-        block = ".".join(parts[: number + 1])
+    for layer in plan.quantized:
+        block = _block_of(layer.target.name)
         blocks[block] = blocks.get(block, 0) + 4 * layer.weights
     widest = max(layer.target.module.in_features for layer in plan.quantized)
-    return streams * max(blocks.values()) + carried_bytes(plan) + HESSIANS * 4 * widest**2
+    return streams * max(blocks.values()) + carried_bytes(plan) + _shelf_bytes(plan) + HESSIANS * 4 * widest**2
+
+
+def _block_of(name: str) -> str:
+    """Return the name of a layer's block: what has the same first number in it."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[: number + 1])

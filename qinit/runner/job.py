@@ -13,10 +13,10 @@ from qinit.calibration.output_metric import output_metrics
 from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import Plan
-from qinit.text.for_run import text_for
+from qinit.text.for_run import more_text, text_for
 from qinit.text.samples import Samples
 from qinit.workplace.journal import Journal
-from qinit.workplace.kept import load_samples, save_samples
+from qinit.workplace.kept import POLISH_SAMPLES, load_samples, save_samples
 from qinit.workplace.place import Workplace
 from qinit.workplace.store import Store
 
@@ -58,6 +58,15 @@ class Job:
             self._samples = text_for(self.plan, self.device, self.token)
             save_samples(self.place, self.journal, self._samples, written=recipe.calibration == "self")
         return self._samples
+
+    def polish_samples(self, tokens: int) -> Generator[Event, None, Samples]:
+        """Return the text of the polish: that of the calibration, and more where it has fewer than `tokens`."""
+        found = load_samples(self.place, self.journal, POLISH_SAMPLES)
+        if found is None:
+            samples = yield from self.samples()
+            found = more_text(self.plan, samples, tokens, self.token)
+            save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
+        return found
 
     def output_metrics(self) -> Generator[Event, None, dict[str, OutputMetric]]:
         """Measure, once, what errors at the layers' outputs cost, if the method asks for it."""

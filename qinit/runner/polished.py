@@ -15,7 +15,7 @@ from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
 from qinit.solver.residual import frobenius, residual_norm
 from qinit.text.samples import Samples
-from qinit.train.polish import Trained, polish
+from qinit.train.polish import BATCH_TOKENS, EPOCHS, Trained, polish
 from qinit.train.student import Start, student_of
 from qinit.train.teacher import Lessons, teach
 from qinit.workplace.kept import apply_polish, save_polish
@@ -41,7 +41,7 @@ def _polish(job: Job) -> Generator[Event, None, None]:
     """Polish, measure the weight errors anew, and keep the result."""
     plan, store = job.plan, job.store
     layers = {layer.target.name: layer for layer in plan.quantized}
-    samples = yield from job.samples()
+    samples = yield from job.polish_samples(plan.recipe.polish * BATCH_TOKENS // EPOCHS)
     lessons = yield from _lessons(job, samples)
     starts = {name: _start(store, layer) for name, layer in layers.items()}
     with student_of(plan, starts, job.device) as student:
@@ -59,7 +59,13 @@ def _polish(job: Job) -> Generator[Event, None, None]:
         changed = _encoded(job, layers[name], trained)
         errors[name] = _errors(job, layers[name], trained.low_rank, changed)
         tensors |= changed
-    words = {"steps": result.steps, "held_out_before": result.before, "held_out_after": result.after}
+    words = {
+        "steps": result.steps,
+        "text": samples.origin,
+        "tokens": samples.count,
+        "held_out_before": result.before,
+        "held_out_after": result.after,
+    }
     save_polish(store, {**words, "kept": result.kept}, errors, tensors)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from qinit.errors import CalibrationError
 from qinit.machine import free_memory
 from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES, LARGEST_SHARE
 from qinit.plan.plan import Plan
 from qinit.text.samples import Samples
-from qinit.text.sources import load_samples
+from qinit.text.sources import BUNDLED, SELF, kind_of, load_samples
+from qinit.text.tokens import load_tokenizer
 
 
 def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
@@ -32,3 +34,36 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
         device=device,
         trust_remote_code=recipe.trust_remote_code,
     )
+
+
+def more_text(plan: Plan, samples: Samples, tokens: int, token: str | None) -> Samples:
+    """Return the calibration text with so much more of it that it has `tokens`, as far as there is more.
+
+    A file and a data set give more windows, random tokens more of them. To text that the model has written comes such
+    as qinit brings: it needs no writing, and the model reads it all the same. Raises HubError.
+    """
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    count, length = samples.tokens.shape
+    missing = -(-tokens // length) - count
+    if missing <= 0 or not plan.facts.causal:
+        return samples
+    own = kind_of(recipe.calibration) == SELF
+    if own:
+        try:
+            load_tokenizer(checkpoint.directory, recipe.trust_remote_code)
+        except CalibrationError:
+            return samples
+    found = load_samples(
+        BUNDLED if own else recipe.calibration,
+        checkpoint.directory,
+        checkpoint.config,
+        samples=missing if own else count + missing,
+        length=length,
+        seed=recipe.seed,
+        text_field=recipe.text_field,
+        token=token,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    if own:
+        return Samples(torch.cat([samples.tokens, found.tokens]), None, f"{samples.origin}; and {found.origin}")
+    return found if len(found.tokens) > count else samples

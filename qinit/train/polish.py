@@ -34,6 +34,7 @@ from qinit.train.teacher import Lessons
 LEARNING_RATE = 0.015  # of the factors, relative to their entries' size
 STRETCH_RATE = 0.002  # of the scales, relative to each
 BATCH_TOKENS = 1024
+EPOCHS = 2  # how often a token is seen, where there is text enough
 MICRO_BYTES = 1 << 28  # of the logits that are computed at once, float32
 HIDDEN_WEIGHT = 4.0  # nats for a relative squared error of 1
 BETAS = (0.9, 0.99)

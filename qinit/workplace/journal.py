@@ -26,6 +26,8 @@ SHAPES: dict[str, dict[str, type]] = {
     "note": {"text": str},
     "copied": {"name": str, "sums": list},
     "layer": {"row": dict, "sums": list},
+    "polish samples": {"origin": str, "written": bool, "sums": list},
+    "lessons": {},
     "polish": {"result": dict, "errors": dict, "sums": dict},
 }
 

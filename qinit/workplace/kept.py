@@ -15,25 +15,26 @@ from qinit.workplace.journal import Journal
 from qinit.workplace.place import Workplace
 from qinit.workplace.store import Store
 
-SAMPLES_STEM, POLISHED_STEM = "samples", "polished"
+SAMPLES, POLISH_SAMPLES = "samples", "polish samples"  # the kinds of text, as the journal and the files call them
+POLISHED_STEM = "polished"
 
 
-def save_samples(place: Workplace, journal: Journal, samples: Samples, *, written: bool) -> None:
-    """Keep the calibration text, so that it is not drawn again; `written` by the model it is worth keeping alone."""
+def save_samples(place: Workplace, journal: Journal, samples: Samples, *, written: bool, kind: str = SAMPLES) -> None:
+    """Keep a text, so that it is not drawn again; `written` by the model it is worth keeping alone."""
     tensors = {"tokens": samples.tokens} | ({} if samples.mask is None else {"mask": samples.mask})
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    writer = SafetensorsWriter(place.partial, specs, stem=SAMPLES_STEM)
+    writer = SafetensorsWriter(place.partial, specs, stem=_stem(kind))
     sums = [writer.write(name, tensor) for name, tensor in tensors.items()]
     writer.close()
-    journal.append({"kind": "samples", "origin": samples.origin, "written": written, "sums": sums})
+    journal.append({"kind": kind, "origin": samples.origin, "written": written, "sums": sums})
 
 
-def load_samples(place: Workplace, journal: Journal) -> Samples | None:
+def load_samples(place: Workplace, journal: Journal, kind: str = SAMPLES) -> Samples | None:
     """Return the text that was kept; None where there is none. Raises OutputError where it is damaged."""
-    record = journal.find("samples")
+    record = journal.find(kind)
     if record is None:
         return None
-    file = place.partial / f"{SAMPLES_STEM}.safetensors"
+    file = place.partial / f"{_stem(kind)}.safetensors"
     try:
         found = read_header(file)
         whole = [checksum(found[name]) for name in ("tokens", "mask") if name in found] == record["sums"]
@@ -73,6 +74,10 @@ def apply_polish(store: Store) -> tuple[dict[str, Any], dict[str, tuple[float, f
     except (KeyError, CheckpointError):
         raise damaged(file, store.place) from None
     return record["result"], record["errors"]
+
+
+def _stem(kind: str) -> str:
+    return kind.replace(" ", "-")
 
 
 def damaged(file: Path, place: Workplace) -> OutputError:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qinit.errors import HubError, OutputError, QinitError
 from qinit.plan.plan import Plan
-from qinit.planner.memory import scratch_bytes
+from qinit.planner.memory import polish_disk_bytes, scratch_bytes
 from qinit.report.report import REPORT_NAME
 from qinit.workplace.journal import kept_words
 from qinit.workplace.lock import locked
@@ -161,7 +161,7 @@ def _words(plan: Plan, out: Path, error: OSError) -> str:
 
 
 def _needed(plan: Plan) -> int:
-    polished = plan.adapter_bytes if plan.recipe.polish else 0
+    polished = plan.adapter_bytes + polish_disk_bytes(plan) if plan.recipe.polish else 0
     companions = plan.checkpoint.companion_bytes()
     return plan.base_bytes + plan.adapter_bytes + companions + polished + scratch_bytes(plan)
 
