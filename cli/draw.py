@@ -126,7 +126,7 @@ class Screen:
                     case Discarded(reason):
                         self.say(f"starting anew: {reason}")
                     case Passing(block, blocks):
-                        progress.update(task, description=f"block {block + 1} of {blocks}: finished before")
+                        progress.update(task, description=f"block {block + 1} of {blocks}: the text runs through it")
                     case Sampling(source):
                         text = SAMPLING.get(source, f"reading {source}")
                         progress.update(task, description=printable(text))

@@ -84,7 +84,7 @@ class Measuring:
 
 @dataclass(frozen=True)
 class Passing:
-    """Block `block` of `blocks` had been finished before, and the calibration text runs through it."""
+    """The calibration text runs through block `block` of `blocks`."""
 
     block: int
     blocks: int

@@ -62,6 +62,11 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def total_memory() -> int:
+    """Return the bytes of memory that the machine has, free or not."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that can change a byte of the output."""
     found = {"python": platform.python_version()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import nn
@@ -62,26 +64,38 @@ def keep_first(found: dict[str, torch.Tensor], name: str, value: torch.Tensor) -
 
 
 def caught(
-    block: nn.Module, call: Call, hidden: torch.Tensor, wanted: set[str], whole: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
-    """Run a block and return the inputs and outputs of the `wanted` linears, and the block's output; unless the
-    `whole` block is asked for, the pass ends with the last of them and the output is empty."""
+    block: nn.Module, call: Call, hidden: torch.Tensor, wanted: Collection[str]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Run a block and return the inputs of the `wanted` linears, in the order in which they ran, and the output."""
     inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
+    with ExitStack() as hooks:
+        for name in wanted:
+            hooks.enter_context(_before(block, name, partial(keep_first, inputs, name)))
+        return inputs, call(block, hidden)
 
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            inputs[name], outputs[name] = args[0], output
-            if len(inputs) == len(wanted) and not whole:
-                raise Stop
 
-        return hook
+def caught_at(block: nn.Module, call: Call, hidden: torch.Tensor, name: str) -> torch.Tensor | None:
+    """Run a block as far as one linear and return what that would read; None where it is not reached."""
+    inputs: dict[str, torch.Tensor] = {}
 
-    hooks = [block.get_submodule(name).register_forward_hook(keep(name)) for name in sorted(wanted)]
+    def stop(x: torch.Tensor) -> None:
+        inputs[name] = x
+        raise Stop
+
+    with _before(block, name, stop), suppress(Stop):
+        call(block, hidden)
+    return inputs.get(name)
+
+
+@contextmanager
+def _before(block: nn.Module, name: str, do: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Call `do` with a linear's input each time before it runs."""
+
+    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        do(args[0])
+
+    handle = block.get_submodule(name).register_forward_pre_hook(hook)
     try:
-        return inputs, outputs, call(block, hidden)
-    except Stop:
-        return inputs, outputs, torch.empty(0)
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        handle.remove()

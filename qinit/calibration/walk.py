@@ -6,7 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,21 @@ from torch import nn
 from qinit.calibration.activations import (
     batch_size,
     caught,
-    keep_first,
+    caught_at,
     oriented,
     require_finite_input,
     rows_of,
     unpadded,
 )
-from qinit.calibration.meter import Meter
+from qinit.calibration.groups import Group, Groups
+from qinit.calibration.meter import Gap, Meter, Original
 from qinit.calibration.residual_stream import writes_to
 from qinit.events import Measuring, Passing
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.solver.statistics import Statistics
 from qinit.stream.blocks import Blocks, Row
 from qinit.stream.carried import Batch, Calls, Carried, batches_of
+from qinit.stream.shelf import Shelf
 from qinit.text.samples import Samples
 
 
@@ -43,21 +45,13 @@ class Seen:
     repair: Callable[[LayerPlan, torch.Tensor], None] | None = None
 
 
-@dataclass
-class _Group:
-    """Layers of one block that read the same input. `writes` says what a layer's output is added to: the block's
-    input (`input`), the block's output (`output`), or unknown (None)."""
-
-    layers: list[LayerPlan]
-    writes: dict[str, str | None] = field(default_factory=dict)
-
-
 class Walk:
     """Iterate to get every block that has layers, with its weights in memory and the text in front of it; once a block
     is done with, the text goes on through it. Layers outside of the row of blocks are not visited.
 
-    In mode `sequential` two models run side by side, the original and the repaired one, and every group of layers
-    is measured after the layers in front of it have been repaired. In mode `parallel` only the original runs, once.
+    In mode `sequential` two models run side by side, the original and the repaired one, and every group of layers is
+    measured after the layers in front of it have been repaired: the original block runs once, the repaired one as far
+    as each group, and to its end for the last one. In mode `parallel` only the original runs, once.
 
     Layers named in `finished` are not yielded again; `weight_of` gives the weight [out, in] that they were repaired to.
     All others see the same as if the walk had not been broken off, to the last bit. With `whole_blocks` a block is
@@ -84,7 +78,7 @@ class Walk:
         self.layers = {layer.target.name: layer for layer in plan.quantized}
         self.batch = batch_size(plan, samples)
         self.scratch = scratch
-        self.finished, self.weight_of = frozenset(finished), weight_of
+        self.finished, self.weight_of, self.whole_blocks = frozenset(finished), weight_of, whole_blocks
         if whole_blocks:
             blocks = [self._names(index) for index in range(len(self.row))]
             self.finished = frozenset(name for names in blocks if self.finished.issuperset(names) for name in names)
@@ -97,20 +91,23 @@ class Walk:
         if not open_blocks:
             return
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=self.scratch) as directory:
+            self.directory = Path(directory)
             batches = list(batches_of(self.samples, self.batch))
-            original, calls = self._start(row, batches, Path(directory))
-            repaired = original.twin(Path(directory)) if self.sequential else original
+            original, calls = self._start(row, batches)
+            repaired, ahead = (original.twin(name) if self.sequential else original for name in ("repaired", "ahead"))
             for index in range(open_blocks[-1] + 1):
                 module = row.load(index)
-                states = States(index, batches, calls, original, repaired)
+                states = States(index, batches, calls, original, repaired, ahead)
                 block = OpenBlock(self, module, copy.deepcopy(module) if self.sequential else None, states)
                 try:
                     if block.names:
                         yield block
                     if index < open_blocks[-1]:
-                        self._advance(original, module, states)
-                        if block.repaired is not None:
-                            self._advance(repaired, block.repaired, states)
+                        if not block.passed:
+                            block.run_original()
+                        if self.sequential:
+                            block.run_repaired()
+                    original, ahead = ahead, original
                 finally:
                     block.repaired = None
                     row.unload(index)
@@ -124,7 +121,7 @@ class Walk:
     def _names(self, index: int) -> list[str]:
         return [name for name in self.layers if name.startswith(self.row.prefix(index))]
 
-    def _start(self, row: Row, batches: list[Batch], directory: Path) -> tuple[Carried, Calls]:
+    def _start(self, row: Row, batches: list[Batch]) -> tuple[Carried, Calls]:
         calls = Calls()
         carried: Carried | None = None
         with self.blocks.surroundings():
@@ -133,27 +130,25 @@ class Walk:
                 calls.add(batch, found)
                 if carried is None:
                     shape = (len(self.samples.tokens), *hidden.shape[1:])
-                    carried = Carried(shape, directory / "original", streams=2 if self.sequential else 1)
+                    carried = Carried(shape, self.directory / "original", streams=3 if self.sequential else 1)
                 carried.write(batch, hidden)
+            self.probe = next(batches_of(self.samples, 1))
+            _, self.probe_calls = row.calls(self.samples.tokens[self.probe.rows], self.probe.long_mask)
         assert carried is not None
         return carried, calls
-
-    def _advance(self, carried: Carried, module: nn.Module, states: States) -> None:
-        for batch in states.batches:
-            call = states.calls.of(batch, states.index)
-            carried.write(batch, call(module, carried.read(batch).to(self.device)))
 
 
 @dataclass(frozen=True)
 class States:
     """The text in front of block `index`: the hidden states of both models, in batches, and how the block is called
-    with each of them."""
+    with each of them. `ahead` takes what the original block makes of it."""
 
     index: int
     batches: list[Batch]
     calls: Calls
     original: Carried
     repaired: Carried
+    ahead: Carried
 
 
 class OpenBlock:
@@ -164,6 +159,10 @@ class OpenBlock:
         self.walk, self.module, self.repaired, self.states = walk, module, repaired, states
         self.prefix = walk.row.prefix(states.index)
         self.names = walk._names(states.index)
+        self.groups = Groups({self._inner(name): walk.layers[name] for name in self.names}, self._written)
+        self.shelf: Shelf | None = None
+        self.passed = False  # whether the text has run through the original module
+        self.at_last = False  # whether it has run through the repaired one, all of it but for the last group repaired
 
     def repair(self, layer: LayerPlan, weight: torch.Tensor) -> None:
         """Put `weight` [out, in] in the layer's place for all that follows."""
@@ -174,106 +173,188 @@ class OpenBlock:
 
     def visit(self) -> Iterator[Measuring | Passing | Seen]:
         """Yield the block's layers with what they see, each to be solved and repaired before the next is asked for."""
-        walk, finished = self.walk, self.walk.finished.issuperset(self.names)
-        index, count = self.states.index, len(walk.row)
-        if finished:
-            yield Passing(index, count)
-        groups, unreached = self._groups()
-        if walk.sequential:
-            for group in groups:
-                if not self._finished(group.layers):
-                    yield Measuring(index, count, tuple(layer.target.name for layer in group.layers))
-                yield from self._measured([group])
-        elif groups:
-            if not finished:
-                yield Measuring(index, count, tuple(self.names))
-            yield from self._measured(groups)
-        for layer in unreached:
+        walk, index, count = self.walk, self.states.index, len(self.walk.row)
+        passing = walk.sequential or walk.finished.issuperset(self.names)
+        yield Passing(index, count) if passing else Measuring(index, count, tuple(self.names))
+        meters = self.run_original()
+        for group in self.groups.found:
+            if walk.sequential and not self._finished(group):
+                yield Measuring(index, count, tuple(layer.target.name for layer in group.layers))
+                meters[group.inner] = self._measured(group)
+            for layer in group.layers:
+                meter = meters.get(group.inner)
+                yield from self._given(layer, None if meter is None else meter.statistics(layer))
+            meters.pop(group.inner, None)
+        for layer in self.groups.unreached:
             yield from self._given(layer, None)
 
-    def _measured(self, groups: list[_Group]) -> Iterator[Seen]:
-        states, device = self.states, self.walk.device
-        diverged = self.walk.diverged and self.repaired is not None
-        running = self.repaired if diverged else self.module
-        assert running is not None
-        meters = [Meter(group.layers, device, drift=diverged) for group in groups]
-        wanted = {self._inner(layer.target.name) for group in groups for layer in group.layers}
-        whole = diverged and any(w == "output" for group in groups for w in group.writes.values())
-        finished = all(self._finished(group.layers) for group in groups)
-        for batch in () if finished else states.batches:
+    def run_original(self) -> dict[str, Meter]:
+        """Take the text through the original block, once: find its groups, in mode `parallel` measure them, and in mode
+        `sequential` keep what they read."""
+        walk, states = self.walk, self.states
+        meters: dict[str, Meter] = {}
+        self.passed = True
+        done = walk.finished.issuperset(self.names)
+        for batch in states.batches:
             call = states.calls.of(batch, states.index)
-            now = (states.repaired if diverged else states.original).read(batch).to(device)
-            inputs, outputs, end = caught(running, call, now, wanted, whole)
-            if diverged:
-                then = states.original.read(batch).to(device)
-                _, clean_outputs, clean_end = caught(self.module, call, then, wanted, whole)
-            for group, meter in zip(groups, meters, strict=True):
-                first = self._inner(group.layers[0].target.name)
-                if first not in inputs:
-                    continue
-                require_finite_input(inputs[first], group.layers[0].target.name, batch.start, self.walk.samples)
-                x = unpadded(inputs[first], batch.mask)
-                differences: dict[str, torch.Tensor] = {}
-                if diverged and len(rows_of(inputs[first])) == len(rows_of(now)):
-                    for layer in group.layers:
-                        inner, writes = self._inner(layer.target.name), group.writes.get(layer.target.name)
-                        if inner not in clean_outputs or clean_outputs[inner].shape != outputs[inner].shape:
-                            continue  # an expert that sees other tokens in the two models
-                        difference = rows_of(clean_outputs[inner] - outputs[inner])
-                        if writes == "output":
-                            difference = rows_of(clean_end - end)
-                        elif writes == "input":
-                            difference += rows_of(then - now)
-                        differences[layer.target.name] = unpadded(difference, batch.mask)
-                meter.add(x, differences)
-        for group, meter in zip(groups, meters, strict=True):
-            for layer in group.layers:
-                yield from self._given(layer, meter.statistics(layer))
+            hidden = states.original.read(batch).to(walk.device)
+            inputs, end = caught(self.module, call, hidden, self.groups.layers)
+            self.groups.add(inputs)
+            if not done:
+                for number, group in enumerate(self.groups.found):
+                    x = inputs.get(group.inner)
+                    if x is None:
+                        continue
+                    if walk.sequential:
+                        if number and not group.at_end and not self._finished(group):
+                            self._keep(group, batch, x)
+                    elif not self._finished(group):
+                        meter = meters.setdefault(group.inner, Meter(group.layers, walk.device))
+                        self._add(meter, group, batch, x)
+            states.ahead.write(batch, end)
+        return meters
+
+    def run_repaired(self) -> None:
+        """Take the text through the repaired block."""
+        states, last = self.states, self._last
+        assert self.repaired is not None
+        if last is None or not self.walk.diverged:
+            for batch in states.batches:
+                if self.walk.diverged:
+                    call = states.calls.of(batch, states.index)
+                    end = call(self.repaired, states.repaired.read(batch).to(self.walk.device))
+                else:
+                    end = states.ahead.read(batch)
+                states.repaired.write(batch, end)
+            return
+        changes = [self._weight(layer, self.repaired) - self._weight(layer) for layer in last.layers]
+        if not self.at_last:  # the block was finished before: its last group as it was when it was measured
+            for layer in last.layers:
+                self.repair(layer, self._weight(layer))
+            for batch in states.batches:
+                self._leave(last, batch, *self._through(last, batch))
+        for batch in states.batches:
+            end = states.repaired.read(batch).to(self.walk.device)
+            assert self.shelf is not None
+            x = self.shelf.take(last.inner, batch.start)
+            if x is not None:
+                x = rows_of(x).to(self.walk.device, torch.float32)
+                for change in changes:
+                    end = end + (x @ change.T).view_as(end)
+            states.repaired.write(batch, end)
+
+    @property
+    def _last(self) -> Group | None:
+        """The last group, if its layers write to the block's output and nothing else of the block is changed after
+        them: what their repair changes there is then one product, and not another pass."""
+        last = self.groups.found[-1] if self.groups.found else None
+        return last if last is not None and last.at_end and not self.walk.whole_blocks else None
+
+    def _through(self, group: Group, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Run the repaired block to its end; return what a group reads, and the end."""
+        states = self.states
+        assert self.repaired is not None
+        now = states.repaired.read(batch).to(self.walk.device)
+        inputs, end = caught(self.repaired, states.calls.of(batch, states.index), now, [group.inner])
+        return inputs.get(group.inner), end
+
+    def _leave(self, last: Group, batch: Batch, x: torch.Tensor | None, end: torch.Tensor) -> None:
+        """Keep where the text is once all but the last group is repaired."""
+        self.at_last = True
+        if x is not None:
+            self._keep(last, batch, x)
+        self.states.repaired.write(batch, end)
+
+    def _measured(self, group: Group) -> Meter:
+        """Take the text through the repaired block as far as a group, and measure it against the original."""
+        walk, states, device = self.walk, self.states, self.walk.device
+        diverged = walk.diverged
+        assert self.repaired is not None
+        originals = {
+            layer.target.name: Original(self._weight(layer), group.writes[layer.target.name]) for layer in group.layers
+        }
+        meter = Meter(group.layers, device, originals if diverged else None)
+        for batch in states.batches:
+            now = states.repaired.read(batch).to(device)
+            end = None
+            if diverged and any(kind == "output" for kind in group.writes.values()):
+                x, end = self._through(group, batch)
+            else:
+                x = caught_at(self.repaired, states.calls.of(batch, states.index), now, group.inner)
+            if x is not None:
+                self._add(meter, group, batch, x, self._gap(group, batch, x, now, end) if diverged else None)
+            if group is self._last:
+                self._leave(group, batch, x, states.ahead.read(batch) if end is None else end)
+        return meter
+
+    def _gap(
+        self, group: Group, batch: Batch, x: torch.Tensor, now: torch.Tensor, end: torch.Tensor | None
+    ) -> Gap | None:
+        """Return how far the repaired model is from the original one; None where they cannot be compared, as where an
+        expert sees other tokens in the two."""
+        states, device = self.states, self.walk.device
+
+        def apart(original: torch.Tensor, repaired: torch.Tensor) -> torch.Tensor:
+            return unpadded(original.to(device) - repaired, batch.mask)
+
+        if len(rows_of(x)) != len(rows_of(now)):
+            return None
+        if group.at_end:
+            assert end is not None
+            return Gap(None, None, apart(states.ahead.read(batch), end))
+        then = states.original.read(batch)
+        if group is self.groups.found[0]:
+            call = states.calls.of(batch, states.index)
+            clean = caught_at(self.module, call, then.to(device), group.inner)
+        else:
+            clean = None if self.shelf is None else self.shelf.take(group.inner, batch.start)
+        if clean is None or clean.shape != x.shape:
+            return None
+        return Gap(
+            apart(clean, x),
+            apart(then, now) if "input" in group.writes.values() else None,
+            None if end is None else apart(states.ahead.read(batch), end),
+        )
+
+    def _add(self, meter: Meter, group: Group, batch: Batch, x: torch.Tensor, gap: Gap | None = None) -> None:
+        require_finite_input(x, group.layers[0].target.name, batch.start, self.walk.samples)
+        meter.add(unpadded(x, batch.mask), gap)
+
+    def _keep(self, group: Group, batch: Batch, x: torch.Tensor) -> None:
+        """Keep what a group reads in the original block until the repaired one has come so far."""
+        if self.shelf is None:
+            kept = [other for number, other in enumerate(self.groups.found) if number or other is self._last]
+            width = sum(other.layers[0].target.module.in_features for other in kept)
+            self.shelf = Shelf(self.walk.directory / "shelf", 4 * width * self.walk.samples.tokens.numel())
+        self.shelf.put(group.inner, batch.start, x)
 
     def _given(self, layer: LayerPlan, statistics: Statistics | None) -> Iterator[Seen]:
         """Yield a layer to be solved, or repair one as it was before."""
         if layer.target.name not in self.walk.finished:
-            linear: Any = self.module.get_submodule(self._inner(layer.target.name))
-            weight = oriented(linear.weight.data, layer)
-            yield Seen(layer, weight, statistics, self.repair if self.walk.sequential else None)
+            yield Seen(layer, self._weight(layer), statistics, self.repair if self.walk.sequential else None)
         elif self.walk.sequential:
             assert self.walk.weight_of is not None
             self.repair(layer, self.walk.weight_of(layer))
 
-    def _finished(self, layers: list[LayerPlan]) -> bool:
-        return all(layer.target.name in self.walk.finished for layer in layers)
+    def _weight(self, layer: LayerPlan, module: nn.Module | None = None) -> torch.Tensor:
+        """Return a layer's weight [out, in] in the original block, or in another `module` of its kind."""
+        linear: Any = (self.module if module is None else module).get_submodule(self._inner(layer.target.name))
+        return oriented(linear.weight.data, layer)
 
-    def _groups(self) -> tuple[list[_Group], list[LayerPlan]]:
-        """Find, by running the block once, which layers share an input, in the order in which they run."""
+    def _finished(self, group: Group) -> bool:
+        return all(layer.target.name in self.walk.finished for layer in group.layers)
+
+    def _written(self, inner: str) -> str | None:
+        """Find out, once for each kind of block, what a layer writes to; on one sample, as it takes many passes."""
         walk, states = self.walk, self.states
-        call = states.calls.of(states.batches[0], states.index)
-        hidden = states.original.read(states.batches[0]).to(walk.device)
-        groups: list[_Group] = []
-        seen: list[torch.Tensor] = []
-        order: dict[str, torch.Tensor] = {}
-        wanted = {self._inner(name): name for name in self.names}
-
-        def keep(inner: str) -> Any:
-            return lambda _module, args: keep_first(order, inner, args[0])
-
-        hooks = [self.module.get_submodule(inner).register_forward_pre_hook(keep(inner)) for inner in wanted]
-        call(self.module, hidden)
-        for hook in hooks:
-            hook.remove()
-        for inner, x in order.items():
-            name = wanted[inner]
-            shared = next((g for g, other in zip(groups, seen, strict=True) if other is x), None)
-            if shared is None:
-                shared = _Group([])
-                groups.append(shared)
-                seen.append(x)
-            shared.layers.append(walk.layers[name])
-            if walk.sequential and walk.layers[name].target.module.out_features == hidden.shape[-1]:
-                kind = (type(self.module), inner)
-                if kind not in walk.writes:
-                    walk.writes[kind] = writes_to(self.module, self.module.get_submodule(inner), call, hidden)
-                shared.writes[name] = walk.writes[kind]
-        return groups, [walk.layers[name] for inner, name in wanted.items() if inner not in order]
+        hidden = states.original.read(walk.probe).to(walk.device)
+        if not walk.sequential or self.groups.layers[inner].target.module.out_features != hidden.shape[-1]:
+            return None
+        kind = type(self.module), inner
+        if kind not in walk.writes:
+            linear = self.module.get_submodule(inner)
+            walk.writes[kind] = writes_to(self.module, linear, walk.probe_calls[states.index], hidden)
+        return walk.writes[kind]
 
     def _inner(self, name: str) -> str:
         return name.removeprefix(self.prefix)

@@ -34,7 +34,7 @@ class WholeModel:
         model = load_whole(plan).to(device)
         names = tuple(layer.target.name for layer in plan.quantized)
         yield Measuring(0, 1, names)
-        meters = {layer.target.name: Meter([layer], device, drift=False) for layer in plan.quantized}
+        meters = {layer.target.name: Meter([layer], device) for layer in plan.quantized}
         mask: torch.Tensor | None = None
         first = 0
 
@@ -42,7 +42,7 @@ class WholeModel:
             def hook(_module: Any, args: tuple[torch.Tensor, ...]) -> None:
                 x = args[0].detach()
                 require_finite_input(x, name, first, samples)
-                meters[name].add(unpadded(x, mask), {})
+                meters[name].add(unpadded(x, mask))
 
             return hook
 

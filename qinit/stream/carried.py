@@ -7,16 +7,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from qinit.machine import free_memory
 from qinit.stream.blocks import Call, alike
 from qinit.text.samples import Samples
-
-if TYPE_CHECKING:
-    pass
 
 CARRIED_SHARE = 0.25  # of the free memory; more hidden states than that are kept on disk
 
@@ -69,7 +65,7 @@ class Carried:
     memory."""
 
     def __init__(self, shape: tuple[int, ...], file: Path, streams: int) -> None:
-        self.streams = streams
+        self.file, self.streams = file, streams
         size = 4 * torch.Size(shape).numel()
         if fits_in_memory(streams * size):
             self.states = torch.empty(shape)
@@ -78,9 +74,9 @@ class Carried:
             flat = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
             self.states = flat.view(shape)
 
-    def twin(self, directory: Path) -> Carried:
-        """Return another store with the same contents."""
-        other = Carried(tuple(self.states.shape), directory / "repaired", self.streams)
+    def twin(self, name: str) -> Carried:
+        """Return another store with the same contents, its file under another name."""
+        other = Carried(tuple(self.states.shape), self.file.with_name(name), self.streams)
         other.states.copy_(self.states)
         return other
 

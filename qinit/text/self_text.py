@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from qinit.errors import CalibrationError
+from qinit.machine import total_memory
 from qinit.source.quiet import no_progress_bar
 
 MEMORY = 4 * 2**30  # bytes for the key-value caches and the logits of one batch
 LARGEST_BATCH = 64
+FLOAT32_SHARE = 0.3  # of the machine's memory that the model may take in float32
 
 
 def write_text(
@@ -32,11 +34,13 @@ def write_text(
 ) -> torch.Tensor:
     """Return int64 ids [samples, length] on the CPU: `start`, then tokens sampled from the model's own distribution.
 
-    The model runs in the dtype that it is stored in. eos is a token like any other: text goes on behind it.
+    On a CPU the model runs in float32, as few have instructions for 16 bits; where it would take more than FLOAT32_SHARE
+    of the machine's memory, and on a GPU, in the dtype that it is stored in. eos is a token like any other: text goes
+    on behind it.
     `memory` (bytes) bounds the batch; the text depends on it, and on nothing that a machine happens to have free.
     The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
     """
-    model = _load(directory, trust_remote_code).to(device)
+    model = _load(directory, device, trust_remote_code)
     size = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, memory)
     batches = []
     try:
@@ -79,7 +83,7 @@ def _sample(model: Any, start: int, count: int, length: int) -> torch.Tensor:
     return model.generate(input_ids=first, attention_mask=torch.ones_like(first), max_new_tokens=length - 1)
 
 
-def _load(directory: Path, trust_remote_code: bool) -> Any:
+def _load(directory: Path, device: torch.device, trust_remote_code: bool) -> Any:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM
@@ -87,7 +91,7 @@ def _load(directory: Path, trust_remote_code: bool) -> Any:
         with no_progress_bar():
             model, info = auto.from_pretrained(
                 directory,
-                dtype="auto",
+                dtype=_dtype(directory, device),
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
@@ -107,7 +111,12 @@ def _load(directory: Path, trust_remote_code: bool) -> Any:
         )
     # Replaced as a whole: generate() fills what it is not told from here, e.g. a repetition penalty or eos.
     model.generation_config = transformers.GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    return model.eval()
+    return model.eval().to(device)
+
+
+def _dtype(directory: Path, device: torch.device) -> Any:
+    stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # in 16 bits, mostly
+    return torch.float32 if device.type == "cpu" and 2 * stored <= FLOAT32_SHARE * total_memory() else "auto"
 
 
 @contextmanager

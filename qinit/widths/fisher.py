@@ -117,8 +117,8 @@ class _Errors(Probe):
                     if shared[name] == name:
                         inputs[name] = args[0]
                         require_finite_input(args[0], name, batch.start, self.samples)
-                        meter = meters.setdefault(name, Meter([layer], self.device, drift=False))
-                        meter.add(unpadded(args[0], batch.mask), {})
+                        meter = meters.setdefault(name, Meter([layer], self.device))
+                        meter.add(unpadded(args[0], batch.mask))
 
                 return hook
 

@@ -3,7 +3,15 @@ import torch
 from torch import nn
 
 from qinit.calibration import activations
-from qinit.calibration.activations import batch_size, caught, oriented, require_finite_input, rows_of, unpadded
+from qinit.calibration.activations import (
+    batch_size,
+    caught,
+    caught_at,
+    oriented,
+    require_finite_input,
+    rows_of,
+    unpadded,
+)
 from qinit.errors import CalibrationError
 from qinit.stream.blocks import Call
 from tests.helpers import calibrated_plan, gauss, plan_of, random_samples
@@ -67,22 +75,37 @@ class Block(nn.Module):
         return self.three(hidden.tanh())
 
 
-@pytest.mark.parametrize("whole", [False, True])
+def hooks_of(block):
+    return [hook for module in block.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+
+
 @torch.no_grad()
-def test_a_block_runs_as_far_as_it_is_asked_for_and_keeps_no_hook(whole):
+def test_a_block_runs_to_its_end_and_its_layers_inputs_are_caught():
     torch.manual_seed(0)
     block, hidden = Block(), gauss(2, 3, 4)
-    inputs, outputs, end = caught(block, Call((hidden,), {}), hidden, {"one", "two"}, whole)
-    assert inputs.keys() == outputs.keys() == {"one", "two"}
-    assert torch.equal(inputs["two"], outputs["one"].relu())
-    assert torch.equal(outputs["one"], block.one(hidden))
-    assert block.reached == whole
-    assert torch.equal(end, block(hidden)) if whole else not end.numel()
-    assert not any(module._forward_hooks for module in block.modules())
+    inputs, end = caught(block, Call((hidden,), {}), hidden, {"two", "one"})
+    assert list(inputs) == ["one", "two"]
+    assert inputs["one"] is hidden
+    assert torch.equal(inputs["two"], block.one(hidden).relu())
+    assert torch.equal(end, block(hidden))
+    assert not hooks_of(block)
 
 
-def test_no_hook_is_left_after_an_error():
+@torch.no_grad()
+def test_a_block_runs_as_far_as_a_layer_that_itself_does_not_run():
+    torch.manual_seed(0)
+    block, hidden = Block(), gauss(2, 3, 4)
+    ran = []
+    block.two.register_forward_hook(lambda *_: ran.append("two"))
+    x = caught_at(block, Call((hidden,), {}), hidden, "two")
+    assert torch.equal(x, block.one(hidden).relu())
+    assert not ran
+    assert not block.reached
+
+
+@pytest.mark.parametrize("catch", [lambda *a: caught(*a, {"one"}), lambda *a: caught_at(*a, "three")])
+def test_no_hook_is_left_after_an_error(catch):
     block = Block()
     with pytest.raises(RuntimeError):
-        caught(block, Call((None,), {}), torch.zeros(2, 3, 5), {"one"}, False)
-    assert not any(module._forward_hooks for module in block.modules())
+        catch(block, Call((None,), {}), torch.zeros(2, 3, 5))
+    assert not hooks_of(block)

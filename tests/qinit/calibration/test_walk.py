@@ -1,4 +1,5 @@
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_events_name_the_layers_before_they_are_measured(mode, plan):
             assert not announced
             announced = list(event.layers)
             blocks.append((event.block, event.blocks))
-        else:
+        elif isinstance(event, Seen):
             announced.remove(event.layer.target.name)
     assert not announced
     assert blocks == [(block, 2) for block in range(2) for _ in range(1 if mode == "parallel" else 4)]
@@ -220,9 +221,8 @@ class TestMemory:
         assert all(parameter.is_meta for parameter in model.parameters())
         for event in walked.visit():
             here = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
-            prefix = walked.row.prefix(
-                event.block if isinstance(event, Measuring) else int(event.layer.target.name.split(".")[2])
-            )
+            block = int(event.layer.target.name.split(".")[2]) if isinstance(event, Seen) else event.block
+            prefix = walked.row.prefix(block)
             assert here == {name for name, _ in model.named_parameters() if name.startswith(prefix)}
             if isinstance(event, Seen):
                 event.repair(event.layer, event.weight)
@@ -250,7 +250,9 @@ class TestMemory:
         from_file = torch.from_file
         monkeypatch.setattr(torch, "from_file", lambda name, **rest: files.append(name) or from_file(name, **rest))
         found = run()
-        assert len(files) == (1 if mode == "parallel" else 2)
+        states = {Path(name).name for name in files if Path(name).parent.name != "shelf"}
+        assert states == ({"original"} if mode == "parallel" else {"original", "repaired", "ahead"})
+        assert any(Path(name).parent.name == "shelf" for name in files) is (mode == "sequential")
         assert all(name.startswith(str(tmp_path)) for name in files)
         assert not list(tmp_path.iterdir())
         for name, event in expected.items():
@@ -312,3 +314,53 @@ class TestOverflow:
         samples.tokens[sample, -1] = 251
         with pytest.raises(CalibrationError, match=rf"h\.0\.attn\.c_attn: .* in sample {sample} of .*\(a test\)"):
             list(Walk(calibrated_plan(source), samples, CPU, mode).visit())
+
+
+class TestPasses:
+    """How often each layer runs over the text: the original block once, the repaired one as far as each group."""
+
+    @pytest.fixture
+    def counts(self, monkeypatch):
+        """How many batches linear layers of each shape [out, in] have run on."""
+        found: dict[torch.Size, int] = {}
+        forward = torch.nn.Linear.forward
+
+        def counting(linear, x):
+            if len(x) > 1:  # what layers write to is tried on one sample
+                found[linear.weight.shape] = found.get(linear.weight.shape, 0) + 1
+            return forward(linear, x)
+
+        monkeypatch.setattr(torch.nn.Linear, "forward", counting)
+        return found
+
+    def test_a_block_runs_less_than_three_times(self, plan, counts):
+        plan = plan("llama")
+        sequential(plan, random_samples(), perturbed)
+        q, k, o, gate, down = 4, 4, 3, 2, 2  # the original, and every group of the repaired one from here on
+        blocks, width, inner, kv = 2, 64, 128, 32
+        assert counts == {
+            (width, width): blocks * (q + o),
+            (kv, width): blocks * (k + k),
+            (inner, width): blocks * (gate + gate),
+            (width, inner): blocks * down,
+        }
+        run = sum(count * shape.numel() for shape, count in counts.items())
+        assert run < 3 * sum(layer.weights for layer in plan.quantized)
+
+    def test_a_block_that_was_finished_before_runs_once_in_each_model(self, plan, counts):
+        plan = plan("llama")
+        seen = sequential(plan, random_samples(), perturbed)
+        repaired = {name: perturbed(name, event.weight.clone()) for name, event in seen.items()}
+        first = [name for name in seen if ".layers.0." in name]
+        counts.clear()
+        again = sequential(
+            plan,
+            random_samples(),
+            perturbed,
+            finished=first,
+            weight_of=lambda layer: repaired[layer.target.name],
+        )
+        assert counts[64, 128] == 2 + 2
+        for name, event in again.items():
+            assert torch.equal(event.statistics.hessian, seen[name].statistics.hessian)
+            assert event.statistics.drift is None or torch.equal(event.statistics.drift, seen[name].statistics.drift)

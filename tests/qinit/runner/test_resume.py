@@ -122,7 +122,7 @@ def test_finished_blocks_are_passed_through_and_nothing_is_solved_twice(strong_l
     real = layer_module.solve
     monkeypatch.setattr(layer_module, "solve", lambda *arguments: solved.append(1) or real(*arguments))
     found = finish(strong_llama, place / "out", **TEXT)
-    assert [event for event in found if isinstance(event, Passing)] == [Passing(0, 2)]
+    assert [event for event in found if isinstance(event, Passing)] == [Passing(0, 2), Passing(1, 2)]
     assert len(solved) == 6
 
 

@@ -56,7 +56,7 @@ class TestCarried:
         store = Carried((7, 12, 4), tmp_path / "original", 2)
         for batch in batches_of(random_samples(7), 3):
             store.write(batch, states[batch.rows])
-        twin = store.twin(tmp_path)
+        twin = store.twin("repaired")
         twin.write(Batch(0, 2, None), torch.zeros(2, 12, 4))
         assert torch.equal(store.read(Batch(0, 7, None)), states)
         assert torch.equal(twin.read(Batch(2, 7, None)), states[2:])

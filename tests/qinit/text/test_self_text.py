@@ -6,6 +6,7 @@ import torch
 from qinit.errors import CalibrationError
 from qinit.source.checkpoint import read_json
 from qinit.source.demo import demo_directory
+from qinit.text import self_text
 from qinit.text.self_text import LARGEST_BATCH, batch_size, write_text
 from qinit.text.sources import check_source, load_samples
 from tests.models import make_checkpoint
@@ -170,7 +171,7 @@ def test_a_model_that_predicts_nan(tmp_path):
     tensors = load_file(directory / "model.safetensors")
     tensors["model.norm.weight"][:] = float("nan")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    assert "the model predicts NaN or Inf in torch.bfloat16" in refusal(directory, planned=False)
+    assert "the model predicts NaN or Inf in torch.float32" in refusal(directory, planned=False)
 
 
 def test_too_little_memory(tiny_llama, monkeypatch):
@@ -200,3 +201,13 @@ def test_the_batch_is_bounded_by_memory():
     assert batch_size(config, 2048, 2, memory=4 * 2**30) == 3
     assert batch_size(config, 2048, 2, memory=1) == 1
     assert batch_size(config, 1, 2, memory=2**40) == LARGEST_BATCH
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(2**40, torch.float32), (2**10, torch.bfloat16)])
+def test_a_cpu_computes_in_float32_where_the_memory_is_enough(tmp_path, monkeypatch, memory, expected):
+    directory = make_checkpoint(tmp_path / "model", dtype="bfloat16")
+    monkeypatch.setattr(self_text, "total_memory", lambda: memory)
+    ran = []
+    monkeypatch.setattr(self_text, "_sample", lambda model, *_: ran.append(model.dtype) or torch.zeros(3, 12))
+    write(directory)
+    assert ran == [expected]

@@ -1,0 +1,55 @@
+"""Which layers of a block read the same input, in the order in which they run, and what they write to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from qinit.plan.plan import LayerPlan
+
+
+@dataclass
+class Group:
+    """Layers of one block that read the same input, the first of them named `inner` within the block. `writes` says
+    what a layer's output is added to: the block's input (`input`), its output (`output`), or unknown (None)."""
+
+    inner: str
+    layers: list[LayerPlan] = field(default_factory=list)
+    writes: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the block's output tells what is missing where these layers write to."""
+        return bool(self.writes) and all(kind == "output" for kind in self.writes.values())
+
+
+class Groups:
+    """The groups of a block whose layers are given by their names within it, found while the block runs.
+
+    `written` says what a layer writes to; it is asked once for each.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerPlan], written: Callable[[str], str | None]) -> None:
+        self.layers, self.written = layers, written
+        self.found: list[Group] = []
+        self.group_of: dict[str, Group] = {}
+
+    def add(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Take what the layers that one batch has reached have read, in the order in which they ran."""
+        for inner, x in inputs.items():
+            if inner in self.group_of:
+                continue
+            shared = (self.group_of[other] for other, y in inputs.items() if y is x and other in self.group_of)
+            group = next(shared, None)
+            if group is None:
+                group = Group(inner)
+                self.found.append(group)
+            group.layers.append(self.layers[inner])
+            group.writes[self.layers[inner].target.name] = self.written(inner)
+            self.group_of[inner] = group
+
+    @property
+    def unreached(self) -> list[LayerPlan]:
+        return [layer for inner, layer in self.layers.items() if inner not in self.group_of]
