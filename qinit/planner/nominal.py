@@ -15,7 +15,7 @@ from qinit.text.self_text import LARGEST_BATCH
 # Floating-point operations per second that a model reaches: on six to eight cores of a laptop, on a card for games.
 SPEED = {"cpu": 1.8e11, "cuda": 9e12}
 STEP_SECONDS = 4e-4  # per layer of the model: what writing one more token for a whole batch takes beside its arithmetic
-WALK_PASSES = {"sequential": 8, "parallel": 2}  # over the text: two models, up to each group of layers, and on
+WALK_PASSES = {"sequential": 2.7, "parallel": 1}  # over the text: the original, and the repaired up to each group
 SOLVING, SOLVING_CALIBRATED = 4e4, 1.3e5  # operations per weight; with calibration also in proportion to its inputs
 CHECKING = 10  # operations per parameter and token: 2 x 2 in matrix products, the rest in norms, softmax and unpacking
 CHECK_SHARE = 0.1  # of the run's time that its check takes at most

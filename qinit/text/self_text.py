@@ -34,9 +34,9 @@ def write_text(
 ) -> torch.Tensor:
     """Return int64 ids [samples, length] on the CPU: `start`, then tokens sampled from the model's own distribution.
 
-    On a CPU the model runs in float32, as few have instructions for 16 bits; where it would take more than FLOAT32_SHARE
-    of the machine's memory, and on a GPU, in the dtype that it is stored in. eos is a token like any other: text goes
-    on behind it.
+    On a CPU the model runs in float32, as few have instructions for 16 bits; where it would take more than
+    FLOAT32_SHARE of the machine's memory, and on a GPU, in the dtype that it is stored in. eos is a token like any
+    other: text goes on behind it.
     `memory` (bytes) bounds the batch; the text depends on it, and on nothing that a machine happens to have free.
     The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
     """
@@ -114,9 +114,14 @@ def _load(directory: Path, device: torch.device, trust_remote_code: bool) -> Any
     return model.eval().to(device)
 
 
+def model_bytes(stored: int, device: torch.device) -> int:
+    """Return what a model of `stored` bytes takes in memory while it writes: twice as much where it runs in float32."""
+    return 2 * stored if device.type == "cpu" and 2 * stored <= FLOAT32_SHARE * total_memory() else stored
+
+
 def _dtype(directory: Path, device: torch.device) -> Any:
     stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # in 16 bits, mostly
-    return torch.float32 if device.type == "cpu" and 2 * stored <= FLOAT32_SHARE * total_memory() else "auto"
+    return torch.float32 if model_bytes(stored, device) > stored else "auto"
 
 
 @contextmanager
