@@ -15,6 +15,7 @@ from qinit.planner.nominal import calibrating_seconds, solving_seconds
 from qinit.recipe import parse_time
 from qinit.solver.methods import CALIBRATED
 from qinit.source.skeleton import loader
+from qinit.text.self_text import model_bytes
 from qinit.text.sources import BUNDLED, RANDOM
 from qinit.text.tokens import load_tokenizer
 from qinit.words import duration
@@ -118,10 +119,11 @@ def _cannot_write(plan: Plan, device: torch.device) -> str:
     except CalibrationError:
         return "the model writes no text of its own"
     free = free_memory(device)
-    if plan.bytes_before <= LARGEST_SHARE * free:
+    needed = model_bytes(plan.bytes_before, device)
+    if needed <= LARGEST_SHARE * free:
         return ""
     return (
-        f"writing its own text takes {plan.bytes_before / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free, more "
+        f"writing its own text takes {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free, more "
         f"than {100 * LARGEST_SHARE:.0f} %"
     )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 
 from qinit.formats import FORMATS
+from qinit.machine import pick_device
 from qinit.plan.limits import CHECK_WINDOW, GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
 from qinit.plan.plan import Plan
 from qinit.stream.carried import fits_in_memory
+from qinit.text.self_text import model_bytes
 from qinit.train.bases import NIBBLE
 from qinit.train.polish import BATCH_TOKENS, EPOCHS, MICRO_BYTES
 from qinit.train.teacher import TOP
@@ -47,7 +49,9 @@ def working_bytes(plan: Plan) -> int:
         solving = max(
             solving, 4 * head.numel + LOGITS_COPIES * min(GRADIENT_LOGITS_BYTES, 4 * tokens * max(head.shape))
         )
-    writing = plan.bytes_before if plan.recipe.calibration == "self" else 0
+    writing = 0
+    if plan.recipe.calibration == "self":
+        writing = model_bytes(plan.bytes_before, pick_device(plan.recipe.device))
     return max(writing, solving, _polishing_bytes(plan), checking)
 
 

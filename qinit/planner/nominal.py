@@ -12,10 +12,11 @@ from qinit.plan.limits import AUTO_SOURCE, GRADIENT_LENGTH, GRADIENT_PASSES, GRA
 from qinit.plan.plan import Plan
 from qinit.text.self_text import LARGEST_BATCH
 
-# Floating-point operations per second that a model reaches: on six to eight cores of a laptop, on a card for games.
-SPEED = {"cpu": 1.8e11, "cuda": 9e12}
+# Floating-point operations per second that a model reaches: on two to four cores, on a card for games.
+SPEED = {"cpu": 1.1e11, "cuda": 9e12}
 STEP_SECONDS = 4e-4  # per layer of the model: what writing one more token for a whole batch takes beside its arithmetic
-WALK_PASSES = {"sequential": 8, "parallel": 2}  # over the text: two models, up to each group of layers, and on
+# Over the text: the original and the repaired up to each group make 2.7, but a block is not its layers alone.
+WALK_PASSES = {"sequential": 4, "parallel": 1.5}
 SOLVING, SOLVING_CALIBRATED = 4e4, 1.3e5  # operations per weight; with calibration also in proportion to its inputs
 CHECKING = 10  # operations per parameter and token: 2 x 2 in matrix products, the rest in norms, softmax and unpacking
 CHECK_SHARE = 0.1  # of the run's time that its check takes at most

@@ -9,6 +9,7 @@ from qinit.machine import free_memory
 from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES, LARGEST_SHARE
 from qinit.plan.plan import Plan
 from qinit.text.samples import Samples
+from qinit.text.self_text import model_bytes
 from qinit.text.sources import BUNDLED, SELF, kind_of, load_samples
 from qinit.text.tokens import load_tokenizer
 
@@ -19,8 +20,8 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
     recipe, checkpoint = plan.recipe, plan.checkpoint
     source, count, length = recipe.calibration, recipe.calibration_samples, recipe.calibration_length
     if not recipe.calibrated:
-        facts = plan.facts
-        writes = facts.causal and facts.start is not None and plan.bytes_before <= LARGEST_SHARE * free_memory(device)
+        facts, needed = plan.facts, model_bytes(plan.bytes_before, device)
+        writes = facts.causal and facts.start is not None and needed <= LARGEST_SHARE * free_memory(device)
         source, count, length = "self" if writes else "random", GRADIENT_SAMPLES, GRADIENT_LENGTH
     return load_samples(
         source,

@@ -114,9 +114,14 @@ def _load(directory: Path, device: torch.device, trust_remote_code: bool) -> Any
     return model.eval().to(device)
 
 
+def model_bytes(stored: int, device: torch.device) -> int:
+    """Return what a model of `stored` bytes takes in memory while it writes: twice as much where it runs in float32."""
+    return 2 * stored if device.type == "cpu" and 2 * stored <= FLOAT32_SHARE * total_memory() else stored
+
+
 def _dtype(directory: Path, device: torch.device) -> Any:
     stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # in 16 bits, mostly
-    return torch.float32 if device.type == "cpu" and 2 * stored <= FLOAT32_SHARE * total_memory() else "auto"
+    return torch.float32 if model_bytes(stored, device) > stored else "auto"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import torch
 from qinit.planner import auto as choice
 from qinit.planner.auto import Choice, _counts, choose
 from qinit.planner.nominal import calibrating_seconds, solving_seconds
+from qinit.text.self_text import model_bytes
 from tests.helpers import plan_of
 from tests.models import add_tokenizer, make_bert, make_checkpoint, make_float32
 
@@ -60,7 +61,7 @@ class TestOwnText:
 
     @pytest.mark.parametrize(("times", "expected"), [(1.9, "text"), (2.1, "self")])
     def test_the_model_must_fit_into_half_of_the_free_memory(self, reader, monkeypatch, times, expected):
-        nbytes = plan_of(reader).bytes_before
+        nbytes = model_bytes(plan_of(reader).bytes_before, CPU)
         monkeypatch.setattr(choice, "free_memory", lambda device: int(times * nbytes))
         found = chosen(reader)
         assert found.source == expected
