@@ -11,6 +11,7 @@ from qinit.machine import pick_device
 from qinit.plan.limits import AUTO_SOURCE, GRADIENT_LENGTH, GRADIENT_PASSES, GRADIENT_SAMPLES
 from qinit.plan.plan import Plan
 from qinit.text.self_text import LARGEST_BATCH
+from qinit.train.polish import BATCH_TOKENS, EPOCHS, polish_flops
 
 # Floating-point operations per second that a model reaches: on two to four cores, on a card for games.
 SPEED = {"cpu": 1.1e11, "cuda": 9e12}
@@ -54,6 +55,13 @@ def run_seconds(plan: Plan) -> float:
     if not recipe.calibrated:
         return solving
     return solving + calibrating_seconds(plan, recipe.calibration, recipe.calibration_samples)
+
+
+def polishing_seconds(plan: Plan, steps: int) -> float:
+    """Return what so many steps of polish take, with the source's pass over their text."""
+    tokens = steps * BATCH_TOKENS
+    reading = 2.0 * _parameters(plan) * tokens / EPOCHS
+    return (reading + polish_flops(_parameters(plan), BATCH_TOKENS, steps)) / SPEED[_kind(plan)]
 
 
 def checking_seconds(plan: Plan, tokens: int) -> float:

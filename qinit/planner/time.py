@@ -55,7 +55,7 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
         products = 2 * tokens * (GRADIENT_PASSES * parameters + len(recipe.widths) * weights)
         allocating = products / (EFFICIENCY * speed) + len(recipe.widths) * solving / spec.iterations
     calibrating = calibration_cost(plan, recipe.calibration, speed).seconds if recipe.calibrated else 0.0
-    polishing = polish_flops(parameters, BATCH_TOKENS, recipe.polish) / (EFFICIENCY * speed)
+    polishing = polish_flops(parameters, BATCH_TOKENS, recipe.polish_steps) / (EFFICIENCY * speed)
     return Estimate(calibrating, allocating, solving, polishing)
 
 
@@ -129,7 +129,7 @@ def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
     lines = [f"calibration takes about {duration(cost.seconds)} here{writing}"]
     if plan.recipe.polish:
         parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
-        seconds = polish_flops(parameters, BATCH_TOKENS, plan.recipe.polish) / (EFFICIENCY * speed)
+        seconds = polish_flops(parameters, BATCH_TOKENS, plan.recipe.polish_steps) / (EFFICIENCY * speed)
         lines.append(
             f"{plan.recipe.polish} steps of polish take about {duration(seconds)} here, with the whole model in memory"
         )
