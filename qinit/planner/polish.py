@@ -14,11 +14,14 @@ from qinit.words import duration
 MOST_STEPS = {"fast": 0, "balanced": 200, "best": 400}
 FEWEST_STEPS = 50  # fewer are hardly worth the source's pass over their text
 BUDGET = {"fast": 0.0, "balanced": 300.0, "best": 4 * 3600.0}  # seconds at nominal speed
+SLOW = ("cpu",)  # devices on which nobody waits for it who has not asked
 
 
 def choose_polish(plan: Plan, device: torch.device) -> tuple[int, str]:
     """Return how many steps there are, and the reason, for people; an empty one where nobody would ask."""
     quality, asked = plan.recipe.quality, plan.recipe.quality == "best"
+    if not asked and (quality == "fast" or device.type in SLOW):
+        return 0, ""
     if not plan.recipe.calibrated or not plan.facts.causal:
         return 0, "none, as there is no calibration text of a language model" if asked else ""
     needed, there = polishing_bytes(plan), total_memory(device)
