@@ -14,6 +14,7 @@ from qinit.text.self_text import LARGEST_BATCH
 
 # Floating-point operations per second that a model reaches: on six to eight cores of a laptop, on a card for games.
 SPEED = {"cpu": 1.8e11, "cuda": 9e12}
+WRITING = 4  # operations per parameter and token that is written: 2 are arithmetic, the rest goes to keys and values
 STEP_SECONDS = 4e-4  # per layer of the model: what writing one more token for a whole batch takes beside its arithmetic
 WALK_PASSES = {"sequential": 2.7, "parallel": 1}  # over the text: the original, and the repaired up to each group
 SOLVING, SOLVING_CALIBRATED = 4e4, 1.3e5  # operations per weight; with calibration also in proportion to its inputs
@@ -35,7 +36,7 @@ def calibrating_seconds(plan: Plan, source: str, samples: int) -> float:
         return operations / speed
     parts = len({layer.target.name.rsplit(".", 1)[0] for layer in plan.quantized})
     steps = length * -(-samples // LARGEST_BATCH)
-    return (operations + 2 * parameters * samples * length) / speed + STEP_SECONDS * parts * steps
+    return (operations + WRITING * parameters * samples * length) / speed + STEP_SECONDS * parts * steps
 
 
 def solving_seconds(plan: Plan, calibrated: bool) -> float:
