@@ -43,10 +43,10 @@ def test_working_memory_counts_what_needs_the_whole_model(tiny_llama):
 
 
 def test_a_large_model_that_writes_its_own_text_is_in_memory_as_a_whole(tmp_path):
-    directory = make_checkpoint(tmp_path / "deep", num_hidden_layers=12)
+    directory = make_checkpoint(tmp_path / "deep", num_hidden_layers=12)  # in float32 on a CPU
     few = {"calibration_samples": 1, "calibration_length": 2, "target_modules": "k_proj"}
     plan = plan_of(directory, calibration="self", **few)
-    assert working_bytes(plan) == plan.bytes_before > working_bytes(plan_of(directory, calibration="random", **few))
+    assert working_bytes(plan) == 2 * plan.bytes_before > working_bytes(plan_of(directory, calibration="random", **few))
 
 
 def test_a_polish_has_the_codes_and_not_the_weights(tiny_llama):
