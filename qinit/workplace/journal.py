@@ -26,6 +26,7 @@ SHAPES: dict[str, dict[str, type]] = {
     "note": {"text": str},
     "copied": {"name": str, "sums": list},
     "layer": {"row": dict, "sums": list},
+    "lessons": {},
     "polish": {"result": dict, "errors": dict, "sums": dict},
 }
 
