@@ -52,7 +52,9 @@ class Course:
         tensors = {f"{number}.best": value for number, value in enumerate(self.best)}
         for number, parameter in enumerate(self.parameters):
             state = self.optimizer.state.get(parameter, {})  # nothing where no gradient has come yet
-            tensors |= {f"{number}.now": parameter.detach()} | {f"{number}.{part}": state[part] for part in OF_ADAM if part in state}
+            tensors |= {f"{number}.now": parameter.detach()} | {
+                f"{number}.{part}": state[part] for part in OF_ADAM if part in state
+            }
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
         numbers = {"step": self.step, "stale": self.stale, "before": self.before, "after": self.after}
         new = file.with_name(file.name + ".new")
