@@ -61,9 +61,8 @@ class TestProgress:
     def test_every_factor_and_scale_of_every_layer_moves_and_nothing_else(self, start):
         plan, starts = start
         source = contents(plan.checkpoint.directory)
-        before = {
-            name: (s.base.codes.clone(), s.base.zeros.clone(), s.base.scales.clone()) for name, s in starts.items()
-        }
+        bases = {name: (s.base.codes, s.base.zeros, s.base.scales) for name, s in starts.items()}
+        before = {name: [tensor.clone() for tensor in tensors] for name, tensors in bases.items()}
         factors = {name: (s.low_rank.B.clone(), s.low_rank.A.clone()) for name, s in starts.items()}
         _, result = polished(plan, starts)
         assert result.layers.keys() == starts.keys()
