@@ -223,6 +223,7 @@ def test_the_result_is_on_the_disk_before_it_has_its_name(llama, place, monkeypa
 def test_room_is_needed_for_base_adapter_companions_and_a_second_adapter_of_a_polish(llama, place, monkeypatch):
     plan = plan_of(llama)
     companions, polished = plan.checkpoint.companion_bytes(), {"calibration": "random", "polish": 1}
+    lessons = polish_disk_bytes(plan_of(llama, **polished))
     assert companions > 0
     for options, needed in (
         ({}, plan.base_bytes + plan.adapter_bytes + companions),
