@@ -229,7 +229,7 @@ def test_room_is_needed_for_base_adapter_companions_and_a_second_adapter_of_a_po
         ({}, plan.base_bytes + plan.adapter_bytes + companions),
         (
             polished,
-            plan.base_bytes + 2 * plan.adapter_bytes + companions + polish_disk_bytes(plan_of(llama, **polished)),
+            plan.base_bytes + 2 * plan.adapter_bytes + companions + lessons,
         ),
     ):
         for free, refused in ((needed, False), (needed - 1, True)):
