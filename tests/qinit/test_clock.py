@@ -19,6 +19,10 @@ class Time:
     def passes(self, seconds):
         self.now += seconds
 
+    def fails(self, seconds):
+        self.passes(seconds)
+        raise KeyError
+
 
 @pytest.fixture
 def time():
@@ -43,8 +47,7 @@ def test_the_same_section_adds_up_and_an_error_ends_it(time):
     with Clock(time) as clock:
         for seconds in (1, 2):
             with pytest.raises(KeyError), section("a"):
-                time.passes(seconds)
-                raise KeyError
+                time.fails(seconds)
         time.passes(5)
     assert clock.split() == {OTHER: 5, "a": 3}
 
