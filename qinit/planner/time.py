@@ -40,9 +40,9 @@ from qinit.words import duration
 # Bytes per second of a file that the system holds in its memory, or on a solid disk. Not measured: the run reads each
 # byte for the first time where the measurement could only read some for the second.
 DISK_SPEED = 1e9
-LOADS = 3  # passes over a weight that is read: converted, looked through, copied
-STARTING = 1.0  # seconds of a check: its text is read, and two models are set up
-PACKED = 12  # passes over a weight that is packed or unpacked
+LOADS = 2  # passes over a weight that is read: converted, looked through
+STARTING = 2.0  # seconds of a check: its text is read, and two models are set up
+PACKED = 18  # passes over a weight that is packed or unpacked
 CALLS = 180  # calls into torch for one layer of a model, beside what they compute; as many around all layers
 BLOCK_PASSES = 16  # over the hidden states of a block: norms, rotations, sums
 SEEN_PASSES = 6  # over what a group of layers reads: checked, compared, its magnitude
