@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from qinit.clock import section
 from qinit.events import Done, Event, Finished, Working
 from qinit.files.tensors import StoredTensor
 from qinit.machine import pick_device
@@ -52,7 +53,8 @@ def run(
             job = Job(plan, device, place, journal, token)
             yield from _carried_out(job)
             write_configurations(job.plan, place.run, out)
-            checked = yield from check(job)
+            with section("check"):
+                checked = yield from check(job)
             report = make_report(
                 job.plan,
                 tuple(job.store.rows[layer.target.name] for layer in plan.layers),
@@ -63,8 +65,9 @@ def run(
                 seconds=journal.seconds,
                 peak_memory_bytes=journal.peak_memory_bytes,
             )
-            complete(job.plan, report, place.run)
-            place.finish()
+            with section("writing"):
+                complete(job.plan, report, place.run)
+                place.finish()
     yield Finished(report, out)
 
 
@@ -76,7 +79,8 @@ def _carried_out(job: Job) -> Generator[Event, None, None]:
         yield from choose_widths(job)
         check_space(job.plan, job.place.out)
     plan, store = job.plan, job.store
-    copy_companions(plan, job.place.run)
+    with section("writing"):
+        copy_companions(plan, job.place.run)
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
     by_tensor = {layer.target.tensor.name: layer for layer in plan.layers}
@@ -96,7 +100,8 @@ def _carried_out(job: Job) -> Generator[Event, None, None]:
         yield Done(name, tensor.nbytes, row)
     store.sync()
     if plan.recipe.polish:
-        yield from polish_adapters(job)
+        with section("polish"):
+            yield from polish_adapters(job)
     store.close()
 
 
