@@ -59,9 +59,11 @@ def run_seconds(plan: Plan) -> float:
 
 
 def polishing_seconds(plan: Plan, steps: int) -> float:
-    """Return what so many steps of polish take, with the source's pass over their text."""
+    """Return what so many steps of polish take, with the source's pass over their text, and the writing of it."""
     tokens = steps * BATCH_TOKENS
     reading = 2.0 * _parameters(plan) * tokens / EPOCHS
+    if plan.recipe.calibration == AUTO_SOURCE:
+        reading += WRITING * _parameters(plan) * tokens / EPOCHS
     return (reading + polish_flops(_parameters(plan), BATCH_TOKENS, steps)) / SPEED[_kind(plan)]
 
 

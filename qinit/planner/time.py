@@ -153,7 +153,7 @@ def work_of(plan: Plan, device: torch.device) -> list[Work]:
             found += model.writing("allocating", GRADIENT_SAMPLES, plan.facts.clip(GRADIENT_LENGTH), device)
         found += model.there_and_back("allocating", again=1 if recipe.calibrated else 0, errors=len(recipe.widths))
     if recipe.polish:
-        found += model.polish()
+        found += model.polish(device)
     if recipe.check and plan.facts.causal:
         tokens, window = check_tokens(plan), plan.facts.clip(CHECK_WINDOW)
         found += model.forward("checking", tokens, window, times=2)
@@ -330,11 +330,13 @@ class _Model:
             if errors:
                 yield Work(part, "product", (rows, module.in_features, module.out_features), errors * count)
 
-    def polish(self) -> Iterator[Work]:
+    def polish(self, device: torch.device) -> Iterator[Work]:
         """Yield the teacher's pass over its text, the steps, and the evaluations between them."""
         part, steps, length = "polishing", self.plan.recipe.polish_steps, self.length
         tokens = max(self.tokens, steps * BATCH_TOKENS // EPOCHS)
         rows = max(1, BATCH_TOKENS // length) * length
+        if self.plan.recipe.calibration == AUTO_SOURCE and tokens > self.tokens:
+            yield from self.writing(part, -(-int(tokens - self.tokens) // length), length, device)
         yield from self.forward(part, tokens, rows)
         yield from self.head(part, tokens, rows)
         yield from self.products(part, steps * rows, rows, 4)  # forward, once more, and back to inputs and to scales

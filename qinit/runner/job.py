@@ -67,7 +67,7 @@ class Job:
         if found is None:
             samples = yield from self.samples()
             with section("text"):
-                found = more_text(self.plan, samples, tokens, self.token)
+                found = more_text(self.plan, samples, tokens, self.device, self.token)
             save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
         return found
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from qinit.errors import CalibrationError
 from qinit.machine import free_memory
 from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES, LARGEST_SHARE
 from qinit.plan.plan import Plan
 from qinit.text.samples import Samples
 from qinit.text.self_text import model_bytes
-from qinit.text.sources import BUNDLED, SELF, kind_of, load_samples
-from qinit.text.tokens import load_tokenizer
+from qinit.text.sources import SELF, kind_of, load_samples
 
 
 def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
@@ -37,32 +35,25 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
     )
 
 
-def more_text(plan: Plan, samples: Samples, tokens: int, token: str | None) -> Samples:
-    """Return the calibration text with so much more of it that it has `tokens`, as far as there is more.
-
-    A file and a data set give more windows, random tokens more of them. To text that the model has written comes such
-    as qinit brings: it needs no writing, and the model reads it all the same. Raises HubError.
-    """
+def more_text(plan: Plan, samples: Samples, tokens: int, device: torch.device, token: str | None) -> Samples:
+    """Return the calibration text with so much more of it that it has `tokens`, as far as there is more: more windows of
+    a file or a data set, more random tokens, or more that the model writes. Raises CalibrationError and HubError."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
     count, length = samples.tokens.shape
     missing = -(-tokens // length) - count
     if missing <= 0 or not plan.facts.causal:
         return samples
     own = kind_of(recipe.calibration) == SELF
-    if own:
-        try:
-            load_tokenizer(checkpoint.directory, recipe.trust_remote_code)
-        except CalibrationError:
-            return samples
     found = load_samples(
-        BUNDLED if own else recipe.calibration,
+        recipe.calibration,
         checkpoint.directory,
         checkpoint.config,
         samples=missing if own else count + missing,
         length=length,
-        seed=recipe.seed,
+        seed=recipe.seed + own,  # what is written already is not written again
         text_field=recipe.text_field,
         token=token,
+        device=device,
         trust_remote_code=recipe.trust_remote_code,
     )
     if own:

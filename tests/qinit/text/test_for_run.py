@@ -3,7 +3,7 @@ import torch
 
 from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES
 from qinit.text import for_run as module
-from qinit.text.for_run import text_for
+from qinit.text.for_run import more_text, text_for
 from tests.helpers import plan_of
 from tests.models import make_bert, words
 
@@ -40,3 +40,31 @@ def test_a_model_that_writes_no_text_reads_random_tokens(tmp_path):
     found = text_for(plan_of(make_bert(tmp_path / "bert"), format="dense"), CPU, None)
     assert "random tokens" in found.origin
     assert found.tokens.shape == (GRADIENT_SAMPLES, 32)  # as many positions as it has
+
+
+class TestMoreText:
+    def more(self, source, tokens, **options):
+        plan = plan_of(source, **{"calibration_samples": 4, "calibration_length": 8, **options})
+        samples = text_for(plan, CPU, None)
+        return samples, more_text(plan, samples, tokens, CPU, None)
+
+    def test_own_text_goes_on_with_what_is_not_written_yet(self, llama):
+        samples, more = self.more(llama, 50, calibration="self", seed=3)
+        assert more.tokens.shape == (7, 8)
+        assert torch.equal(more.tokens[:4], samples.tokens)
+        assert len(more.tokens.unique(dim=0)) == 7
+        assert more.origin == f"{samples.origin}; and 3 texts of 8 tokens that the model wrote itself, seed 4"
+
+    def test_a_file_gives_more_windows_as_far_as_it_goes(self, reader, tmp_path):
+        (tmp_path / "text.txt").write_text(words(*range(4, 84)))
+        _, more = self.more(reader, 48, calibration=str(tmp_path / "text.txt"))
+        assert more.tokens.shape == (6, 8)
+
+    def test_enough_is_enough(self, llama):
+        samples, more = self.more(llama, 32, calibration="random")
+        assert more is samples
+        assert self.more(llama, 33, calibration="random")[1].tokens.shape == (5, 8)
+
+    def test_an_encoder_keeps_its_text(self, tmp_path):
+        samples, more = self.more(make_bert(tmp_path / "bert"), 1000, calibration="random", format="dense")
+        assert more is samples
