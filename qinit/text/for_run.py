@@ -36,8 +36,8 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
 
 
 def more_text(plan: Plan, samples: Samples, tokens: int, device: torch.device, token: str | None) -> Samples:
-    """Return the calibration text with so much more of it that it has `tokens`, as far as there is more: more windows of
-    a file or a data set, more random tokens, or more that the model writes. Raises CalibrationError and HubError."""
+    """Return the calibration text with so much more of it that it has `tokens`, as far as there is more: windows of a
+    file or a data set, random tokens, or what the model writes. Raises CalibrationError and HubError."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
     count, length = samples.tokens.shape
     missing = -(-tokens // length) - count
