@@ -93,9 +93,9 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         from qinit.hub.push import open_target
 
         open_target(repo_id, **target)
-    events = run(made, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token)
-    with _interruptible(out):
-        report = screen.follow(made, events, expected(made, pick_device(recipe.device)))
+    events = run(made, out, overwrite=overwrite, command=typed(sys.argv[1:]), token=token)
+    with interruptible(out):
+        report = screen.follow(made, events, (*made.notes, *expected(made, pick_device(recipe.device))))
     pushed = None
     try:
         if repo_id:
@@ -106,7 +106,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _interruptible(out: Path) -> Iterator[None]:
+def interruptible(out: Path) -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does, and say what is kept of it then."""
     from qinit.errors import StoppedError
     from qinit.workplace.place import kept
@@ -148,7 +148,7 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
     return made, out
 
 
-def _command(arguments: list[str]) -> str:
+def typed(arguments: list[str]) -> str:
     """Return the command as typed, without the token."""
     words = ["qinit"]
     for word in arguments:

@@ -128,9 +128,12 @@ def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
     writing = f", {duration(cost.writing)} of it to write the text" if cost.writing else ""
     lines = [f"calibration takes about {duration(cost.seconds)} here{writing}"]
     if plan.recipe.polish:
-        parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
-        seconds = polish_flops(parameters, BATCH_TOKENS, plan.recipe.polish) / (EFFICIENCY * speed)
-        lines.append(
-            f"{plan.recipe.polish} steps of polish take about {duration(seconds)} here, with the whole model in memory"
-        )
+        lines.append(expected_polish(plan, device))
     return tuple(lines)
+
+
+def expected_polish(plan: Plan, device: torch.device) -> str:
+    """Say what the polish alone will take on this machine."""
+    parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
+    seconds = polish_flops(parameters, BATCH_TOKENS, plan.recipe.polish) / (EFFICIENCY * measured_speed(device))
+    return f"{plan.recipe.polish} steps of polish take about {duration(seconds)} here, with the whole model in memory"
