@@ -244,6 +244,26 @@ class Screen:
         for note in plan.notes:
             self.say(f"note: {note}")
 
+    def qualities(self, plans: dict[str, tuple[Plan, Estimate]]) -> None:
+        """Draw what each quality would take, and what it has given elsewhere."""
+        from qinit.planner.memory import working_bytes
+        from qinit.planner.quality import found_words
+        from qinit.words import duration
+
+        columns = ("--quality", "calibration", "polish", "time here", "memory", "SmolLM2-135M gave")
+        rows = [
+            [
+                name,
+                _calibration_words(plan).split(", then ")[0],
+                f"{plan.recipe.polish} steps" if plan.recipe.polish else "-",
+                duration(seconds.total),
+                size(working_bytes(plan)),
+                found_words(plan.recipe) or "-",
+            ]
+            for name, (plan, seconds) in plans.items()
+        ]
+        self.table(*columns, rows=rows)
+
     def methods(self, rows: list[dict[str, Any]]) -> None:
         """Draw the method table."""
         table = Table(*METHOD_COLUMNS.values(), box=None, pad_edge=False)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qinit_cli.draw import Screen
 
     from qinit.plan.plan import Plan
+    from qinit.planner.time import Estimate
 
 
 @takes(*READING, "bits", *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, "check", *RUNNING)
@@ -77,6 +78,8 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
 
         seconds = estimate(made, pick_device(recipe.device))
         screen.plan(made, out, seconds)
+        if qualities := _qualities(made, options):
+            screen.qualities(qualities)
         if options["json_output"]:
             screen.json_plan(made, out, seconds)
         return
@@ -103,6 +106,23 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     finally:
         if options["json_output"]:
             screen.json_report(report, out, **({"pushed": pushed} if repo_id else {}))
+
+
+def _qualities(made: Plan, options: dict[str, Any]) -> dict[str, tuple[Plan, Estimate]]:
+    """Plan the same with each quality; nothing for a method or a model that takes no calibration."""
+    from qinit.machine import pick_device
+    from qinit.planner.make import make_plan
+    from qinit.planner.time import estimate
+    from qinit.recipe import QUALITIES, make_recipe
+
+    if not made.recipe.calibrated:
+        return {}
+    found = {}
+    for quality in QUALITIES:
+        recipe = make_recipe(options["recipe"], **{**recipe_options(options), "quality": quality})
+        plan = make_plan(recipe, made.checkpoint.directory, made.model_name)
+        found[quality] = plan, estimate(plan, pick_device(recipe.device))
+    return found
 
 
 @contextmanager

@@ -103,12 +103,22 @@ OPTIONS: dict[str, Any] = {
             rich_help_panel=DATA_PANEL,
         ),
     ],
+    "quality": Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD",
+            help="fast, balanced or best: what calibration and polish may take where nothing else is said.",
+            show_default="balanced",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ],
     "polish": Annotated[
-        int | None,
+        str | None,
         typer.Option(
             metavar="STEPS",
-            help="Then train all adapters together towards the full-precision model; needs it in memory.",
-            show_default="0",
+            help="Then train all adapters and scales together towards the full-precision model: a number of steps, or "
+            "auto, which goes by the quality and the cost.",
+            show_default="auto",
             rich_help_panel=DATA_PANEL,
         ),
     ],
@@ -264,7 +274,7 @@ CALIBRATING = (
         "calibration_length",
         "calibration_mode",
     ),
-    *("rounding", "act_order", "polish"),
+    *("rounding", "act_order", "quality", "polish"),
 )
 CHOOSING = ("target_modules", "exclude", "lora_alpha", "use_rslora", "seed")
 WRITING = ("format", "save_dir", "out", "max_shard_size", "overwrite", "push_to_hub", "private")

@@ -62,8 +62,10 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def total_memory() -> int:
-    """Return the bytes of memory that the machine has, free or not."""
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory that the device has, free or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

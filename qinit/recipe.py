@@ -21,6 +21,14 @@ MOST_TOKENS = 2**28
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
 
+# What a quality sets, where nothing else is given; what `polish` becomes is the planner's to say.
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"calibration_budget": "5m", "polish": 0},
+    "balanced": {},
+    "best": {"calibration_budget": "30m"},
+}
+
+
 class Recipe(BaseModel):
     """The options of one run. Fields have the names of the command line's options."""
 
@@ -46,7 +54,8 @@ class Recipe(BaseModel):
     calibration_mode: Literal["sequential", "parallel"] = "sequential"
     rounding: Literal["gptq", "nearest"] | None = None  # None: the method's own
     act_order: bool = False
-    polish: int = Field(0, ge=0, le=LARGEST)
+    polish: int | None = Field(None, ge=0, le=LARGEST)  # steps; None: as many as the quality and their cost allow
+    quality: Literal["fast", "balanced", "best"] = "balanced"
     check: bool = True  # measure the run at its end; changes no weight
     max_shard_size: str = "5GB"
     device: str = "auto"
@@ -61,6 +70,20 @@ class Recipe(BaseModel):
     sensitivity: str | None = None  # a file that an earlier run has measured
     rank_budget: str | None = None  # total size of the adapter, as 20MB
     trust_remote_code: bool = False  # run code that the checkpoint brings; never from a file
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quality_defaults(cls, values: Any) -> Any:
+        return {**QUALITIES.get(str(values.get("quality")), {}), **values} if isinstance(values, dict) else values
+
+    @field_validator("polish", mode="before")
+    @classmethod
+    def _polish_auto(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value != "auto" and not value.isdecimal():
+                raise ValueError("expected a number of steps, or auto")
+            return None if value == "auto" else int(value)
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -216,6 +239,11 @@ class Recipe(BaseModel):
     def calibrated(self) -> bool:
         """Whether the method measures what the layers see; `auto` is no yes yet."""
         return self.calibration not in ("none", "auto")
+
+    @property
+    def polish_steps(self) -> int:
+        """The steps of polish that are decided on; none while that is open."""
+        return self.polish or 0
 
     @property
     def row(self) -> Method:

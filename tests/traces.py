@@ -10,6 +10,13 @@ import torch
 from qinit.plan.plan import Plan
 from qinit.text.samples import Samples
 
+BLOCKS = {  # of families, `model.layers` for all others
+    "gpt2": "transformer.h",
+    "opt": "model.decoder.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "bert": "bert.encoder.layer",
+}
+
 
 def stock(plan: Plan) -> Any:
     """The whole model in float32, as a user loads it."""
@@ -17,6 +24,27 @@ def stock(plan: Plan) -> Any:
 
     loader = getattr(transformers, plan.architecture.class_name)
     return loader.from_pretrained(plan.checkpoint.directory, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def stock_states(plan: Plan, samples: Samples) -> list[torch.Tensor]:
+    """What goes into each block of the stock model, and what comes out of the last one."""
+    model = stock(plan)
+    states: list[torch.Tensor] = []
+
+    def keep(_module: Any, args: Any, kwargs: Any) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def keep_output(_module: Any, _args: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = model.get_submodule(BLOCKS.get(plan.model_name, "model.layers"))
+    for block in blocks:
+        block.register_forward_pre_hook(keep, with_kwargs=True)
+    blocks[-1].register_forward_hook(keep_output)
+    mask = None if samples.mask is None else samples.mask.long()
+    model(input_ids=samples.tokens, attention_mask=mask, use_cache=False)
+    return states
 
 
 class Trace:

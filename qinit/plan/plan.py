@@ -52,6 +52,7 @@ class Plan:
     architecture: Architecture
     layers: tuple[LayerPlan, ...]
     calibration_reason: str = ""  # why `auto` became what it is
+    polish_reason: str = ""  # why there are so many steps of polish, where that was open
     allocation: Allocation | None = None  # of mixed widths; None too while they are still to be measured
 
     @property
@@ -146,7 +147,9 @@ class Plan:
             how = f"calibration {self.recipe.calibration}" if self.recipe.calibrated else "no calibration"
             if self.calibration_reason:
                 notes.append(f"{how}: {self.calibration_reason}")
-        if self.recipe.calibrated:
+        if self.polish_reason:
+            notes.append(f"polish: {self.polish_reason}")
+        if self.recipe.calibrated and self.quantized:
             tokens = self.recipe.calibration_samples * self.facts.clip(self.recipe.calibration_length)
             more = -(-8 * self.widest // self.facts.clip(self.recipe.calibration_length))
             notes += few_tokens(self, tokens, f"give --calibration-samples {more}")

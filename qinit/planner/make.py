@@ -11,6 +11,7 @@ from qinit.formats import FORMATS
 from qinit.machine import pick_device
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.auto import choose
+from qinit.planner.polish import choose_polish
 from qinit.recipe import Recipe
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Target, read_architecture, resolve_targets, select
@@ -33,7 +34,7 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
             f"format {recipe.format} can hold none of the {len(layers)} chosen layers "
             f"({plan.notes[0]}); use --format dense"
         )
-    plan = _with_calibration(plan)
+    plan = _with_polish(_with_calibration(plan))
     if recipe.mixed:
         plan = planned(plan)
     return plan
@@ -63,6 +64,14 @@ def _with_calibration(plan: Plan) -> Plan:
     if recipe.row.needs and not recipe.calibrated:
         raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self, text or a text file")
     return plan
+
+
+def _with_polish(plan: Plan) -> Plan:
+    """Decide how many steps of polish there are, where that is open."""
+    if plan.recipe.polish is not None:
+        return plan
+    steps, reason = choose_polish(plan, pick_device(plan.recipe.device))
+    return replace(plan, recipe=plan.recipe.model_copy(update={"polish": steps}), polish_reason=reason)
 
 
 def _plan_layer(recipe: Recipe, target: Target) -> LayerPlan:

@@ -52,7 +52,7 @@ def working_bytes(plan: Plan) -> int:
     writing = 0
     if plan.recipe.calibration == "self":
         writing = model_bytes(plan.bytes_before, pick_device(plan.recipe.device))
-    return max(writing, solving, _polishing_bytes(plan), checking)
+    return max(writing, solving, (polishing_bytes(plan) if plan.recipe.polish else 0), checking)
 
 
 def polish_disk_bytes(plan: Plan) -> int:
@@ -61,7 +61,8 @@ def polish_disk_bytes(plan: Plan) -> int:
         return 0
     width = min(layer.target.module.in_features for layer in plan.quantized)
     tokens = max(
-        plan.recipe.polish * BATCH_TOKENS // EPOCHS, plan.recipe.calibration_samples * plan.recipe.calibration_length
+        plan.recipe.polish_steps * BATCH_TOKENS // EPOCHS,
+        plan.recipe.calibration_samples * plan.recipe.calibration_length,
     )
     return tokens * (2 * width + 6 * TOP) + 4 * _trained_bytes(plan)
 
@@ -91,9 +92,8 @@ def _trained_bytes(plan: Plan) -> int:
     return plan.adapter_bytes + sum(4 * layer.weights // plan.recipe.group_size for layer in plan.quantized)
 
 
-def _polishing_bytes(plan: Plan) -> int:
-    if not plan.recipe.polish:
-        return 0
+def polishing_bytes(plan: Plan) -> int:
+    """Estimated peak memory of a polish: Q of all layers, what is no layer of the source, what is trained, logits."""
     coded = FORMATS[plan.recipe.format].storage(plan.quantized[0].target) is None
     held = sum(layer.weights if layer.bits > NIBBLE else layer.weights // 2 for layer in plan.quantized)
     if not coded:

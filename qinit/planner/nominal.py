@@ -11,9 +11,11 @@ from qinit.machine import pick_device
 from qinit.plan.limits import AUTO_SOURCE, GRADIENT_LENGTH, GRADIENT_PASSES, GRADIENT_SAMPLES
 from qinit.plan.plan import Plan
 from qinit.text.self_text import LARGEST_BATCH
+from qinit.train.polish import BATCH_TOKENS, EPOCHS, polish_flops
 
 # Floating-point operations per second that a model reaches: on two to four cores, on a card for games.
 SPEED = {"cpu": 1.1e11, "cuda": 9e12}
+WRITING = 4  # operations per parameter and token that is written: 2 are arithmetic, the rest goes to keys and values
 STEP_SECONDS = 4e-4  # per layer of the model: what writing one more token for a whole batch takes beside its arithmetic
 # Over the text: the original and the repaired up to each group make 2.7, but a block is not its layers alone.
 WALK_PASSES = {"sequential": 4, "parallel": 1.5}
@@ -36,7 +38,7 @@ def calibrating_seconds(plan: Plan, source: str, samples: int) -> float:
         return operations / speed
     parts = len({layer.target.name.rsplit(".", 1)[0] for layer in plan.quantized})
     steps = length * -(-samples // LARGEST_BATCH)
-    return (operations + 2 * parameters * samples * length) / speed + STEP_SECONDS * parts * steps
+    return (operations + WRITING * parameters * samples * length) / speed + STEP_SECONDS * parts * steps
 
 
 def solving_seconds(plan: Plan, calibrated: bool) -> float:
@@ -54,6 +56,13 @@ def run_seconds(plan: Plan) -> float:
     if not recipe.calibrated:
         return solving
     return solving + calibrating_seconds(plan, recipe.calibration, recipe.calibration_samples)
+
+
+def polishing_seconds(plan: Plan, steps: int) -> float:
+    """Return what so many steps of polish take, with the source's pass over their text."""
+    tokens = steps * BATCH_TOKENS
+    reading = 2.0 * _parameters(plan) * tokens / EPOCHS
+    return (reading + polish_flops(_parameters(plan), BATCH_TOKENS, steps)) / SPEED[_kind(plan)]
 
 
 def checking_seconds(plan: Plan, tokens: int) -> float:

@@ -55,7 +55,7 @@ def estimate(plan: Plan, device: torch.device) -> Estimate:
         products = 2 * tokens * (GRADIENT_PASSES * parameters + len(recipe.widths) * weights)
         allocating = products / (EFFICIENCY * speed) + len(recipe.widths) * solving / spec.iterations
     calibrating = calibration_cost(plan, recipe.calibration, speed).seconds if recipe.calibrated else 0.0
-    polishing = polish_flops(parameters, BATCH_TOKENS, recipe.polish) / (EFFICIENCY * speed)
+    polishing = polish_flops(parameters, BATCH_TOKENS, recipe.polish_steps) / (EFFICIENCY * speed)
     return Estimate(calibrating, allocating, solving, polishing)
 
 
@@ -135,5 +135,5 @@ def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
 def expected_polish(plan: Plan, device: torch.device) -> str:
     """Say what the polish alone will take on this machine."""
     parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
-    seconds = polish_flops(parameters, BATCH_TOKENS, plan.recipe.polish) / (EFFICIENCY * measured_speed(device))
-    return f"{plan.recipe.polish} steps of polish take about {duration(seconds)} here, with the whole model in memory"
+    seconds = polish_flops(parameters, BATCH_TOKENS, plan.recipe.polish_steps) / (EFFICIENCY * measured_speed(device))
+    return f"{plan.recipe.polish_steps} steps of polish take about {duration(seconds)} here, with the whole model in memory"

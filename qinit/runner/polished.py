@@ -41,7 +41,7 @@ def _polish(job: Job) -> Generator[Event, None, None]:
     """Polish, measure the weight errors anew, and keep the result."""
     plan, store = job.plan, job.store
     layers = {layer.target.name: layer for layer in plan.quantized}
-    samples = yield from job.polish_samples(plan.recipe.polish * BATCH_TOKENS // EPOCHS)
+    samples = yield from job.polish_samples(plan.recipe.polish_steps * BATCH_TOKENS // EPOCHS)
     lessons = yield from _lessons(job, samples)
     starts = {name: _start(store, layer) for name, layer in layers.items()}
     with student_of(plan, starts, job.device) as student:
@@ -49,7 +49,7 @@ def _polish(job: Job) -> Generator[Event, None, None]:
             student,
             lessons,
             samples,
-            steps=plan.recipe.polish,
+            steps=plan.recipe.polish_steps,
             seed=plan.recipe.seed,
             state=job.place.partial / "polishing.safetensors",
         )

@@ -116,7 +116,7 @@ def _load(directory: Path, device: torch.device, trust_remote_code: bool) -> Any
 
 def model_bytes(stored: int, device: torch.device) -> int:
     """Return what a model of `stored` bytes takes in memory while it writes: twice as much where it runs in float32."""
-    return 2 * stored if device.type == "cpu" and 2 * stored <= FLOAT32_SHARE * total_memory() else stored
+    return 2 * stored if device.type == "cpu" and 2 * stored <= FLOAT32_SHARE * total_memory(device) else stored
 
 
 def _dtype(directory: Path, device: torch.device) -> Any:

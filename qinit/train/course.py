@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Course:
@@ -41,20 +42,23 @@ class Course:
             parameter.data.copy_(kept)
 
     def resume(self) -> bool:
-        """Go on where the file says; False where there is none, or none that can be read."""
+        """Go on where the file says; False where there is none, or none that is whole."""
         try:
             return self.file is not None and self._load(self.file)
-        except (OSError, SafetensorError, KeyError, ValueError):
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return False
 
     def _save(self, file: Path) -> None:
         tensors = {f"{number}.best": value for number, value in enumerate(self.best)}
         for number, parameter in enumerate(self.parameters):
-            tensors[f"{number}.now"] = parameter.detach()
-            tensors |= {f"{number}.{moment}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
+            state = self.optimizer.state.get(parameter, {})  # nothing where no gradient has come yet
+            tensors |= {f"{number}.now": parameter.detach()} | {
+                f"{number}.{part}": state[part] for part in OF_ADAM if part in state
+            }
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
         numbers = {"step": self.step, "stale": self.stale, "before": self.before, "after": self.after}
         new = file.with_name(file.name + ".new")
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, new, {"": json.dumps(numbers)})
+        save_file(tensors, new, {"": json.dumps({**numbers, "sum": _sum(tensors)})})
         with new.open("rb") as handle:
             os.fsync(handle.fileno())
         new.replace(file)
@@ -64,13 +68,24 @@ class Course:
             return False
         with safe_open(file, "pt") as stored:
             numbers = json.loads(stored.metadata()[""])
-            for number, parameter in enumerate(self.parameters):
-                device = parameter.device
-                parameter.data.copy_(stored.get_tensor(f"{number}.now"))
-                self.best[number].copy_(stored.get_tensor(f"{number}.best"))
-                state = self.optimizer.state[parameter]
-                state["step"] = torch.tensor(float(numbers["step"]))
-                state |= {moment: stored.get_tensor(f"{number}.{moment}").to(device) for moment in MOMENTS}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no dict
+        shapes = [tensors[f"{number}.now"].shape for number in range(len(self.parameters))]
+        if numbers["sum"] != _sum(tensors) or shapes != [parameter.shape for parameter in self.parameters]:
+            return False
+        for number, parameter in enumerate(self.parameters):
+            parameter.data.copy_(tensors[f"{number}.now"])
+            self.best[number].copy_(tensors[f"{number}.best"])
+            found = {part: tensors[f"{number}.{part}"] for part in OF_ADAM if f"{number}.{part}" in tensors}
+            # As `load_state_dict` does: the count of steps stays on the CPU.
+            state = {part: value if part == "step" else value.to(parameter.device) for part, value in found.items()}
+            self.optimizer.state[parameter].update(state)
         self.step, self.stale = int(numbers["step"]), int(numbers["stale"])
         self.before, self.after = float(numbers["before"]), float(numbers["after"])
         return True
+
+
+def _sum(tensors: Mapping[str, torch.Tensor]) -> int:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(memoryview(tensors[name].flatten().view(torch.uint8).numpy().data), found)
+    return found

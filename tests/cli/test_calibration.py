@@ -389,7 +389,7 @@ def test_an_interrupt_during_the_walk_leaves_nothing(command, strong_reader, mon
 
 
 def test_a_failing_polish_leaves_the_layers_only(command, strong_reader, monkeypatch):
-    monkeypatch.setattr("qinit.train.polish._terms", lambda *_: torch.zeros(()).fail)
+    monkeypatch.setattr("qinit.train.polish.divergence", lambda *_: torch.zeros(()).fail)
     code, _, err = command("eqft", strong_reader, *QUICK, "--calibration", "random", "--polish", 2)
     assert (code, written()) == (1, [".out.partial"])
     assert err.startswith("error: inside qinit: AttributeError")

@@ -29,7 +29,12 @@ def test_the_defaults_are_the_documented_ones():
     assert (recipe.calibration, recipe.text_field, recipe.calibration_samples, recipe.calibration_length) == (
         *("auto", None, 128, 512),
     )
-    assert (recipe.calibration_mode, recipe.rounding, recipe.act_order, recipe.polish) == ("sequential", None, False, 0)
+    assert (recipe.calibration_mode, recipe.rounding, recipe.act_order, recipe.polish) == (
+        "sequential",
+        None,
+        False,
+        None,
+    )
 
 
 def test_auto_is_neither_yes_nor_no_yet():
@@ -335,3 +340,22 @@ def test_a_recipe_may_say_that_it_trusts_no_code(tmp_path):
     (tmp_path / "r.yaml").write_text("trust_remote_code: false\n")
     assert make_recipe(tmp_path / "r.yaml", trust_remote_code=True).trust_remote_code
     assert not make_recipe(tmp_path / "r.yaml").trust_remote_code
+
+
+class TestQuality:
+    def test_it_sets_what_nothing_else_is_said_of(self):
+        fast, balanced, best = (make_recipe(quality=quality) for quality in ("fast", "balanced", "best"))
+        assert balanced == make_recipe()
+        assert (fast.calibration_budget, fast.polish) == ("5m", 0)
+        assert (best.calibration_budget, best.polish) == ("30m", None)
+        assert make_recipe(quality="fast", calibration_budget="1h", polish=3).calibration_budget == "1h"
+        assert make_recipe(quality="fast", polish=3).polish == 3
+
+    def test_polish_is_a_number_or_auto(self):
+        assert make_recipe(polish="auto").polish is None
+        assert make_recipe(polish="12").polish == 12
+        assert make_recipe().polish_steps == 0
+        with pytest.raises(RecipeError, match="polish: expected a number of steps, or auto, found 'many'"):
+            make_recipe(polish="many")
+        with pytest.raises(RecipeError, match=r"quality: .*'fine'"):
+            make_recipe(quality="fine")

@@ -48,3 +48,8 @@ def test_it_holds_every_grid_and_shape_and_needs_no_configuration():
     assert DENSE.cannot_hold_shape(LinearModule("x", 3, 5, transposed=False), 64) is None
     assert DENSE.quantization_config({"model.x": 2}, 64, []) is None
     assert DENSE.mixed_bits
+
+
+def test_it_has_no_codes():
+    target = make_target()
+    assert DENSE.codes(target, DENSE.encode(target, quantized(), INT), 2, 16) is None

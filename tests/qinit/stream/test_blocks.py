@@ -6,40 +6,14 @@ from qinit.errors import CheckpointError
 from qinit.stream.blocks import Blocks, NotStreamable
 from tests.helpers import calibrated_plan, edit_tensors, padded, quantize, random_samples
 from tests.models import FAMILIES, OTHERS, make_checkpoint, make_float32
-from tests.traces import assert_close, stock
+from tests.traces import BLOCKS, assert_close, stock_states
 
 CPU = torch.device("cpu")
 STREAMABLE = (*FAMILIES, *(name for name in OTHERS if name != "t5"))
-BLOCKS = {
-    "gpt2": "transformer.h",
-    "opt": "model.decoder.layers",
-    "gpt_neox": "gpt_neox.layers",
-    "bert": "bert.encoder.layer",
-}
 
 
 def on_meta(model):
     return all(parameter.is_meta for parameter in model.parameters())
-
-
-@torch.no_grad()
-def stock_states(plan, samples):
-    """What goes into each block of the stock model, and what comes out of the last one."""
-    model, states = stock(plan), []
-
-    def keep(_module, args, kwargs):
-        states.append(args[0] if args else kwargs["hidden_states"])
-
-    def keep_output(_module, _args, output):
-        states.append(output[0] if isinstance(output, tuple) else output)
-
-    blocks = model.get_submodule(BLOCKS.get(plan.model_name, "model.layers"))
-    for block in blocks:
-        block.register_forward_pre_hook(keep, with_kwargs=True)
-    blocks[-1].register_forward_hook(keep_output)
-    mask = None if samples.mask is None else samples.mask.long()
-    model(input_ids=samples.tokens, attention_mask=mask, use_cache=False)
-    return states
 
 
 @pytest.mark.parametrize("mask", [False, True])

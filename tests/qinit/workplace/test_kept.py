@@ -3,13 +3,14 @@ import torch
 from safetensors.torch import save_file
 
 from qinit.errors import OutputError
+from qinit.formats import FORMATS
 from qinit.linalg.low_rank import LowRank
 from qinit.runner import layer as layer_module
 from qinit.workplace.kept import apply_polish, load_samples, save_polish, save_samples
 from qinit.workplace.place import kept, partial_of
 from tests.broken_off import RANDOM, TEXT, Crash, break_off, finish
-from tests.helpers import gauss, names, padded, plan_of, random_samples
-from tests.jobs import crashing, job_at, solved
+from tests.helpers import gauss, names, padded, plan_of, random_samples, weights_of
+from tests.jobs import CPU, crashing, job_at, solved
 
 
 def garble(file):
@@ -59,32 +60,80 @@ class TestSamples:
 
 
 class TestPolish:
+    ERRORS = (0.5, 0.25)  # of Q alone, of Q + L
+
+    def polished(self, job):
+        """Write all layers, and keep a polish of the first one's factors and scales beside; returns its tensors."""
+        plan = job.plan
+        for layer in plan.layers:
+            job.store.put(layer, *solved(plan, layer))
+        first = plan.layers[0]
+        tensors = plan.adapter.encode(first.target.module, LowRank(gauss(64, 4), gauss(4, 64)), 4, 1.0, 0)
+        tensors |= FORMATS["gptq"].scales(first.target, job.store.codes(first).scales * 1.01)
+        save_polish(job.store, {"steps": 3, "kept": True}, {first.target.name: self.ERRORS}, tensors)
+        return tensors
+
     @pytest.fixture
-    def polished(self, llama, tmp_path):
-        """A job whose layers are written, with a polish of one of them kept beside."""
-        plan = plan_of(llama, iter=1, target_modules="q_proj")
-        first, second = plan.layers
+    def plan(self, llama):
+        return plan_of(llama, iter=1, format="gptq", target_modules="q_proj")
+
+    def test_it_takes_the_place_of_factors_and_scales(self, plan, tmp_path):
+        with job_at(plan, tmp_path / "out") as job:
+            tensors = self.polished(job)
+            first, second = plan.layers
+            before = job.store.weight(second, CPU)
+            specs = {spec.name: job.store.base.read(spec.name) for spec in first.specs}
+            for _ in range(2):  # as often as a run is broken off here
+                assert apply_polish(job.store) == ({"steps": 3, "kept": True}, {first.target.name: self.ERRORS})
+                for name, tensor in tensors.items():
+                    writer = job.store.factors if job.store.factors.has(name) else job.store.base
+                    assert torch.equal(writer.read(name), tensor)
+                assert torch.equal(job.store.weight(second, CPU), before)
+            changed = [name for name, old in specs.items() if not torch.equal(job.store.base.read(name), old)]
+            assert changed == [first.target.prefix + "scales"]
+
+    @pytest.mark.parametrize("applied", [0, 1, 2, 3])
+    def test_a_layer_whose_tensors_are_replaced_in_part_is_finished_all_the_same(self, plan, tmp_path, applied):
+        with crashing(plan, tmp_path / "out") as job:
+            tensors = self.polished(job)
+            for name, tensor in list(tensors.items())[:applied]:
+                job.store.replace(name, tensor)
+        with job_at(plan, tmp_path / "out") as job:
+            assert len(job.store.rows) == 2
+            result, errors = apply_polish(job.store)
+            assert (result, {name: tuple(pair) for name, pair in errors.items()}) == (
+                {"steps": 3, "kept": True},
+                {plan.layers[0].target.name: self.ERRORS},
+            )
+            for name, tensor in tensors.items():
+                writer = job.store.factors if job.store.factors.has(name) else job.store.base
+                assert torch.equal(writer.read(name), tensor)
+
+    @pytest.mark.parametrize("part", ["qweight", "qzeros"])
+    def test_codes_that_are_damaged_meanwhile_are_made_again(self, plan, tmp_path, part):
+        with crashing(plan, tmp_path / "out") as job:
+            self.polished(job)
+            name = plan.layers[0].target.prefix + part
+            job.store.replace(name, job.store.base.read(name) + 1)
+        with job_at(plan, tmp_path / "out") as job:
+            assert list(job.store.rows) == [plan.layers[1].target.name]
+
+    def test_one_that_gained_nothing_changes_nothing(self, plan, tmp_path):
         with job_at(plan, tmp_path / "out") as job:
             for layer in plan.layers:
                 job.store.put(layer, *solved(plan, layer))
-            factors = plan.adapter.encode(first.target.module, LowRank(gauss(64, 4), gauss(4, 64)), 4, 1.0, 0)
-            save_polish(job.store, {"steps": 3, "kept": True}, {first.target.name: 0.25}, factors)
-            yield job, first, second, factors
-
-    def test_it_takes_the_place_of_the_adapter(self, polished):
-        job, first, second, factors = polished
-        before = job.store.low_rank(second)
-        for _ in range(2):  # as often as a run is broken off here
-            assert apply_polish(job.store) == ({"steps": 3, "kept": True}, {first.target.name: 0.25})
-            assert all(torch.equal(job.store.factors.read(name), tensor) for name, tensor in factors.items())
-            assert torch.equal(job.store.low_rank(second).B, before.B)
+            before = weights_of(job.place.run)
+            save_polish(job.store, {"kept": False}, {}, {})
+            assert apply_polish(job.store) == ({"kept": False}, {})
+            assert weights_of(job.place.run) == before
 
     @pytest.mark.parametrize("damage", [garble, lambda file: file.unlink(), lambda file: file.write_bytes(b"x" * 99)])
-    def test_what_is_damaged_is_said(self, polished, damage):
-        job, *_ = polished
-        damage(job.place.partial / "polished.safetensors")
-        with pytest.raises(OutputError, match=r"polished\.safetensors: damaged, so that the unfinished run"):
-            apply_polish(job.store)
+    def test_what_is_damaged_is_said(self, plan, tmp_path, damage):
+        with job_at(plan, tmp_path / "out") as job:
+            self.polished(job)
+            damage(job.place.partial / "polished.safetensors")
+            with pytest.raises(OutputError, match=r"polished\.safetensors: damaged, so that the unfinished run"):
+                apply_polish(job.store)
 
 
 def test_what_the_model_wrote_is_worth_keeping_and_random_tokens_are_not(strong_llama, place, monkeypatch):

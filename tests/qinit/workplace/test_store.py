@@ -8,11 +8,13 @@ from qinit.events import Done
 from qinit.files.tensors import read_header
 from qinit.files.writer import SafetensorsWriter
 from qinit.formats import FORMATS
+from qinit.grids import GRIDS
 from qinit.workplace.journal import Journal
 from qinit.workplace.place import partial_of
 from tests.broken_off import RANDOM, RUNS, break_off, finish, result_in, undisturbed
 from tests.helpers import plan_of
 from tests.jobs import CPU, crashing, job_at, solved
+from tests.mixed import mixed_plan
 from tests.models import make_checkpoint
 
 
@@ -62,6 +64,51 @@ def test_a_finished_layer_is_read_as_loaders_read_it(plan, tmp_path):
             assert torch.equal(store.low_rank(layer).B, low_rank.B)
             assert torch.equal(store.low_rank(layer).A, low_rank.A)
             torch.testing.assert_close(store.weight(layer, CPU), base + low_rank.B @ low_rank.A)
+
+
+class TestCodes:
+    @pytest.fixture
+    def mixed(self, llama, tmp_path):
+        """A packed job of layers of 2, 3, 4 and 8 bits, all written."""
+        plan = mixed_plan(llama, "gptq")
+        with job_at(plan, tmp_path / "out") as job:
+            yield job, fill(job.store, plan)
+
+    def test_they_are_those_of_each_layer_s_width(self, mixed):
+        job, tensors = mixed
+        for layer in job.plan.quantized:
+            codes = job.store.codes(layer)
+            assert codes.bits == layer.bits
+            again = FORMATS["gptq"].encode(layer.target, codes, GRIDS["int"])
+            assert all(torch.equal(again[spec.name], tensors[layer.target.name][spec.name]) for spec in layer.specs)
+            assert torch.equal(GRIDS["int"].dequantize(codes), job.store.quantized(layer))
+        assert {layer.bits for layer in job.plan.quantized} == {2, 3, 4, 8}
+
+    def test_what_q_would_be_with_other_scales_is_what_it_is_with_them(self, mixed):
+        job, _ = mixed
+        for layer in job.plan.quantized:
+            before = job.store.quantized(layer)
+            changed = FORMATS["gptq"].scales(layer.target, job.store.codes(layer).scales * 1.01)
+            would_be = job.store.quantized(layer, changed)
+            assert torch.equal(job.store.quantized(layer), before)  # nothing was written
+            for name, tensor in changed.items():
+                assert job.store.replace(name, tensor) == job.store.base.checksum(name)
+            assert torch.equal(job.store.quantized(layer), would_be)
+            assert not torch.equal(would_be, before)
+
+    def test_factors_are_replaced_too(self, mixed):
+        job, tensors = mixed
+        layer = job.plan.quantized[0]
+        name = job.plan.adapter.names(layer.target.module)[0]
+        other = tensors[layer.target.name][name] + 1
+        assert job.store.replace(name, other) == job.store.factors.checksum(name)
+        assert torch.equal(job.store.factors.read(name), other)
+
+    def test_a_format_without_codes_has_none(self, llama, tmp_path):
+        plan = plan_of(llama, iter=1, format="dense")
+        with job_at(plan, tmp_path / "out") as job:
+            fill(job.store, plan)
+            assert {job.store.codes(layer) for layer in plan.quantized} == {None}
 
 
 def test_a_tensor_that_never_came_is_an_error_at_the_end(plan, tmp_path):

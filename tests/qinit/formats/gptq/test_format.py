@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,32 @@ def test_gptqmodel_reads_the_width_of_every_module():
 )
 def test_a_block_that_the_loader_does_not_know_is_named(names, block):
     assert GPTQ.quantization_config(dict.fromkeys(names, 2), 64, []).get("block_name_to_quantize") == block
+
+
+class TestCodes:
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_they_are_those_that_were_encoded(self, bits):
+        q, target = random_codes(bits), make_target()
+        stored = GPTQ.encode(target, q, INT)
+        found = GPTQ.codes(target, stored, bits, GROUP)
+        assert (found.bits, found.group_size) == (bits, GROUP)
+        assert found.codes.dtype == found.zeros.dtype == torch.uint8
+        assert found.scales.dtype == torch.float32
+        for name in ("codes", "scales", "zeros"):
+            assert torch.equal(getattr(found, name), getattr(q, name))
+            assert getattr(found, name).is_contiguous()
+        again = GPTQ.encode(target, found, INT)
+        assert again.keys() == stored.keys()
+        assert all(torch.equal(again[name], stored[name]) for name in stored)
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+    def test_other_scales_for_the_same_codes(self, bits):
+        q, target = random_codes(bits), make_target()
+        stored = GPTQ.encode(target, q, INT)
+        other = replace(q, scales=(q.scales * 1.01).half().float())
+        changed = GPTQ.scales(target, other.scales)
+        wanted = GPTQ.encode(target, other, INT)
+        assert [name for name in stored if not torch.equal(stored[name], wanted[name])] == list(changed)
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in changed.items())
+        assert all((t.dtype, t.shape) == (stored[n].dtype, stored[n].shape) for n, t in changed.items())
+        assert torch.equal(GPTQ.decode(target, {**stored, **changed}, bits, GROUP), INT.dequantize(other))

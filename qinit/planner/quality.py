@@ -1,0 +1,14 @@
+"""What each quality has given where it was measured."""
+
+from __future__ import annotations
+
+from qinit.recipe import Recipe
+
+# KL in nats on WikiText-2's test text by quality, bits and rank, group 64: docs/results/quality.md has the commands.
+FOUND: dict[tuple[str, int, int], float] = {}
+
+
+def found_words(recipe: Recipe) -> str:
+    """Return what the nearest measured run of this quality gave; an empty string where none was like it."""
+    kl = FOUND.get((recipe.quality, recipe.bits, recipe.rank))
+    return "" if kl is None or recipe.mixed else f"KL {kl:.2f}"

@@ -1,0 +1,9 @@
+from qinit.planner import quality
+from qinit.recipe import make_recipe
+
+
+def test_what_was_measured_is_said_of_a_run_like_it(monkeypatch):
+    monkeypatch.setattr(quality, "FOUND", {("best", 2, 16): 0.5})
+    assert quality.found_words(make_recipe(quality="best")) == "KL 0.50"
+    for other in ({"quality": "fast"}, {"quality": "best", "bits": 3}, {"quality": "best", "ratio": 0.5}):
+        assert quality.found_words(make_recipe(**other)) == ""
