@@ -134,6 +134,6 @@ def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
 
 def expected_polish(plan: Plan, device: torch.device) -> str:
     """Say what the polish alone will take on this machine."""
-    parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
-    seconds = polish_flops(parameters, BATCH_TOKENS, plan.recipe.polish_steps) / (EFFICIENCY * measured_speed(device))
-    return f"{plan.recipe.polish_steps} steps of polish take about {duration(seconds)} here, with the whole model in memory"
+    parameters, steps = sum(tensor.numel for tensor in plan.checkpoint.tensors.values()), plan.recipe.polish_steps
+    seconds = polish_flops(parameters, BATCH_TOKENS, steps) / (EFFICIENCY * measured_speed(device))
+    return f"{steps} steps of polish take about {duration(seconds)} here, with the whole model in memory"
