@@ -12,6 +12,7 @@ import torch
 
 from qinit.errors import CheckpointError, HubError, OutputError
 from qinit.events import Done, Event, Finished, Unchanged, Working
+from qinit.files.manifest import MANIFEST_NAME, file_sum
 from qinit.files.tensors import StoredTensor
 from qinit.hub.download import local_directory
 from qinit.machine import pick_device
@@ -26,8 +27,10 @@ from qinit.runner.polished import polish_adapters
 from qinit.runner.run import completed
 from qinit.solver.residual import relative_errors, same_error
 from qinit.source.demo import DEMO_NAME, demo_directory
-from qinit.workplace.place import check_output, working
+from qinit.workplace.journal import read_journal
+from qinit.workplace.place import Workplace, check_output, put_back, working
 from qinit.workplace.resume import moved, opened
+from qinit.workplace.signature import signature
 
 STALE = ("evaluations", "tasks", "check", "output_error_start", "output_error")  # said of the run as it was
 OLD_EVALUATIONS = "evaluations from before the polish are left out; `qinit eval` makes them anew"
@@ -41,6 +44,10 @@ class PolishPlan:
     before: Before
     made_by: Recipe
     plan: Plan
+
+    def in_place(self, out: Path) -> bool:
+        """Whether the run itself is replaced where the result goes to `out`."""
+        return out.resolve() == self.before.directory.resolve()
 
 
 def plan_polish(
@@ -58,6 +65,7 @@ def plan_polish(
     Raises ReportError for what is no finished run, is damaged or trained, CheckpointError for another model,
     RecipeError, CalibrationError and HubError.
     """
+    put_back(directory)
     before = Before.open(directory)
     made_by = recipe_of(before.report, directory, trust_remote_code=trust_remote_code)
     recipe = polish_recipe(made_by, **options)
@@ -93,29 +101,53 @@ def polish_planned(
     """
     before, plan = again.before, again.plan
     place_of = out or before.directory
-    in_place = place_of.resolve() == before.directory.resolve()
+    in_place = again.in_place(place_of)
     check_place(again, place_of, overwrite)
     device = pick_device(plan.recipe.device)
     with working(plan, place_of, command) as place:
         before.require_listed()  # another polish may just have ended
         check_output(plan, place_of, overwrite or in_place)
-        plan, journal = yield from opened(plan, place, device, overwrite=overwrite, polished=before.identity)
-        with closing(journal):
-            job = Job(plan, device, place, journal, token)
-            if (elsewhere := moved(journal)) is not None:
-                yield job.note(elsewhere)
-            yield from _taken_over(job, before)
-            yield from polish_adapters(job)
-            report = None
-            if job.calibration["polish"]["kept"]:
-                job.store.close()
-                before.copy_others(place.run)
-                report = yield from _completed(job, again, command)
-                if in_place:
-                    before.require_replaceable(plan)
-                    before.require_unchanged()
-                place.finish()
+        if in_place and _had_ended(again, place, device):
+            report: Report | None = before.report
+        else:
+            report = yield from _carried_out(again, place, device, command, token, overwrite=overwrite)
     yield Unchanged(before.report, before.directory) if report is None else Finished(report, place_of)
+
+
+def _carried_out(
+    again: PolishPlan, place: Workplace, device: torch.device, command: str, token: str | None, *, overwrite: bool
+) -> Generator[Event, None, Report | None]:
+    """Polish and put the result in its place; returns its report, None where nothing was gained."""
+    before, in_place = again.before, again.in_place(place.out)
+    plan, journal = yield from opened(again.plan, place, device, overwrite=overwrite, polished=before.identity)
+    with closing(journal):
+        job = Job(plan, device, place, journal, token)
+        if (elsewhere := moved(journal)) is not None:
+            yield job.note(elsewhere)
+        yield from _taken_over(job, before)
+        yield from polish_adapters(job)
+        if not job.calibration["polish"]["kept"]:
+            return None
+        job.store.close()
+        before.copy_others(place.run)
+        report = yield from _completed(job, again, command)
+        if in_place:
+            before.require_replaceable(plan)
+            before.require_unchanged()
+        journal.append({"kind": "ended", "run": file_sum(place.run / MANIFEST_NAME)})
+        place.finish()
+    return report
+
+
+def _had_ended(again: PolishPlan, place: Workplace, device: torch.device) -> bool:
+    """Whether the run is what this polish has made of it, so that only the rest of its workplace is to be removed: it
+    was killed behind its last step, and is not to be made twice."""
+    records = read_journal(place.journal)
+    if place.run.exists() or not records or records[-1]["kind"] != "ended":
+        return False
+    then, now = records[0]["signature"], signature(again.plan, device)
+    same = all(then.get(key) == value for key, value in now.items())
+    return same and records[-1]["run"] == file_sum(again.before.directory / MANIFEST_NAME)
 
 
 def check_place(again: PolishPlan, out: Path, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import shutil
 from functools import partial
 
@@ -19,14 +20,16 @@ from qinit.runner import again
 from qinit.runner.again import polish_run
 from qinit.train.polish import polish
 from qinit.verification.verify import verify
-from qinit.workplace.place import partial_of
+from qinit.workplace.place import Workplace, partial_of
 from tests.broken_off import Crash, result_in
 from tests.helpers import contents, edit_json, edit_tensors, names, quantize, weights_of
 from tests.models import make_checkpoint
+from tests.qinit.runner.forking import Forks
 from tests.qinit.runner.test_calibrated import FEW, source_weights
 from tests.stock import delta, dense_weight, load, lora_modules, relative
 
 TEXT = {"calibration": "random", "calibration_samples": 32, "calibration_length": 32}
+KILLS = 6
 SHORT = {**TEXT, "steps": 5, "check": False}
 KINDS = {
     "packed": {**FEW},
@@ -250,6 +253,33 @@ class TestBrokenOff:
             polished(run)
         assert result_in(run) == wanted
 
+    def test_behind_its_last_step_it_is_not_made_twice(self, ready, place, monkeypatch):
+        run = ready()
+        real = Workplace.finish
+
+        def finish(self):
+            real(self)
+            raise Crash
+
+        with monkeypatch.context() as context:
+            context.setattr(Workplace, "finish", finish)
+            with pytest.raises(Crash):
+                polished(run)
+        assert names(place) == [".out.partial", "out"]
+        wanted = result_in(run)
+        assert isinstance(polished(run), Finished)
+        assert result_in(run) == wanted
+        assert names(place) == ["out"]
+        polished(run)  # asked for once more
+        assert len(Report.read(run).totals["calibration"]["polish"]["earlier"]) == 1
+
+    def test_between_the_two_renames_the_run_is_put_back(self, ready, place):
+        run = ready()
+        _give_up(run)
+        run.rename(place / ".out.replaced")
+        assert isinstance(polished(run), Finished)
+        assert names(place) == ["out"]
+
     def test_a_full_disk_leaves_the_run_as_it_was_and_the_same_command_goes_on(self, ready, place, monkeypatch):
         run = ready()
         before = contents(run)
@@ -400,3 +430,29 @@ def _give_up(run, out=None):
     for event in events:
         if isinstance(event, Progress):
             events.close()
+
+
+def test_a_real_polish_that_is_killed_at_random_moments_ends_with_the_same_bytes(ready, place, tmp_path):
+    rng, log, kills = random.Random(0), tmp_path / "log", 0
+    run = ready()
+    shutil.copytree(run, tmp_path / "kept")
+    line = ("polish", run, "--steps", 20, *(part for key in TEXT for part in (f"--{key.replace('_', '-')}", TEXT[key])))
+    with Forks(*line, "--out", tmp_path / "warm") as forks:
+        code, seconds = forks.run(log, *line)
+        assert code == 0, log.read_text()
+        wanted = result_in(run)
+        while kills < KILLS:
+            _put(tmp_path / "kept", run)
+            code = -9
+            while code == -9:
+                after = rng.uniform(0.1, 0.95) * seconds if kills < KILLS else None
+                code, _ = forks.run(log, *line, kill_after=after)
+                kills += code == -9
+                assert code in (0, -9), log.read_text()
+            assert result_in(run) == wanted
+            assert names(place) == ["out"]
+
+
+def _put(kept, run):
+    shutil.rmtree(run)
+    shutil.copytree(kept, run)
