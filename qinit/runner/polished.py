@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
+from qinit.errors import CheckpointError
 from qinit.events import Event
 from qinit.formats import FORMATS
 from qinit.linalg.low_rank import LowRank
@@ -70,12 +72,16 @@ def _polish(job: Job) -> Generator[Event, None, None]:
 
 
 def _lessons(job: Job, samples: Samples) -> Generator[Event, None, Lessons]:
-    """Return what the source makes of the text: what was kept of it, or made anew."""
+    """Return what the source makes of the text: what was kept of it, or made anew where that is not whole."""
     directory = job.place.partial / "lessons"
-    if job.journal.find("lessons") is None:
-        yield from teach(job.plan, samples, job.device, directory, job.place.scratch)
-        job.journal.append({"kind": "lessons"})
-    return Lessons(directory)
+    if job.journal.find("lessons") is not None:
+        with suppress(CheckpointError):
+            lessons = Lessons(directory)
+            if len(lessons) == len(samples.tokens):
+                return lessons
+    lessons = yield from teach(job.plan, samples, job.device, directory, job.place.scratch)
+    job.journal.append({"kind": "lessons"})
+    return lessons
 
 
 def _start(store: Store, layer: LayerPlan) -> Start:

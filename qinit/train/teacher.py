@@ -48,6 +48,10 @@ class Lessons:
         for file in sorted(directory.glob(f"{STEM}*.safetensors")):
             self.tensors |= read_header(file)
 
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return sum(name.endswith(".hidden") for name in self.tensors)
+
     def of(self, rows: Sequence[int], device: torch.device) -> Lesson:
         """Return the outputs for the samples of these numbers, in their order."""
         parts = {part: [self.tensors.get(f"{row}.{part}") for row in rows] for part in PARTS}

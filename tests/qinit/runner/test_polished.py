@@ -11,10 +11,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from qinit.adapters.reading import SavedAdapter
 from qinit.events import Done, Noted, Passing, Progress, Reading, Sampling
 from qinit.files.writer import SafetensorsWriter
 from qinit.runner import polished
 from qinit.runner import run as runner
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.targets import read_architecture
+from qinit.stream.weights import ModelWeights
 from qinit.train.course import Course
 from qinit.train.polish import polish
 from qinit.workplace.place import partial_of
@@ -140,6 +144,22 @@ class TestBrokenOff:
         file.write_bytes(file.read_bytes()[:-9])
         assert steps(case.end()) == list(range(6))
 
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda file: shutil.rmtree(file.parent),
+            lambda file: file.unlink(),
+            lambda file: file.write_bytes(file.read_bytes()[:-9]),
+            lambda file: file.write_bytes(b"x" * 99),
+        ],
+    )
+    def test_where_what_the_source_said_is_gone_it_is_asked_again(self, case, damage):
+        case.begin(lambda event: isinstance(event, Progress) and event.step == 3)
+        damage(partial_of(case.place / "out") / "lessons/teacher.safetensors")
+        events = case.end()
+        assert [event.done for event in events if isinstance(event, Reading)] == [1, 2]
+        assert steps(events) == [2, 3, 4, 5]
+
 
 class TestLoading:
     @pytest.mark.parametrize("format", ["gptq", "dense"])
@@ -152,7 +172,20 @@ class TestLoading:
             assert relative(base, weights[row.name]) == pytest.approx(row.error_start, rel=2e-3)
             assert relative(base + delta(modules[row.name]), weights[row.name]) == pytest.approx(row.error, rel=2e-3)
 
-    def test_the_loss_that_is_told_is_that_of_what_is_loaded(self, strong_llama, tmp_path, monkeypatch):
+    def test_layers_of_several_widths_have_the_errors_of_the_report(self, strong_llama, tmp_path):
+        report = quantize(strong_llama, tmp_path / "out", format="gptq", ratio=0.5, **POLISHED)
+        assert report.totals["calibration"]["polish"]["kept"]
+        assert len({row.bits for row in report.layers}) > 1
+        checkpoint = Checkpoint.open(tmp_path / "out", quantized=True)
+        adapter = SavedAdapter.open(tmp_path / "out/eqft_init")
+        base, both = (ModelWeights(checkpoint, read_architecture(checkpoint), adapter=a) for a in (None, adapter))
+        weights = source_weights(strong_llama)
+        for row in report.layers:
+            for found, told in ((base, row.error_start), (both, row.error)):
+                weight = found.read(f"{row.name}.weight", torch.device("cpu"))
+                assert relative(weight, weights[row.name]) == pytest.approx(told, rel=2e-3)
+
+    def test_what_is_loaded_computes_as_the_student_did(self, strong_llama, tmp_path, monkeypatch):
         """The student that the factors and scales were taken from computes what a stock loader does, but for float16
         scales and gptqmodel's own rounding."""
         gptq_only()
@@ -209,6 +242,7 @@ class TestPolish:
         assert [event for event in events if isinstance(event, Reading)] == [Reading(1, 2), Reading(2, 2)]
         assert found == {
             **{"steps": 5, "held_out_before": steps[0].held_out, "held_out_after": steps[-1].held_out, "kept": True},
+            **{"text": found["text"], "tokens": found["tokens"]},
         }
         assert found["held_out_after"] < found["held_out_before"]
         one, other = weights_of(tmp_path / "plain"), weights_of(tmp_path / "out")

@@ -108,6 +108,8 @@ class TestDisk:
     def test_it_can_be_read_again_later(self, llama, tmp_path):
         lessons = taught(calibrated_plan(llama), random_samples(5), tmp_path)
         assert same(lessons, Lessons(tmp_path / "lessons"))
+        assert len(lessons) == 5
+        assert len(Lessons(tmp_path / "nowhere")) == 0
 
     def test_what_was_half_written_is_written_over(self, llama, tmp_path, monkeypatch):
         plan, samples = calibrated_plan(llama), random_samples(5)

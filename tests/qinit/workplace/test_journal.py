@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qinit.workplace.journal import Journal, finished_layers, kept_words, read_journal
+from qinit.workplace.journal import SHAPES, Journal, finished_layers, kept_words, read_journal
 from qinit.workplace.place import partial_of
 from tests.broken_off import RANDOM, break_off, finish
 
@@ -129,6 +129,13 @@ def test_records_that_lack_something_end_the_reading(file, record):
     """They would have to be written on purpose, sums and all."""
     written(file, [{"kind": "note", "text": "a"}, record, {"kind": "note", "text": "b"}])
     assert len(read_journal(file)) == 2
+
+
+def test_a_record_of_every_kind_is_read(file):
+    values = [{"kind": kind, **{key: value() for key, value in SHAPES[kind].items()}} for kind in SHAPES]
+    written(file, [value for value in values if value["kind"] != "start"])
+    assert {record["kind"] for record in read_journal(file)} == SHAPES.keys()
+    assert SHAPES.keys() >= {"samples", "copied", "layer", "lessons", "polish"}
 
 
 @pytest.mark.parametrize("change", [{"layers": "9"}, {"signature": None}, {"format": 2}])

@@ -10,6 +10,7 @@ import pytest
 
 from qinit.errors import CheckpointError, HubError, OutputError
 from qinit.events import Finished
+from qinit.planner.memory import polish_disk_bytes
 from qinit.workplace.place import check_space, partial_of, working
 from tests.broken_off import PLAIN, TEXT, break_off, fail_at_layer, finish, start
 from tests.helpers import everything, names, plan_of, quantize, weights_of
@@ -221,11 +222,15 @@ def test_the_result_is_on_the_disk_before_it_has_its_name(llama, place, monkeypa
 
 def test_room_is_needed_for_base_adapter_companions_and_a_second_adapter_of_a_polish(llama, place, monkeypatch):
     plan = plan_of(llama)
-    companions = plan.checkpoint.companion_bytes()
+    companions, polished = plan.checkpoint.companion_bytes(), {"calibration": "random", "polish": 1}
+    lessons = polish_disk_bytes(plan_of(llama, **polished))
     assert companions > 0
     for options, needed in (
         ({}, plan.base_bytes + plan.adapter_bytes + companions),
-        ({"calibration": "random", "polish": 1}, plan.base_bytes + 2 * plan.adapter_bytes + companions),
+        (
+            polished,
+            plan.base_bytes + 2 * plan.adapter_bytes + companions + lessons,
+        ),
     ):
         for free, refused in ((needed, False), (needed - 1, True)):
             usage = namedtuple("usage", "total used free")(10**9, 0, free)
