@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qinit.errors import CheckpointError, HubError, OutputError
+from qinit.errors import CheckpointError, HubError, OutputError, ReportError
 from qinit.events import Done, Event, Finished, Unchanged, Working
 from qinit.files.manifest import MANIFEST_NAME, file_sum
 from qinit.files.tensors import StoredTensor
@@ -19,7 +19,8 @@ from qinit.machine import pick_device
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.again import another_model, plan_again, polish_recipe, recipe_of
 from qinit.recipe import Recipe
-from qinit.report.report import LayerRow, Report
+from qinit.report.card import polish_words
+from qinit.report.report import REPORT_NAME, LayerRow, Report
 from qinit.runner.before import Before
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
@@ -67,6 +68,7 @@ def plan_polish(
     """
     put_back(directory)
     before = Before.open(directory)
+    _require_sound(before)
     made_by = recipe_of(before.report, directory, trust_remote_code=trust_remote_code)
     recipe = polish_recipe(made_by, **options)
     pick_device(recipe.device)  # before anything is fetched
@@ -160,14 +162,28 @@ def check_place(again: PolishPlan, out: Path, overwrite: bool) -> None:
     check_output(again.plan, out, overwrite or place == run)
 
 
+def _require_sound(before: Before) -> None:
+    """Raise ReportError where the report says of an earlier polish what qinit does not write."""
+    polish = _part(_part(before.report.totals, "calibration"), "polish")
+    try:
+        if polish:
+            polish_words(polish)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ReportError(
+            f"{before.directory / REPORT_NAME}: totals.calibration.polish is not what qinit writes "
+            f"({type(error).__name__}: {error}); make the run again with `qinit eqft`"
+        ) from None
+
+
 def _source(before: Before, model: str | None, revision: str | None, token: str | None) -> Path:
     """Find the model that a run was made from, of a Hub id the same revision, unless another is named."""
     made_from = before.report.source
     name = str(made_from.get("model")) if model is None else model
     if name == DEMO_NAME and not Path(name).is_dir():
         return demo_directory()
-    if revision is None and name == made_from.get("model") and not Path(name).is_dir():
-        revision = made_from.get("revision")
+    own = made_from.get("revision")
+    if revision is None and isinstance(own, str) and name == made_from.get("model") and not Path(name).is_dir():
+        revision = own
     try:
         return local_directory(name, revision, token)
     except (CheckpointError, HubError) as error:

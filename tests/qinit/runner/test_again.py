@@ -29,7 +29,7 @@ from tests.qinit.runner.test_calibrated import FEW, source_weights
 from tests.stock import delta, dense_weight, load, lora_modules, relative
 
 TEXT = {"calibration": "random", "calibration_samples": 32, "calibration_length": 32}
-KILLS = 6
+KILLS = 4
 SHORT = {**TEXT, "steps": 5, "check": False}
 KINDS = {
     "packed": {**FEW},
@@ -359,6 +359,13 @@ class TestRefusals:
         report = polished(run, model=str(strong_llama)).report
         assert report.source["model"] == str(tmp_path / "gone")
 
+    def test_a_report_that_says_of_an_earlier_polish_what_qinit_does_not_write(self, ready):
+        run = ready()
+        edit_json(run / "qinit.json", lambda raw: raw["totals"]["calibration"].update(polish={"steps": 3}))
+        refresh(run, ["qinit.json"])
+        with pytest.raises(ReportError, match=r"totals\.calibration\.polish is not what qinit writes \(KeyError"):
+            polished(run)
+
     @pytest.mark.parametrize(
         ("options", "match"),
         [
@@ -436,7 +443,8 @@ def test_a_real_polish_that_is_killed_at_random_moments_ends_with_the_same_bytes
     rng, log, kills = random.Random(0), tmp_path / "log", 0
     run = ready()
     shutil.copytree(run, tmp_path / "kept")
-    line = ("polish", run, "--steps", 20, *(part for key in TEXT for part in (f"--{key.replace('_', '-')}", TEXT[key])))
+    text = [part for key, value in TEXT.items() for part in (f"--{key.replace('_', '-')}", value)]
+    line = ("polish", run, "--steps", 20, "--no-check", *text)
     with Forks(*line, "--out", tmp_path / "warm") as forks:
         code, seconds = forks.run(log, *line)
         assert code == 0, log.read_text()
