@@ -72,8 +72,13 @@ def plan_polish(
     made_by = recipe_of(before.report, directory, trust_remote_code=trust_remote_code)
     recipe = polish_recipe(made_by, **options)
     pick_device(recipe.device)  # before anything is fetched
-    source = _source(before, model, revision, token)
-    return PolishPlan(before, made_by, plan_again(before.report, recipe, directory, source))
+    try:
+        source = _source(before, model, revision, token)
+        return PolishPlan(before, made_by, plan_again(before.report, recipe, directory, source))
+    except (CheckpointError, HubError) as error:
+        if model is None and "--model" not in str(error):
+            error.add_note(f"{directory} was made from it: say where it is now with --model")
+        raise
 
 
 def polish_run(
@@ -179,17 +184,13 @@ def _source(before: Before, model: str | None, revision: str | None, token: str 
     """Find the model that a run was made from, of a Hub id the same revision, unless another is named."""
     made_from = before.report.source
     name = str(made_from.get("model")) if model is None else model
-    if name == DEMO_NAME and not Path(name).is_dir():
+    embedded = before.report.recipe.get("model") is None if model is None else not Path(name).is_dir()
+    if name == DEMO_NAME and embedded:
         return demo_directory()
     own = made_from.get("revision")
     if revision is None and isinstance(own, str) and name == made_from.get("model") and not Path(name).is_dir():
         revision = own
-    try:
-        return local_directory(name, revision, token)
-    except (CheckpointError, HubError) as error:
-        if model is None:
-            error.add_note(f"{before.directory} was made from it: say where it is now with --model")
-        raise
+    return local_directory(name, revision, token)
 
 
 def _taken_over(job: Job, before: Before) -> Generator[Event, None, None]:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -358,6 +359,24 @@ class TestRefusals:
         (run / "README.md").unlink()
         report = polished(run, model=str(strong_llama)).report
         assert report.source["model"] == str(tmp_path / "gone")
+
+    def test_the_embedded_demo_model_is_not_looked_for_here(self, ready, place, monkeypatch, strong_llama):
+        run = ready()
+        edit_json(
+            run / "qinit.json", lambda raw: (raw["source"].update(model="demo"), raw["recipe"].update(model=None))
+        )
+        refresh(run, ["qinit.json"])
+        monkeypatch.setattr(again, "demo_directory", lambda: strong_llama)
+        monkeypatch.chdir(place)
+        run.rename("demo")
+        assert again.plan_polish(Path("demo"), **SHORT).plan.checkpoint.directory == strong_llama
+        Path("demo").rename("run")
+        assert again.plan_polish(Path("run"), model="demo", **SHORT).plan.checkpoint.directory == strong_llama
+        with pytest.raises(CheckpointError, match="already quantized") as caught:
+            edit_json(Path("run/qinit.json"), lambda raw: raw["source"].update(model="run"))
+            refresh(Path("run"), ["qinit.json"])
+            again.plan_polish(Path("run"), **SHORT)
+        assert caught.value.__notes__ == ["run was made from it: say where it is now with --model"]
 
     def test_a_report_that_says_of_an_earlier_polish_what_qinit_does_not_write(self, ready):
         run = ready()
