@@ -37,7 +37,8 @@ COMPARING: dict[str, Any] = {
         *(
             str,
             COMPARE_PANEL,
-            "Names of `qinit methods`; NAME:SOURCE gives one a calibration of its own, as eqft:none.",
+            "Names of `qinit methods`; NAME:SOURCE gives one a calibration of its own, as eqft:none, and NAME@QUALITY "
+            "a quality, as eqft@best.",
         ),
         "eqft,eqft:none,loftq,qpissa,qlora",
     ),

@@ -13,7 +13,6 @@ ELSEWHERE = {
     "cli/options.py": "options that commands share; tests/cli gives them to the commands",
     "qinit/adapters/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
     "qinit/compare/forecast.py": "one dry run of the command says it all: tests/cli/test_compare.py",
-    "qinit/compare/make.py": "one bad input after another, as the command takes them: tests/cli/test_compare.py",
     "qinit/compare/measure.py": "loads and trains real starts, once for all tests of tests/cli/test_compare.py",
     "qinit/doctor/probes.py": "each probe is a part of tests/qinit/doctor/test_examine.py",
     "qinit/events.py": "data alone",

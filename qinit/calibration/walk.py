@@ -76,7 +76,7 @@ class Walk:
         self.blocks = Blocks.of(plan, device)
         self.row = self.blocks.row
         self.layers = {layer.target.name: layer for layer in plan.quantized}
-        self.batch = batch_size(plan, samples)
+        self.batch = batch_size(plan, samples, device)
         self.scratch = scratch
         self.finished, self.weight_of, self.whole_blocks = frozenset(finished), weight_of, whole_blocks
         if whole_blocks:

@@ -47,7 +47,7 @@ class WholeModel:
             return hook
 
         hooks = [model.get_submodule(name).register_forward_pre_hook(measure(name)) for name in names]
-        size = batch_size(plan, samples)
+        size = batch_size(plan, samples, device)
         with torch.no_grad():
             for first in range(0, len(samples.tokens), size):
                 part = slice(first, first + size)

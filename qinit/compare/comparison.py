@@ -32,7 +32,8 @@ SAMPLE_BYTES = 4096  # of each tensor, that tell a model from a fine-tuned one
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a method (`eqft:none` is eqft without calibration) at a width, or a ceiling in 16 bits.
+    """A line of the table: a method (`eqft:none` is eqft without calibration, `eqft@best` with another quality) at a
+    width, or a ceiling in 16 bits.
     A width between two of the grid's is a mix of both, by count."""
 
     method: str

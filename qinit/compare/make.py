@@ -46,8 +46,9 @@ def make_comparison(
     windows: int | None = None,
     keep_runs: bool = False,
 ) -> Comparison:
-    """Check everything and return the comparison. A method is a name of the method table, or `NAME:SOURCE` with a
-    calibration of its own; `options` are a recipe's; at most `windows` windows of each text are measured.
+    """Check everything and return the comparison. A method is a name of the method table, or `NAME:SOURCE@QUALITY`
+    with a calibration or a quality of its own; `options` are a recipe's; at most `windows` windows of each text are
+    measured.
 
     Raises CompareError for what does not fit, RecipeError for a method, a width or an option that there is not.
     """
@@ -189,11 +190,14 @@ def _ceilings(names: Sequence[str], rates: Sequence[float], full_rates: Sequence
 
 def _recipe(method: str, bits: float, options: dict[str, Any]) -> Recipe:
     """Return a method's recipe; it gets the calibration options only if it can use them."""
-    name, _, source = method.partition(":")
+    named, _, quality = method.partition("@")
+    name, _, source = named.partition(":")
     if name not in METHODS:
         raise RecipeError(f"--methods: no '{name}'{did_you_mean(name, METHODS)}; known are {', '.join(METHODS)}")
     row = METHODS[name]
     values = {key: value for key, value in options.items() if value is not None}
+    if quality:
+        values["quality"] = quality
     if source:
         values["calibration"] = source
     elif not row.needs and name not in CALIBRATED:

@@ -76,7 +76,7 @@ def teach(
     """
     directory.mkdir(exist_ok=True)
     vocabulary = plan.facts.vocabulary or 1
-    size = min(batch_size(plan, samples), max(1, LOGITS_BYTES // (4 * vocabulary * samples.tokens.shape[1])))
+    size = min(batch_size(plan, samples, device), max(1, LOGITS_BYTES // (4 * vocabulary * samples.tokens.shape[1])))
     batches = list(batches_of(samples, size))
     try:
         yield from _streamed(plan, samples, batches, device, directory, scratch)

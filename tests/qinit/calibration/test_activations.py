@@ -24,8 +24,8 @@ def test_batches_are_as_large_as_the_widest_activation_allows(llama, monkeypatch
     plan, samples = calibrated_plan(llama), random_samples(count=7, length=12)
     widest = 128 * 12 * 4  # bytes of one sample in front of down_proj
     for room, expected in ((0, 1), (widest, 1), (3 * widest + 5, 3), (100 * widest, 7)):
-        monkeypatch.setattr(activations, "BATCH_BYTES", room)
-        assert batch_size(plan, samples) == expected
+        monkeypatch.setattr(activations, "BATCH_BYTES", {"cpu": room})
+        assert batch_size(plan, samples, torch.device("cpu")) == expected
 
 
 def test_padding_is_taken_out_of_what_has_a_row_for_every_token():

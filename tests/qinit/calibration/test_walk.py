@@ -38,7 +38,7 @@ def plan(tmp_path_factory):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Three samples of random_samples at once, so that the last batch is shorter."""
-    monkeypatch.setattr(module, "batch_size", lambda plan, samples: 3)
+    monkeypatch.setattr(module, "batch_size", lambda plan, samples, device: 3)
 
 
 def parallel(plan, samples, **options):
@@ -262,7 +262,7 @@ class TestMemory:
 
     def test_how_many_samples_run_at_once_changes_nothing(self, plan, monkeypatch):
         expected = sequential(plan("llama"), random_samples(), perturbed)
-        monkeypatch.setattr(module, "batch_size", lambda plan, samples: 2)
+        monkeypatch.setattr(module, "batch_size", lambda plan, samples, device: 2)
         for name, event in sequential(plan("llama"), random_samples(), perturbed).items():
             assert_close(event.statistics.hessian, expected[name].statistics.hessian)
 

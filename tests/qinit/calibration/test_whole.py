@@ -17,7 +17,7 @@ LENGTHS = [12, 5, 9, 1, 2, 7, 8]
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(whole, "batch_size", lambda plan, samples: 3)
+    monkeypatch.setattr(whole, "batch_size", lambda plan, samples, device: 3)
 
 
 def seen_by(plan, samples):

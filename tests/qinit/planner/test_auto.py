@@ -55,7 +55,8 @@ class TestOwnText:
         found = chosen(reader, **options)
         assert (found.source, found.samples) == ("text", 128)
 
-    def test_twice_the_tokens_of_other_text_are_better(self, reader, monkeypatch):
+    def test_many_times_the_tokens_of_other_text_are_better(self, reader, monkeypatch):
+        monkeypatch.setattr(choice, "WORTH_MORE", 2)
         monkeypatch.setattr("qinit.planner.nominal.STEP_SECONDS", 1.0)  # writing takes nearly all the time
         assert chosen(reader, calibration_budget=budget(reader, "self", 64)).source == "text"
 
