@@ -372,9 +372,9 @@ class TestRefusals:
         assert again.plan_polish(Path("demo"), **SHORT).plan.checkpoint.directory == strong_llama
         Path("demo").rename("run")
         assert again.plan_polish(Path("run"), model="demo", **SHORT).plan.checkpoint.directory == strong_llama
+        edit_json(Path("run/qinit.json"), lambda raw: raw["source"].update(model="run"))
+        refresh(Path("run"), ["qinit.json"])
         with pytest.raises(CheckpointError, match="already quantized") as caught:
-            edit_json(Path("run/qinit.json"), lambda raw: raw["source"].update(model="run"))
-            refresh(Path("run"), ["qinit.json"])
             again.plan_polish(Path("run"), **SHORT)
         assert caught.value.__notes__ == ["run was made from it: say where it is now with --model"]
 
