@@ -163,6 +163,26 @@ def compare(result: Result) -> list[Table]:
     return [Table(table.title(result), table.header(result), table.lines(result))]
 
 
+def estimates(result: Result) -> list[Table]:
+    """What runs were said to take, in all and in their parts, and what they took."""
+
+    def pair(said: float, real: float) -> str:
+        return f"{said:.1f} / {real:.1f}" if said or real >= 0.05 else "-"
+
+    parts = [part for part in result["rows"][0]["parts"] if any(any(row["parts"][part]) for row in result["rows"])]
+    rows = [
+        [
+            *(row["model"], row["case"], pair(row["estimate"], row["real"]), f"{row['estimate'] / row['real']:.2f}"),
+            *(pair(*row["parts"][part]) for part in parts),
+            f"{row['asked']:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    title = f"{result['threads']} threads, {'with a busy neighbour' if result['busy'] else 'no other work'}"
+    header = ["model", "run", "estimate / real s", "ratio", *parts, "to estimate s"]
+    return [Table(title, header, rows)]
+
+
 SHORT = ("lora", "eqft", "loftq", "qpissa", "qlora")  # the ceiling and each method as it is by default
 
 
@@ -184,6 +204,7 @@ def compare_short(result: Result) -> list[Table]:
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
+    "estimates": estimates,
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

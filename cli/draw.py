@@ -47,12 +47,9 @@ def _calibration_words(plan: Plan) -> str:
 
 
 def _time_words(seconds: Estimate) -> str:
-    from qinit.words import duration
+    from qinit.planner.time import in_words
 
-    parts = {"to calibrate": seconds.calibrating, "to choose widths": seconds.allocating}
-    parts |= {"to solve": seconds.solving, "to polish": seconds.polishing}
-    named = ", ".join(f"{duration(value)} {what}" for what, value in parts.items() if value)
-    return f"about {duration(seconds.total)} here ({named})"
+    return in_words(seconds)
 
 
 def _allocation_words(plan: Plan) -> list[str]:

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
             screen.json_plan(made, out, seconds)
         return
 
+    from qinit.clock import Clock
     from qinit.machine import pick_device
     from qinit.planner.time import expected
     from qinit.runner.run import run
@@ -97,8 +98,11 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
 
         open_target(repo_id, **target)
     events = run(made, out, overwrite=overwrite, command=typed(sys.argv[1:]), token=token)
-    with interruptible(out):
-        report = screen.follow(made, events, (*made.notes, *expected(made, pick_device(recipe.device))))
+    said, clock = (*made.notes, *expected(made, pick_device(recipe.device))), Clock()
+    with interruptible(out), clock if options["debug"] else nullcontext():
+        report = screen.follow(made, events, said)
+    if options["debug"]:
+        show_split(clock.split())
     pushed = None
     try:
         if repo_id:
@@ -138,6 +142,14 @@ def interruptible(out: Path) -> Iterator[None]:
         raise StoppedError(f"interrupted; {kept(out) or 'nothing was left behind'}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def show_split(seconds: dict[str, float]) -> None:
+    """Say on stderr where a run's time went."""
+    total = sum(seconds.values())
+    print(f"where {total:.1f} s went, those of the host:", file=sys.stderr)
+    for name, value in seconds.items():
+        print(f"{value:9.1f} s {100 * value / total:4.0f} %  {name}", file=sys.stderr)
 
 
 def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan, Path]:

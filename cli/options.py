@@ -251,7 +251,10 @@ OPTIONS: dict[str, Any] = {
         typer.Option("--json", help="The result as JSON on stdout, all else on stderr.", rich_help_panel=RUN_PANEL),
     ],
     "quiet": Annotated[bool, typer.Option("--quiet", help="No progress, no table.", rich_help_panel=RUN_PANEL)],
-    "debug": Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=RUN_PANEL)],
+    "debug": Annotated[
+        bool,
+        typer.Option("--debug", help="Show tracebacks, and where the time of a run went.", rich_help_panel=RUN_PANEL),
+    ],
 }
 READING = ("model", "recipe", "revision", "token", "trust_remote_code")
 QUANTIZING = ("rank", "iter", "group_size")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from qinit_cli.eqft import interruptible, typed
+from qinit_cli.eqft import interruptible, show_split, typed
 from qinit_cli.hush import hush
 from qinit_cli.options import DATA_PANEL, MODEL_PANEL, OUTPUT_PANEL, takes
 from qinit_cli.push import quiet_hub
@@ -59,6 +60,7 @@ def polish(**options: Any) -> None:
     from qinit_cli.draw import Screen
 
     hush()
+    from qinit.clock import Clock
     from qinit.machine import pick_device
     from qinit.planner.time import expected_polish
     from qinit.runner.again import check_place, plan_polish, polish_planned
@@ -81,8 +83,11 @@ def polish(**options: Any) -> None:
     check_place(again, out, overwrite)
     note = expected_polish(again.plan, pick_device(again.plan.recipe.device))
     events = polish_planned(again, out, overwrite=overwrite, command=typed(sys.argv[1:]), token=token)
-    with interruptible(out):
+    clock = Clock()
+    with interruptible(out), clock if options["debug"] else nullcontext():
         report = screen.follow(again.plan, events, [note])
+    if options["debug"]:
+        show_split(clock.split())
     if options["json_output"]:
         gained = report is not again.before.report
         screen.json_report(report, out if gained else directory, gained=gained)

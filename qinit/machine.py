@@ -1,4 +1,4 @@
-"""The machine: which device computes, how fast it is, what is free, and what a result is recorded with."""
+"""The machine: which device computes, what is free, and what a result is recorded with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,18 +36,6 @@ def ran_on() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": _processor_name() or platform.processor() or None, "cores": cores, "gpu": gpu}
-
-
-def measured_speed(device: torch.device) -> float:
-    """Return this machine's speed in a matrix product, floating-point operations per second; takes some 0.1 s."""
-    size = 1024
-    matrix = torch.ones((size, size), device=device)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
 
 
 def free_memory(device: torch.device) -> int:

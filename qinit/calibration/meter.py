@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qinit.clock import counted
 from qinit.linalg.hessian import add_second_moment, mirror
 from qinit.plan.plan import LayerPlan
 from qinit.solver.statistics import Statistics
@@ -59,6 +60,7 @@ class Meter:
                 if self.narrow or original.writes is not None:
                     self.own[name] = torch.zeros((len(original.weight), size), device=device)
 
+    @counted("statistics")
     def add(self, x: torch.Tensor, gap: Gap | None = None) -> None:
         """Add tokens x [n, in] and how far the original model is from them (None: not to be told, or not at all)."""
         if not len(x):
@@ -86,6 +88,7 @@ class Meter:
         through = gap.x.float() @ original.weight.T
         return through if at_start is None else through.add_(at_start)
 
+    @counted("statistics")
     def statistics(self, layer: LayerPlan) -> Statistics | None:
         """Return a layer's statistics, None if no token has reached it."""
         if not self.tokens or not bool(self.hessian.any()):

@@ -25,6 +25,7 @@ from qinit.calibration.activations import (
 from qinit.calibration.groups import Group, Groups
 from qinit.calibration.meter import Gap, Meter, Original
 from qinit.calibration.residual_stream import writes_to
+from qinit.clock import counted, section
 from qinit.events import Measuring, Passing
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.solver.statistics import Statistics
@@ -96,7 +97,8 @@ class Walk:
             original, calls = self._start(row, batches)
             repaired, ahead = (original.twin(name) if self.sequential else original for name in ("repaired", "ahead"))
             for index in range(open_blocks[-1] + 1):
-                module = row.load(index)
+                with section("reading"):
+                    module = row.load(index)
                 states = States(index, batches, calls, original, repaired, ahead)
                 block = OpenBlock(self, module, copy.deepcopy(module) if self.sequential else None, states)
                 try:
@@ -121,6 +123,7 @@ class Walk:
     def _names(self, index: int) -> list[str]:
         return [name for name in self.layers if name.startswith(self.row.prefix(index))]
 
+    @counted("forward")
     def _start(self, row: Row, batches: list[Batch]) -> tuple[Carried, Calls]:
         calls = Calls()
         carried: Carried | None = None
@@ -188,6 +191,7 @@ class OpenBlock:
         for layer in self.groups.unreached:
             yield from self._given(layer, None)
 
+    @counted("forward")
     def run_original(self) -> dict[str, Meter]:
         """Take the text through the original block, once: find its groups, in mode `parallel` measure them, and in mode
         `sequential` keep what they read."""
@@ -214,6 +218,7 @@ class OpenBlock:
             states.ahead.write(batch, end)
         return meters
 
+    @counted("forward")
     def run_repaired(self) -> None:
         """Take the text through the repaired block."""
         states, last = self.states, self._last
@@ -265,6 +270,7 @@ class OpenBlock:
             self._keep(last, batch, x)
         self.states.repaired.write(batch, end)
 
+    @counted("forward")
     def _measured(self, group: Group) -> Meter:
         """Take the text through the repaired block as far as a group, and measure it against the original."""
         walk, states, device = self.walk, self.states, self.walk.device

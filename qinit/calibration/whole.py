@@ -10,6 +10,7 @@ import torch
 from qinit.calibration.activations import batch_size, oriented, require_finite_input, unpadded
 from qinit.calibration.meter import Meter
 from qinit.calibration.walk import Seen
+from qinit.clock import section
 from qinit.events import Measuring
 from qinit.plan.plan import Plan
 from qinit.solver.statistics import Statistics
@@ -48,7 +49,7 @@ class WholeModel:
 
         hooks = [model.get_submodule(name).register_forward_pre_hook(measure(name)) for name in names]
         size = batch_size(plan, samples, device)
-        with torch.no_grad():
+        with section("forward"), torch.no_grad():
             for first in range(0, len(samples.tokens), size):
                 part = slice(first, first + size)
                 mask = None if samples.mask is None else samples.mask[part].to(device)

@@ -13,6 +13,7 @@ from qinit.compare.schedule import Schedule, best_rate
 from qinit.evaluate.figures import perplexity
 from qinit.machine import pick_device
 from qinit.planner.make import make_plan
+from qinit.planner.operations import Machine
 from qinit.planner.time import estimate
 from qinit.train.finetune import Training, finetune
 from qinit.words import duration
@@ -23,7 +24,8 @@ BACKWARD = 3.0  # a training step costs so many forward passes
 def forecast(schedule: Schedule, jobs: int) -> dict[str, Any]:
     """Return every cell with whether it is done, the seconds of one step, and of all that is left.
 
-    Loads the model and takes two steps of 16-bit LoRA; right to a factor of two on an idle machine.
+    Loads the model and takes two steps of 16-bit LoRA; what else goes on here just now slows that down as it does
+    the rest.
     """
     comparison = schedule.comparison
     cells = [cell for row in comparison.rows for cell in _cells(comparison, row, schedule)]
@@ -33,14 +35,14 @@ def forecast(schedule: Schedule, jobs: int) -> dict[str, Any]:
     try:
         step, token = _measured(comparison) if left else (0.0, 0.0)
         tokens = sum(len(text.ids) for text in comparison.texts)
-        seconds = 0.0
+        seconds, machine = 0.0, Machine(pick_device(comparison.device))
         for cell in left:
             seconds += token * tokens
             if cell.rate is not None and comparison.training and comparison.validation:
                 seconds += step * comparison.training.steps + token * len(comparison.validation.ids)
             elif cell.row.recipe is not None:
                 plan = make_plan(cell.row.recipe, comparison.directory, comparison.model)
-                seconds += estimate(plan, pick_device(comparison.device)).total
+                seconds += estimate(plan, machine.device, machine).total
     finally:
         torch.set_num_threads(threads)
     seconds /= min(jobs, max(1, len(left)))

@@ -81,7 +81,7 @@ def _shelf_bytes(plan: Plan) -> int:
         return 0
     widths: dict[str, int] = {}
     for layer in plan.quantized:
-        block = _block_of(layer.target.name)
+        block = block_of(layer.target.name)
         widths[block] = widths.get(block, 0) + layer.target.module.in_features
     tokens = plan.recipe.calibration_samples * plan.recipe.calibration_length
     return 4 * tokens * max(widths.values()) // 2
@@ -118,13 +118,13 @@ def _measuring_bytes(plan: Plan) -> int:
     streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
     blocks: dict[str, int] = {}
     for layer in plan.quantized:
-        block = _block_of(layer.target.name)
+        block = block_of(layer.target.name)
         blocks[block] = blocks.get(block, 0) + 4 * layer.weights
     widest = max(layer.target.module.in_features for layer in plan.quantized)
     return streams * max(blocks.values()) + carried_bytes(plan) + _shelf_bytes(plan) + HESSIANS * 4 * widest**2
 
 
-def _block_of(name: str) -> str:
+def block_of(name: str) -> str:
     """Return the name of a layer's block: what has the same first number in it."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)

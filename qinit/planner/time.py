@@ -1,139 +1,363 @@
-"""How long a run will take on this machine, from a measurement of at most some two seconds."""
+"""How long a run will take on this machine: what it computes, operation by operation, times what these take here."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
+from qinit.calibration.activations import BATCH_BYTES
 from qinit.calibration.output_metric import DIRECTIONS
-from qinit.linalg.low_rank import OutputMetric
-from qinit.machine import measured_speed
-from qinit.plan.limits import AUTO_SOURCE, GRADIENT_LENGTH, GRADIENT_PASSES, GRADIENT_SAMPLES
+from qinit.plan.limits import (
+    AUTO_SOURCE,
+    CHECK_WINDOW,
+    GRADIENT_BATCH_TOKENS,
+    GRADIENT_LENGTH,
+    GRADIENT_LOGITS_BYTES,
+    GRADIENT_SAMPLES,
+)
 from qinit.plan.plan import LayerPlan, Plan
-from qinit.solver.solve import solve
-from qinit.solver.spec import LayerSpec
-from qinit.solver.statistics import Statistics
-from qinit.text.self_text import LARGEST_BATCH
-from qinit.text.sources import sampling_cost
-from qinit.train.polish import BATCH_TOKENS, polish_flops
+from qinit.planner.memory import block_of
+from qinit.planner.nominal import check_tokens
+from qinit.planner.operations import Machine, Shape
+from qinit.source.targets import LinearModule
+from qinit.text.self_text import batch_size, model_bytes
+from qinit.train.polish import (
+    BATCH_TOKENS,
+    EPOCHS,
+    EVALUATE_EVERY,
+    HELD_OUT,
+    HELD_OUT_TOKENS,
+    MOST_EVALUATIONS,
+)
+from qinit.widths.knapsack import tied
 from qinit.words import duration
 
-EFFICIENCY = 0.3  # of a matrix product's speed that a model reaches
-TOKEN_SECONDS = 4e-4  # per layer of the model and token written: what a step costs beside its arithmetic
-
-LARGEST_SAMPLE = 1024  # rows and columns of the matrix that is solved to learn the solver's speed
-INPUTS_OF_HALF = 4000  # with calibration: where a solve's matrix products, that grow with the inputs, are half of it
+# Bytes per second of a file that the system holds in its memory, or on a solid disk. Not measured: the run reads each
+# byte for the first time where the measurement could only read some for the second.
+DISK_SPEED = 1e9
+LOADS = 2  # passes over a weight that is read: converted, looked through
+STARTING = 2.0  # seconds of a check: its text is read, and two models are set up
+PACKED = 18  # passes over a weight that is packed or unpacked
+CALLS = 180  # calls into torch for one layer of a model, beside what they compute; as many around all layers
+BLOCK_PASSES = 16  # over the hidden states of a block: norms, rotations, sums
+SEEN_PASSES = 6  # over what a group of layers reads: checked, compared, its magnitude
+LOGITS_PASSES = 4  # of an exponential's cost, over the logits of a token: probabilities, a comparison
+LEARNT_PASSES = 4  # over a weight, each time that a polish unpacks it
+BACK = 2.5  # passes of attention and what else has no weights, in passes forward
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds: to write or read the calibration text and measure the layers on it, to measure how sensitive they are,
-    to solve them all, to polish."""
+    """Seconds: to write the calibration text or read it, to measure the layers on it (`calibrating`), to measure how
+    sensitive they are to their widths (`allocating`), to solve them all, to read and write files (`writing`), to polish
+    and to check."""
 
-    calibrating: float
-    allocating: float
-    solving: float
-    polishing: float
+    text: float = 0.0
+    calibrating: float = 0.0
+    allocating: float = 0.0
+    solving: float = 0.0
+    writing: float = 0.0
+    polishing: float = 0.0
+    checking: float = 0.0
 
     @property
     def total(self) -> float:
         return sum(asdict(self).values())
 
 
-def estimate(plan: Plan, device: torch.device) -> Estimate:
-    """Estimate a run's time; right to a factor of two on an idle machine, disks not counted."""
-    recipe, speed = plan.recipe, measured_speed(device)
-    parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
-    spec = plan.layer_spec(plan.quantized[0])
-    solving = _per_cost(spec, device) * sum(_cost(spec, *_shape(layer)) for layer in plan.quantized)
-    allocating = 0.0
-    if plan.pending:
-        tokens = GRADIENT_SAMPLES * GRADIENT_LENGTH
-        weights = sum(layer.weights for layer in plan.quantized)
-        products = 2 * tokens * (GRADIENT_PASSES * parameters + len(recipe.widths) * weights)
-        allocating = products / (EFFICIENCY * speed) + len(recipe.widths) * solving / spec.iterations
-    calibrating = calibration_cost(plan, recipe.calibration, speed).seconds if recipe.calibrated else 0.0
-    polishing = polish_flops(parameters, BATCH_TOKENS, recipe.polish_steps) / (EFFICIENCY * speed)
-    return Estimate(calibrating, allocating, solving, polishing)
+WORDS = {
+    "text": "to write the text",
+    "calibrating": "to measure the layers on it",
+    "allocating": "to choose widths",
+    "solving": "to solve",
+    "writing": "to read and write files",
+    "polishing": "to polish",
+    "checking": "to check",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """`count` calls of an operation on a shape, for one `part` of an Estimate."""
+
+    part: str
+    operation: str
+    shape: Shape
+    count: float
+
+
+def estimate(plan: Plan, device: torch.device, machine: Machine | None = None) -> Estimate:
+    """Estimate a run's time with what else is going on here just now; takes at most about two seconds, and less with a
+    `machine` that has measured before."""
+    machine = machine or Machine(device)
+    work = sorted(work_of(plan, device), key=lambda each: -each.count)
+    _summed(plan, work, machine)
+    machine.sharpen()
+    return _summed(plan, work, machine)
+
+
+def _summed(plan: Plan, work: Sequence[Work], machine: Machine) -> Estimate:
+    seconds: dict[str, float] = defaultdict(float)
+    for each in work:
+        seconds[each.part] += machine.seconds(each.operation, each.shape, each.count)
+    layers = Counter(
+        (replace(plan.layer_spec(layer), bits=plan.recipe.widths[0]), _shape(layer)) for layer in plan.quantized
+    )
+    solving = sum(machine.solving(spec, *shape, count) for (spec, shape), count in layers.items())
+    seconds["solving"] += solving
+    if plan.pending:  # a round for each width
+        seconds["allocating"] += len(plan.recipe.widths) * solving / plan.recipe.iterations
+    seconds["writing"] += _file_bytes(plan) / DISK_SPEED
+    if plan.recipe.check and plan.facts.causal:
+        seconds["checking"] += STARTING
+    return Estimate(**{field.name: seconds[field.name] for field in fields(Estimate)})
 
 
 def _shape(layer: LayerPlan) -> tuple[int, int]:
     return layer.target.module.out_features, layer.target.module.in_features
 
 
-def _cost(spec: LayerSpec, rows: int, columns: int) -> float:
-    """What a solve's time is proportional to."""
-    return rows * columns * (1 + columns / INPUTS_OF_HALF if spec.method.needs else 1.0)
-
-
-def _per_cost(spec: LayerSpec, device: torch.device) -> float:
-    """Solve a matrix of noise and return its seconds per unit of cost."""
-    size = max(spec.group_size, LARGEST_SAMPLE // (4 if spec.method.svd == "full" else 1))
-    seconds = 0.0
-    for width in (spec.group_size, size):  # the first one only loads the kernels
-        weight = torch.randn(width, width, generator=torch.Generator().manual_seed(0)).to(device)
-        inputs = torch.eye(width, device=device)
-        statistics = Statistics(inputs, inputs.diagonal(), width, drift=0.01 * weight)
-        if "fisher" in spec.method.needs:
-            statistics = replace(statistics, fisher=weight.square())
-        if "output metric" in spec.method.needs:
-            statistics = replace(statistics, output_metric=OutputMetric(weight[:DIRECTIONS], inputs.diagonal()))
-        started = time.perf_counter()
-        solve(weight, replace(spec, rank=min(spec.rank, width)), 0, statistics)
-        seconds = time.perf_counter() - started
-    return seconds / _cost(spec, size, size)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds on this machine: to get the text (`writing`), to run the model over it and solve (`measuring`)."""
-
-    writing: float
-    measuring: float
-
-    @property
-    def seconds(self) -> float:
-        return self.writing + self.measuring
-
-
-def calibration_cost(plan: Plan, source: str, speed: float) -> Cost:
-    """Estimate from headers what calibration on `source` takes at `speed` floating-point operations per second."""
-    recipe = plan.recipe
-    facts = plan.facts
-    length = facts.clip(recipe.calibration_length)
-    tokens = recipe.calibration_samples * length
-    parameters = sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
-    weights = sum(layer.weights for layer in plan.quantized)
-    products = sum(layer.target.module.in_features**2 for layer in plan.quantized)
-    passes = 8 if recipe.calibration_mode == "sequential" else 2  # two models, up to each group of layers, and on
-    measuring = (2 * passes * weights + 2 * products) * tokens / (EFFICIENCY * speed)
-    if "output metric" in recipe.row.needs:
-        measuring += 2 * GRADIENT_PASSES * parameters * GRADIENT_SAMPLES * GRADIENT_LENGTH / (EFFICIENCY * speed)
-    writing = 0.0
-    if source == AUTO_SOURCE:
-        layers = len({layer.target.name.rsplit(".", 1)[0] for layer in plan.quantized})
-        writing = sampling_cost(parameters, recipe.calibration_samples, length) / (EFFICIENCY * speed)
-        writing += TOKEN_SECONDS * layers * length * -(-recipe.calibration_samples // LARGEST_BATCH)
-    return Cost(writing, measuring)
-
-
 def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
-    """Say what calibration and polish will take on this machine, a line each; nothing for a plan without."""
+    """Say what a calibrated run will take on this machine, and of what that is the most; nothing for others, which are
+    soon done."""
     if not plan.recipe.calibrated:
         return ()
-    speed = measured_speed(device)
-    cost = calibration_cost(plan, plan.recipe.calibration, speed)
-    writing = f", {duration(cost.writing)} of it to write the text" if cost.writing else ""
-    lines = [f"calibration takes about {duration(cost.seconds)} here{writing}"]
-    if plan.recipe.polish:
-        lines.append(expected_polish(plan, device))
-    return tuple(lines)
+    return (f"this run takes {in_words(estimate(plan, device))}",)
 
 
 def expected_polish(plan: Plan, device: torch.device) -> str:
-    """Say what the polish alone will take on this machine."""
-    parameters, steps = sum(tensor.numel for tensor in plan.checkpoint.tensors.values()), plan.recipe.polish_steps
-    seconds = polish_flops(parameters, BATCH_TOKENS, steps) / (EFFICIENCY * measured_speed(device))
-    return f"{steps} steps of polish take about {duration(seconds)} here, with the whole model in memory"
+    """Say what a polish of a finished run will take on this machine: its text, its steps and the check."""
+    machine, parts = Machine(device), ("text", "polishing", "checking")
+    work = [each for each in work_of(plan, device) if each.part in parts]
+    work.sort(key=lambda each: -each.count)
+    for again in (False, True):
+        if again:
+            machine.sharpen()
+        seconds = dict.fromkeys(parts, 0.0)
+        for each in work:
+            seconds[each.part] += machine.seconds(each.operation, each.shape, each.count)
+    return f"this polish takes {in_words(Estimate(**seconds))}"
+
+
+def in_words(seconds: Estimate) -> str:
+    """Say an Estimate, the parts of a second and more by name; the longest where there is none."""
+    parts = {name: value for name, value in asdict(seconds).items() if value}
+    said = {name: value for name, value in parts.items() if value >= 1} or {max(parts, key=lambda name: parts[name]): 1}
+    named = ", ".join(f"{duration(value)} {WORDS[name]}" for name, value in said.items())
+    return f"about {duration(seconds.total)} here ({named})"
+
+
+def work_of(plan: Plan, device: torch.device) -> list[Work]:
+    """Return what a run computes, but for solving."""
+    recipe, model = plan.recipe, _Model(plan)
+    found = list(_loading(plan, model))
+    if recipe.calibrated:
+        if recipe.calibration == AUTO_SOURCE:
+            found += model.writing("text", recipe.calibration_samples, model.length, device)
+        found += model.walk(device)
+        if "output metric" in recipe.row.needs:
+            found += model.there_and_back("calibrating", directions=True)
+    if plan.pending:
+        if not recipe.calibrated and plan.facts.causal and plan.facts.start is not None:
+            found += model.writing("allocating", GRADIENT_SAMPLES, plan.facts.clip(GRADIENT_LENGTH), device)
+        found += model.there_and_back("allocating", again=1 if recipe.calibrated else 0, errors=len(recipe.widths))
+    if recipe.polish:
+        found += model.polish()
+    if recipe.check and plan.facts.causal:
+        tokens, window = check_tokens(plan), plan.facts.clip(CHECK_WINDOW)
+        found += model.forward("checking", tokens, window, times=2)
+        found += model.head("checking", tokens, window, times=2)
+        found.append(Work("checking", "pass", (model.weights,), LOADS + PACKED))
+    return found
+
+
+def _loading(plan: Plan, model: _Model) -> Iterator[Work]:
+    """Every weight is read for each pass through the model, is packed, and is unpacked where it is looked at again."""
+    yield Work(
+        "writing", "pass", (model.weights,), LOADS * _reads(plan) + (2 if plan.recipe.calibrated else 1) * PACKED
+    )
+
+
+def _reads(plan: Plan) -> int:
+    """Return how often the source is read: to be solved or walked through, and in each pass back twice."""
+    backs = int(plan.recipe.calibrated and "output metric" in plan.recipe.row.needs) + int(plan.pending)
+    return 1 + 2 * backs + 2 * bool(plan.recipe.polish)
+
+
+def _file_bytes(plan: Plan) -> int:
+    checked = plan.base_bytes + plan.bytes_before if plan.recipe.check and plan.facts.causal else 0
+    return _reads(plan) * plan.bytes_before + 2 * (plan.base_bytes + plan.adapter_bytes) + checked
+
+
+class _Model:
+    """What a plan's model computes for a token: its linear layers by block, and its sizes."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, recipe, facts = plan, plan.recipe, plan.facts
+        self.length = facts.clip(recipe.calibration_length)
+        self.tokens = recipe.calibration_samples * self.length
+        self.config = {**plan.checkpoint.config, **(plan.checkpoint.config.get("text_config") or {})}
+        self.chosen = {layer.target.name for layer in plan.quantized}
+        self.blocks: dict[str, list[LinearModule]] = {}
+        for module in plan.architecture.linear:
+            self.blocks.setdefault(block_of(module.name), []).append(module)
+        self.weights = sum(module.in_features * module.out_features for module in plan.architecture.linear)
+        self.width = self._size("hidden_size", "n_embd", "d_model") or min(
+            module.in_features for module in plan.architecture.linear
+        )
+        self.heads = self._size("num_attention_heads", "n_head", "num_heads") or 1
+        self.shared = self._size("num_key_value_heads") or self.heads
+        self.head_width = self._size("head_dim", "d_kv") or max(1, self.width // self.heads)
+        self.vocabulary = facts.vocabulary if facts.causal else None
+
+    def _size(self, *keys: str) -> int | None:
+        found = (self.config.get(key) for key in keys)
+        return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+    def share(self, module: LinearModule) -> float:
+        """Return the share of the tokens that reach a layer: of experts, what each gets."""
+        experts = self._size("num_local_experts", "num_experts", "n_routed_experts")
+        chosen = self._size("num_experts_per_tok")
+        parts = module.name.split(".")
+        return chosen / experts if experts and chosen and "experts" in parts and "shared" not in module.name else 1.0
+
+    def products(self, part: str, tokens: float, rows: int, times: Sequence[float] | float = 1.0) -> Iterator[Work]:
+        """Yield the products of `tokens` with every layer, `rows` at once; `times` for each layer, in order, or all."""
+        shapes: dict[tuple[int, int], float] = defaultdict(float)
+        modules = [module for block in self.blocks.values() for module in block]
+        each = [times] * len(modules) if isinstance(times, int | float) else times
+        for module, count in zip(modules, each, strict=True):
+            shapes[module.in_features, module.out_features] += count * self.share(module)
+        for (inputs, outputs), count in shapes.items():
+            yield Work(part, "product", (rows, inputs, outputs), count * tokens / rows)
+
+    def around(
+        self, part: str, tokens: float, rows: int, length: int, attention: float, inner: float
+    ) -> Iterator[Work]:
+        """Yield what a model does beside its products, with so many passes through attention and through what comes
+        behind it, summed over the blocks."""
+        widest = max(max(module.in_features, module.out_features) for module in self.plan.architecture.linear)
+        yield Work(part, "attention", (self.heads, length, self.head_width), attention * tokens / length)
+        mean = (attention + inner) / 2
+        yield Work(part, "pass", (rows, self.width), BLOCK_PASSES * mean * tokens / rows)
+        yield Work(part, "exponential", (rows, widest), 2 * inner * tokens / rows)
+        yield Work(part, "small", (CALLS,), mean * tokens / rows)
+
+    def forward(self, part: str, tokens: float, rows: int, times: float = 1.0) -> Iterator[Work]:
+        """Yield what running the model over `tokens` takes, `rows` at once, `times` over; without its head."""
+        count, length = times * len(self.blocks), min(rows, self.length)
+        yield from self.products(part, tokens, rows, times)
+        yield from self.around(part, tokens, rows, length, count, count)
+
+    def head(self, part: str, tokens: float, rows: int, times: float = 1.0) -> Iterator[Work]:
+        """Yield the logits of `tokens`, and what becomes of them."""
+        if self.vocabulary:
+            yield Work(part, "product", (rows, self.width, self.vocabulary), times * tokens / rows)
+            yield Work(part, "exponential", (rows, self.vocabulary), LOGITS_PASSES * times * tokens / rows)
+
+    def writing(self, part: str, samples: int, length: int, device: torch.device) -> Iterator[Work]:
+        """Yield what it takes to write text: token after token for a batch at once."""
+        config: Any = SimpleNamespace(**{**self.config, "vocab_size": self.vocabulary or 1})
+        stored = self.plan.bytes_before
+        itemsize = 4 if model_bytes(stored, device) > stored else 2
+        batches = -(-samples // batch_size(config, length, itemsize))
+        batch, steps = -(-samples // batches), batches * (length - 1)
+        yield from self.products(part, batch * steps, batch)
+        cache = (batch, self.heads, self.shared, max(1, length // 2), self.head_width)
+        yield Work(part, "recall", cache, steps * len(self.blocks))
+        yield Work(part, "small", (CALLS,), steps * (len(self.blocks) + 1))
+        if self.vocabulary:
+            yield Work(part, "product", (batch, self.width, self.vocabulary), steps)
+            yield Work(part, "draw", (batch, self.vocabulary), steps)
+
+    def walk(self, device: torch.device) -> Iterator[Work]:
+        """Yield the passes over the text that measure the layers, and their statistics."""
+        part, tokens = "calibrating", self.tokens
+        widest = max(max(module.in_features, module.out_features) for module in self.plan.architecture.linear)
+        rows = self.length * max(1, min(tokens // self.length, BATCH_BYTES[device.type] // (4 * widest * self.length)))
+        passes = [self.passes(block) for block in self.blocks.values()]
+        yield from self.products(part, tokens, rows, [count for block in passes for count in block])
+        attention, inner = sum(block[0] for block in passes), sum(max(block[-2:-1] or block) for block in passes)
+        yield from self.around(part, tokens, rows, self.length, attention, inner)
+        for block in self.blocks.values():
+            yield from self._statistics(part, block, rows)
+
+    def passes(self, block: Sequence[LinearModule]) -> list[int]:
+        """Return how often the text runs through each layer of a block: the original once, the repaired one as far as
+        each group that comes behind the layer, and through the last one to its end, whose repair is then one more
+        product; a block that ends with something else is run through once more. Together 2.7 times in a Llama."""
+        if self.plan.recipe.calibration_mode != "sequential":
+            return [1] * len(block)
+        groups = self._groups(block)
+        at_end = bool(groups) and groups[-1][-1] == len(block) - 1
+        behind = [1 + sum(group[0] > place for group in groups) for place in range(len(block))]
+        if not at_end:
+            return [count + 1 for count in behind]
+        return [count + 2 if place in groups[-1] else count for place, count in enumerate(behind)]
+
+    def _groups(self, block: Sequence[LinearModule]) -> list[list[int]]:
+        """Return the places of a block's quantized layers, those together that read the same by their names."""
+        places = {module.name: place for place, module in enumerate(block)}
+        found = [[places[name] for name in group] for group in tied([n for n in places if n in self.chosen])]
+        return sorted(found)
+
+    def _statistics(self, part: str, block: Sequence[LinearModule], rows: int) -> Iterator[Work]:
+        """Yield the second moments of each group's inputs, and how far the repaired model is from the original."""
+        sequential = self.plan.recipe.calibration_mode == "sequential"
+        groups = self._groups(block)
+        for group in groups:
+            inputs, outputs = block[group[0]].in_features, sum(block[place].out_features for place in group)
+            count = self.share(block[group[0]]) * self.tokens / rows
+            yield Work(part, "moment", (rows, inputs), count)
+            yield Work(part, "pass", (rows, inputs), SEEN_PASSES * count)
+            if not sequential:
+                continue
+            last = group is groups[-1]
+            if not last:
+                yield Work(part, "product", (rows, inputs, min(inputs, 2 * outputs)), count)
+            if last or (len(group) == 1 and outputs == self.width):
+                yield Work(part, "product", (rows, inputs, outputs), count)
+
+    def there_and_back(self, part: str, *, again: int = 0, directions: bool = False, errors: int = 0) -> Iterator[Work]:
+        """Yield a pass forward that keeps what enters each block, and one forward and back through each; `again` that
+        many times more forward, `directions` of the gradients that are kept, `errors` that each layer is tried with."""
+        length, samples = self.plan.facts.clip(GRADIENT_LENGTH), GRADIENT_SAMPLES
+        if self.plan.recipe.calibrated:
+            length, samples = min(self.length, length), min(self.plan.recipe.calibration_samples, samples)
+        tokens = length * samples
+        at_once = min(GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES // (4 * (self.vocabulary or 1)))
+        rows = min(tokens, max(1, at_once // length) * length)
+        blocks = len(self.blocks)
+        yield from self.products(part, tokens, rows, 3 + again)
+        yield from self.around(part, tokens, rows, length, blocks * (2 + again + BACK), blocks * (2 + again + BACK))
+        yield from self.head(part, tokens, rows, 2)
+        for layer in self.plan.quantized:
+            module = layer.target.module
+            count = self.share(module) * tokens / rows
+            if directions:
+                yield Work(part, "directions", (rows + DIRECTIONS, module.out_features), count)
+            if errors:
+                yield Work(part, "product", (rows, module.in_features, module.out_features), errors * count)
+
+    def polish(self) -> Iterator[Work]:
+        """Yield the teacher's pass over its text, the steps, and the evaluations between them."""
+        part, steps, length = "polishing", self.plan.recipe.polish_steps, self.length
+        tokens = max(self.tokens, steps * BATCH_TOKENS // EPOCHS)
+        rows = max(1, BATCH_TOKENS // length) * length
+        yield from self.forward(part, tokens, rows)
+        yield from self.head(part, tokens, rows)
+        yield from self.products(part, steps * rows, rows, 4)  # forward, once more, and back to inputs and to scales
+        blocks = len(self.blocks)
+        yield from self.around(part, steps * rows, rows, length, blocks * (2 + BACK), blocks * (2 + BACK))
+        yield from self.head(part, steps * rows, rows, 2)
+        held_out = max(1, min(tokens // length // HELD_OUT, HELD_OUT_TOKENS // length)) * length
+        evaluations = 1 + steps // max(EVALUATE_EVERY, steps // MOST_EVALUATIONS)
+        yield from self.forward(part, evaluations * held_out, rows)
+        yield from self.head(part, evaluations * held_out, rows)
+        unpacked = 4 * steps + evaluations * max(1, held_out // rows)  # the gradient of the scales counts as one
+        yield Work(part, "pass", (self.weights,), LEARNT_PASSES * unpacked)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qinit.clock import section
 from qinit.errors import CheckpointError, HubError, OutputError, ReportError
 from qinit.events import Done, Event, Finished, Unchanged, Working
 from qinit.files.manifest import MANIFEST_NAME, file_sum
@@ -132,7 +133,8 @@ def _carried_out(
         if (elsewhere := moved(journal)) is not None:
             yield job.note(elsewhere)
         yield from _taken_over(job, before)
-        yield from polish_adapters(job)
+        with section("polish"):
+            yield from polish_adapters(job)
         if not job.calibration["polish"]["kept"]:
             return None
         job.store.close()
@@ -142,7 +144,8 @@ def _carried_out(
             before.require_replaceable(plan)
             before.require_unchanged()
         journal.append({"kind": "ended", "run": file_sum(place.run / MANIFEST_NAME)})
-        place.finish()
+        with section("writing"):
+            place.finish()
     return report
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qinit.calibration.output_metric import output_metrics
+from qinit.clock import section
 from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import Plan
@@ -55,7 +56,8 @@ class Job:
         if self._samples is None:
             recipe = self.plan.recipe
             yield Sampling(recipe.calibration if recipe.calibrated else "self")
-            self._samples = text_for(self.plan, self.device, self.token)
+            with section("text"):
+                self._samples = text_for(self.plan, self.device, self.token)
             save_samples(self.place, self.journal, self._samples, written=recipe.calibration == "self")
         return self._samples
 
@@ -64,7 +66,8 @@ class Job:
         found = load_samples(self.place, self.journal, POLISH_SAMPLES)
         if found is None:
             samples = yield from self.samples()
-            found = more_text(self.plan, samples, tokens, self.token)
+            with section("text"):
+                found = more_text(self.plan, samples, tokens, self.token)
             save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
         return found
 
@@ -74,5 +77,6 @@ class Job:
             self._metrics = {}
             if "output metric" in self.plan.recipe.row.needs:
                 samples = yield from self.samples()
-                self._metrics = yield from output_metrics(self.plan, samples, self.device, self.place.scratch)
+                with section("pass back"):
+                    self._metrics = yield from output_metrics(self.plan, samples, self.device, self.place.scratch)
         return self._metrics

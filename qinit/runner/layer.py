@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from qinit.clock import counted
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan.plan import LayerPlan, Plan
@@ -16,6 +17,7 @@ from qinit.solver.statistics import Statistics
 from qinit.source.checkpoint import not_decomposable, read_finite
 
 
+@counted("reading")
 def read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
     """Return W [out, in] in float32 on the device. Raises CheckpointError for NaN and Inf."""
     target = layer.target
@@ -23,6 +25,7 @@ def read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
     return (raw.T if target.module.transposed else raw).to(device, torch.float32).contiguous()
 
 
+@counted("solving")
 def solve_layer(
     plan: Plan, layer: LayerPlan, weight: torch.Tensor | None, statistics: Statistics | None
 ) -> tuple[dict[str, torch.Tensor], LayerRow]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from qinit.events import (
-    Allotted,
-    Event,
-)
+from qinit.clock import section
+from qinit.events import Allotted, Event
 from qinit.plan.allocation import Sensitivity
 from qinit.runner.job import Job
 from qinit.widths import fisher
@@ -22,7 +20,8 @@ def choose_widths(job: Job) -> Generator[Event, None, None]:
     if record is None:
         samples = yield from job.samples()
         metrics = yield from job.output_metrics()
-        measured = yield from fisher.measure(job.plan, choices, samples, job.device, job.place.scratch, metrics)
+        with section("sensitivity"):
+            measured = yield from fisher.measure(job.plan, choices, samples, job.device, job.place.scratch, metrics)
         job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
     else:
         measured = Sensitivity.from_json(record["measured"])

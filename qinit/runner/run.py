@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from qinit.clock import section
 from qinit.events import Done, Event, Finished, Working
 from qinit.files.tensors import StoredTensor
 from qinit.machine import pick_device
@@ -53,7 +54,8 @@ def run(
             job = Job(plan, device, place, journal, token)
             yield from _carried_out(job)
             report = yield from completed(job, command)
-            place.finish()
+            with section("writing"):
+                place.finish()
     yield Finished(report, out)
 
 
@@ -64,7 +66,8 @@ def completed(
     it was `revised`."""
     plan, place, journal = job.plan, job.place, job.journal
     write_configurations(plan, place.run, place.out)
-    checked = yield from check(job)
+    with section("check"):
+        checked = yield from check(job)
     report = make_report(
         plan,
         tuple(job.store.rows[layer.target.name] for layer in plan.layers),
@@ -76,7 +79,8 @@ def completed(
         peak_memory_bytes=journal.peak_memory_bytes,
     )
     report = revised(report)
-    complete(plan, report, place.run)
+    with section("writing"):
+        complete(plan, report, place.run)
     return report
 
 
@@ -88,7 +92,8 @@ def _carried_out(job: Job) -> Generator[Event, None, None]:
         yield from choose_widths(job)
         check_space(job.plan, job.place.out)
     plan, store = job.plan, job.store
-    copy_companions(plan, job.place.run)
+    with section("writing"):
+        copy_companions(plan, job.place.run)
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
     by_tensor = {layer.target.tensor.name: layer for layer in plan.layers}
@@ -108,7 +113,8 @@ def _carried_out(job: Job) -> Generator[Event, None, None]:
         yield Done(name, tensor.nbytes, row)
     store.sync()
     if plan.recipe.polish:
-        yield from polish_adapters(job)
+        with section("polish"):
+            yield from polish_adapters(job)
     store.close()
 
 

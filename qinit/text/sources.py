@@ -112,11 +112,6 @@ def check_source(
         load_tokenizer(directory, trust_remote_code)
 
 
-def sampling_cost(parameters: int, samples: int, length: int) -> float:
-    """Return the floating-point operations of writing the text for `self`: 2 per parameter and token."""
-    return 2.0 * parameters * samples * length
-
-
 def kind_of(source: str) -> Literal["random", "self", "text", "file", "hub"]:
     """Tell what a source is; a file of the name `self`, `text` or `random` is given as ./self.
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
+from qinit.clock import counted
 from qinit.errors import CheckpointError
 from qinit.files.writer import SafetensorsWriter
 from qinit.formats import FORMATS, Format
@@ -75,16 +76,19 @@ class Store:
         except (KeyError, CheckpointError):
             return False
 
+    @counted("writing")
     def copy(self, name: str, chunks: Iterable[torch.Tensor]) -> None:
         """Write a tensor of the source as it is."""
         sums = [self.base.write_chunks(name, chunks)]
         self.journal.append({"kind": "copied", "name": name, "sums": sums}, sync=False)
         self.copied.add(name)
 
+    @counted("writing")
     def copy_weight(self, layer: LayerPlan, chunks: Iterable[torch.Tensor]) -> None:
         """Write a kept layer's weight as it is; `put` says that the layer is finished."""
         self.base.write_chunks(layer.target.tensor.name, chunks)
 
+    @counted("writing")
     def put(self, layer: LayerPlan, tensors: dict[str, torch.Tensor], row: LayerRow) -> LayerRow:
         """Write a layer's tensors, base and factors; those that are not given (a kept layer's weight) are there.
         Returns the row."""
@@ -101,6 +105,7 @@ class Store:
         """Write a tensor of a finished layer anew, base or factors; returns its checksum."""
         return (self.factors if self.factors.has(name) else self.base).write(name, tensor)
 
+    @counted("writing")
     def sync(self) -> None:
         """Bring to disk what was written, and then that it was."""
         self.base.sync()
@@ -108,6 +113,7 @@ class Store:
         self.journal.sync()
         self._synced = time.monotonic()
 
+    @counted("writing")
     def close(self) -> None:
         """Finish the files; raises ValueError if a tensor is missing."""
         self.sync()
@@ -137,6 +143,7 @@ class Store:
         tensors = {name: self.factors.read(name) for name in adapter.names(module)}
         return adapter.decode(module, tensors, self.plan.recipe.lora_scale)
 
+    @counted("writing")
     def weight(self, layer: LayerPlan, device: torch.device) -> torch.Tensor:
         """Return Q + L [out, in] of a finished layer: what its trainer will have.
 

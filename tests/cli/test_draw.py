@@ -30,7 +30,7 @@ def test_a_long_line_is_not_wrapped_in_a_file(capsys):
 def test_quiet_says_nothing(tiny_llama, tmp_path, capsys):
     plan, screen = plan_of(tiny_llama, iter=1), Screen(quiet=True)
     screen.say("hello")
-    screen.plan(plan, tmp_path / "out", Estimate(0.0, 0.0, 3.0, 0.0))
+    screen.plan(plan, tmp_path / "out", Estimate(solving=3.0))
     report = screen.follow(plan, run(plan, tmp_path / "out"))
     assert report.totals["layers"] == 14
     assert capsys.readouterr() == ("", "")
@@ -73,7 +73,7 @@ def test_kept_layers_and_lowered_ranks_are_said_before_and_during_the_run(tmp_pa
 
 def test_the_plan_lists_every_layer_and_why_it_is_kept(tmp_path, capsys):
     plan = plan_of(make_checkpoint(tmp_path / "m", intermediate_size=80), iter=1)
-    Screen().plan(plan, tmp_path / "out", Estimate(0.0, 0.0, 3.0, 0.0))
+    Screen().plan(plan, tmp_path / "out", Estimate(solving=3.0))
     text = capsys.readouterr().out
     for layer in plan.layers:
         assert any(line.lstrip().startswith(layer.target.name + " ") for line in text.splitlines())

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -117,3 +118,15 @@ def test_as_a_process_an_unknown_hub_model_is_one_line(tmp_path, hub):
     assert result.stderr.count("\n") == 1
     assert "hf_secret" not in result.stderr
     assert {token for _, token in hub.requests} == {"Bearer hf_secret"}
+
+
+def test_debug_says_at_the_end_where_the_time_of_a_run_went(command, tiny_llama):
+    options = ("eqft", tiny_llama, "--rank", 4, "--calibration", "none", "--iter", 1, "--no-check", "--quiet")
+    code, out, err = command(*options, "--debug")
+    assert (code, out) == (0, "")
+    first, *rest = err.splitlines()
+    assert re.fullmatch(r"where \d+\.\d s went, those of the host:", first)
+    assert all(re.fullmatch(r" +\d+\.\d s +\d+ %  [a-z ]+", line) for line in rest)
+    assert {"solving", "reading", "writing", "other"} <= {line.rpartition("  ")[2] for line in rest}
+    code, out, err = command(*options, "--overwrite")
+    assert (code, out, err) == (0, "", "")

@@ -31,7 +31,7 @@ def test_a_run_is_replaced_by_what_it_was_polished_to(command, made):
     before = contents(made)
     code, out, err = command("polish", "out", "--steps", 5)
     assert (code, err) == (0, "")
-    assert "note: 5 steps of polish take about " in out
+    assert "note: this polish takes about " in out
     assert "polish, step 5: loss " in out
     found = report()
     words = found["totals"]["calibration"]["polish"]

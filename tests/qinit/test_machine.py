@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qinit.errors import RecipeError
-from qinit.machine import free_memory, measured_speed, peak_memory_bytes, pick_device, processor, ran_on, versions
+from qinit.machine import free_memory, peak_memory_bytes, pick_device, processor, ran_on, versions
 
 
 def test_it_names_the_processor_and_the_cores_and_no_host():
@@ -56,8 +56,7 @@ def test_the_processor_has_a_name():
     assert ", " in processor()
 
 
-def test_this_machine_has_a_speed_and_memory():
-    assert 1e8 < measured_speed(torch.device("cpu")) < 1e15
+def test_this_machine_has_memory():
     unused = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0.8 * unused < free_memory(torch.device("cpu")) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

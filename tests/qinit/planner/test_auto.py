@@ -70,7 +70,7 @@ class TestOwnText:
 
     def test_a_busy_machine_chooses_as_an_idle_one(self, reader, monkeypatch):
         before = chosen(reader, calibration_budget=budget(reader, "self", 64))
-        monkeypatch.setattr("qinit.machine.measured_speed", lambda device: 1e6)
+        monkeypatch.setattr("qinit.planner.operations.timed", lambda action, device: 1e3)
         assert chosen(reader, calibration_budget=budget(reader, "self", 64)) == before
 
 

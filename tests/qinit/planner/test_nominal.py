@@ -46,7 +46,7 @@ class TestRun:
 
 def test_no_figure_depends_on_this_machine(plan, monkeypatch):
     before = run_seconds(plan(calibration="self"))
-    monkeypatch.setattr("qinit.machine.measured_speed", lambda device: 1.0)
+    monkeypatch.setattr("qinit.planner.operations.timed", lambda action, device: 1e3)
     monkeypatch.setattr("qinit.machine.free_memory", lambda device: 1)
     assert run_seconds(plan(calibration="self")) == before
 

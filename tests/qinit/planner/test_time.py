@@ -1,122 +1,259 @@
+from collections import defaultdict
+from dataclasses import asdict
+
 import pytest
 import torch
 
+from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES
+from qinit.planner import operations
 from qinit.planner import time as module
-from qinit.planner.make import make_plan
-from qinit.planner.time import calibration_cost, estimate, expected
-from qinit.recipe import make_recipe
+from qinit.planner.operations import OPERATIONS, Machine
+from qinit.planner.time import WORDS, Estimate, estimate, expected, in_words, work_of
 from qinit.solver.methods import METHODS
+from qinit.text.self_text import LARGEST_BATCH
+from qinit.train.polish import BATCH_TOKENS, EPOCHS
 from tests.helpers import plan_of
-from tests.models import make_reader
+from tests.models import FAMILIES, add_tokenizer, make_checkpoint, make_reader
 
 CPU = torch.device("cpu")
+TEXT = {"calibration": "random", "calibration_samples": 64, "calibration_length": 64, "format": "dense"}
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+
+
+def sums(plan, operation=None):
+    """Return what each part costs: calls times the cost of their shape, of one operation or of all."""
+    found = defaultdict(float)
+    for work in work_of(plan, CPU):
+        if operation in (None, work.operation):
+            found[work.part] += work.count * OPERATIONS[work.operation].cost(work.shape)
+    return found
+
+
+def weights(plan, *names):
+    """Return the weights of the linear layers of these names, all without any."""
+    modules = (m for m in plan.architecture.linear if not names or m.name.rpartition(".")[2] in names)
+    return sum(module.in_features * module.out_features for module in modules)
 
 
 @pytest.fixture
-def seconds(tiny_llama, monkeypatch):
-    monkeypatch.setattr(module, "LARGEST_SAMPLE", 128)
-    monkeypatch.setattr(module, "measured_speed", lambda _device: 1e9)
-
-    def call(**options):
-        options = {"calibration": "none", "rank": 4, "format": "dense", **options}
-        return estimate(make_plan(make_recipe(model=str(tiny_llama), **options), tiny_llama, "tiny"), CPU)
-
-    return call
+def one_second(monkeypatch):
+    """Every call takes a second, and so does every solve."""
+    monkeypatch.setattr(operations, "timed", lambda action, device: 1.0)
+    monkeypatch.setattr(Machine, "sharpen", lambda machine: None)
 
 
-def test_without_calibration_all_the_time_is_the_solver_s(seconds):
-    found = seconds()
-    assert found.solving > 0
-    assert found.calibrating == found.allocating == found.polishing == 0
-    assert found.total == found.solving
+@pytest.fixture
+def plan(tiny_llama):
+    return lambda **options: plan_of(tiny_llama, **{**TEXT, **options})
 
 
-def test_what_else_is_asked_for_takes_its_time(seconds):
-    found = seconds(calibration="random", polish=5)
-    assert min(found.calibrating, found.solving, found.polishing) > 0
-    one, two = ({"calibration": "random", "calibration_samples": count} for count in (128, 256))
-    walk = [seconds(method="cloq", **options).calibrating for options in (one, two)]
-    assert walk[1] > 1.9 * walk[0]
-    back = [seconds(**options).calibrating - there for options, there in zip((one, two), walk, strict=True)]
-    assert 0 < back[0] == pytest.approx(back[1])  # the pass back takes a part of the text only
-    assert seconds(calibration="random", polish=50).polishing == pytest.approx(10 * found.polishing)
+class TestPasses:
+    def test_a_llama_s_text_runs_through_as_many_blocks_as_the_walk_does(self, plan):
+        model = module._Model(plan())
+        for block in model.blocks.values():
+            assert [layer.name.rpartition(".")[2] for layer in block[-3:]] == ["gate_proj", "up_proj", "down_proj"]
+            assert model.passes(block) == [4, 4, 4, 3, 2, 2, 3]
+
+    def test_of_square_blocks_they_make_2_7(self, tmp_path):
+        # As Llama's 7B: all of attention is square, and what is behind it is 2.7 times as wide.
+        square = {"hidden_size": 96, "intermediate_size": 256, "num_key_value_heads": 4}
+        model = module._Model(plan_of(make_checkpoint(tmp_path / "m", **square), **TEXT))
+        (block, _) = model.blocks.values()
+        size = [layer.in_features * layer.out_features for layer in block]
+        passes = sum(n * count for n, count in zip(size, model.passes(block), strict=True)) / sum(size)
+        assert passes == pytest.approx(2.75, abs=0.1)
+
+    def test_in_parallel_the_original_runs_once(self, plan):
+        model = module._Model(plan(calibration_mode="parallel"))
+        assert {count for block in model.blocks.values() for count in model.passes(block)} == {1}
+
+    def test_without_the_last_layer_a_block_is_run_through_once_more(self, plan):
+        model = module._Model(plan(target_modules="q_proj,k_proj,v_proj"))
+        assert [model.passes(block) for block in model.blocks.values()] == [[2] * 7] * 2
+        model = module._Model(plan(target_modules="o_proj"))
+        assert model.passes(next(iter(model.blocks.values()))) == [3, 3, 3, 2, 2, 2, 2]
 
 
-def test_widths_still_to_be_chosen_are_measured_first(seconds):
-    assert seconds(ratio=0.5).allocating > 0
-    assert seconds(ratio=0.5, allocation="first").allocating == 0
+class TestCalibrating:
+    def test_the_products_are_those_of_the_passes_and_the_statistics(self, plan):
+        found = plan(method="cloq")
+        tokens = 64 * 64
+        passes = 4 * weights(found, *ATTENTION) + 3 * weights(found, "o_proj", "down_proj")
+        passes += 2 * weights(found, "gate_proj", "up_proj")
+        gaps = 2 * 3 * 64**2  # before q, before o, before gate
+        own = weights(found, "o_proj", "down_proj")
+        assert sums(found, "product")["calibrating"] == pytest.approx(tokens * (passes + gaps + own))
+        assert sums(found, "moment")["calibrating"] == pytest.approx(tokens * 2 * (3 * 64**2 + 128**2))
+
+    def test_in_parallel_there_is_no_gap(self, plan):
+        found = plan(method="cloq", calibration_mode="parallel")
+        assert sums(found, "product")["calibrating"] == pytest.approx(64 * 64 * weights(found))
+        assert sums(found, "moment") == sums(plan(method="cloq"), "moment")
+
+    def test_it_grows_with_the_tokens_but_the_pass_back_takes_a_part_of_the_text_only(self, plan):
+        one, two = (sums(plan(method="cloq", calibration_samples=n))["calibrating"] for n in (128, 256))
+        assert two == pytest.approx(2 * one)
+        back = [
+            sums(plan(calibration_samples=n))["calibrating"]
+            - sums(plan(method="cloq", calibration_samples=n))["calibrating"]
+            for n in (128, 256)
+        ]
+        assert 0 < back[0] == pytest.approx(back[1])
+
+    def test_the_pass_back_is_three_products_and_a_head(self, plan):
+        walk, whole = (sums(plan(**options), "product")["calibrating"] for options in ({"method": "cloq"}, {}))
+        tokens = 64 * min(64, GRADIENT_SAMPLES)
+        assert GRADIENT_LENGTH > 64
+        assert whole - walk == pytest.approx(tokens * (3 * weights(plan()) + 2 * 64 * 256))
+        assert sums(plan(), "directions")["calibrating"] > 0 == sums(plan(method="cloq"), "directions")["calibrating"]
+
+    def test_only_the_chosen_layers_are_measured(self, plan):
+        part = sums(plan(target_modules="q_proj"), "moment")["calibrating"]
+        assert part == pytest.approx(64 * 64 * 2 * 64**2)
+
+    def test_experts_see_a_part_of_the_tokens(self, plan):
+        model = module._Model(plan())
+        model.config |= {"num_local_experts": 8, "num_experts_per_tok": 2}
+        layer = plan().architecture.linear[0]
+        expert = type(layer)("model.layers.0.mlp.experts.3.up_proj", 64, 64, False)
+        assert (model.share(layer), model.share(expert)) == (1.0, 0.25)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "eqft"])
-def test_every_method_can_be_estimated(seconds, method):
-    calibrated = bool(METHODS[method].needs)
-    assert seconds(method=method, calibration="random" if calibrated else "none").solving > 0
+class TestText:
+    def test_text_that_is_there_costs_nothing_to_write(self, plan):
+        assert sums(plan())["text"] == 0
+        assert sums(plan(calibration="self"))["text"] > 0
+        assert sums(plan())["calibrating"] == sums(plan(calibration="self"))["calibrating"]
+
+    def test_every_token_is_a_step_for_a_batch_at_once(self, plan):
+        found = plan(calibration="self", calibration_samples=2 * LARGEST_BATCH, calibration_length=17)
+        steps = 2 * 16
+        head = 64 * 256
+        assert sums(found, "product")["text"] == pytest.approx(steps * LARGEST_BATCH * (weights(found) + head))
+        assert sums(found, "draw")["text"] == pytest.approx(steps * LARGEST_BATCH * 256)
+        assert sums(found, "small")["text"] == pytest.approx(steps * 3 * module.CALLS)  # two blocks, and around them
+        (recall,) = (work for work in work_of(found, CPU) if work.operation == "recall")
+        assert (recall.shape, recall.count) == ((LARGEST_BATCH, 4, 2, 8, 16), steps * 2)
+
+    def test_samples_longer_than_the_model_takes_count_as_they_will_be(self, plan):
+        long, longest = (work_of(plan(calibration="self", calibration_length=n), CPU) for n in (128, 4096))
+        assert long == longest
 
 
-def test_more_inputs_take_more_than_their_share_with_calibration_only(tiny_llama):
-    def spec(calibration):
-        recipe = make_recipe(model=str(tiny_llama), calibration=calibration, format="dense")
-        plan = make_plan(recipe, tiny_llama, "tiny")
-        return plan.layer_spec(plan.quantized[0])
+class TestPolish:
+    def test_a_step_is_four_products_and_the_teacher_s_one(self, plan):
+        found = plan(polish=1000)
+        text = 1000 * BATCH_TOKENS // EPOCHS
+        held_out = 4096 * (1 + 40)
+        inside, head = weights(found), 64 * 256
+        products = 4 * 1000 * BATCH_TOKENS * inside + 2 * 1000 * BATCH_TOKENS * head
+        assert sums(found, "product")["polishing"] == pytest.approx(products + (text + held_out) * (inside + head))
 
-    assert module._cost(spec("none"), 100, 8000) == 2 * module._cost(spec("none"), 100, 4000)
-    assert module._cost(spec("random"), 100, 8000) == 3 * module._cost(spec("random"), 100, 4000)
-
-
-class TestCost:
-    @pytest.fixture
-    def cost(self, reader):
-        base = {"calibration_samples": 64, "calibration_length": 64}
-        return lambda source="self", speed=1e10, **options: calibration_cost(
-            plan_of(reader, **{**base, **options}), source, speed
-        )
-
-    def test_text_that_is_there_costs_nothing_to_write(self, cost):
-        assert cost("text.txt").writing == 0
-        assert cost("text.txt").measuring == cost("self").measuring
-        assert cost("self").seconds == cost("self").writing + cost("self").measuring > cost("text.txt").seconds
-
-    def test_measuring_grows_with_the_tokens_and_falls_with_the_speed(self, cost):
-        plain = cost("random").measuring
-        assert cost("random", calibration_samples=128).measuring == pytest.approx(2 * plain)
-        assert cost("random", calibration_length=32).measuring == pytest.approx(plain / 2)
-        assert cost("random", speed=4e10).measuring == pytest.approx(plain / 4)
-        assert cost("random", calibration_mode="parallel").measuring < plain / 2
-
-    def test_writing_grows_with_the_tokens(self, cost):
-        assert cost(calibration_samples=640).writing > 5 * cost().writing
-        assert cost(calibration_length=128).writing > 1.9 * cost().writing
-
-    def test_samples_longer_than_the_model_takes_count_as_they_will_be(self, cost):
-        assert cost(calibration_length=128) == cost(calibration_length=4096)
-
-    def test_a_larger_model_costs_more(self, reader, tmp_path):
-        larger = plan_of(make_reader(tmp_path / "larger", num_hidden_layers=4))
-        for source in ("self", "random"):
-            assert (
-                calibration_cost(larger, source, 1e10).seconds
-                > 1.5 * calibration_cost(plan_of(reader), source, 1e10).seconds
-            )
-
-    def test_only_the_chosen_layers_are_measured(self, reader, cost):
-        part = plan_of(reader, target_modules="q_proj", calibration_samples=64, calibration_length=64)
-        assert calibration_cost(part, "random", 1e10).measuring < cost("random").measuring / 4
+    def test_more_steps_take_longer_and_none_nothing(self, plan):
+        few, many = (sums(plan(polish=steps))["polishing"] for steps in (10, 1000))
+        assert 50 < many / few < 200
+        assert sums(plan())["polishing"] == 0
 
 
-class TestExpected:
-    def test_nothing_is_said_without_calibration(self, reader):
-        assert expected(plan_of(reader, calibration="none"), CPU) == ()
+class TestOtherParts:
+    def test_the_check_runs_two_models(self, plan):
+        found = plan(check=True)
+        inside = weights(found) + 64 * 256
+        assert sums(found, "product")["checking"] == pytest.approx(2 * module.check_tokens(found) * inside)
+        assert sums(plan())["checking"] == 0
 
-    def test_the_text_and_the_polish_are_told_apart(self, reader, monkeypatch):
-        monkeypatch.setattr(module, "measured_speed", lambda device: 1e7)
-        lines = expected(plan_of(reader, calibration="self", polish=50), CPU)
-        assert len(lines) == 2
-        assert "of it to write the text" in lines[0]
-        assert lines[1].startswith("50 steps of polish take about ")
-        (line,) = expected(plan_of(reader, calibration="random"), CPU)
-        assert "write the text" not in line
+    def test_widths_still_to_be_chosen_are_measured_first(self, plan):
+        assert sums(plan(ratio=0.5))["allocating"] > 0
+        without = plan(ratio=0.5, calibration="none")
+        assert sums(without, "draw")["allocating"] > 0  # the model writes the text for it
+        assert sums(plan(ratio=0.5, allocation="first"))["allocating"] == 0
 
-    def test_more_steps_take_longer(self, reader, monkeypatch):
-        monkeypatch.setattr(module, "measured_speed", lambda device: 1e7)
-        few, many = (expected(plan_of(reader, calibration="random", polish=n), CPU)[1] for n in (10, 1000))
-        assert few.removeprefix("10") != many.removeprefix("1000")
+    def test_each_width_is_tried_on_every_layer(self, plan):
+        two, four = (sums(plan(target_bits=3, bits_choices=c), "product")["allocating"] for c in ("2,4", "2,3,4,8"))
+        tokens = 64 * GRADIENT_SAMPLES
+        assert four - two == pytest.approx(2 * tokens * weights(plan()))
+
+
+class TestEstimate:
+    def test_without_calibration_the_time_is_the_solver_s_and_the_disk_s(self, plan, one_second):
+        found = estimate(plan(calibration="none"), CPU)
+        assert {name for name, value in asdict(found).items() if value} == {"solving", "writing"}
+        assert found.solving == 14  # layers
+        assert found.total == found.solving + found.writing
+
+    def test_a_call_of_a_second_counts_as_often_as_it_is_made(self, plan, one_second):
+        made, machine = plan(polish=5, check=True), Machine(CPU)
+        found = estimate(made, CPU, machine)
+        expected = defaultdict(float)
+        for work in work_of(made, CPU):
+            expected[work.part] += machine.seconds(work.operation, work.shape, work.count)
+        for part in ("calibrating", "polishing"):
+            assert getattr(found, part) == pytest.approx(expected[part])
+        assert found.checking == pytest.approx(expected["checking"] + module.STARTING)
+
+    def test_a_machine_that_has_measured_measures_nothing_again(self, plan, monkeypatch):
+        calls = []
+        monkeypatch.setattr(operations, "timed", lambda action, device: calls.append(action) or 1.0)
+        monkeypatch.setattr(Machine, "sharpen", lambda machine: None)
+        machine = Machine(CPU)
+        first = estimate(plan(), CPU, machine)
+        count = len(calls)
+        assert estimate(plan(), CPU, machine) == first
+        assert len(calls) == count
+
+    def test_the_operations_of_a_plan_with_many_shapes_are_few(self, tmp_path, monkeypatch, one_second):
+        calls = []
+        monkeypatch.setattr(operations, "timed", lambda action, device: calls.append(action) or 1.0)
+        wide = make_checkpoint(tmp_path / "m", intermediate_size=224, num_key_value_heads=1, vocab_size=512)
+        options = {**TEXT, "calibration": "self", "polish": 3, "ratio": 0.5, "check": True}
+        estimate(plan_of(wide, **options), CPU)
+        assert len(calls) <= (len(OPERATIONS) + 1) * operations.MOST_SHAPES
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_every_family_can_be_estimated(self, tmp_path, family, one_second):
+        found = estimate(plan_of(make_checkpoint(tmp_path / family, family), **TEXT, check=True), CPU)
+        assert min(found.calibrating, found.solving, found.checking) > 0
+
+    @pytest.mark.parametrize("family", ["bert", "t5", "gpt_neox"])
+    def test_other_models_can_too(self, tmp_path, family, one_second):
+        assert estimate(plan_of(make_checkpoint(tmp_path / family, family), **TEXT), CPU).calibrating > 0
+
+    @pytest.mark.parametrize("method", [name for name in METHODS if name != "eqft"])
+    def test_every_method_can_be_estimated(self, plan, one_second, method):
+        calibrated = bool(METHODS[method].needs)
+        assert estimate(plan(method=method, calibration="random" if calibrated else "none"), CPU).solving > 0
+
+    def test_it_measures_for_some_two_seconds_at_most(self, plan, monkeypatch):
+        monkeypatch.setattr(operations, "LEAST_SECONDS", 0.001)
+        monkeypatch.setattr(operations, "MOST_SECONDS", 0.1)
+        machine = Machine(CPU)
+        assert estimate(plan(), CPU, machine).total > 0
+        assert machine.spent >= 0.1
+
+    def test_a_larger_model_takes_longer(self, tmp_path, one_second):
+        small, large = (plan_of(make_reader(tmp_path / str(n), num_hidden_layers=n), **TEXT, polish=2) for n in (2, 4))
+        less, more = (asdict(estimate(each, CPU)) for each in (small, large))
+        assert all(more[part] > 1.3 * less[part] for part in ("calibrating", "solving", "polishing"))
+
+
+class TestWords:
+    def test_parts_of_a_second_and_more_are_named(self):
+        found = Estimate(text=30, calibrating=300, solving=0.4)
+        assert in_words(found) == "about 5.5 min here (30 s to write the text, 5 min to measure the layers on it)"
+
+    def test_of_a_short_run_the_longest_part_is_named(self):
+        assert in_words(Estimate(solving=0.4, writing=0.1)) == "about 1 s here (1 s to solve)"
+
+    def test_every_part_has_its_words(self):
+        assert WORDS.keys() == asdict(Estimate()).keys()
+
+    def test_nothing_is_said_before_a_run_without_calibration(self, plan):
+        assert expected(plan(calibration="none"), CPU) == ()
+
+    def test_a_polish_is_told_to_take_memory(self, tmp_path, one_second):
+        reader = add_tokenizer(make_checkpoint(tmp_path / "m"))
+        (line,) = expected(plan_of(reader, **TEXT), CPU)
+        assert line.startswith("this run takes about ")
+        assert "memory" not in line
+        (line,) = expected(plan_of(reader, **TEXT, polish=5), CPU)
+        assert line.endswith("; its polish has the whole model in memory")

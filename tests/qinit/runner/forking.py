@@ -93,11 +93,9 @@ if __name__ == "__main__":
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if sys.argv[1:]:
         _run(sys.argv[1:])
-        from qinit.planner import auto
-        from qinit.planner import time as estimate
+        from qinit.planner import operations
 
-        auto.measured_speed = estimate.measured_speed = lambda device: (
-            1e11
-        )  # what is said of the time takes a tenth of it
+        operations.timed = lambda action, device: 1.0  # what is said of the time takes more than these runs
+        operations.MOST_SECONDS = 0.0
     for line in sys.stdin:
         print(json.dumps(_forked(json.loads(line))), file=answers, flush=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qinit.source.demo import demo_directory
-from qinit.text.sources import load_samples, sampling_cost
+from qinit.text.sources import load_samples
 from tests.models import make_checkpoint, words
 from tests.qinit.text.loading import load, refusal
 
@@ -111,10 +111,6 @@ def test_a_file_called_as_a_source_is_given_with_its_directory(reader, tmp_path,
     (tmp_path / name).write_text(words(4, 5))
     assert load(f"./{name}", reader).tokens.tolist() == [[4, 5]]
     assert load(name, reader).tokens.shape == (4, 8)
-
-
-def test_the_cost_of_writing_is_two_operations_per_parameter_and_token():
-    assert sampling_cost(7_000_000_000, 128, 2048) == 2 * 7e9 * 128 * 2048
 
 
 def test_an_encoder_does_not_write(bert):
