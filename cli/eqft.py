@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qinit_cli.draw import Screen
 
     from qinit.plan.plan import Plan
+    from qinit.planner.operations import Machine
     from qinit.planner.time import Estimate
 
 
@@ -74,11 +75,13 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     made, out = _planned(screen, recipe, options)
     if options["dry_run"]:
         from qinit.machine import pick_device
+        from qinit.planner.operations import Machine
         from qinit.planner.time import estimate
 
-        seconds = estimate(made, pick_device(recipe.device))
+        machine = Machine(pick_device(recipe.device))
+        seconds = estimate(made, machine.device, machine)
         screen.plan(made, out, seconds)
-        if qualities := _qualities(made, options):
+        if qualities := _qualities(made, options, machine):
             screen.qualities(qualities)
         if options["json_output"]:
             screen.json_plan(made, out, seconds)
@@ -112,9 +115,8 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
             screen.json_report(report, out, **({"pushed": pushed} if repo_id else {}))
 
 
-def _qualities(made: Plan, options: dict[str, Any]) -> dict[str, tuple[Plan, Estimate]]:
+def _qualities(made: Plan, options: dict[str, Any], machine: Machine) -> dict[str, tuple[Plan, Estimate]]:
     """Plan the same with each quality; nothing for a method or a model that takes no calibration."""
-    from qinit.machine import pick_device
     from qinit.planner.make import make_plan
     from qinit.planner.time import estimate
     from qinit.recipe import QUALITIES, make_recipe
@@ -125,7 +127,7 @@ def _qualities(made: Plan, options: dict[str, Any]) -> dict[str, tuple[Plan, Est
     for quality in QUALITIES:
         recipe = make_recipe(options["recipe"], **{**recipe_options(options), "quality": quality})
         plan = make_plan(recipe, made.checkpoint.directory, made.model_name)
-        found[quality] = plan, estimate(plan, pick_device(recipe.device))
+        found[quality] = plan, estimate(plan, machine.device, machine)
     return found
 
 

@@ -13,7 +13,7 @@ from qinit.solver.methods import METHODS
 from qinit.text.self_text import LARGEST_BATCH
 from qinit.train.polish import BATCH_TOKENS, EPOCHS
 from tests.helpers import plan_of
-from tests.models import FAMILIES, add_tokenizer, make_checkpoint, make_reader
+from tests.models import FAMILIES, make_checkpoint, make_reader
 
 CPU = torch.device("cpu")
 TEXT = {"calibration": "random", "calibration_samples": 64, "calibration_length": 64, "format": "dense"}
@@ -249,11 +249,3 @@ class TestWords:
 
     def test_nothing_is_said_before_a_run_without_calibration(self, plan):
         assert expected(plan(calibration="none"), CPU) == ()
-
-    def test_a_polish_is_told_to_take_memory(self, tmp_path, one_second):
-        reader = add_tokenizer(make_checkpoint(tmp_path / "m"))
-        (line,) = expected(plan_of(reader, **TEXT), CPU)
-        assert line.startswith("this run takes about ")
-        assert "memory" not in line
-        (line,) = expected(plan_of(reader, **TEXT, polish=5), CPU)
-        assert line.endswith("; its polish has the whole model in memory")
