@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from qinit_cli.eqft import _command
+from qinit_cli.eqft import typed
 from qinit_cli.hush import hush
 from qinit_cli.options import CALIBRATING, CHOOSING, OUTPUT_PANEL, QUANTIZING, RUN_PANEL, RUNNING, takes
 
@@ -114,7 +114,7 @@ def compare(**options: Any) -> None:
     from qinit.errors import StoppedError
 
     # Files by their names alone: the result is for others.
-    command = _command([Path(word).name if "/" in word and Path(word).exists() else word for word in sys.argv[1:]])
+    command = typed([Path(word).name if "/" in word and Path(word).exists() else word for word in sys.argv[1:]])
     write_result(comparison.out, result(comparison, schedule.found, command))
     try:
         with board.progress(schedule) as tell:

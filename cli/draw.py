@@ -89,8 +89,8 @@ class Screen:
         terminal = self._console.is_terminal and not self._quiet
         return Progress(*columns, *rest, console=self._console, disable=not terminal, transient=True)
 
-    def follow(self, plan: Plan, events: Generator[Event, None, None], expected: Sequence[str] = ()) -> Report:
-        """Draw the plan's notes, what is `expected` of the run, its progress and its result; returns its report."""
+    def follow(self, plan: Plan, events: Generator[Event, None, None], notes: Sequence[str] = ()) -> Report:
+        """Draw what is to be known beforehand, the run's progress and its result; returns its report."""
         from qinit.events import (
             Allotted,
             Checking,
@@ -103,12 +103,13 @@ class Screen:
             Reading,
             Resumed,
             Sampling,
+            Unchanged,
             Working,
         )
         from qinit.events import Progress as Polishing
         from qinit.words import moment
 
-        for note in (*plan.notes, *expected):
+        for note in notes:
             self.say(f"note: {note}")
         report = None
         terminal = self._console.is_terminal and not self._quiet
@@ -158,11 +159,14 @@ class Screen:
                     case Finished(result_report, directory):
                         report = result_report
                         self._result(report, directory)
+                    case Unchanged(same_report, directory):
+                        report = same_report
+                        self.say(f"nothing was gained, so nothing was written: {directory} is as it was")
         assert report is not None
         return report
 
     def _result(self, report: Report, directory: Path) -> None:
-        from qinit.report.card import polish_words, snippet_of
+        from qinit.report.card import calibration_words, snippet_of
         from qinit.report.check import check_words
 
         if self._quiet:
@@ -179,9 +183,7 @@ class Screen:
             start, end = totals["output_error_start"], totals["output_error"]
             outputs["of the outputs"] = f"{start:.4f} base alone -> {end:.4f} with the adapter"
         if "calibration" in totals:
-            outputs["calibrated on"] = totals["calibration"]["text"]
-            if "polish" in totals["calibration"]:
-                outputs["polish"] = polish_words(totals["calibration"]["polish"])
+            outputs |= calibration_words(totals["calibration"])
         self._table(
             f"{report.model}: {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}, {report.method}",
             {

@@ -100,12 +100,12 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         from qinit.hub.push import open_target
 
         open_target(repo_id, **target)
-    events = run(made, out, overwrite=overwrite, command=_command(sys.argv[1:]), token=token)
-    said, clock = expected(made, pick_device(recipe.device)), Clock()
-    with _interruptible(out), clock if options["debug"] else nullcontext():
+    events = run(made, out, overwrite=overwrite, command=typed(sys.argv[1:]), token=token)
+    said, clock = (*made.notes, *expected(made, pick_device(recipe.device))), Clock()
+    with interruptible(out), clock if options["debug"] else nullcontext():
         report = screen.follow(made, events, said)
     if options["debug"]:
-        _show_split(clock.split())
+        show_split(clock.split())
     pushed = None
     try:
         if repo_id:
@@ -132,7 +132,7 @@ def _qualities(made: Plan, options: dict[str, Any], machine: Machine) -> dict[st
 
 
 @contextmanager
-def _interruptible(out: Path) -> Iterator[None]:
+def interruptible(out: Path) -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does, and say what is kept of it then."""
     from qinit.errors import StoppedError
     from qinit.workplace.place import kept
@@ -146,7 +146,7 @@ def _interruptible(out: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _show_split(seconds: dict[str, float]) -> None:
+def show_split(seconds: dict[str, float]) -> None:
     """Say on stderr where a run's time went."""
     total = sum(seconds.values())
     print(f"where {total:.1f} s went, those of the host:", file=sys.stderr)
@@ -182,7 +182,7 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
     return made, out
 
 
-def _command(arguments: list[str]) -> str:
+def typed(arguments: list[str]) -> str:
     """Return the command as typed, without the token."""
     words = ["qinit"]
     for word in arguments:

@@ -14,6 +14,7 @@ from qinit_cli.eqft import eqft, meqft, plan
 from qinit_cli.eval import evaluate
 from qinit_cli.hide_token import hide_token
 from qinit_cli.methods import methods
+from qinit_cli.polish import polish
 from qinit_cli.push import push
 from qinit_cli.report import report
 from qinit_cli.verify import verify
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(eqft)
 app.command()(meqft)
 app.command()(plan)
+app.command()(polish)
 app.command()(methods)
 app.command()(report)
 app.command()(push)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -291,7 +292,7 @@ BESIDE_THE_RECIPE = {
 
 def takes(*names: str, **own: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command its `own` options and these, in this order; it gets them by keyword, None (a flag False) when left
-    out."""
+    out. One whose type has no None must be given."""
     options = {**own, **{name: OPTIONS[name] for name in names}}
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
@@ -299,7 +300,7 @@ def takes(*names: str, **own: Any) -> Callable[[Callable[..., None]], Callable[.
             inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=False if option.__origin__ is bool else None,
+                default=_default(option.__origin__),
                 annotation=option,
             )
             for name, option in options.items()
@@ -309,6 +310,12 @@ def takes(*names: str, **own: Any) -> Callable[[Callable[..., None]], Callable[.
         return command
 
     return give
+
+
+def _default(kind: Any) -> Any:
+    if kind is bool:
+        return False
+    return None if NoneType in get_args(kind) else inspect.Parameter.empty
 
 
 def recipe_options(options: dict[str, Any]) -> dict[str, Any]:

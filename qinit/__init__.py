@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from qinit.plan.plan import Plan
     from qinit.planner.make import make_plan
     from qinit.recipe import Recipe, make_recipe
+    from qinit.runner.again import polish_run
     from qinit.runner.run import run
     from qinit.solver.solve import solve
     from qinit.solver.spec import Solution
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "QinitError", "Recipe", "Solution", "load", "make_plan", "make_recipe", "run", "solve"]
+__all__ = ["Plan", "QinitError", "Recipe", "Solution", "load", "make_plan", "make_recipe", "polish_run", "run", "solve"]
 
 _HOMES = {
     "Plan": "plan.plan",
@@ -36,6 +37,7 @@ _HOMES = {
     "load": "loading",
     "make_plan": "planner.make",
     "make_recipe": "recipe",
+    "polish_run": "runner.again",
     "run": "runner.run",
     "solve": "solver.solve",
 }

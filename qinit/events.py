@@ -53,6 +53,14 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Unchanged:
+    """A finished run was polished further and nothing was gained: it is as it was, and nothing was written."""
+
+    report: Report
+    directory: Path
+
+
+@dataclass(frozen=True)
 class Sampling:
     """The calibration text is being read or written."""
 
@@ -132,4 +140,5 @@ Event = (
     | Progress
     | Checking
     | Finished
+    | Unchanged
 )

@@ -20,6 +20,10 @@ class LowRank:
     B: torch.Tensor
     A: torch.Tensor
 
+    def to(self, device: torch.device) -> LowRank:
+        """Return it on a device."""
+        return LowRank(self.B.to(device), self.A.to(device))
+
 
 @dataclass(frozen=True)
 class Approximation:

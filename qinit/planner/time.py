@@ -130,6 +130,20 @@ def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
     return (f"this run takes {in_words(estimate(plan, device))}",)
 
 
+def expected_polish(plan: Plan, device: torch.device) -> str:
+    """Say what a polish of a finished run will take on this machine: its text, its steps and the check."""
+    machine, parts = Machine(device), ("text", "polishing", "checking")
+    work = [each for each in work_of(plan, device) if each.part in parts]
+    work.sort(key=lambda each: -each.count)
+    for again in (False, True):
+        if again:
+            machine.sharpen()
+        seconds = dict.fromkeys(parts, 0.0)
+        for each in work:
+            seconds[each.part] += machine.seconds(each.operation, each.shape, each.count)
+    return f"this polish takes {in_words(Estimate(**seconds))}"
+
+
 def in_words(seconds: Estimate) -> str:
     """Say an Estimate, the parts of a second and more by name; the longest where there is none."""
     parts = {name: value for name, value in asdict(seconds).items() if value}

@@ -133,20 +133,39 @@ def _measured(totals: dict[str, Any]) -> dict[str, str]:
         rows["relative output error, base alone"] = f"{totals['output_error_start']:.4f}"
         rows["relative output error, base + adapter"] = f"{totals['output_error']:.4f}"
     if "calibration" in totals:
-        rows["calibrated on"] = totals["calibration"]["text"]
-        if "polish" in totals["calibration"]:
-            rows["polish"] = polish_words(totals["calibration"]["polish"])
+        rows |= calibration_words(totals["calibration"])
+    return rows
+
+
+def calibration_words(calibration: dict[str, Any]) -> dict[str, str]:
+    """Return a table's rows on the text that a run was measured on and on its polish, from that part of a report."""
+    rows = {}
+    if "text" in calibration:  # a run without data that was polished later has none
+        rows["calibrated on"] = calibration["text"]
+    if "polish" in calibration:
+        rows["polish"] = polish_words(calibration["polish"])
     return rows
 
 
 def polish_words(result: dict[str, Any]) -> str:
-    """Say what the polish did, from its part of the report."""
+    """Say what the polish did, from its part of the report; each on what text where a run was polished further."""
+    further = "earlier" in result
+    return "; then ".join(_one_polish(each, on_text=further) for each in (*(result.get("earlier") or []), result))
+
+
+def _one_polish(result: dict[str, Any], *, on_text: bool) -> str:
+    steps = f"{result['steps']} steps" + (f" on {result['text']}" if on_text and "text" in result else "")
     losses = f"held-out loss {result['held_out_before']:.4f} -> {result['held_out_after']:.4f}"
-    return f"{result['steps']} steps, {losses}" if result["kept"] else f"{result['steps']} steps, nothing gained"
+    return f"{steps}, {losses}" if result["kept"] else f"{steps}, nothing gained"
 
 
 def write_card(directory: Path, report: Report, source: dict[str, Any]) -> None:
     """Write README.md into a run's directory; `source` is the metadata of the source's own card."""
+    (directory / CARD_NAME).write_text(card_text(report, source), encoding="utf-8")
+
+
+def card_text(report: Report, source: dict[str, Any]) -> str:
+    """Return what README.md of a run says; `source` is the metadata of the source's own card."""
     front: dict[str, Any] = {"base_model": report.model, "library_name": "peft"}
     front["tags"] = [
         "qinit",
@@ -186,7 +205,7 @@ def write_card(directory: Path, report: Report, source: dict[str, Any]) -> None:
         recipe=yaml.safe_dump(report.recipe, sort_keys=False),
         command=report.command,
     )
-    (directory / CARD_NAME).write_text(with_evaluations(text, totals), encoding="utf-8")
+    return with_evaluations(text, totals)
 
 
 def with_evaluations(card: str, totals: dict[str, Any]) -> str:

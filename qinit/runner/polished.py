@@ -15,7 +15,7 @@ from qinit.linalg.low_rank import LowRank
 from qinit.plan.plan import LayerPlan
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
-from qinit.solver.residual import frobenius, residual_norm
+from qinit.solver.residual import relative_errors
 from qinit.text.samples import Samples
 from qinit.train.polish import BATCH_TOKENS, EPOCHS, Trained, polish
 from qinit.train.student import Start, student_of
@@ -104,8 +104,5 @@ def _encoded(job: Job, layer: LayerPlan, trained: Trained) -> dict[str, torch.Te
 
 def _errors(job: Job, layer: LayerPlan, low_rank: LowRank, changed: dict[str, torch.Tensor]) -> tuple[float, float]:
     """Return the errors of Q alone and of Q + L, relative to the weight."""
-    weight = read_weight(layer, job.device)
-    residual = weight - job.store.quantized(layer, changed).to(job.device)
-    factors = LowRank(low_rank.B.to(job.device), low_rank.A.to(job.device))
-    size = frobenius(weight)
-    return frobenius(residual) / size, residual_norm(residual, factors) / size
+    quantized = job.store.quantized(layer, changed).to(job.device)
+    return relative_errors(read_weight(layer, job.device), quantized, low_rank.to(job.device))

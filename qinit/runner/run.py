@@ -6,7 +6,7 @@ What it had finished stays there with a journal, and the same plan goes on from 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from qinit.files.tensors import StoredTensor
 from qinit.machine import pick_device
 from qinit.plan.plan import Plan
 from qinit.report.finish import complete, copy_companions, make_report, write_configurations
+from qinit.report.report import Report
 from qinit.runner.calibrated import solve_calibrated
 from qinit.runner.checked import check
 from qinit.runner.job import Job
@@ -52,23 +53,35 @@ def run(
         with closing(journal):
             job = Job(plan, device, place, journal, token)
             yield from _carried_out(job)
-            write_configurations(job.plan, place.run, out)
-            with section("check"):
-                checked = yield from check(job)
-            report = make_report(
-                job.plan,
-                tuple(job.store.rows[layer.target.name] for layer in plan.layers),
-                calibration=job.calibration,
-                check=checked,
-                notes=tuple(job.notes),
-                command=command,
-                seconds=journal.seconds,
-                peak_memory_bytes=journal.peak_memory_bytes,
-            )
+            report = yield from completed(job, command)
             with section("writing"):
-                complete(job.plan, report, place.run)
                 place.finish()
     yield Finished(report, out)
+
+
+def completed(
+    job: Job, command: str, revised: Callable[[Report], Report] = lambda report: report
+) -> Generator[Event, None, Report]:
+    """Measure what was written and write all that stands beside the tensors; returns the report, which is written as
+    it was `revised`."""
+    plan, place, journal = job.plan, job.place, job.journal
+    write_configurations(plan, place.run, place.out)
+    with section("check"):
+        checked = yield from check(job)
+    report = make_report(
+        plan,
+        tuple(job.store.rows[layer.target.name] for layer in plan.layers),
+        calibration=job.calibration,
+        check=checked,
+        notes=tuple(job.notes),
+        command=command,
+        seconds=journal.seconds,
+        peak_memory_bytes=journal.peak_memory_bytes,
+    )
+    report = revised(report)
+    with section("writing"):
+        complete(plan, report, place.run)
+    return report
 
 
 def _carried_out(job: Job) -> Generator[Event, None, None]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from math import isclose
+
 import torch
 
 from qinit.grids import GRIDS, Quantized
 from qinit.linalg.chunks import row_chunks
 from qinit.linalg.low_rank import LowRank
 from qinit.solver.spec import LayerSpec
+
+# The errors are norms of differences of float32 numbers: the factors were rounded once more when they were stored, and
+# another device adds in another order. The first moves an error by some 1e-7 of itself, the second by less than 1e-5.
+# 1e-6 of the weight's own norm is far below the error of any grid, and lets a layer pass whose error is 0.
+RELATIVE, ABSOLUTE = 1e-4, 1e-6
 
 
 def as_loaded(quantized: Quantized, spec: LayerSpec) -> torch.Tensor:
@@ -35,3 +42,15 @@ def residual_norm(residual: torch.Tensor, low_rank: LowRank | None) -> float:
 def frobenius(matrix: torch.Tensor) -> float:
     """Return the Frobenius norm: float32 along a row, float64 over the rows, one pass and no copy."""
     return float(torch.linalg.vector_norm(matrix, dim=1).double().norm())
+
+
+def relative_errors(weight: torch.Tensor, quantized: torch.Tensor, low_rank: LowRank) -> tuple[float, float]:
+    """Return the errors of Q alone and of Q + B A (all [out, in], float32, on one device), relative to the weight; 0
+    for a weight of zeros."""
+    size, residual = frobenius(weight), weight - quantized
+    return (frobenius(residual) / size, residual_norm(residual, low_rank) / size) if size else (0.0, 0.0)
+
+
+def same_error(measured: float, expected: float) -> bool:
+    """Whether two measurements of one relative error agree, be they made on different devices."""
+    return isclose(measured, expected, rel_tol=RELATIVE, abs_tol=ABSOLUTE)

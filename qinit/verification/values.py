@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from math import isclose
 from pathlib import Path
 
 import torch
@@ -11,17 +10,12 @@ import torch
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
-from qinit.solver.residual import residual_norm
+from qinit.solver.residual import residual_norm, same_error
 from qinit.source.checkpoint import Checkpoint, count_nonfinite
 from qinit.source.targets import Target
 from qinit.verification.findings import Checked, Event, Finding, Stage, from_error
 from qinit.verification.source import check_source
 from qinit.verification.written import Layer, Written, compare, relative
-
-# The errors are norms of differences of float32 numbers: the factors were rounded once more when they were stored, and
-# another device adds in another order. The first moves an error by some 1e-7 of itself, the second by less than 1e-5.
-# 1e-6 of the weight's own norm is far below the error of any grid, and lets a layer pass whose error is 0.
-RELATIVE, ABSOLUTE = 1e-4, 1e-6
 
 
 def check_values(written: Written, factors: dict[str, StoredTensor], source: Checkpoint | None) -> Iterator[Event]:
@@ -117,7 +111,7 @@ def _check_layer(written: Written, layer: Layer, pair: list[StoredTensor], origi
     norm, residual = residual_norm(W, None), Q.neg_().add_(W)
     for key, factors, file in (("error_start", None, layer.specs[0].name), ("error", low_rank, pair[1].name)):
         expected, measured = getattr(row, key), residual_norm(residual, factors) / norm if norm else 0.0
-        if not isclose(measured, expected, rel_tol=RELATIVE, abs_tol=ABSOLUTE):
+        if not same_error(measured, expected):
             where = relative(written.directory, stored[file].file)
             yield Finding(where, f"{row.name}: {key} against the source", expected, measured)
             break  # where Q is another one, so is what it is with the adapter

@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, type]] = {
     "layer": {"row": dict, "sums": list},
     "polish samples": {"origin": str, "written": bool, "sums": list},
     "lessons": {},
+    "ended": {"run": str},
     "polish": {"result": dict, "errors": dict, "sums": dict},
 }
 

@@ -190,9 +190,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def put_back(out: Path) -> None:
+    """Put a finished run back to its place, from where a process was killed just as another was to take that place.
+    Raises OutputError."""
+    final = out.resolve()
+    try:
+        if not final.exists() and _replaced(final).is_dir():
+            _replaced(final).rename(final)
+    except OSError as error:
+        raise OutputError(f"{out}: lies in {_replaced(final)} and cannot be put back ({error.strerror})") from None
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f".{final.name}.replaced")
+
+
 def _swap(run: Path, final: Path) -> None:
     """Rename `run` to `final`; an older `final` is put back if that fails, and removed if it succeeds."""
-    replaced = final.with_name(f".{final.name}.replaced")
+    replaced = _replaced(final)
     try:
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)

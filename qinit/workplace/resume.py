@@ -19,10 +19,11 @@ from qinit.workplace.signature import differences, signature
 
 
 def opened(
-    plan: Plan, place: Workplace, device: torch.device, *, overwrite: bool
+    plan: Plan, place: Workplace, device: torch.device, *, overwrite: bool, polished: str | None = None
 ) -> Generator[Event, None, tuple[Plan, Journal]]:
     """Go on with the unfinished run in `place`, or start anew where there is none; returns the plan, with what
-    `--calibration auto` became when the run was started, and the journal.
+    `--calibration auto` became when the run was started, and the journal. `polished` names the finished run that is
+    polished further.
 
     Raises OutputError for an unfinished run that something else was asked of; with `overwrite`, or where nothing of it
     is worth keeping, it is removed instead.
@@ -30,7 +31,7 @@ def opened(
     journal = Journal.open(place.journal) if place.run.is_dir() else None  # else it was finished, and only not removed
     if journal is not None:
         plan = _as_started(plan, journal)
-        changed = differences(journal.header["signature"], signature(plan, device))
+        changed = differences(journal.header["signature"], signature(plan, device, polished))
         if not changed:
             yield _resumed(plan, journal)
             return plan, journal
@@ -51,7 +52,7 @@ def opened(
     header = {
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "layers": len(plan.layers),
-        "signature": signature(plan, device),
+        "signature": signature(plan, device, polished),
         "processor": processor(),
         "calibration_reason": plan.calibration_reason,
     }

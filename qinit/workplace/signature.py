@@ -20,8 +20,9 @@ HASH = "sha256:"
 MOST = 8
 
 
-def signature(plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Return it flat, by names that a user knows: the recipe's options, the source's files, versions, the device.
+def signature(plan: Plan, device: torch.device, polished: str | None = None) -> dict[str, Any]:
+    """Return it flat, by names that a user knows: the recipe's options, the source's files, versions, the device, and
+    where a finished run is polished further, that run by the sums of its files.
 
     Of the source that is the configuration, the headers, and size and time of each weight file, not what is in it.
     """
@@ -46,6 +47,8 @@ def signature(plan: Plan, device: torch.device) -> dict[str, Any]:
     if plan.recipe.mixed and not plan.pending:
         widths = [(layer.target.name, layer.bits, layer.group_size, layer.rank, layer.kept) for layer in plan.layers]
         found["the layers' widths and ranks"] = _digest(widths)
+    if polished is not None:
+        found["the run that is polished"] = _digest(polished)
     found |= {f"version of {name}": value for name, value in versions().items() if name not in NO_MATTER}
     found["device in use"] = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
     found["threads (OMP_NUM_THREADS)"] = torch.get_num_threads()

@@ -63,7 +63,7 @@ def test_a_run_is_plain_lines_and_a_table_when_the_output_is_no_terminal(tiny_ll
 
 def test_kept_layers_and_lowered_ranks_are_said_before_and_during_the_run(tmp_path, capsys):
     plan = plan_of(make_checkpoint(tmp_path / "m", intermediate_size=80), rank=48, iter=1)
-    Screen().follow(plan, run(plan, tmp_path / "out"))
+    Screen().follow(plan, run(plan, tmp_path / "out"), plan.notes)
     text = capsys.readouterr().out
     assert "note: model.layers.0.mlp.up_proj stays as it is: 80 x 64 is not divisible by 32\n" in text
     assert "note: model.layers.0.self_attn.k_proj: rank lowered from 48 to 32" in text

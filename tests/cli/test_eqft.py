@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from qinit_cli.eqft import _command
+from qinit_cli.eqft import typed
 
 from qinit.files.tensors import StoredTensor
 from qinit.source import demo
@@ -219,7 +219,7 @@ class TestHub:
 
 
 def test_the_command_is_quoted_and_without_the_token():
-    assert _command(["eqft", "my model", "--token", "2", "--bits", "2"]) == (
+    assert typed(["eqft", "my model", "--token", "2", "--bits", "2"]) == (
         "qinit eqft 'my model' --token $HF_TOKEN --bits 2"
     )
-    assert _command(["eqft", "--token=hf_x"]) == "qinit eqft --token=$HF_TOKEN"
+    assert typed(["eqft", "--token=hf_x"]) == "qinit eqft --token=$HF_TOKEN"

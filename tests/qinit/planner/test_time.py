@@ -8,7 +8,7 @@ from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES
 from qinit.planner import operations
 from qinit.planner import time as module
 from qinit.planner.operations import OPERATIONS, Machine
-from qinit.planner.time import WORDS, Estimate, estimate, expected, in_words, work_of
+from qinit.planner.time import WORDS, Estimate, estimate, expected, expected_polish, in_words, work_of
 from qinit.solver.methods import METHODS
 from qinit.text.self_text import LARGEST_BATCH
 from qinit.train.polish import BATCH_TOKENS, EPOCHS
@@ -249,3 +249,11 @@ class TestWords:
 
     def test_nothing_is_said_before_a_run_without_calibration(self, plan):
         assert expected(plan(calibration="none"), CPU) == ()
+
+    def test_a_polish_of_a_finished_run_is_its_text_its_steps_and_its_check(self, plan, one_second):
+        whole = expected(plan(calibration="random", polish=50), CPU)[0]
+        found = expected_polish(plan(calibration="random", polish=50), CPU)
+        assert found.startswith("this polish takes about ")
+        assert "to polish" in found
+        assert "to solve" in whole
+        assert "to solve" not in found

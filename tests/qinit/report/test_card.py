@@ -3,7 +3,7 @@ import ast
 import pytest
 import yaml
 
-from qinit.report.card import hub_card, load_snippet, polish_words
+from qinit.report.card import calibration_words, hub_card, load_snippet, polish_words
 from tests.helpers import quantize
 from tests.models import make_checkpoint
 
@@ -47,6 +47,16 @@ def test_a_dense_base_needs_no_other_package(tiny_llama, tmp_path):
 def test_the_polish_is_said_in_words(kept, said):
     result = {"steps": 30, "held_out_before": 0.5, "held_out_after": 0.25, "kept": kept}
     assert polish_words(result).startswith(said)
+
+
+def test_one_polish_after_the_other_is_said_with_its_text():
+    first = {"steps": 3, "text": "a", "held_out_before": 0.75, "held_out_after": 0.5, "kept": True}
+    last = {"steps": 30, "text": "b", "held_out_before": 0.5, "held_out_after": 0.25, "kept": True}
+    assert polish_words({**last, "earlier": [first]}) == (
+        "3 steps on a, held-out loss 0.7500 -> 0.5000; then 30 steps on b, held-out loss 0.5000 -> 0.2500"
+    )
+    assert polish_words({**last, "earlier": []}) == "30 steps on b, held-out loss 0.5000 -> 0.2500"
+    assert calibration_words({"polish": last}) == {"polish": "30 steps, held-out loss 0.5000 -> 0.2500"}
 
 
 def test_a_calibrated_card_says_on_what_and_how_close_the_outputs_are(tiny_llama, tmp_path):

@@ -5,7 +5,7 @@ from qinit.grids import GRIDS
 from qinit.linalg import chunks
 from qinit.linalg.low_rank import LowRank
 from qinit.solver.methods import METHODS
-from qinit.solver.residual import as_loaded, frobenius, residual_norm, residual_of
+from qinit.solver.residual import as_loaded, frobenius, relative_errors, residual_norm, residual_of, same_error
 from qinit.solver.spec import LayerSpec
 from tests.helpers import gauss
 
@@ -39,3 +39,18 @@ def test_many_rows_are_added_up_without_losing_digits():
     rows = torch.full((1 << 20, 1), 1e-3)
     rows[0] = 3e3
     assert frobenius(rows) == pytest.approx((9e6 + (2**20 - 1) * 1e-6) ** 0.5, rel=1e-9)
+
+
+def test_errors_are_relative_to_the_weight_and_a_weight_of_zeros_has_none():
+    weight, quantized, low_rank = gauss(8, 12), gauss(8, 12, seed=1), LowRank(gauss(8, 2, seed=2), gauss(2, 12, seed=3))
+    start, error = relative_errors(weight, quantized, low_rank)
+    assert start == pytest.approx(float((weight - quantized).norm() / weight.norm()), rel=1e-6)
+    whole = weight - quantized - low_rank.B @ low_rank.A
+    assert error == pytest.approx(float(whole.norm() / weight.norm()), rel=1e-6)
+    assert relative_errors(torch.zeros(8, 12), torch.zeros(8, 12), low_rank) == (0.0, 0.0)
+
+
+def test_errors_agree_where_only_rounding_tells_them_apart():
+    assert same_error(0.5 + 1e-6, 0.5)
+    assert same_error(1e-7, 0.0)
+    assert not same_error(0.501, 0.5)

@@ -11,7 +11,7 @@ import pytest
 from qinit.errors import CheckpointError, HubError, OutputError
 from qinit.events import Finished
 from qinit.planner.memory import polish_disk_bytes
-from qinit.workplace.place import check_space, partial_of, working
+from qinit.workplace.place import check_space, partial_of, put_back, working
 from tests.broken_off import PLAIN, TEXT, break_off, fail_at_layer, finish, start
 from tests.helpers import everything, names, plan_of, quantize, weights_of
 from tests.jobs import job_at, solved
@@ -237,3 +237,28 @@ def test_room_is_needed_for_base_adapter_companions_and_a_second_adapter_of_a_po
             monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
             with pytest.raises(OutputError, match="are free there") if refused else nullcontext():
                 check_space(plan_of(llama, **options), place / "out")
+
+
+class TestPutBack:
+    def test_a_run_that_was_put_aside_comes_back(self, place):
+        (place / ".out.replaced").mkdir()
+        (place / ".out.replaced/qinit.json").write_text("{}")
+        put_back(place / "out")
+        assert everything(place) == ["out", "out/qinit.json"]
+
+    def test_one_that_has_its_place_stays(self, place):
+        for name in ("out", ".out.replaced"):
+            (place / name).mkdir()
+        put_back(place / "out")
+        put_back(place / "other")
+        assert names(place) == [".out.replaced", "out"]
+
+    def test_what_cannot_be_put_back_is_named(self, place, monkeypatch):
+        (place / ".out.replaced").mkdir()
+
+        def refuse(*_):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "rename", refuse)
+        with pytest.raises(OutputError, match=r"cannot be put back \(Permission denied\)"):
+            put_back(place / "out")

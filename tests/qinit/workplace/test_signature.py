@@ -37,6 +37,13 @@ def test_whether_a_run_is_measured_at_its_end_does_not_matter(signed):
     assert signed(check=False) == signed()
 
 
+def test_a_run_that_is_polished_further_is_part_of_it(tiny_llama):
+    plan = make_plan(make_recipe(calibration="none"), tiny_llama, "name")
+    one, other, none = (signature(plan, CPU, sums) for sums in ("its sums", "other sums", None))
+    assert differences(one, other) == ["the run that is polished changed"]
+    assert differences(one, none)[0].endswith(", now not given")
+
+
 def test_the_text_that_qinit_brings_is_part_of_it(tiny_reader, monkeypatch):
     plan = make_plan(make_recipe(calibration="text"), tiny_reader, "name")
     one = signature(plan, CPU)
