@@ -201,10 +201,36 @@ def compare_short(result: Result) -> list[Table]:
     return [Table(table.title(result), ["bits", "method", "bits/weight", "start", "end", "end / LoRA's"], rows)]
 
 
+def qualities(result: Result) -> list[Table]:
+    """What each quality, and other methods, give and take."""
+    rows = [
+        [
+            *(str(row["bits"]), row["method"] + (f" {row['quality']}" if row["quality"] else "")),
+            *(f"{row['bits_per_weight']:.3f}", row["text"] or "-", f"{row['polish'] or '-'}"),
+            *(f"{row['kl']:.3f}", f"{100 * row['agreement']:.1f} %", f"{row['perplexity']:.2f}"),
+            f"{row['seconds'] / 60:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = [
+        "bits",
+        "method",
+        "bits/weight",
+        "calibrated on",
+        "polish",
+        "KL",
+        "same top token",
+        "perplexity",
+        "minutes",
+    ]
+    title = f"{result['model']}, rank {result['rank']}, {result['tokens']} tokens, full precision perplexity "
+    return [Table(f"{title}{result['full_precision']:.2f}", header, rows)]
+
+
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
-    "estimates": estimates,
+    **{"estimates": estimates, "qualities": qualities},
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}
