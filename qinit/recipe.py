@@ -79,11 +79,13 @@ class Recipe(BaseModel):
     @field_validator("polish", mode="before")
     @classmethod
     def _polish_auto(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value != "auto" and not value.isdecimal():
-                raise ValueError("expected a number of steps, or auto")
-            return None if value == "auto" else int(value)
-        return value
+        if not isinstance(value, str):
+            return value
+        if re.fullmatch(r"-?\d{1,18}", value, re.ASCII):
+            return int(value)
+        if value != "auto":
+            raise ValueError("expected a number of steps, or auto")
+        return None
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ UNCALIBRATED = {
     **{"calibration": "none", "text_field": None, "calibration_samples": 128, "calibration_length": 512},
     **{"calibration_mode": "sequential", "rounding": None, "act_order": False, "polish": 0},
     **dict.fromkeys(("ratio", "bits_low", "bits_high", "target_bits", "bits_choices", "sensitivity", "rank_budget")),
-    **{"allocation": "sensitivity", "tie": "none", "calibration_budget": "10m", "check": True},
+    **{"allocation": "sensitivity", "tie": "none", "calibration_budget": "10m", "check": True, "quality": "balanced"},
 }
 
 

@@ -295,7 +295,7 @@ class TestRuns:
     @pytest.mark.parametrize("where", ["qinit.json", "README.md"])
     def test_its_recipe_can_be_given_again(self, strong_llama, tmp_path, where):
         asked = {**SMALL, "target_bits": 3.5, "bits_choices": "2,3,8", "tie": "fused", "allocation": "random"}
-        asked["check"] = False
+        asked |= {"check": False, "polish": 0}
         quantize(strong_llama, tmp_path / "one", **asked)
         text = (tmp_path / "one" / where).read_text()
         recipe = json.loads(text)["recipe"] if where == "qinit.json" else text.split("```yaml\n")[1].split("```")[0]
