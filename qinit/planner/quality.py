@@ -5,7 +5,7 @@ from __future__ import annotations
 from qinit.recipe import Recipe
 
 # KL in nats on WikiText-2's test text by quality, bits and rank, group 64: docs/results/quality.md has the commands.
-FOUND: dict[tuple[str, int, int], float] = {}
+FOUND = {("balanced", 2, 16): 0.732}
 
 
 def found_words(recipe: Recipe) -> str:
