@@ -11,7 +11,7 @@ from qinit.plan.plan import Plan
 from qinit.stream.carried import fits_in_memory
 from qinit.text.self_text import model_bytes
 from qinit.train.bases import NIBBLE
-from qinit.train.polish import BATCH_TOKENS, EPOCHS, MICRO_BYTES
+from qinit.train.polish import BATCH_TOKENS, EPOCHS, HELD_OUT_TOKENS, MICRO_BYTES
 from qinit.train.teacher import TOP
 
 # Float32 weight, residual and one temporary of the same size, codes twice, the source and the packed result.
@@ -62,7 +62,7 @@ def polish_disk_bytes(plan: Plan) -> int:
     width = min(layer.target.module.in_features for layer in plan.quantized)
     tokens = max(
         plan.recipe.polish_steps * BATCH_TOKENS // EPOCHS,
-        plan.recipe.calibration_samples * plan.recipe.calibration_length,
+        plan.recipe.calibration_samples * plan.recipe.calibration_length + HELD_OUT_TOKENS,
     )
     return tokens * (2 * width + 6 * TOP) + 4 * _trained_bytes(plan)
 

@@ -347,7 +347,7 @@ class _Model:
     def polish(self, device: torch.device) -> Iterator[Work]:
         """Yield the teacher's pass over its text, the steps, and the evaluations between them."""
         part, steps, length = "polishing", self.plan.recipe.polish_steps, self.length
-        tokens = max(self.tokens, steps * BATCH_TOKENS // EPOCHS)
+        tokens = max(self.tokens + HELD_OUT_TOKENS, steps * BATCH_TOKENS // EPOCHS)
         rows = max(1, BATCH_TOKENS // length) * length
         if self.plan.recipe.calibration == AUTO_SOURCE and tokens > self.tokens:
             yield from self.writing(part, -(-int(tokens - self.tokens) // length), length, device)

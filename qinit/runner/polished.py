@@ -17,7 +17,7 @@ from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
 from qinit.solver.residual import relative_errors
 from qinit.text.samples import Samples
-from qinit.train.polish import BATCH_TOKENS, EPOCHS, Trained, polish
+from qinit.train.polish import BATCH_TOKENS, EPOCHS, HELD_OUT_TOKENS, Trained, polish
 from qinit.train.student import Start, student_of
 from qinit.train.teacher import Lessons, teach
 from qinit.workplace.kept import apply_polish, save_polish
@@ -43,7 +43,9 @@ def _polish(job: Job) -> Generator[Event, None, None]:
     """Polish, measure the weight errors anew, and keep the result."""
     plan, store = job.plan, job.store
     layers = {layer.target.name: layer for layer in plan.quantized}
-    samples = yield from job.polish_samples(plan.recipe.polish_steps * BATCH_TOKENS // EPOCHS)
+    seen = yield from job.samples()
+    wanted = max(plan.recipe.polish_steps * BATCH_TOKENS // EPOCHS, seen.count + HELD_OUT_TOKENS)
+    samples = yield from job.polish_samples(wanted)
     lessons = yield from _lessons(job, samples)
     starts = {name: _start(store, layer) for name, layer in layers.items()}
     with student_of(plan, starts, job.device) as student:
@@ -54,6 +56,7 @@ def _polish(job: Job) -> Generator[Event, None, None]:
             steps=plan.recipe.polish_steps,
             seed=plan.recipe.seed,
             state=job.place.partial / "polishing.safetensors",
+            unseen=_unseen(samples, seen),
         )
     errors: dict[str, tuple[float, float]] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -82,6 +85,12 @@ def _lessons(job: Job, samples: Samples) -> Generator[Event, None, Lessons]:
     lessons = yield from teach(job.plan, samples, job.device, directory, job.place.scratch)
     job.journal.append({"kind": "lessons"})
     return lessons
+
+
+def _unseen(samples: Samples, seen: Samples) -> frozenset[int]:
+    """Return the numbers of the samples that are not among those `seen`."""
+    known = {tuple(row) for row in seen.tokens.tolist()}
+    return frozenset(number for number, row in enumerate(samples.tokens.tolist()) if tuple(row) not in known)
 
 
 def _start(store: Store, layer: LayerPlan) -> Start:

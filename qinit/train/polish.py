@@ -10,7 +10,7 @@ training, with the codes as they are, is EfficientQAT's second phase (Chen et al
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -88,6 +88,7 @@ def polish(
     steps: int,
     seed: int,
     state: Path | None = None,
+    unseen: Collection[int] = (),
     learning_rate: float = LEARNING_RATE,
     stretch_rate: float = STRETCH_RATE,
     batch_size: int | None = None,
@@ -98,7 +99,8 @@ def polish(
     `student` comes from `student_of`, `lessons` from `teach` with the same samples. `learning_rate` is relative to the
     size of the factors' entries and `stretch_rate` to each scale, so that they mean the same for every layer;
     `batch_size` counts samples (default: BATCH_TOKENS tokens). One in HELD_OUT samples, at most HELD_OUT_TOKENS tokens,
-    is held out and chooses the iterate; `seed` draws these and the batches, and the same seed gives the same bytes on a
+    is held out and chooses the iterate: of those whose numbers are in `unseen`, where there are any, as calibration has
+    fitted the layers to all others. `seed` draws these and the batches, and the same seed gives the same bytes on a
     CPU, be it broken off or not: what it needs to go on is kept in the file `state`, anew at every evaluation.
 
     Memory beside the student's: four times what is trained, the activations at the borders of the blocks and those of
@@ -123,6 +125,8 @@ def polish(
     batch_size = batch_size or max(1, BATCH_TOKENS // length)
     order = torch.randperm(len(samples.tokens), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, min(len(order) // HELD_OUT, HELD_OUT_TOKENS // length))
+    order.sort(key=lambda row: row not in unseen)  # stable
+    count = min(count, len(unseen)) if unseen else count
     held_out, learned = order[:count], order[count:]
     every = max(EVALUATE_EVERY, steps // MOST_EVALUATIONS)
     if not course.resume():

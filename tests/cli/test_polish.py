@@ -57,7 +57,7 @@ def test_elsewhere_with_other_text_as_json(command, made):
     value = json.loads(out)
     assert value["directory"] == str(Path("other").resolve())
     assert value["gained"]
-    assert value["totals"]["calibration"]["polish"]["text"] == "128 samples of 16 random tokens, seed 4"
+    assert value["totals"]["calibration"]["polish"]["text"] == "336 samples of 16 random tokens, seed 4"
     assert value["totals"]["calibration"]["text"] == "32 samples of 32 random tokens, seed 0"
     assert value["recipe"] == report("out")["recipe"]
     assert "polish, step 4" in err

@@ -122,7 +122,7 @@ class TestWhatComesOfIt:
         report = polished(run).report
         found = report.totals["calibration"]["polish"]
         assert found["earlier"] == [first]
-        assert (found["steps"], found["text"], found["tokens"]) == (5, "80 samples of 32 random tokens, seed 0", 2560)
+        assert (found["steps"], found["text"], found["tokens"]) == (5, "160 samples of 32 random tokens, seed 0", 5120)
         assert found["held_out_after"] < found["held_out_before"]
         third = polished(run, steps=4, calibration_length=16, seed=1).report.totals["calibration"]["polish"]
         assert [each["steps"] for each in (*third["earlier"], third)] == [2, 5, 4]
@@ -134,7 +134,7 @@ class TestWhatComesOfIt:
         assert report.totals["peak_memory_bytes"] >= old.totals["peak_memory_bytes"]
         assert "output_error" not in report.totals
         card = (run / "README.md").read_text()
-        assert "; then 5 steps on 80 samples of 32 random tokens, seed 0, held-out loss " in card
+        assert "; then 5 steps on 160 samples of 32 random tokens, seed 0, held-out loss " in card
 
     def test_a_run_without_data_is_polished_on_text_that_qinit_brings(self, strong_reader, place):
         quantize(strong_reader, place / "out")

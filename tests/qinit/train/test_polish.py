@@ -351,3 +351,16 @@ class TestGoingOn:
 
 def test_the_cost():
     assert polish_flops(1000, 50, 3) == 1_200_000
+
+
+def test_what_calibration_has_not_seen_is_held_out(start, monkeypatch):
+    held_out = []
+    loss = qinit.train.polish._Text.loss
+    monkeypatch.setattr(
+        "qinit.train.polish._Text.loss", lambda text, rows: held_out.append(list(rows)) or loss(text, rows)
+    )
+    for unseen in ({5, 9, 11, 30, 31, 32}, {7}, ()):
+        polished(*start, text(33), steps=1, unseen=unseen)
+    assert set(held_out[0]) < {5, 9, 11, 30, 31, 32}
+    assert len(held_out[0]) == len(held_out[-1]) == 33 // qinit.train.polish.HELD_OUT
+    assert held_out[2] == [7]
