@@ -31,8 +31,8 @@ from qinit.train.outputs import observed
 from qinit.train.repaired import Repaired
 from qinit.train.teacher import Lessons
 
-LEARNING_RATE = 0.015  # of the factors, relative to their entries' size
-STRETCH_RATE = 0.002  # of the scales, relative to each
+LEARNING_RATE = 0.005  # of the factors, relative to their entries' size
+STRETCH_RATE = 0.0005  # of the scales, relative to each
 BATCH_TOKENS = 1024
 EPOCHS = 2  # how often a token is seen, where there is text enough
 MICRO_BYTES = 1 << 28  # of the logits that are computed at once, float32
