@@ -81,7 +81,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         machine = Machine(pick_device(recipe.device))
         seconds = estimate(made, machine.device, machine)
         screen.plan(made, out, seconds)
-        if qualities := _qualities(made, options, machine):
+        if qualities := _qualities(made, seconds, options, machine):
             screen.qualities(qualities)
         if options["json_output"]:
             screen.json_plan(made, out, seconds)
@@ -115,7 +115,9 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
             screen.json_report(report, out, **({"pushed": pushed} if repo_id else {}))
 
 
-def _qualities(made: Plan, options: dict[str, Any], machine: Machine) -> dict[str, tuple[Plan, Estimate]]:
+def _qualities(
+    made: Plan, seconds: Estimate, options: dict[str, Any], machine: Machine
+) -> dict[str, tuple[Plan, Estimate]]:
     """Plan the same with each quality; nothing for a method or a model that takes no calibration."""
     from qinit.planner.make import make_plan
     from qinit.planner.time import estimate
@@ -123,8 +125,11 @@ def _qualities(made: Plan, options: dict[str, Any], machine: Machine) -> dict[st
 
     if not made.recipe.calibrated:
         return {}
-    found = {}
+    found: dict[str, tuple[Plan, Estimate]] = {}
     for quality in QUALITIES:
+        if quality == made.recipe.quality:
+            found[quality] = made, seconds
+            continue
         recipe = make_recipe(options["recipe"], **{**recipe_options(options), "quality": quality})
         plan = make_plan(recipe, made.checkpoint.directory, made.model_name)
         found[quality] = plan, estimate(plan, machine.device, machine)

@@ -120,8 +120,7 @@ def _streamed(blocks: Blocks, probe: Probe, scratch: Path | None) -> Iterator[Me
     row = blocks.row
     samples, device, count = probe.samples, probe.device, len(row)
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
-        if blocks.missing:
-            raise NotStreamable(f"the checkpoint has no tensor {blocks.missing[0]}")
+        blocks.require_whole()
         calls = Calls()
         states: list[Carried] = []
         probe.outside = [layer for name, layer in probe.layers.items() if not name.startswith(row.path + ".")]

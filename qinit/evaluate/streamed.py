@@ -17,7 +17,8 @@ from qinit.formats import format_of
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import read_architecture
 from qinit.stream.blocks import Blocks, NotStreamable
-from qinit.stream.carried import Batch, Calls, Carried
+from qinit.stream.carried import Batch, Carried
+from qinit.stream.reading import read_through
 from qinit.stream.weights import ModelWeights
 
 
@@ -39,33 +40,21 @@ class Streamed:
     def __init__(self, subject: Subject, windows: Windows, batch_size: int, device: torch.device) -> None:
         self.name, self.windows, self.device = subject.name, windows, device
         self.blocks = Blocks(_weights(subject), device)
-        if self.blocks.missing:
-            raise NotStreamable(f"the checkpoint has no tensor {self.blocks.missing[0]}")
+        self.blocks.require_whole()
         self.row = self.blocks.row
         count = len(windows)
         self.batches = [Batch(at, min(at + batch_size, count), None) for at in range(0, count, batch_size)]
         self.carried: Carried | None = None
 
-    @torch.no_grad()
     def read(self, file: Path, streams: int) -> Iterator[Block]:
         """Carry the hidden states of all windows through all blocks; `file` holds them where memory is short, as one of
         `streams` such stores."""
-        calls = Calls()
-        with self.blocks.surroundings():
-            for batch in self.batches:
-                hidden, found = self.row.calls(self.windows.tokens[batch.rows], None)
-                calls.add(batch, found)
-                if self.carried is None:
-                    self.carried = Carried((len(self.windows), *hidden.shape[1:]), file, streams)
-                self.carried.write(batch, hidden)
-        assert self.carried is not None
-        for index in range(len(self.row)):
-            block = self.row.load(index)
-            for batch in self.batches:
-                states = self.carried.read(batch).to(self.device)
-                self.carried.write(batch, calls.of(batch, index)(block, states))
-            self.row.unload(index)
-            yield Block(self.name, index + 1, len(self.row))
+        steps = read_through(self.blocks, self.windows.tokens, self.batches, file, streams)
+        while self.carried is None:
+            try:
+                yield Block(self.name, next(steps), len(self.row))
+            except StopIteration as end:
+                self.carried = end.value
 
     def logits(self) -> Logits:
         """Return what gives the logits once all has been read; the head must be in memory (`blocks.surroundings`)."""

@@ -135,7 +135,7 @@ def _other_source(plan: Plan, device: torch.device) -> tuple[str | None, str]:
     facts, checkpoint = plan.facts, plan.checkpoint
     if facts.vocabulary is None or _main_input(plan) != "input_ids":
         return None, "the model reads more than tokens; give --calibration FILE where it can read text alone"
-    whole = 4 * sum(tensor.numel for tensor in checkpoint.tensors.values())
+    whole = 4 * checkpoint.parameters
     free = free_memory(device)
     if _rows(plan) > 1 and whole > LARGEST_SHARE * free:  # such a model is not run block by block
         return None, f"running the model takes {whole / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"

@@ -11,7 +11,7 @@ from qinit.plan.plan import Plan
 from qinit.stream.carried import fits_in_memory
 from qinit.text.self_text import model_bytes
 from qinit.train.bases import NIBBLE
-from qinit.train.polish import BATCH_TOKENS, EPOCHS, HELD_OUT_TOKENS, MICRO_BYTES
+from qinit.train.polish import MICRO_BYTES, polish_tokens
 from qinit.train.teacher import TOP
 
 # Float32 weight, residual and one temporary of the same size, codes twice, the source and the packed result.
@@ -38,14 +38,14 @@ def working_bytes(plan: Plan) -> int:
     checking = _checking_bytes(plan)
     if not plan.recipe.calibrated:
         return max(solving, checking)
-    source = 4 * sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
+    source = 4 * plan.checkpoint.parameters
     held = 4 * sum(layer.weights for layer in plan.quantized)
     squares = 4 * sum(layer.target.module.in_features**2 for layer in plan.quantized)
     streamed = "fisher" not in plan.recipe.row.needs  # else a gradient and its square beside every weight
     solving += _measuring_bytes(plan) if streamed else source + 2 * held + squares
     if "output metric" in plan.recipe.row.needs:  # the pass back has the head and some copies of its outputs
         head = max(plan.checkpoint.tensors.values(), key=lambda tensor: tensor.numel)
-        tokens = min(GRADIENT_BATCH_TOKENS, plan.recipe.calibration_samples * plan.recipe.calibration_length)
+        tokens = min(GRADIENT_BATCH_TOKENS, _tokens(plan))
         solving = max(
             solving, 4 * head.numel + LOGITS_COPIES * min(GRADIENT_LOGITS_BYTES, 4 * tokens * max(head.shape))
         )
@@ -60,10 +60,7 @@ def polish_disk_bytes(plan: Plan) -> int:
     if not plan.recipe.polish:
         return 0
     width = min(layer.target.module.in_features for layer in plan.quantized)
-    tokens = max(
-        plan.recipe.polish_steps * BATCH_TOKENS // EPOCHS,
-        plan.recipe.calibration_samples * plan.recipe.calibration_length + HELD_OUT_TOKENS,
-    )
+    tokens = polish_tokens(plan.recipe.polish_steps, _tokens(plan))
     return tokens * (2 * width + 6 * TOP) + 4 * _trained_bytes(plan)
 
 
@@ -71,7 +68,7 @@ def carried_bytes(plan: Plan) -> int:
     """Estimated size of the hidden states of the calibration text between two blocks, of all models that run."""
     streams = 3 if plan.recipe.calibration_mode == "sequential" else 1
     width = min(layer.target.module.in_features for layer in plan.quantized)
-    return streams * 4 * width * plan.recipe.calibration_samples * plan.recipe.calibration_length
+    return streams * 4 * width * _tokens(plan)
 
 
 def _shelf_bytes(plan: Plan) -> int:
@@ -83,8 +80,12 @@ def _shelf_bytes(plan: Plan) -> int:
     for layer in plan.quantized:
         block = block_of(layer.target.name)
         widths[block] = widths.get(block, 0) + layer.target.module.in_features
-    tokens = plan.recipe.calibration_samples * plan.recipe.calibration_length
-    return 4 * tokens * max(widths.values()) // 2
+    return 4 * _tokens(plan) * max(widths.values()) // 2
+
+
+def _tokens(plan: Plan) -> int:
+    """Of the calibration text, as many as are asked for."""
+    return plan.recipe.calibration_samples * plan.recipe.calibration_length
 
 
 def _trained_bytes(plan: Plan) -> int:
@@ -99,7 +100,7 @@ def polishing_bytes(plan: Plan) -> int:
     if not coded:
         held = sum(layer.target.tensor.nbytes for layer in plan.quantized)
     inside = sum(layer.weights for layer in plan.quantized)
-    outside = 4 * (sum(tensor.numel for tensor in plan.checkpoint.tensors.values()) - inside)
+    outside = 4 * (plan.checkpoint.parameters - inside)
     logits = max(MICRO_BYTES, 4 * plan.facts.clip(plan.recipe.calibration_length) * (plan.facts.vocabulary or 1))
     return held + outside + FACTOR_COPIES * _trained_bytes(plan) + LOGITS_OF_POLISH * logits
 

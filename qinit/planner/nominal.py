@@ -30,7 +30,7 @@ def calibrating_seconds(plan: Plan, source: str, samples: int) -> float:
     """Return what it takes to write the text, where the model does, and to run the model over it."""
     recipe, speed = plan.recipe, SPEED[_kind(plan)]
     length = plan.facts.clip(recipe.calibration_length)
-    parameters, weights = _parameters(plan), sum(layer.weights for layer in plan.quantized)
+    parameters, weights = plan.checkpoint.parameters, sum(layer.weights for layer in plan.quantized)
     squares = sum(layer.target.module.in_features**2 for layer in plan.quantized)
     operations = (2 * WALK_PASSES[recipe.calibration_mode] * weights + 2 * squares) * samples * length
     operations += 2 * GRADIENT_PASSES * parameters * min(samples * length, GRADIENT_SAMPLES * GRADIENT_LENGTH)
@@ -61,15 +61,15 @@ def run_seconds(plan: Plan) -> float:
 def polishing_seconds(plan: Plan, steps: int) -> float:
     """Return what so many steps of polish take, with the source's pass over their text, and the writing of it."""
     tokens = steps * BATCH_TOKENS
-    reading = 2.0 * _parameters(plan) * tokens / EPOCHS
+    reading = 2.0 * plan.checkpoint.parameters * tokens / EPOCHS
     if plan.recipe.calibration == AUTO_SOURCE:
-        reading += WRITING * _parameters(plan) * tokens / EPOCHS
-    return (reading + polish_flops(_parameters(plan), BATCH_TOKENS, steps)) / SPEED[_kind(plan)]
+        reading += WRITING * plan.checkpoint.parameters * tokens / EPOCHS
+    return (reading + polish_flops(plan.checkpoint.parameters, BATCH_TOKENS, steps)) / SPEED[_kind(plan)]
 
 
 def checking_seconds(plan: Plan, tokens: int) -> float:
     """Return what it takes to run the original and what was made of it over so many tokens, forward."""
-    return CHECKING * _parameters(plan) * tokens / SPEED[_kind(plan)]
+    return CHECKING * plan.checkpoint.parameters * tokens / SPEED[_kind(plan)]
 
 
 def check_tokens(plan: Plan) -> int:
@@ -79,10 +79,6 @@ def check_tokens(plan: Plan) -> int:
     share = CHECK_SHARE * run_seconds(plan)
     sizes = (size for size in (8192, 4096, 2048, 1024) if size >= least)
     return next((size for size in sizes if checking_seconds(plan, size) <= share), least)
-
-
-def _parameters(plan: Plan) -> int:
-    return sum(tensor.numel for tensor in plan.checkpoint.tensors.values())
 
 
 def _kind(plan: Plan) -> str:

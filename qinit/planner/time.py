@@ -28,11 +28,11 @@ from qinit.source.targets import LinearModule
 from qinit.text.self_text import batch_size, model_bytes
 from qinit.train.polish import (
     BATCH_TOKENS,
-    EPOCHS,
     EVALUATE_EVERY,
     HELD_OUT,
     HELD_OUT_TOKENS,
     MOST_EVALUATIONS,
+    polish_tokens,
 )
 from qinit.widths.knapsack import tied
 from qinit.words import duration
@@ -347,7 +347,7 @@ class _Model:
     def polish(self, device: torch.device) -> Iterator[Work]:
         """Yield the teacher's pass over its text, the steps, and the evaluations between them."""
         part, steps, length = "polishing", self.plan.recipe.polish_steps, self.length
-        tokens = max(self.tokens + HELD_OUT_TOKENS, steps * BATCH_TOKENS // EPOCHS)
+        tokens = polish_tokens(steps, self.tokens)
         rows = max(1, BATCH_TOKENS // length) * length
         if self.plan.recipe.calibration == AUTO_SOURCE and tokens > self.tokens:
             yield from self.writing(part, -(-int(tokens - self.tokens) // length), length, device)

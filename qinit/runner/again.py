@@ -200,11 +200,8 @@ def _taken_over(job: Job, before: Before) -> Generator[Event, None, None]:
     """Write the run's tensors as they are, but for what is finished already, each compared with the source's."""
     plan, store = job.plan, job.store
     tensors, rows = before.tensors(plan), {row.name: row for row in before.report.layers}
-    layers = {layer.target.tensor.name: layer for layer in plan.layers}
-    for tensor in plan.pieces:
-        name, layer = tensor.name, layers.get(tensor.name)
-        if name in store.copied or (layer is not None and layer.target.name in store.rows):
-            continue
+    for tensor, layer in store.left():
+        name = tensor.name
         yield Working(name, tensor.nbytes)
         if layer is None:
             store.copy(name, _same(before, tensors[name], tensor))

@@ -17,7 +17,7 @@ from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
 from qinit.solver.residual import relative_errors
 from qinit.text.samples import Samples
-from qinit.train.polish import BATCH_TOKENS, EPOCHS, HELD_OUT_TOKENS, Trained, polish
+from qinit.train.polish import Trained, polish, polish_tokens
 from qinit.train.student import Start, student_of
 from qinit.train.teacher import Lessons, teach
 from qinit.workplace.kept import apply_polish, save_polish
@@ -44,8 +44,7 @@ def _polish(job: Job) -> Generator[Event, None, None]:
     plan, store = job.plan, job.store
     layers = {layer.target.name: layer for layer in plan.quantized}
     seen = yield from job.samples()
-    wanted = max(plan.recipe.polish_steps * BATCH_TOKENS // EPOCHS, seen.count + HELD_OUT_TOKENS)
-    samples = yield from job.polish_samples(wanted)
+    samples = yield from job.polish_samples(polish_tokens(plan.recipe.polish_steps, seen.count))
     lessons = yield from _lessons(job, samples)
     starts = {name: _start(store, layer) for name, layer in layers.items()}
     with student_of(plan, starts, job.device) as student:

@@ -96,13 +96,9 @@ def _carried_out(job: Job) -> Generator[Event, None, None]:
         copy_companions(plan, job.place.run)
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
-    by_tensor = {layer.target.tensor.name: layer for layer in plan.layers}
-    for tensor in plan.pieces:
-        name, layer = tensor.name, by_tensor.get(tensor.name)
-        if name in store.copied or (layer is not None and layer.target.name in store.rows):
-            continue
+    for tensor, layer in store.left():
+        name, row = tensor.name, None
         yield Working(name, tensor.nbytes)
-        row = None
         if layer is None:
             store.copy(name, _checked_chunks(tensor))
         elif layer.kept is not None:

@@ -74,6 +74,11 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def parameters(self) -> int:
+        """How many values the weights have together."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
     def companions(self) -> Iterator[Path]:
         """Yield, relative to the directory, every file to carry along: all but weights, caches and the card.
 

@@ -158,6 +158,11 @@ class Blocks:
             raise NotStreamable(f"the layers lie in {len(self.rows)} rows of blocks")
         return self.rows[0]
 
+    def require_whole(self) -> None:
+        """Raise NotStreamable for what lies outside of the blocks and is not in the checkpoint."""
+        if self.missing:
+            raise NotStreamable(f"the checkpoint has no tensor {self.missing[0]}")
+
     @contextmanager
     def surroundings(
         self, *, head: bool = False, others: Mapping[str, nn.Parameter] = MappingProxyType({})

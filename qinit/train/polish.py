@@ -72,6 +72,11 @@ class Polished:
         return bool(self.layers)
 
 
+def polish_tokens(steps: int, seen: int) -> int:
+    """Return how many tokens so many steps want where calibration has `seen` some: for EPOCHS, and some to hold out."""
+    return max(steps * BATCH_TOKENS // EPOCHS, seen + HELD_OUT_TOKENS)
+
+
 def polish_flops(parameters: int, tokens: int, steps: int) -> float:
     """Return about how many floating-point operations `steps` of `tokens` take, evaluations not counted.
 

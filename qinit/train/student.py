@@ -53,8 +53,7 @@ def _put_together(
 ) -> Generator[Any, None, None]:
     """Give the model with all layers in its blocks repaired. Raises NotStreamable."""
     blocks = Blocks.of(plan, device)
-    if blocks.missing:
-        raise NotStreamable(f"the checkpoint has no tensor {blocks.missing[0]}")
+    blocks.require_whole()
     for row in blocks.rows:
         for index in range(len(row)):
             row.load(index).to(dtype)

@@ -89,8 +89,7 @@ def _streamed(
     plan: Plan, samples: Samples, batches: list[Batch], device: torch.device, directory: Path, scratch: Path
 ) -> Iterator[Reading]:
     blocks = Blocks.of(plan, device)
-    if blocks.missing:
-        raise NotStreamable(f"the checkpoint has no tensor {blocks.missing[0]}")
+    blocks.require_whole()
     row, file = blocks.row, scratch / "teacher-states"
     try:
         carried = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
 from qinit.clock import counted
 from qinit.errors import CheckpointError
+from qinit.files.tensors import StoredTensor
 from qinit.files.writer import SafetensorsWriter
 from qinit.formats import FORMATS, Format
 from qinit.grids import Quantized
@@ -77,6 +78,15 @@ class Store:
             return False
 
     @counted("writing")
+    def left(self) -> Iterator[tuple[StoredTensor, LayerPlan | None]]:
+        """Yield the source's tensors that are not finished when they are asked for, each with its layer, None for one
+        that is copied."""
+        layers = {layer.target.tensor.name: layer for layer in self.plan.layers}
+        for tensor in self.plan.pieces:
+            layer = layers.get(tensor.name)
+            if tensor.name not in self.copied and (layer is None or layer.target.name not in self.rows):
+                yield tensor, layer
+
     def copy(self, name: str, chunks: Iterable[torch.Tensor]) -> None:
         """Write a tensor of the source as it is."""
         sums = [self.base.write_chunks(name, chunks)]
