@@ -17,6 +17,10 @@ class DenseBase(nn.Module):
     stored: torch.Tensor
     stretch = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stored.shape[0], self.stored.shape[1]
+
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("stored", weight)
@@ -44,6 +48,10 @@ class CodedBase(nn.Module):
         self.register_buffer("zeros", quantized.zeros)
         self.register_buffer("scales", quantized.scales.float())
         self.stretch = nn.Parameter(torch.zeros_like(self.scales))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.scales.shape[0], self.inputs
 
     def stretched(self) -> torch.Tensor:
         """Return the scales [out, groups] as they are now, float32."""

@@ -23,6 +23,7 @@ from torch import nn
 from qinit.errors import CalibrationError
 from qinit.events import Progress
 from qinit.linalg.low_rank import LowRank
+from qinit.machine import free_memory
 from qinit.text.samples import Samples
 from qinit.train.bases import CodedBase
 from qinit.train.course import Course
@@ -36,6 +37,7 @@ STRETCH_RATE = 0.0005  # of the scales, relative to each
 BATCH_TOKENS = 1024
 EPOCHS = 2  # how often a token is seen, where there is text enough
 MICRO_BYTES = 1 << 28  # of the logits that are computed at once, float32
+KEPT_SHARE = 0.25  # of the free memory: where activations fit, they are kept; the same numbers come out either way
 HIDDEN_WEIGHT = 4.0  # nats for a relative squared error of 1
 BETAS = (0.9, 0.99)
 WARM_UP = 0.1  # of the steps
@@ -80,7 +82,8 @@ def polish_tokens(steps: int, seen: int) -> int:
 def polish_flops(parameters: int, tokens: int, steps: int) -> float:
     """Return about how many floating-point operations `steps` of `tokens` take, evaluations not counted.
 
-    Per parameter and token: the student's forward 2, again 2 (recomputed), its backward 2, the scales' gradient 2.
+    Per parameter and token: the student's forward 2, again 2 (where it is recomputed), its backward 2, the scales'
+    gradient 2.
     """
     return 8.0 * parameters * tokens * steps
 
@@ -108,8 +111,9 @@ def polish(
     fitted the layers to all others. `seed` draws these and the batches, and the same seed gives the same bytes on a
     CPU, be it broken off or not: what it needs to go on is kept in the file `state`, anew at every evaluation.
 
-    Memory beside the student's: four times what is trained, the activations at the borders of the blocks and those of
-    one block for as many samples as have logits of MICRO_BYTES, and six times these.
+    Memory beside the student's: four times what is trained, for as many samples as have logits of MICRO_BYTES the
+    activations at the borders of the blocks and those of one block, those of all where there is plenty of memory for
+    it, and six times these logits.
 
     Raises CalibrationError for fewer than 2 samples. A loss that is not finite ends the polish; the best iterate until
     then counts.
@@ -127,6 +131,8 @@ def polish(
     course = Course([parameter for parameter, _ in trained], optimizer, state)
     text = _Text(student, lessons, samples)
     length = samples.tokens.shape[1]
+    if _kept_bytes(layers, text.size * length, student.dtype) > KEPT_SHARE * free_memory(student.device):
+        enable_checkpointing(student)
     batch_size = batch_size or max(1, BATCH_TOKENS // length)
     order = torch.randperm(len(samples.tokens), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, min(len(order) // HELD_OUT, HELD_OUT_TOKENS // length))
@@ -198,7 +204,6 @@ class _Text:
         self.student, self.lessons, self.samples = student, lessons, samples
         vocabulary = getattr(student.config.get_text_config(), "vocab_size", None) or 1
         self.size = max(1, MICRO_BYTES // (4 * vocabulary * samples.tokens.shape[1]))
-        enable_checkpointing(student)
 
     def learn(self, rows: Sequence[int]) -> float:
         """Add the gradients of the mean loss over the samples `rows`, and return it."""
@@ -244,6 +249,13 @@ def divergence(logits: torch.Tensor, log_probs: torch.Tensor, ids: torch.Tensor)
     kl = (wanted * (log_probs - found)).sum(-1)
     rest, found_rest = ((1 - part.sum(-1)).clamp(min=LEAST) for part in (wanted, found.exp()))
     return kl + rest * (rest.log() - found_rest.log()) if ids.shape[-1] < logits.shape[-1] else kl
+
+
+def _kept_bytes(layers: Mapping[str, Repaired], tokens: int, dtype: torch.dtype) -> int:
+    """Return about what a pass forward keeps of its activations: what the layers read and write, and as much between
+    them."""
+    widths = sum(sum(module.base.shape) for module in layers.values())
+    return 2 * widths * tokens * dtype.itemsize
 
 
 def enable_checkpointing(student: Any) -> None:

@@ -349,6 +349,18 @@ class TestGoingOn:
         assert [event.step for event in events] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_activations_are_computed_again_only_where_they_would_not_fit(start, monkeypatch, free):
+    """And the numbers are the same."""
+    monkeypatch.setattr("qinit.train.polish.free_memory", lambda device: free)
+    asked = []
+    monkeypatch.setattr("qinit.train.polish.enable_checkpointing", asked.append)
+    _, result = polished(*start, text(17), steps=2)
+    assert bool(asked) is (free == 0)
+    monkeypatch.undo()
+    assert result.after == polished(*start, text(17), steps=2)[1].after
+
+
 def test_the_cost():
     assert polish_flops(1000, 50, 3) == 1_200_000
 
