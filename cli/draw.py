@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qinit.planner.time import Estimate
     from qinit.report.report import Report
 
+SPENT_ON = {"bits": "more bits", "group_size": "smaller groups", "rank": "larger ranks"}
 SAMPLING = {"self": "the model writes its calibration text", "text": "reading the text that qinit brings"}
 METHOD_COLUMNS = {
     **{"name": "method", "calibration": "calibration", "grid": "grid", "bits": "bits", "search": "scales"},
@@ -53,18 +55,27 @@ def _time_words(seconds: Estimate) -> str:
 
 
 def _allocation_words(plan: Plan) -> list[str]:
-    """Say how the widths were given to the layers."""
-    counts: dict[int, int] = {}
-    for layer in plan.quantized:
-        counts[layer.bits] = counts.get(layer.bits, 0) + 1
-    shares = ", ".join(f"{bits} bits: {count} layers" for bits, count in sorted(counts.items()))
+    """Say how the widths, and what else is chosen, were given to the layers."""
+    shares = _shares([layer.bits for layer in plan.quantized], "bits")
     words = [f"widths: {shares}; {plan.grid_bits_per_weight:.3f} bits per weight with scales and zero points"]
+    if plan.recipe.joint and not plan.pending:
+        words.append(f"group sizes: {_shares([layer.group_size for layer in plan.quantized])}")
+    if plan.recipe.chooses_ranks and not plan.pending:
+        words.append(f"ranks: {_shares([layer.rank for layer in plan.quantized])}")
     if plan.allocation is not None and plan.allocation.chosen is not None:
         ends = ", ".join(f"{nats:.3f} at {bits:.2f}" for bits, nats in plan.allocation.uniform)
         words.append(
             f"predicted loss: {plan.allocation.chosen[1]:.3f} nats over full precision (one width: {ends} bits)"
         )
+    if plan.allocation is not None and plan.allocation.prices:
+        won = ", ".join(f"{nats:.4f} by {SPENT_ON[what]}" for what, nats in plan.allocation.prices.items())
+        words.append(f"a megabyte more would win, in predicted nats: {won}")
     return words
+
+
+def _shares(values: list[int], unit: str = "") -> str:
+    counts = sorted(Counter(values).items())
+    return ", ".join(f"{value}{unit and ' ' + unit}: {count} layers" for value, count in counts)
 
 
 class Screen:

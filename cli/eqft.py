@@ -40,7 +40,7 @@ def eqft(**options: Any) -> None:
 
 @takes(*READING, *MIXING, *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, "check", *RUNNING)
 def meqft(**options: Any) -> None:
-    """Quantize with a width for each layer, chosen under a budget (--ratio or --target-bits); all else as eqft."""
+    """Quantize with a width for each layer, chosen under a budget (--ratio, --target-bits, --target-size)."""
     _quantize("meqft", options)
 
 
@@ -65,7 +65,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         raise RecipeError("--private: is about --push-to-hub REPO_ID, which is not given")
     recipe = make_recipe(options["recipe"], **recipe_options(options))
     if command == "meqft" and not recipe.mixed:
-        raise RecipeError("meqft: give --ratio (0 to 1) or --target-bits; for one width use qinit eqft")
+        raise RecipeError("meqft: give --ratio (0 to 1), --target-bits or --target-size; for one width use qinit eqft")
     if command == "eqft" and recipe.mixed:
         raise RecipeError(f"{options['recipe']}: asks for mixed widths; use qinit meqft")
     if repo_id:
@@ -183,7 +183,7 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
     if out is None:
         short = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
         place = options["save_dir"] or Path("model_zoo") / ("meqft" if recipe.mixed else "eqft")
-        out = place / f"{short}-{recipe.nominal_bits:g}bit-{recipe.rank}rank"
+        out = place / f"{short}-{recipe.size_words}"
     return made, out
 
 

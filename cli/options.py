@@ -162,10 +162,30 @@ OPTIONS: dict[str, Any] = {
             rich_help_panel=BUDGET_PANEL,
         ),
     ],
+    "count_adapter": Annotated[
+        bool | None,
+        typer.Option(
+            "--count-adapter/--no-count-adapter",
+            help="Count the adapter in --target-bits: group sizes and ranks are chosen with the widths then.",
+            show_default="no-count-adapter",
+            rich_help_panel=BUDGET_PANEL,
+        ),
+    ],
+    "target_size": Annotated[
+        str | None,
+        typer.Option(
+            help="Or the size of base and adapter together, as 60MB: widths, group sizes (--group-size halved, as it "
+            "is, doubled) and ranks (from --rank / 4 to 4 x --rank) are chosen at once.",
+            show_default=False,
+            rich_help_panel=BUDGET_PANEL,
+        ),
+    ],
     "bits_choices": Annotated[
         str | None,
         typer.Option(
-            help="The widths that --target-bits chooses from.", show_default="2,3,4,8", rich_help_panel=BUDGET_PANEL
+            help="The widths that --target-bits and --target-size choose from.",
+            show_default="2,3,4,8",
+            rich_help_panel=BUDGET_PANEL,
         ),
     ],
     "allocation": Annotated[
@@ -263,6 +283,8 @@ MIXING = (
     "bits_low",
     "bits_high",
     "target_bits",
+    "count_adapter",
+    "target_size",
     "bits_choices",
     "allocation",
     "tie",

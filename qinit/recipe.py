@@ -21,6 +21,8 @@ MOST_TOKENS = 2**28
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
 
+BUDGETS = ("ratio", "target_bits", "target_size")  # a recipe that has one is of mixed widths
+
 # What a quality sets, where nothing else is given; what `polish` becomes is the planner's to say.
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"calibration_budget": "5m", "polish": 0},
@@ -64,6 +66,8 @@ class Recipe(BaseModel):
     bits_low: int | None = None
     bits_high: int | None = None
     target_bits: float | None = Field(None, gt=0, allow_inf_nan=False)  # or a budget per weight, over bits_choices
+    count_adapter: bool = False  # in target_bits: groups and ranks are chosen with the widths then
+    target_size: str | None = None  # or one of base and adapter together, as 60MB, for all three
     bits_choices: tuple[int, ...] | None = None
     allocation: Literal["sensitivity", "uniform", "first", "last", "random"] = "sensitivity"
     tie: Literal["none", "fused"] = "none"
@@ -90,7 +94,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _mixed_defaults(cls, values: Any) -> Any:
-        mixed = isinstance(values, dict) and any(values.get(key) is not None for key in ("ratio", "target_bits"))
+        mixed = isinstance(values, dict) and any(values.get(key) is not None for key in BUDGETS)
         return {"format": "dense", **values} if mixed else values  # no stock loader takes packed mixed widths
 
     @field_validator("bits_choices", mode="before")
@@ -135,7 +139,7 @@ class Recipe(BaseModel):
             raise ValueError("expected auto, cpu, cuda or cuda:N")
         return value
 
-    @field_validator("max_shard_size", "rank_budget")
+    @field_validator("max_shard_size", "rank_budget", "target_size")
     @classmethod
     def _parsable_size(cls, value: str | None) -> str | None:
         if value is not None:
@@ -168,28 +172,38 @@ class Recipe(BaseModel):
 
     def _check_mixed(self, method: Method) -> None:
         if not self.mixed:
-            for option in ("bits_low", "bits_high", "bits_choices", "allocation", "tie", "sensitivity", "rank_budget"):
+            for option in (
+                *("bits_low", "bits_high", "bits_choices", "count_adapter", "allocation", "tie", "sensitivity"),
+                "rank_budget",
+            ):
                 if getattr(self, option) != type(self).model_fields[option].default:
-                    raise ValueError(f"{option}: is about mixed widths; give ratio or target_bits too")
+                    raise ValueError(
+                        f"{option}: is about mixed widths; give {', '.join(BUDGETS[:-1])} or {BUDGETS[-1]}"
+                    )
             return
         if not method.mixes_widths:
             those = ", ".join(name for name, row in METHODS.items() if row.mixes_widths)
             raise ValueError(f"method: mixed widths are for {those}, found {method.name}")
         if self.bits != 2:
             raise ValueError("bits: is one width for all; with ratio give bits_low and bits_high, else bits_choices")
-        if self.ratio is not None and self.target_bits is not None:
-            raise ValueError("target_bits: give it or ratio, not both")
+        first, *more = (key for key in BUDGETS if getattr(self, key) is not None)
+        if more:
+            raise ValueError(f"{more[0]}: give it or {first}, not both")
         wrong = ("bits_choices",) if self.ratio is not None else ("bits_low", "bits_high")
         for option in wrong:
             if getattr(self, option) is not None:
-                other = "target_bits" if self.ratio is not None else "ratio"
+                other = "target_bits or target_size" if self.ratio is not None else "ratio"
                 raise ValueError(f"{option}: belongs to {other}, which is not given")
+        if self.count_adapter and self.target_bits is None:
+            raise ValueError("count_adapter: belongs to target_bits, which is not given")
+        if self.joint and self.rank_budget is not None:
+            raise ValueError("rank_budget: the adapter is part of the one budget; leave it out")
         if len(self.widths) < 2:
             raise ValueError(f"bits_low, bits_high, bits_choices: at least two widths are needed, found {self.widths}")
         if self.ratio is not None and (self.bits_low or 2) > (self.bits_high or 3):
             raise ValueError(f"bits_low: must be below bits_high, found {self.bits_low or 2} and {self.bits_high or 3}")
-        for option in ("sensitivity", "rank_budget"):
-            if getattr(self, option) is not None and self.allocation != "sensitivity":
+        for option in ("sensitivity", "rank_budget", "count_adapter", "target_size"):
+            if getattr(self, option) and self.allocation != "sensitivity":
                 raise ValueError(f"{option}: needs allocation sensitivity, found {self.allocation}")
 
     def _check_calibration(self, method: Method) -> None:
@@ -218,24 +232,42 @@ class Recipe(BaseModel):
     @property
     def mixed(self) -> bool:
         """Whether layers get different widths under a budget (MEQFT)."""
-        return self.ratio is not None or self.target_bits is not None
+        return any(getattr(self, key) is not None for key in BUDGETS)
+
+    @property
+    def joint(self) -> bool:
+        """Whether one budget is for base and adapter, so that groups and ranks are chosen with the widths."""
+        return self.target_size is not None or self.count_adapter
+
+    @property
+    def chooses_ranks(self) -> bool:
+        return self.joint or self.rank_budget is not None
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The widths that a layer may get, ascending."""
         if self.ratio is not None:
             return tuple(sorted({self.bits_low or 2, self.bits_high or 3}))
-        if self.target_bits is not None:
+        if self.ratio is None and self.mixed:
             return GRIDS[get_method(self.method).grid].bits if self.bits_choices is None else self.bits_choices
         return (self.bits,)
 
     @property
-    def nominal_bits(self) -> float:
-        """The width that the output is named after: on average, without scales where a ratio was asked for."""
+    def nominal_bits(self) -> float | None:
+        """The width that the output is named after: on average, without scales where a ratio was asked for. None where
+        a size is asked for."""
+        if self.target_size is not None:
+            return None
         if self.target_bits is not None:
             return self.target_bits
         low, high = self.widths[0], self.widths[-1]
         return low + (self.ratio or 0) * (high - low)
+
+    @property
+    def size_words(self) -> str:
+        """What an output of this recipe is told from others by, as a part of a file's name."""
+        size = self.target_size or f"{self.nominal_bits:g}bit"
+        return size if self.joint else f"{size}-{self.rank}rank"
 
     @property
     def calibrated(self) -> bool:

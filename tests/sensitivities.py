@@ -22,7 +22,7 @@ def mixed_widths(source: Path, **changes: Any) -> Plan:
 def made_up(plan: Plan) -> Sensitivity:
     """Return a measurement: the more bits, the less is lost, and by later layers less than by earlier ones."""
     nats = {
-        name: {pair: 0.125 / (pair[0] + index) for pair in pairs}
-        for index, (name, pairs) in enumerate(options(plan).items())
+        name: {option: 0.125 / (option.bits + index) for option in own}
+        for index, (name, own) in enumerate(options(plan).items())
     }
     return Sensitivity(conditions(plan), "Fisher information on 24 tokens: random", nats)

@@ -71,10 +71,10 @@ class Format(ABC):
         was found."""
         yield from ()
 
-    def quantization_config(self, widths: dict[str, int], group_size: int, kept: list[str]) -> dict[str, Any] | None:
+    def quantization_config(self, grids: dict[str, tuple[int, int]], kept: list[str]) -> dict[str, Any] | None:
         """Return config.json's `quantization_config`, or None when there is none.
 
-        `widths` are the bits of the quantized modules by name, in the model's order; `kept` are the other modules.
+        `grids` are bits and group size of the quantized modules by name, in the model's order; `kept` are the others.
         """
         return None
 

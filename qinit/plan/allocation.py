@@ -4,9 +4,9 @@ what it was made for, and its file. `qinit.widths.fisher` makes it."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qinit.errors import RecipeError
 from qinit.files.reading import JSON_BYTES, parse_json, read_regular
@@ -16,13 +16,22 @@ if TYPE_CHECKING:
 
 SENSITIVITY_NAME = "sensitivity.json"
 
-Nats = dict[str, dict[tuple[int, int], float]]
+
+class Option(NamedTuple):
+    """What a layer may get."""
+
+    bits: int
+    group_size: int
+    rank: int
+
+
+Nats = dict[str, dict[Option, float]]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Predicted nats per token for each layer, by (bits, rank). `measured_for` holds the conditions of the measurement,
-    `how` says on what it was made."""
+    """Predicted nats per token for each layer, by what it may get. `measured_for` holds the conditions of the
+    measurement, `how` says on what it was made."""
 
     measured_for: dict[str, Any]
     how: str
@@ -30,7 +39,7 @@ class Sensitivity:
 
     def to_json(self) -> dict[str, Any]:
         layers = {
-            name: {f"{bits}x{rank}": value for (bits, rank), value in options.items()}
+            name: {_key(option, self.measured_for): value for option, value in options.items()}
             for name, options in self.nats.items()
         }
         return {"signature": self.measured_for, "how": self.how, "layers": layers}
@@ -40,7 +49,7 @@ class Sensitivity:
         """Undo `to_json`; raises RecipeError for what it has not made."""
         try:
             nats = {
-                str(name): {_width_and_rank(key): _number(value) for key, value in options.items()}
+                str(name): {_option(key, values["signature"]): _number(value) for key, value in options.items()}
                 for name, options in values["layers"].items()
             }
             return cls(dict(values["signature"].items()), str(values["how"]), nats)
@@ -64,9 +73,16 @@ class Sensitivity:
             ) from None
 
 
-def _width_and_rank(key: str) -> tuple[int, int]:
-    bits, rank = key.split("x")
-    return int(bits), int(rank)
+def _key(option: Option, measured_for: dict[str, Any]) -> str:
+    """2x16 for bits and rank in groups of the size that was measured for, 2x32x16 in others."""
+    group = "" if option.group_size == measured_for.get("group_size") else f"{option.group_size}x"
+    return f"{option.bits}x{group}{option.rank}"
+
+
+def _option(key: str, measured_for: dict[str, Any]) -> Option:
+    bits, *group, rank = map(int, key.split("x"))
+    (group_size,) = group or (int(measured_for["group_size"]),)
+    return Option(bits, group_size, rank)
 
 
 def _number(value: Any) -> float:
@@ -78,7 +94,9 @@ def _number(value: Any) -> float:
 @dataclass(frozen=True)
 class Allocation:
     """How widths were given to layers. `front`, `chosen` and `uniform` are points of bits per weight and predicted loss
-    (nats per token over full precision), the last one for each single width; empty where no loss was measured."""
+    (nats per token over full precision), the last one for each single width; empty where no loss was measured. The
+    adapter counts in these where one budget is for both; then `prices` are the nats that a megabyte more would win, by
+    what it is spent on."""
 
     how: str
     metric: str
@@ -86,3 +104,4 @@ class Allocation:
     chosen: tuple[float, float] | None = None
     uniform: tuple[tuple[float, float], ...] = ()
     sensitivity: Sensitivity | None = None
+    prices: dict[str, float] = field(default_factory=dict)

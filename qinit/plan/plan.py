@@ -10,7 +10,7 @@ from qinit.adapters import ADAPTERS, Adapter
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.plan.allocation import Allocation
+from qinit.plan.allocation import Allocation, Option
 from qinit.recipe import Recipe, parse_size
 from qinit.solver.methods import CALIBRATED, UNREACHED
 from qinit.solver.spec import LayerSpec
@@ -203,7 +203,7 @@ def few_tokens(plan: Plan, tokens: int, remedy: str) -> list[str]:
     ]
 
 
-def with_choice(plan: Plan, layer: LayerPlan, bits: int, rank: int) -> LayerPlan:
-    """Return a quantized layer at another width and rank."""
-    specs = tuple(FORMATS[plan.recipe.format].specs(layer.target, bits, layer.group_size))
-    return replace(layer, bits=bits, rank=rank, specs=specs)
+def with_option(plan: Plan, layer: LayerPlan, option: Option) -> LayerPlan:
+    """Return a quantized layer with another width, group size and rank."""
+    specs = tuple(FORMATS[plan.recipe.format].specs(layer.target, option.bits, option.group_size))
+    return replace(layer, **option._asdict(), specs=specs)

@@ -94,8 +94,9 @@ def snippet_of(report: Report, directory: str) -> list[str]:
 
 
 def packed_mixed(report: Report) -> bool:
-    """Whether a run has packed weights of several widths, which no stock loader reads."""
-    return not FORMATS[report.recipe["format"]].mixed_bits and len({row.bits for row in report.layers if row.bits}) > 1
+    """Whether a run has packed weights of several widths or group sizes, which no stock loader reads."""
+    grids = {(row.bits, row.group_size) for row in report.layers if row.bits}
+    return not FORMATS[report.recipe["format"]].mixed_bits and len(grids) > 1
 
 
 def hub_card(text: str, report: Report, repo_id: str) -> str:

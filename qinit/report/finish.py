@@ -45,11 +45,11 @@ def complete(plan: Plan, report: Report, directory: Path) -> None:
 
 
 def _write_config(plan: Plan, directory: Path) -> None:
-    widths = {layer.target.name: layer.bits for layer in plan.quantized}
-    kept = [module.name for module in plan.architecture.linear if module.name not in widths]
+    grids = {layer.target.name: (layer.bits, layer.group_size) for layer in plan.quantized}
+    kept = [module.name for module in plan.architecture.linear if module.name not in grids]
     config = dict(plan.checkpoint.config)
     fmt = FORMATS[plan.recipe.format]
-    quantization = fmt.quantization_config(widths, plan.recipe.group_size, kept)
+    quantization = fmt.quantization_config(grids, kept)
     if quantization is not None:
         config["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -67,8 +67,9 @@ def make_report(
     peak_memory_bytes: int,
 ) -> Report:
     """Return the report of a run from its layers' rows, in the plan's order."""
+    nominal = plan.recipe.nominal_bits
     totals: dict[str, Any] = {
-        "nominal_bits": plan.recipe.nominal_bits,
+        "nominal_bits": round(plan.grid_bits_per_weight, 2) if nominal is None else nominal,
         "layers": len(plan.quantized),
         "layers_kept": len(plan.layers) - len(plan.quantized),
         "quantized_weights": sum(layer.weights for layer in plan.quantized),
@@ -94,6 +95,8 @@ def make_report(
         totals["allocation"] = {"allocation": allocation.how, "metric": allocation.metric}
         if allocation.sensitivity is not None:
             totals["allocation"] |= {key: getattr(allocation, key) for key in ("front", "chosen", "uniform")}
+            if allocation.prices:
+                totals["allocation"]["nats_per_megabyte"] = allocation.prices
     source = {"model": plan.model_name, "revision": plan.recipe.revision, "class": plan.architecture.class_name}
     recipe = plan.recipe.model_dump()
     return Report(plan.model_name, command, recipe, source, versions(), totals, (*plan.notes, *notes), rows)

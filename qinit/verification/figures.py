@@ -12,6 +12,7 @@ from qinit.report.averages import average
 from qinit.report.report import REPORT_NAME, LayerRow, Report
 from qinit.source.targets import LinearModule
 from qinit.verification.findings import Finding
+from qinit.widths.budget import GROUP_FACTORS
 
 ROUNDING = 1e-9  # the sums are made anew from the same numbers
 
@@ -33,7 +34,7 @@ def _bounds(row: LayerRow, recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
     """Yield a row's fields, what each of them may be, and whether it is that."""
     yield "shape", "two counts", min(row.shape) > 0
     most = max(min(row.shape), 0)
-    if recipe.rank_budget is None:
+    if not recipe.chooses_ranks:
         yield "rank", min(recipe.rank, most), row.rank == min(recipe.rank, most)
     else:
         yield "rank", f"1 to {most}", 1 <= row.rank <= most
@@ -45,8 +46,10 @@ def _bounds(row: LayerRow, recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
             yield key, "nothing, as the layer was kept", getattr(row, key) is None
         return
     yield "bits", " or ".join(map(str, recipe.widths)), row.bits in recipe.widths
-    group_size = min(recipe.group_size, row.shape[1])
-    yield "group_size", group_size, row.group_size == group_size
+    sizes = [min(recipe.group_size, row.shape[1])]
+    if recipe.joint:
+        sizes += [min(int(recipe.group_size * factor), row.shape[1]) for factor in GROUP_FACTORS]
+    yield "group_size", " or ".join(map(str, sorted(set(sizes)))), row.group_size in sizes
     for key in ("error_start", "error"):
         yield key, "a number", getattr(row, key) is not None
 

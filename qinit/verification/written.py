@@ -95,9 +95,9 @@ def _shape_of(module: LinearModule | None) -> tuple[int, int] | None:
 def _check_quantization(
     report: Report, recipe: Recipe, config: dict[str, Any], architecture: Architecture
 ) -> Iterator[Finding]:
-    widths = {row.name: row.bits for row in report.layers if row.bits is not None}
-    kept = [module.name for module in architecture.linear if module.name not in widths]
-    expected = FORMATS[recipe.format].quantization_config(widths, recipe.group_size, kept)
+    grids = {row.name: (row.bits, row.group_size or 0) for row in report.layers if row.bits is not None}
+    kept = [module.name for module in architecture.linear if module.name not in grids]
+    expected = FORMATS[recipe.format].quantization_config(grids, kept)
     found = config.get("quantization_config")
     if not isinstance(expected, dict) or not isinstance(found, dict):
         if expected != found:

@@ -1,4 +1,4 @@
-"""Mixed widths: a plan whose layers get different bits, and ranks, under a budget (MEQFT)."""
+"""Mixed widths: a plan whose layers get different bits, groups and ranks, under a budget (MEQFT)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,49 @@ from dataclasses import replace
 from pathlib import Path
 
 from qinit.errors import RecipeError
+from qinit.files.tensors import TensorSpec
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.plan.allocation import Allocation, Nats, Sensitivity
-from qinit.plan.plan import LayerPlan, Plan, with_choice
+from qinit.plan.allocation import Allocation, Nats, Option, Sensitivity
+from qinit.plan.plan import LayerPlan, Plan, with_option
 from qinit.recipe import parse_size
 from qinit.widths.knapsack import Choice, Item, front, in_order, knapsack, picked, tied
+from qinit.widths.prices import prices
 from qinit.widths.validity import check_sensitivity
 
-RANK_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the recipe's rank, with a rank budget
+RANK_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the recipe's rank, where ranks are chosen
+GROUP_FACTORS = (0.5, 1, 2)  # of the recipe's group size, where one budget is for base and adapter
 
 
-def options(plan: Plan) -> dict[str, list[tuple[int, int]]]:
-    """Return the (bits, rank) that each quantized layer may get; the same number for all."""
+def options(plan: Plan) -> dict[str, list[Option]]:
+    """Return what each quantized layer may get; the same number for all."""
     return {
-        layer.target.name: [(bits, rank) for bits in plan.recipe.widths for rank in _ranks(plan, layer)]
+        layer.target.name: [
+            Option(bits, group_size, rank)
+            for bits in plan.recipe.widths
+            for group_size in _group_sizes(plan, layer)
+            for rank in _ranks(plan, layer)
+        ]
         for layer in plan.quantized
     }
 
 
+def _group_sizes(plan: Plan, layer: LayerPlan) -> list[int]:
+    """Return the sizes to choose from; the layer's own in the place of what its format cannot hold."""
+    if not plan.recipe.joint:
+        return [layer.group_size]
+    recipe, module, fmt = plan.recipe, layer.target.module, FORMATS[plan.recipe.format]
+    sizes = []
+    for factor in GROUP_FACTORS:
+        size = min(int(recipe.group_size * factor), module.in_features)
+        refused = fmt.cannot_hold(recipe.row.grid, recipe.widths[0], size) or fmt.cannot_hold_shape(module, size)
+        sizes.append(layer.group_size if refused else size)
+    return sizes
+
+
 def _ranks(plan: Plan, layer: LayerPlan) -> list[int]:
     rank, module = plan.recipe.rank, layer.target.module
-    if plan.recipe.rank_budget is None:
+    if not plan.recipe.chooses_ranks:
         return [layer.rank]
     return [min(max(1, int(rank * factor)), module.out_features, module.in_features) for factor in RANK_FACTORS]
 
@@ -36,14 +57,14 @@ def _ranks(plan: Plan, layer: LayerPlan) -> list[int]:
 def items(plan: Plan, nats: Nats | None) -> list[Item]:
     """Return what the knapsack chooses from; fused layers are one item where the recipe ties them."""
     layers = {layer.target.name: layer for layer in plan.quantized}
-    pairs = options(plan)
+    own = options(plan)
     groups = tied(list(layers)) if plan.recipe.tie == "fused" else [(name,) for name in layers]
     return [
         Item(
             group,
             sum(layers[name].weights for name in group),
             tuple(
-                tuple(_choice(plan, layers[name], *pair, nats[name][pair] if nats else 0.0) for pair in pairs[name])
+                tuple(_choice(plan, layers[name], option, nats[name][option] if nats else 0.0) for option in own[name])
                 for name in group
             ),
         )
@@ -51,22 +72,25 @@ def items(plan: Plan, nats: Nats | None) -> list[Item]:
     ]
 
 
-def _choice(plan: Plan, layer: LayerPlan, bits: int, rank: int, nats: float) -> Choice:
+def _choice(plan: Plan, layer: LayerPlan, option: Option, nats: float) -> Choice:
     """Sizes as stored; a layer that is stored dense counts as its grid would, packed."""
-    grid_bits = layer.weights * GRIDS[plan.recipe.row.grid].bits_per_weight(bits, layer.group_size)
+    grid_bits = layer.weights * GRIDS[plan.recipe.row.grid].bits_per_weight(option.bits, option.group_size)
     if not FORMATS[plan.recipe.format].storage(layer.target):
-        grid_bits = 8.0 * with_choice(plan, layer, bits, rank).bytes_after
-    factors = sum(spec.nbytes for spec in plan.adapter.specs(layer.target.module, rank))
-    return Choice(bits, rank, grid_bits, factors, nats)
+        grid_bits = 8.0 * with_option(plan, layer, option).bytes_after
+    factors = sum(spec.nbytes for spec in plan.adapter.specs(layer.target.module, option.rank))
+    return Choice(option, grid_bits + (8 * factors if plan.recipe.joint else 0), factors, nats)
 
 
 def budget(plan: Plan, choices: list[Item]) -> float:
-    """Return the bits that the quantized weights may take. Raises RecipeError for a target that no widths reach."""
+    """Return the bits that the quantized weights may take, where one budget is for both with their adapters. Raises
+    RecipeError for a target that nothing reaches."""
     recipe = plan.recipe
     low = sum(min(c.stored_bits for c in item.totals) for item in choices)
     high = sum(max(c.stored_bits for c in item.totals) for item in choices)
     if recipe.ratio is not None:
         return low + recipe.ratio * (high - low)
+    if recipe.target_size is not None:
+        return _left_of_size(plan, recipe.target_size, low, high)
     assert recipe.target_bits is not None
     weights = sum(layer.weights for layer in plan.quantized)
     wanted = recipe.target_bits * weights
@@ -78,9 +102,28 @@ def budget(plan: Plan, choices: list[Item]) -> float:
         if missed:
             raise RecipeError(
                 f"target_bits: {recipe.target_bits:g} bits per weight cannot be had; with widths "
-                f"{', '.join(map(str, recipe.widths))} and their scales and zero points the {word} is {bound:.4f}"
+                f"{', '.join(map(str, recipe.widths))} and their scales and zero points"
+                f"{' and the adapter' if recipe.joint else ''} the {word} is {bound:.4f}"
             )
     return min(max(wanted, low), high)
+
+
+def _left_of_size(plan: Plan, size: str, low: float, high: float) -> float:
+    """Return the bits that a size leaves for the quantized layers and their adapters."""
+    others = plan.base_bytes - sum(layer.bytes_after for layer in plan.quantized)
+    others += sum(spec.nbytes for layer in plan.layers if layer.kept for spec in _adapter_specs(plan, layer))
+    wanted = 8.0 * (parse_size(size) - others)
+    if wanted < low:
+        least = math.ceil((low / 8 + others) / 1000)
+        raise RecipeError(
+            f"target_size: {size} cannot be had; what is not quantized takes {others / 1e6:.2f} MB, and with the "
+            f"smallest widths and ranks and the largest groups the least is {least}KB"
+        )
+    return min(wanted, high)
+
+
+def _adapter_specs(plan: Plan, layer: LayerPlan) -> list[TensorSpec]:
+    return plan.adapter.specs(layer.target.module, layer.rank)
 
 
 def adapter_budget(plan: Plan, choices: list[Item]) -> int | None:
@@ -89,7 +132,7 @@ def adapter_budget(plan: Plan, choices: list[Item]) -> int | None:
     if plan.recipe.rank_budget is None:
         return None
     left = [layer for layer in plan.layers if layer.kept]
-    kept = sum(spec.nbytes for layer in left for spec in plan.adapter.specs(layer.target.module, layer.rank))
+    kept = sum(spec.nbytes for layer in left for spec in _adapter_specs(plan, layer))
     least = kept + sum(min(c.adapter_bytes for c in item.totals) for item in choices)
     whole = parse_size(plan.recipe.rank_budget)
     if least > whole:
@@ -113,7 +156,9 @@ def planned(plan: Plan) -> Plan:
     bits = budget(plan, choices)
     adapter_budget(plan, choices)
     how = "uniform" if recipe.allocation == "sensitivity" else recipe.allocation
-    middle = _at_recipe_rank(plan, choices)
+    if recipe.joint:
+        return _with(plan, choices, tuple(_smallest(item) for item in choices))
+    middle = _plain(plan, choices)
     plan = _with(plan, middle, in_order(middle, bits, how, recipe.seed))
     if recipe.allocation != "sensitivity":
         plan = replace(plan, allocation=Allocation(how, "by a rule; nothing was measured"))
@@ -121,17 +166,18 @@ def planned(plan: Plan) -> Plan:
 
 
 def allotted(plan: Plan, sensitivity: Sensitivity) -> Plan:
-    """Give every layer the width, and with a rank budget the rank, that lose least under the budget."""
+    """Give every layer the width, and where they are chosen too the groups and the rank, that lose least under the
+    budget."""
     choices = items(plan, sensitivity.nats)
     bits = budget(plan, choices)
     adapters = adapter_budget(plan, choices)
     weights = sum(layer.weights for layer in plan.quantized)
     picks = knapsack(choices, bits, adapters)
     chosen = [item.totals[pick] for item, pick in zip(choices, picks, strict=True)]
-    plain = _at_recipe_rank(plan, choices)
+    plain = _plain(plan, choices)
     uniform = []
     for width in plan.recipe.widths:
-        alike = [next(c for c in item.totals if c.bits == width) for item in plain]
+        alike = [next(c for c in item.totals if c.option.bits == width) for item in plain]
         uniform.append((sum(c.stored_bits for c in alike) / weights, sum(c.nats for c in alike)))
     allocation = Allocation(
         "sensitivity",
@@ -140,24 +186,33 @@ def allotted(plan: Plan, sensitivity: Sensitivity) -> Plan:
         chosen=(sum(c.stored_bits for c in chosen) / weights, sum(c.nats for c in chosen)),
         uniform=tuple(uniform),
         sensitivity=sensitivity,
+        prices=prices(choices, picks) if plan.recipe.joint else {},
     )
     return replace(_with(plan, choices, picks), allocation=allocation)
 
 
-def _at_recipe_rank(plan: Plan, choices: list[Item]) -> list[Item]:
-    """Return the items with the recipe's own rank only."""
-    if plan.recipe.rank_budget is None:
-        return choices
-    middle = RANK_FACTORS.index(1)
-    return [replace(item, choices=tuple(own[middle :: len(RANK_FACTORS)] for own in item.choices)) for item in choices]
+def _plain(plan: Plan, choices: list[Item]) -> list[Item]:
+    """Return the items with the recipe's own rank and group size only."""
+    if plan.recipe.chooses_ranks:
+        middle = RANK_FACTORS.index(1)
+        choices = [_every(item, middle, len(RANK_FACTORS)) for item in choices]
+    if plan.recipe.joint:
+        middle = GROUP_FACTORS.index(1)
+        choices = [_every(item, middle, len(GROUP_FACTORS)) for item in choices]
+    return choices
+
+
+def _every(item: Item, first: int, step: int) -> Item:
+    return replace(item, choices=tuple(own[first::step] for own in item.choices))
+
+
+def _smallest(item: Item) -> int:
+    return min(range(len(item.totals)), key=lambda k: item.totals[k].stored_bits)
 
 
 def _with(plan: Plan, choices: list[Item], picks: tuple[int, ...]) -> Plan:
     found = picked(choices, picks)
     layers = tuple(
-        with_choice(plan, layer, found[layer.target.name].bits, found[layer.target.name].rank)
-        if layer.kept is None
-        else layer
-        for layer in plan.layers
+        layer if layer.kept else with_option(plan, layer, found[layer.target.name].option) for layer in plan.layers
     )
     return replace(plan, layers=layers)

@@ -26,7 +26,7 @@ from qinit.calibration.meter import Meter
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
 from qinit.linalg.low_rank import OutputMetric
-from qinit.plan.allocation import Sensitivity
+from qinit.plan.allocation import Option, Sensitivity
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
@@ -41,13 +41,13 @@ ROUNDS = 1  # of the solver: the first one already shows what the layer cannot h
 
 def measure(
     plan: Plan,
-    options: dict[str, list[tuple[int, int]]],
+    options: dict[str, list[Option]],
     samples: Samples,
     device: torch.device,
     scratch: Path | None = None,
     metrics: Mapping[str, OutputMetric] | None = None,
 ) -> Generator[Measuring, None, Sensitivity]:
-    """Measure every quantized layer at its `options` (bits, rank); yields Measuring and returns the Sensitivity.
+    """Measure every quantized layer at its `options`; yields Measuring and returns the Sensitivity.
 
     `metrics` are those of the layers' outputs that the run will fit their low rank under, by name.
     Takes a part of `samples` forward and back, see `backward`; one block with its errors is in memory at a time.
@@ -66,7 +66,8 @@ def measure(
     total = max(probe.samples.count, 1)
     nats = {
         layer.target.name: {
-            pair: probe.squares[layer.target.name].get(pair, 0.0) / (2 * total) for pair in options[layer.target.name]
+            option: probe.squares[layer.target.name].get(option, 0.0) / (2 * total)
+            for option in options[layer.target.name]
         }
         for layer in plan.quantized
     }
@@ -76,9 +77,11 @@ def measure(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A layer's error at one width: R = W - Q [out, in] and the factors of its low rank, largest direction first."""
+    """A layer's error at one width and group size: R = W - Q [out, in] and the factors of its low rank, largest
+    direction first."""
 
     bits: int
+    group_size: int
     rest: torch.Tensor
     B: torch.Tensor
     A: torch.Tensor
@@ -90,14 +93,14 @@ class _Errors(Probe):
     def __init__(
         self,
         plan: Plan,
-        options: dict[str, list[tuple[int, int]]],
+        options: dict[str, list[Option]],
         samples: Samples,
         device: torch.device,
         metrics: Mapping[str, OutputMetric],
     ) -> None:
         super().__init__(plan, samples, device)
         self.options, self.metrics = options, metrics
-        self.squares: dict[str, dict[tuple[int, int], float]] = {name: {} for name in self.layers}
+        self.squares: dict[str, dict[Option, float]] = {name: {} for name in self.layers}
         self.candidates: dict[str, list[_Candidate]] = {}
 
     def prepare(self, layers: list[LayerPlan], modules: dict[str, nn.Module], run: Run) -> None:
@@ -138,14 +141,15 @@ class _Errors(Probe):
             self._solve(layer, oriented(linear.weight.data, layer), statistics)
 
     def _solve(self, layer: LayerPlan, weight: torch.Tensor, statistics: Statistics | None) -> None:
-        """Find what is left of a layer at each width, quickly."""
+        """Find what is left of a layer at each width and group size, quickly."""
         name = layer.target.name
         found = []
-        for bits in sorted({bits for bits, _ in self.options[name]}):
-            rank = max(rank for width, rank in self.options[name] if width == bits)
+        for bits, group_size in sorted({option[:2] for option in self.options[name]}):
+            rank = max(option.rank for option in self.options[name] if option[:2] == (bits, group_size))
             spec = replace(
                 self.plan.layer_spec(layer) if statistics is not None else self.plan.data_free_spec(layer),
                 bits=bits,
+                group_size=group_size,
                 rank=rank,
                 iterations=ROUNDS,
             )
@@ -155,7 +159,7 @@ class _Errors(Probe):
                 raise not_decomposable(layer.target.tensor, weight) from error
             assert solution.low_rank is not None
             rest = as_loaded(solution.quantized, spec).neg_().add_(weight)
-            found.append(_Candidate(bits, rest, solution.low_rank.B, solution.low_rank.A))
+            found.append(_Candidate(bits, group_size, rest, solution.low_rank.B, solution.low_rank.A))
         self.candidates[name] = found
 
     def add(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -165,10 +169,10 @@ class _Errors(Probe):
         for candidate in self.candidates[name]:
             along = ((x @ candidate.rest.T) * gradient).sum(1)
             repaired = (x @ candidate.A.T) * (gradient @ candidate.B)  # [tokens, r]: what each direction gives back
-            for bits, rank in self.options[name]:
-                if bits == candidate.bits:
-                    left = along - repaired[:, :rank].sum(1)
-                    squares[bits, rank] = squares.get((bits, rank), 0.0) + float(left.square().sum(dtype=torch.float64))
+            for option in self.options[name]:
+                if option[:2] == (candidate.bits, candidate.group_size):
+                    left = along - repaired[:, : option.rank].sum(1)
+                    squares[option] = squares.get(option, 0.0) + float(left.square().sum(dtype=torch.float64))
 
     def fill_in(self) -> None:
         """Give layers that lie in front of the blocks, where no gradient arrives, what the others lose per weight."""
@@ -177,6 +181,6 @@ class _Errors(Probe):
         for layer in self.outside:
             name = layer.target.name
             if measured and not self.squares[name]:
-                for k, pair in enumerate(self.options[name]):
+                for k, option in enumerate(self.options[name]):
                     lost = sum(self.squares[o.target.name][self.options[o.target.name][k]] for o in measured)
-                    self.squares[name][pair] = lost * layer.weights / weights
+                    self.squares[name][option] = lost * layer.weights / weights

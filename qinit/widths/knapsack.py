@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qinit.errors import RecipeError
+from qinit.plan.allocation import Option
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,10 +37,9 @@ NODES = 10**5  # where the solver takes the best so far; no time limit, as the s
 @dataclass(frozen=True)
 class Choice:
     """What a layer may get: its stored size in bits, its adapter's in bytes, and the loss in nats per token that it is
-    predicted to add (0 where nothing was measured)."""
+    predicted to add (0 where nothing was measured). Where one budget is for both, the first has the second in it."""
 
-    bits: int
-    rank: int
+    option: Option
     stored_bits: float
     adapter_bytes: int
     nats: float = 0.0
@@ -58,7 +58,7 @@ class Item:
         """The choices of all its layers together."""
         return tuple(
             Choice(
-                *(together[0].bits, together[0].rank),
+                together[0].option,
                 *(sum(c.stored_bits for c in together), sum(c.adapter_bytes for c in together)),
                 sum(c.nats for c in together),
             )
@@ -215,7 +215,7 @@ def in_order(items: Sequence[Item], stored_bits: float, how: str, seed: int) -> 
     All get the largest width that fits; the next one goes to the `first` layers, the `last`, `random` ones or evenly
     spread ones (`uniform`), as long as the budget holds. Raises RecipeError when the smallest width does not fit.
     """
-    widths = sorted({choice.bits for item in items for choice in item.totals})
+    widths = sorted({choice.option.bits for item in items for choice in item.totals})
     sizes = {bits: sum(item.totals[_of_width(item, bits)].stored_bits for item in items) for bits in widths}
     fitting = [bits for bits in widths if sizes[bits] <= stored_bits * (1 + ROUNDING)]
     if not fitting:
@@ -247,7 +247,7 @@ def in_order(items: Sequence[Item], stored_bits: float, how: str, seed: int) -> 
 
 
 def _of_width(item: Item, bits: int) -> int:
-    return next(k for k, choice in enumerate(item.totals) if choice.bits == bits)
+    return next(k for k, choice in enumerate(item.totals) if choice.option.bits == bits)
 
 
 def front(items: Sequence[Item], weights: int, adapter_bytes: int | None = None) -> list[tuple[float, float]]:

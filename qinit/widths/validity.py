@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qinit.errors import RecipeError
-from qinit.plan.allocation import Sensitivity
+from qinit.plan.allocation import Option, Sensitivity
 from qinit.plan.plan import Plan
 
 SAMPLED_BYTES = 256  # of each weight, for the fingerprint
@@ -25,17 +25,18 @@ def conditions(plan: Plan) -> dict[str, Any]:
     return {"model": digest.hexdigest(), **{key: recipe[key] for key in SIGNED}}
 
 
-def check_sensitivity(
-    sensitivity: Sensitivity, plan: Plan, options: dict[str, list[tuple[int, int]]], file: Path
-) -> None:
-    """Raise RecipeError unless it was measured for this plan and holds all `options` (bits, rank) by layer."""
+def check_sensitivity(sensitivity: Sensitivity, plan: Plan, options: dict[str, list[Option]], file: Path) -> None:
+    """Raise RecipeError unless it was measured for this plan and holds all `options` by layer."""
     anew = "leave the option out to measure anew"
     for key, value in conditions(plan).items():
         then = sensitivity.measured_for.get(key)
         if then != value:
             what = "another model" if key == "model" else f"another {key}"
             raise RecipeError(f"sensitivity: {file} was measured for {what} ({then!r}, now {value!r}); {anew}")
-    for name, pairs in options.items():
-        for bits, rank in pairs:
-            if (bits, rank) not in sensitivity.nats.get(name, {}):
-                raise RecipeError(f"sensitivity: {file} has nothing on {name} at {bits} bits and rank {rank}; {anew}")
+    for name, own in options.items():
+        for option in own:
+            if option not in sensitivity.nats.get(name, {}):
+                raise RecipeError(
+                    f"sensitivity: {file} has nothing on {name} at {option.bits} bits in groups of {option.group_size} "
+                    f"and rank {option.rank}; {anew}"
+                )

@@ -84,7 +84,7 @@ class TestMeqft:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ((), "meqft: give --ratio (0 to 1) or --target-bits; for one width use qinit eqft"),
+            ((), "meqft: give --ratio (0 to 1), --target-bits or --target-size; for one width use qinit eqft"),
             (("--ratio", 1.5), "ratio: input should be less than or equal to 1, found 1.5"),
             (("--ratio", -1), "ratio: input should be greater than or equal to 0, found -1.0"),
             (("--ratio", "nan"), "ratio: input should be a finite number, found nan"),
@@ -93,7 +93,7 @@ class TestMeqft:
             (("--target-bits", 3, "--bits-choices", "2,x"), "bits_choices: expected widths like 2,3,4, found '2,x'"),
             (("--ratio", 0.5, "--rank-budget", "1KB"), "rank_budget: 1KB are too few"),
             (("--ratio", 0.5, "--rank-budget", "1MB", *RULE), "rank_budget: needs allocation sensitivity"),
-            (("--bits-low", 2), "bits_low: is about mixed widths; give ratio or target_bits too"),
+            (("--bits-low", 2), "bits_low: is about mixed widths; give ratio, target_bits or target_size"),
             (("--ratio", 0.5, "--sensitivity", "gone.json"), "sensitivity: gone.json cannot be read"),
             (("--ratio", 0.5, "--sensitivity", "bad.json"), "sensitivity: bad.json is no sensitivity.json of qinit"),
             (("--ratio", 0.5, "--sensitivity", "other.json"), "other.json was measured for another model"),
@@ -147,6 +147,20 @@ class TestPlan:
         rows = report_of("one")["layers"]
         assert [layer["bits"] for layer in json.loads(out)["layers"]] == [row["bits"] for row in rows]
         assert not any("spread evenly" in note for note in json.loads(out)["notes"])
+
+    def test_of_one_budget_for_base_and_adapter_it_says_what_more_would_buy(self, command, tiny_llama):
+        size = (*QUICK, "--target-size", "200KB")
+        code, out, err = command("meqft", tiny_llama, *size)
+        assert code == 0, err
+        one = Path("model_zoo/meqft/tiny-llama-200KB")
+        totals = report_of(one)["totals"]
+        assert totals["allocation"]["nats_per_megabyte"].keys() == {"bits", "group_size", "rank"}
+        code, planned, err = command("plan", tiny_llama, *size, "--sensitivity", one / "sensitivity.json")
+        assert code == 0, err
+        for said in (out, planned):
+            assert "group sizes: " in said
+            assert "ranks: " in said
+            assert "a megabyte more would win, in predicted nats: " in said
 
     @pytest.mark.parametrize("options", [("--bits", 2), ("--ratio", 0.5)])
     def test_of_a_model_on_the_hub_fetches_headers_alone(self, command, hub, tmp_path, options):

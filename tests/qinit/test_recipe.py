@@ -169,10 +169,10 @@ def test_an_unknown_key_without_a_close_one_lists_what_is_known(tmp_path, key):
         ({"method": "eora", "calibration": "self", "rounding": "nearest"}, "rounding: method eora has its own"),
         ({"method": "cloq", "calibration": "self", "act_order": True}, "act_order: method cloq has its own"),
         *(
-            ({option: value}, f"{option}: is about mixed widths; give ratio or target_bits too")
+            ({option: value}, f"{option}: is about mixed widths; give ratio, target_bits or target_size")
             for option, value in {
                 **{"bits_low": 2, "bits_high": 3, "bits_choices": [2, 3], "allocation": "first", "tie": "fused"},
-                **{"sensitivity": "a.json", "rank_budget": "1MB"},
+                **{"sensitivity": "a.json", "rank_budget": "1MB", "count_adapter": True},
             }.items()
         ),
         ({"ratio": -0.1}, "ratio: .*greater than or equal to 0, found -0.1"),
@@ -184,8 +184,16 @@ def test_an_unknown_key_without_a_close_one_lists_what_is_known(tmp_path, key):
         ({"target_bits": 0}, "target_bits: .*greater than 0, found 0"),
         ({"target_bits": float("inf")}, "target_bits: .*finite"),
         ({"ratio": 0.5, "target_bits": 3}, "target_bits: give it or ratio, not both"),
+        ({"target_size": "60MB", "target_bits": 3}, "target_size: give it or target_bits, not both"),
+        ({"target_size": "60"}, "target_size: expected a size like 5GB"),
+        ({"target_size": "60MB", "allocation": "first"}, "target_size: needs allocation sensitivity, found first"),
+        ({"target_size": "60MB", "rank_budget": "1MB"}, "rank_budget: the adapter is part of the one budget"),
+        ({"ratio": 0.5, "count_adapter": True}, "count_adapter: belongs to target_bits, which is not given"),
         ({"ratio": 0.5, "bits": 3}, "bits: is one width for all; with ratio give bits_low and bits_high"),
-        ({"ratio": 0.5, "bits_choices": [2, 4]}, "bits_choices: belongs to target_bits, which is not given"),
+        (
+            {"ratio": 0.5, "bits_choices": [2, 4]},
+            "bits_choices: belongs to target_bits or target_size, which is not given",
+        ),
         ({"target_bits": 3, "bits_low": 2}, "bits_low: belongs to ratio, which is not given"),
         ({"target_bits": 3, "bits_high": 4}, "bits_high: belongs to ratio, which is not given"),
         ({"ratio": 0.5, "bits_low": 4}, "bits_low: must be below bits_high, found 4 and 3"),
@@ -230,6 +238,7 @@ def test_mixed_widths_are_dense_unless_told_otherwise():
         ({"target_bits": 3}, (2, 3, 4, 8), 3),
         ({"target_bits": 2.75, "bits_choices": "3, 2,3"}, (2, 3), 2.75),
         ({"target_bits": 4, "bits_choices": [8, 2]}, (2, 8), 4),
+        ({"target_size": "60MB", "bits_choices": [2, 3]}, (2, 3), None),
     ],
 )
 def test_the_widths_that_layers_may_get(options, widths, nominal):

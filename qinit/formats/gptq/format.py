@@ -22,7 +22,7 @@ from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats.base import Format
 from qinit.formats.gptq.loading import PACKAGES, loader_options
 from qinit.formats.gptq.packing import pack_rows, unpack_rows
-from qinit.formats.gptq.reading import PARTS, dequantized, read_layer
+from qinit.formats.gptq.reading import GRID, PARTS, dequantized, read_layer
 from qinit.grids import Grid, Quantized
 from qinit.source.targets import LinearModule, Target
 
@@ -118,10 +118,10 @@ class GptqFormat(Format):
         if not_positive := int((scales <= 0).sum()):
             yield target.prefix + "scales", "scales above 0", f"{not_positive} that are not"
 
-    def quantization_config(self, widths: dict[str, int], group_size: int, kept: list[str]) -> dict[str, Any] | None:
-        quantized = list(widths)
-        counts = Counter(widths.values())
-        bits = min(counts, key=lambda width: (-counts[width], width))  # the most frequent, the smaller on a tie
+    def quantization_config(self, grids: dict[str, tuple[int, int]], kept: list[str]) -> dict[str, Any] | None:
+        quantized = list(grids)
+        counts = Counter(grids.values())
+        bits, group_size = most = min(counts, key=lambda grid: (-counts[grid], grid))  # the smallest on a tie
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": bits,
@@ -140,7 +140,10 @@ class GptqFormat(Format):
             config["block_name_to_quantize"] = block
         # For GPTQModel.load and vLLM, which read this map and not the list above.
         dynamic: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in kept}
-        dynamic |= {f"+:^{re.escape(name)}$": {"bits": width} for name, width in widths.items() if width != bits}
+        for name, grid in grids.items():
+            if grid != most:
+                own = zip(GRID, grid, most, strict=True)
+                dynamic[f"+:^{re.escape(name)}$"] = {key: value for key, value, base in own if value != base}
         if dynamic:
             config["dynamic"] = dynamic
         return config

@@ -1,4 +1,5 @@
-"""What transformers needs to load GPTQ: its packages, and for mixed widths a quantizer of its own."""
+"""What transformers needs to load GPTQ: its packages, and for layers of several widths or group sizes a quantizer of
+its own."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qinit.errors import CheckpointError
-from qinit.formats.gptq.reading import width_of
+from qinit.formats.gptq.reading import GRID, grid_of
 from qinit.requirements import pip_command
 
 PACKAGES = ("gptqmodel", "optimum")
@@ -40,7 +41,7 @@ def loader_options(base: Path, quantization: dict[str, Any], trust_remote_code: 
 def _is_mixed(quantization: dict[str, Any], directory: Path) -> bool:
     try:
         overrides = (quantization.get("dynamic") or {}).values()
-        return any(override.get("bits", quantization["bits"]) != quantization["bits"] for override in overrides)
+        return any(own.get(key, quantization[key]) != quantization[key] for own in overrides for key in GRID)
     except (AttributeError, KeyError):
         raise CheckpointError(
             f"{directory / 'config.json'}: its quantization_config is not what qinit writes; run qinit again"
@@ -64,18 +65,19 @@ def _register_mixed() -> None:
 
     class MixedLayers(GPTQQuantizer):
         bits: int
+        group_size: int
         quantization: dict[str, Any]
 
         def _replace_by_quant_layers(self, module: Any, names: Any, name: str = "") -> None:
-            if name:  # on the way down, within one width
+            if name:  # on the way down, within one grid
                 super()._replace_by_quant_layers(module, names, name)
                 return
-            base = self.bits
-            widths = {target: width_of(target, self.quantization) for target in names}
-            for self.bits in sorted(set(widths.values())):
-                alike = {target for target, bits in widths.items() if bits == self.bits}
-                super()._replace_by_quant_layers(module, alike)
-            self.bits = base
+            base = self.bits, self.group_size
+            grids = {target: grid_of(target, self.quantization) for target in names}
+            for grid in sorted(set(grids.values())):
+                self.bits, self.group_size = grid
+                super()._replace_by_quant_layers(module, {target for target, own in grids.items() if own == grid})
+            self.bits, self.group_size = base
 
     class MixedQuantizer(GptqHfQuantizer):
         def __init__(self, quantization_config: Any, **options: Any) -> None:

@@ -16,6 +16,7 @@ from qinit.source.checkpoint import read_finite
 from qinit.source.targets import LinearModule
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+GRID = ("bits", "group_size")  # what `dynamic` may give a module of its own
 
 
 def dequantized(
@@ -30,13 +31,14 @@ def dequantized(
     return result
 
 
-def width_of(name: str, quantization: dict[str, Any]) -> int:
-    """Return the bits of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that matches the
-    name from its start decides, else the base's bits."""
-    for pattern, override in (quantization.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
-            return int(override.get("bits", quantization["bits"]))
-    return int(quantization["bits"])
+def grid_of(name: str, quantization: dict[str, Any]) -> tuple[int, int]:
+    """Return bits and group size of a packed module, by the rule of gptqmodel: the first pattern of `dynamic` that
+    matches the name from its start decides, else the base's."""
+    overrides = (quantization.get("dynamic") or {}).items()
+    matching = (own for pattern, own in overrides if re.match(pattern.removeprefix("+:").removeprefix("-:"), name))
+    own = {**quantization, **next(matching, {})}
+    bits, group_size = (int(own[key]) for key in GRID)
+    return bits, group_size
 
 
 def read_layer(
@@ -46,7 +48,7 @@ def read_layer(
 
     Raises CheckpointError for NaN and Inf, and for tensors that are not of the width that `quantization` says.
     """
-    bits, packed = width_of(module.name, quantization), parts["qweight"]
+    (bits, _), packed = grid_of(module.name, quantization), parts["qweight"]
     expected = (module.in_features * bits // 32, module.out_features)
     if packed.shape != expected:
         raise CheckpointError(

@@ -15,7 +15,7 @@ def sensitivity(content: bytes) -> Callable[[World], object]:
 
 
 def measured(layers: bytes) -> Callable[[World], object]:
-    return sensitivity(b'{"signature":{},"how":"x","layers":' + layers + b"}")
+    return sensitivity(b'{"signature":{"group_size":64},"how":"x","layers":' + layers + b"}")
 
 
 NONE_OF_QINIT = "s.json is no sensitivity.json of qinit"

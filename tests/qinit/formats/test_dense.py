@@ -46,7 +46,7 @@ def test_it_holds_every_grid_and_shape_and_needs_no_configuration():
     for grid in GRIDS:
         assert DENSE.cannot_hold(grid, 2, 7) is None
     assert DENSE.cannot_hold_shape(LinearModule("x", 3, 5, transposed=False), 64) is None
-    assert DENSE.quantization_config({"model.x": 2}, 64, []) is None
+    assert DENSE.quantization_config({"model.x": (2, 64)}, []) is None
     assert DENSE.mixed_bits
 
 

@@ -34,9 +34,9 @@ class TestFile:
             *("", "{", "[]", "null", "3", '"x"', "{}", "\ufffe", "[" * 10**5),
             *('{"layers": {}, "signature": 3, "how": ""}', '{"layers": [], "signature": {}, "how": ""}'),
             *(
-                f'{{"signature": {{}}, "how": "", "layers": {{"a": {layer}}}}}'
+                f'{{"signature": {{"group_size": 64}}, "how": "", "layers": {{"a": {layer}}}}}'
                 for layer in (
-                    *("3", "[]", '{"2": 1}', '{"2x3x4": 1}', '{"axb": 1}', '{"2x4": "1"}', '{"2x4": null}'),
+                    *("3", "[]", '{"2": 1}', '{"2x3x4x5": 1}', '{"axb": 1}', '{"2x4": "1"}', '{"2x4": null}'),
                     *('{"2x4": true}', '{"2x4": -1}', '{"2x4": NaN}', '{"2x4": Infinity}', f'{{"2x4": 1{"0" * 400}}}'),
                 )
             ),
@@ -57,7 +57,11 @@ class TestFile:
             Sensitivity.read(tmp_path / "binary.json")
 
 
-GOOD_FILE = {"signature": {"model": "x"}, "how": "on text", "layers": {"a": {"2x4": 0.5, "3x4": 0.25}, "b": {"2x4": 1}}}
+GOOD_FILE = {
+    "signature": {"model": "x", "group_size": 64},
+    "how": "on text",
+    "layers": {"a": {"2x4": 0.5, "3x4": 0.25}, "b": {"2x4": 1}},
+}
 
 
 @examples(150)

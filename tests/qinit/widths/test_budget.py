@@ -8,17 +8,21 @@ import safetensors.torch
 import torch
 import yaml
 
+import qinit
 from qinit.errors import RecipeError
 from qinit.events import Allotted, Sampling
-from qinit.plan.allocation import Sensitivity
+from qinit.plan.allocation import Option, Sensitivity
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.run import run
+from qinit.verification.findings import Finding
+from qinit.verification.verify import verify
 from qinit.widths import budget as mixed
-from qinit.widths.budget import budget, items, options
+from qinit.widths.budget import allotted, budget, items, options
 from qinit.widths.knapsack import Choice
 from qinit.widths.validity import conditions
 from tests.helpers import plan_of, quantize, weights_of
+from tests.mixed import gptq_only
 from tests.models import make_checkpoint
 from tests.stock import delta, dense_weight, load, lora_modules, relative
 
@@ -33,8 +37,8 @@ def small_plan(source, **options):
 
 def sensitivity_of(plan, nats):
     """A measurement in which `nats` is a function of name, bits and rank."""
-    pairs = options(plan)
-    return Sensitivity(conditions(plan), "a test", {n: {p: nats(n, *p) for p in pairs[n]} for n in pairs})
+    own = options(plan)
+    return Sensitivity(conditions(plan), "a test", {n: {o: nats(n, o.bits, o.rank) for o in own[n]} for n in own})
 
 
 def file_of(plan, tmp_path, nats):
@@ -54,19 +58,21 @@ class TestItems:
     def test_every_layer_may_have_every_width_at_its_rank(self, strong_llama):
         plan = small_plan(strong_llama, target_bits=4, rank=16)
         assert list(options(plan)) == [layer.target.name for layer in plan.quantized]
-        assert {tuple(pairs) for pairs in options(plan).values()} == {((2, 16), (3, 16), (4, 16), (8, 16))}
+        assert {tuple(pairs) for pairs in options(plan).values()} == {
+            ((2, 32, 16), (3, 32, 16), (4, 32, 16), (8, 32, 16))
+        }
         assert {tuple(p) for p in options(small_plan(strong_llama, ratio=0, bits_low=3, bits_high=8)).values()} == {
-            ((3, 4), (8, 4))
+            ((3, 32, 4), (8, 32, 4))
         }
 
     def test_with_a_rank_budget_also_a_quarter_to_four_times_the_rank_as_far_as_shapes_allow(self, strong_llama):
         plan = small_plan(strong_llama, ratio=0.5, rank=16, rank_budget="1MB")
         found = options(plan)
-        assert found["model.layers.0.mlp.up_proj"] == list(product((2, 3), (4, 8, 16, 32, 64)))
-        assert found["model.layers.0.self_attn.k_proj"] == list(product((2, 3), (4, 8, 16, 32, 32)))
+        assert found["model.layers.0.mlp.up_proj"] == list(product((2, 3), (32,), (4, 8, 16, 32, 64)))
+        assert found["model.layers.0.self_attn.k_proj"] == list(product((2, 3), (32,), (4, 8, 16, 32, 32)))
         assert options(small_plan(strong_llama, ratio=0.5, rank=1, rank_budget="1MB"))[
             "model.layers.0.mlp.up_proj"
-        ] == list(product((2, 3), (1, 1, 1, 2, 4)))
+        ] == list(product((2, 3), (32,), (1, 1, 1, 2, 4)))
 
     @pytest.mark.parametrize("form", ["dense", "gptq"])
     def test_bits_are_those_of_a_packed_file(self, strong_llama, form):
@@ -75,8 +81,8 @@ class TestItems:
             rows, columns = layer.target.module.out_features, layer.target.module.in_features
             for choice in item.totals:
                 indices = 32 * columns if form == "gptq" else 0  # g_idx
-                assert choice.stored_bits == rows * columns * BITS[choice.bits] + indices
-                assert choice.adapter_bytes == 4 * choice.rank * (rows + columns)
+                assert choice.stored_bits == rows * columns * BITS[choice.option.bits] + indices
+                assert choice.adapter_bytes == 4 * choice.option.rank * (rows + columns)
                 assert choice.nats == 0
 
     def test_those_of_gptq_are_the_bytes_that_are_written(self, strong_llama, tmp_path):
@@ -86,7 +92,7 @@ class TestItems:
         for item in items(plan, None):
             (name,) = item.names
             nbytes = sum(t.numel() * t.element_size() for key, t in tensors.items() if key.startswith(name + "."))
-            assert {c.bits: c.stored_bits for c in item.totals}[widths(plan)[name]] == 8 * nbytes
+            assert {c.option.bits: c.stored_bits for c in item.totals}[widths(plan)[name]] == 8 * nbytes
 
     def test_fused_layers_are_one(self, strong_llama):
         plan = small_plan(strong_llama, ratio=0.5, tie="fused")
@@ -95,7 +101,9 @@ class TestItems:
         assert [len(item.names) for item in made] == [3, 1, 2, 1] * 2
         assert made[0].weights == 64 * 64 + 2 * 32 * 64
         assert made[0].totals[0] == Choice(
-            *(2, 4, made[0].weights * BITS[2], 4 * 4 * (128 + 96 + 96)),
+            Option(2, 32, 4),
+            made[0].weights * BITS[2],
+            4 * 4 * (128 + 96 + 96),
             sum(len(name) for name in made[0].names) / 2,
         )
 
@@ -231,10 +239,62 @@ class TestRankBudget:
         assert report.totals["adapter_bytes"] <= 62000
 
 
+class TestOneBudget:
+    """For base and adapter: widths, group sizes and ranks are chosen at once."""
+
+    def test_group_sizes_and_ranks_are_there_to_choose(self, strong_llama):
+        found = options(small_plan(strong_llama, target_size="1MB", bits_choices="2,3", rank=8))
+        assert found["model.layers.0.mlp.up_proj"] == list(product((2, 3), (16, 32, 64), (2, 4, 8, 16, 32)))
+        assert found["model.layers.0.mlp.down_proj"][:11:5] == [(2, 16, 2), (2, 32, 2), (2, 64, 2)]
+        packed = options(small_plan(strong_llama, target_size="1MB", format="gptq", group_size=64))
+        assert {option.group_size for option in packed["model.layers.0.mlp.up_proj"]} == {32, 64}  # 64 inputs
+
+    @pytest.mark.parametrize("form", ["dense", "gptq"])
+    @pytest.mark.parametrize("size", ["150KB", "200KB"])
+    def test_base_and_adapter_take_no_more_than_the_size(self, strong_llama, tmp_path, form, size):
+        if form == "gptq":
+            gptq_only()
+        asked = {"target_size": size, "rank": 8, "format": form, "group_size": 32}
+        report = quantize(strong_llama, tmp_path / "out", **{**SMALL, **asked})
+        assert len({(row.bits, row.group_size, row.rank) for row in report.layers}) > 1
+        assert_loads(strong_llama, tmp_path / "out", report, loaded=qinit.load if form == "gptq" else load)
+        totals, room = report.totals, 1000 * int(size[:-2])
+        packed = (
+            totals["base_bytes"]
+            - totals["quantized_weights"] * (totals["bits_per_weight"] - totals["grid_bits_per_weight"]) / 8
+        )
+        assert 0.9 * room < packed + totals["adapter_bytes"] <= room + 1
+        assert totals["allocation"]["nats_per_megabyte"].keys() == {"bits", "group_size", "rank"}
+        assert not [finding for finding in verify(tmp_path / "out") if isinstance(finding, Finding)]
+
+    def test_the_adapter_counts_in_target_bits_where_that_is_asked(self, strong_llama):
+        asked = {"target_bits": 6.0, "rank": 8, "count_adapter": True, "bits_choices": "2,3,4"}
+        plan = small_plan(strong_llama, **asked)
+        weights = sum(layer.weights for layer in plan.quantized)
+        plan = allotted(plan, sensitivity_of(plan, own_choice))
+        assert 5.7 < plan.grid_bits_per_weight + 8 * plan.adapter_bytes / weights <= 6
+        assert plan.allocation.chosen[0] == pytest.approx(
+            plan.grid_bits_per_weight + 8 * plan.adapter_bytes / weights, abs=1e-9
+        )
+
+    def test_what_cannot_be_had_is_said_with_what_can(self, strong_llama):
+        with pytest.raises(
+            RecipeError, match=r"target_size: 40KB cannot be had; what is not .* the least is \d+KB"
+        ) as caught:
+            small_plan(strong_llama, target_size="40KB", format="gptq")
+        least = str(caught.value).rsplit(" ", 1)[1]
+        plan = small_plan(strong_llama, target_size=least, format="gptq")
+        assert plan.base_bytes + plan.adapter_bytes <= int(least[:-2]) * 1000
+        assert {layer.bits for layer in plan.quantized} == {2}
+        everything = small_plan(strong_llama, target_size="1GB")
+        everything = allotted(everything, sensitivity_of(everything, own_choice))
+        assert {layer.bits for layer in everything.quantized} == {8}
+
+
 @torch.no_grad()
-def assert_loads(source, out, report):
-    """The stock loaders get Q + s B A with the errors that the report states."""
-    modules = lora_modules(load(out))
+def assert_loads(source, out, report, loaded=load):
+    """The stock loaders, or qinit's, get Q + s B A with the errors that the report states."""
+    modules = lora_modules(loaded(out))
     weights = safetensors.torch.load_file(source / "model.safetensors")
     assert len(modules) == len(report.layers)
     for row in report.layers:
@@ -307,5 +367,5 @@ class TestRuns:
 
     def test_before_measuring_all_ranks_are_the_recipes(self, strong_llama):
         plan = small_plan(strong_llama, ratio=0.5, rank_budget="1MB")
-        assert mixed._at_recipe_rank(plan, items(plan, None))[0].totals[0].rank == 4
+        assert mixed._plain(plan, items(plan, None))[0].totals[0].option.rank == 4
         assert {layer.rank for layer in plan.quantized} == {4}

@@ -13,6 +13,7 @@ from qinit.calibration import backward
 from qinit.calibration.output_metric import output_metrics
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.events import Measuring
+from qinit.plan.allocation import Option
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
@@ -79,7 +80,7 @@ def pairs(plan):
             patched.setattr(fisher, "seed_of", lambda name, _seed: seed_of(name, 0))
             again = replace(made, recipe=made.recipe.model_copy(update={"seed": seed}))
             for name, nats in measured(again, samples)[0].nats.items():
-                for (bits, _), value in nats.items():
+                for (bits, *_), value in nats.items():
                     predicted[name, bits] = predicted.get((name, bits), 0.0) + value / 4
     losses = real_losses(made, samples)
     return {key: (value, losses[key]) for key, value in predicted.items()}
@@ -167,10 +168,9 @@ class TestBlockByBlock:
         found, expected = measured(made, random_samples(5))[0], whole(made, random_samples(5))
         share = next(layer.weights for layer in made.quantized if layer.target.name == name)
         rest = sum(layer.weights for layer in made.quantized) - share
-        for pair in found.nats[name]:
-            others = sum(nats[pair] for other, nats in found.nats.items() if other != name)
-            assert found.nats[name][pair] == pytest.approx(others * share / rest)
-        del found.nats[name], expected.nats[name]
+        for own, *others in zip(found.nats.pop(name).values(), *(n.values() for n in found.nats.values()), strict=True):
+            assert own == pytest.approx(sum(others) * share / rest)
+        del expected.nats[name]
         close(found, expected)
 
     def test_batches_change_chance_alone_and_padding_nothing(self, plan):
@@ -202,12 +202,12 @@ class TestBlockByBlock:
 
     def test_several_ranks_are_cut_from_one_solution(self, plan):
         made = plan("llama")
-        ranks = {name: [(bits, rank) for bits in (2, 3) for rank in (1, 2, 4)] for name in options(made)}
+        ranks = {name: [Option(bits, 32, rank) for bits in (2, 3) for rank in (1, 2, 4)] for name in options(made)}
         nats = measured(made, random_samples(5), pairs=ranks)[0].nats
         for values in nats.values():
             assert list(values) == ranks["model.layers.0.self_attn.q_proj"]
         for bits in (2, 3):
-            sums = [sum(values[bits, rank] for values in nats.values()) for rank in (1, 2, 4)]
+            sums = [sum(values[bits, 32, rank] for values in nats.values()) for rank in (1, 2, 4)]
             assert sums == sorted(sums, reverse=True)
 
 

@@ -7,22 +7,25 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qinit.errors import RecipeError
+from qinit.plan.allocation import Option
 from qinit.widths import knapsack as allocate
 from qinit.widths.knapsack import FRONT_POINTS, Choice, Item, front, in_order, knapsack, picked, tied
+
+TWO, THREE = Option(2, 64, 4), Option(3, 64, 4)
 
 WIDTHS = (2, 3, 4, 8)
 
 
 def item(name, *choices, weights=1):
     """Choices are (stored bits, adapter bytes, nats); widths are counted up from 2."""
-    return Item((name,), weights, (tuple(Choice(2 + k, 4, *choice) for k, choice in enumerate(choices)),))
+    return Item((name,), weights, (tuple(Choice(Option(2 + k, 64, 4), *choice) for k, choice in enumerate(choices)),))
 
 
 def layers(sizes, widths=(2, 3), nats=0.0):
     """A layer of each size, stored at its widths and half a bit for scales."""
     made = enumerate(sizes)
     return [
-        Item((f"l{i}",), size, (tuple(Choice(b, 4, size * (b + 0.5), 8 * size, nats / b) for b in widths),))
+        Item((f"l{i}",), size, (tuple(Choice(Option(b, 64, 4), size * (b + 0.5), 8 * size, nats / b) for b in widths),))
         for i, size in made
     ]
 
@@ -129,13 +132,13 @@ class TestKnapsack:
         for i, (out, width) in enumerate(4 * [(4096, 4096), (1024, 4096), (1024, 4096), (11008, 4096), (4096, 11008)]):
             loss = rng.lognormvariate(-7, 1.5)
             choices = (
-                Choice(b, r, out * width * (b + (16 + b) / 64), 4 * r * (out + width), loss / 4**b / r**0.3)
+                Choice(Option(b, 64, r), out * width * (b + (16 + b) / 64), 4 * r * (out + width), loss / 4**b / r**0.3)
                 for b in WIDTHS
                 for r in ranks
             )
             items.append(Item((str(i),), out * width, (tuple(choices),)))
         bits = 3.0 * sum(each.weights for each in items)
-        nbytes = sum(next(c for c in each.totals if c.rank == 16).adapter_bytes for each in items)
+        nbytes = sum(next(c for c in each.totals if c.option.rank == 16).adapter_bytes for each in items)
         found = total(items, knapsack(items, bits, nbytes))
         assert 0.999 * bits < found[0] <= bits
         assert found[1] <= nbytes
@@ -190,9 +193,9 @@ class TestTied:
         assert sorted(name for group in tied(names) for name in group) == sorted(names)
 
     def test_an_item_of_several_layers_is_counted_and_picked_as_one(self):
-        both = Item(("q", "k"), 30, ((Choice(2, 4, 10.0, 1, 0.5), Choice(3, 4, 15.0, 1, 0.25)),) * 2)
-        assert both.totals == (Choice(2, 4, 20.0, 2, 1.0), Choice(3, 4, 30.0, 2, 0.5))
-        assert {name: choice.bits for name, choice in picked([both], [1]).items()} == {"q": 3, "k": 3}
+        both = Item(("q", "k"), 30, ((Choice(TWO, 10.0, 1, 0.5), Choice(THREE, 15.0, 1, 0.25)),) * 2)
+        assert both.totals == (Choice(TWO, 20.0, 2, 1.0), Choice(THREE, 30.0, 2, 0.5))
+        assert {name: choice.option.bits for name, choice in picked([both], [1]).items()} == {"q": 3, "k": 3}
 
 
 RULES = ("first", "last", "random", "uniform")
@@ -272,7 +275,11 @@ def test_the_front_falls(items):
 def test_a_front_with_a_budget_for_the_adapter_starts_at_the_smallest_widths():
     ranks = (1, 2, 4)
     items = [
-        Item((str(i),), 64, (tuple(Choice(b, r, 64.3 * b, 96 * r, (i + 1) / b / r) for b in (2, 3) for r in ranks),))
+        Item(
+            (str(i),),
+            64,
+            (tuple(Choice(Option(b, 64, r), 64.3 * b, 96 * r, (i + 1) / b / r) for b in (2, 3) for r in ranks),),
+        )
         for i in range(6)
     ]
     points = front(items, 384, 6 * 96 * 2)

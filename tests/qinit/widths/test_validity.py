@@ -51,8 +51,11 @@ def test_of_another_model(plan, file, tmp_path):
         ({"calibration": "random"}, r"another calibration \('none', now 'random'\)"),
         ({"target_modules": "o_proj"}, "another target_modules"),
         ({"exclude": "o_proj"}, "another exclude"),
-        ({"bits_choices": [2, 4]}, "has nothing on model.layers.0.self_attn.q_proj at 4 bits and rank 4"),
-        ({"rank_budget": "1MB"}, "has nothing on .* at 2 bits and rank 1"),
+        (
+            {"bits_choices": [2, 4]},
+            "has nothing on model.layers.0.self_attn.q_proj at 4 bits in groups of 32 and rank 4",
+        ),
+        ({"rank_budget": "1MB"}, "has nothing on .* at 2 bits in groups of 32 and rank 1"),
     ],
 )
 def test_of_another_recipe(plan, file, changes, message):

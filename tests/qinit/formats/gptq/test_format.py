@@ -8,6 +8,7 @@ import torch
 
 from qinit.files.tensors import StoredTensor
 from qinit.formats import FORMATS
+from qinit.formats.gptq.reading import GRID, grid_of
 from qinit.grids import GRIDS, Quantized
 from qinit.source.targets import LinearModule, Target
 
@@ -154,7 +155,7 @@ LAYERS = [f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q_proj
 )
 def test_the_selectors_choose_exactly_the_quantized_modules(kept):
     quantized = [name for name in LAYERS if name not in kept]
-    config = GPTQ.quantization_config(dict.fromkeys(quantized, 2), 64, kept)
+    config = GPTQ.quantization_config(dict.fromkeys(quantized, (2, 64)), kept)
     assert selected(config, LAYERS) == quantized
     skipped = [pattern.removeprefix("-:") for pattern in config.get("dynamic", {})]
     assert [name for name in LAYERS if any(re.match(pattern, name) for pattern in skipped)] == sorted(
@@ -165,12 +166,12 @@ def test_the_selectors_choose_exactly_the_quantized_modules(kept):
 def test_a_selector_of_one_name_does_not_catch_another_that_ends_alike():
     quantized = ["model.layers.0.mlp.proj"]
     kept = ["model.layers.0.mlp.up_proj", "model.layers.0.deep.mlp.proj"]
-    config = GPTQ.quantization_config(dict.fromkeys(quantized, 2), 64, kept)
+    config = GPTQ.quantization_config(dict.fromkeys(quantized, (2, 64)), kept)
     assert selected(config, quantized + kept) == quantized
 
 
 def test_the_config_says_what_the_loader_has_to_know():
-    config = GPTQ.quantization_config(dict.fromkeys(LAYERS, 3), 128, [])
+    config = GPTQ.quantization_config(dict.fromkeys(LAYERS, (3, 128)), [])
     expected = {
         "quant_method": "gptq",
         "bits": 3,
@@ -186,16 +187,16 @@ def test_the_config_says_what_the_loader_has_to_know():
     assert "block_name_to_quantize" not in config  # model.layers is found by itself
 
 
-MIXED = {name: (2, 3, 4, 2)[i % 4] for i, name in enumerate(LAYERS)} | {LAYERS[11]: 8}
+MIXED = {name: ((2, 3, 4, 2)[i % 4], 64) for i, name in enumerate(LAYERS)} | {LAYERS[11]: (8, 64)}
 
 
 def test_the_most_frequent_width_is_the_base_and_the_others_are_listed_by_name():
-    config = GPTQ.quantization_config(MIXED, 64, ["model.layers.0.mlp.gate_proj"])
+    config = GPTQ.quantization_config(MIXED, ["model.layers.0.mlp.gate_proj"])
     assert config["bits"] == 2
     assert config["dynamic"].pop(r"-:^model\.layers\.0\.mlp\.gate_proj$") == {}
-    expected = {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in MIXED.items() if bits != 2}
+    expected = {f"+:^{re.escape(name)}$": {"bits": bits} for name, (bits, _) in MIXED.items() if bits != 2}
     assert config["dynamic"] == expected
-    one_width = GPTQ.quantization_config(dict.fromkeys(MIXED, 2), 64, ["model.layers.0.mlp.gate_proj"])
+    one_width = GPTQ.quantization_config(dict.fromkeys(MIXED, (2, 64)), ["model.layers.0.mlp.gate_proj"])
     assert config | {"dynamic": None} == one_width | {"dynamic": None}
 
 
@@ -203,20 +204,29 @@ def test_the_most_frequent_width_is_the_base_and_the_others_are_listed_by_name()
     ("widths", "base"), [((3, 2, 2, 3), 2), ((8, 4), 4), ((4, 8, 8), 8), ((2, 4, 3, 3, 4), 3), ((3,), 3)]
 )
 def test_of_equally_frequent_widths_the_smaller_is_the_base(widths, base):
-    assert GPTQ.quantization_config(dict(zip(LAYERS, widths, strict=False)), 64, [])["bits"] == base
+    assert GPTQ.quantization_config({n: (b, 64) for n, b in zip(LAYERS, widths, strict=False)}, [])["bits"] == base
 
 
-def test_gptqmodel_reads_the_width_of_every_module():
+def test_group_sizes_may_differ_too():
+    grids = dict(zip(LAYERS, ((2, 64), (2, 32), (3, 64), (3, 32), (2, 64)), strict=False))
+    config = GPTQ.quantization_config(grids, [])
+    assert (config["bits"], config["group_size"]) == (2, 64)
+    assert list(config["dynamic"].values()) == [{"group_size": 32}, {"bits": 3}, {"bits": 3, "group_size": 32}]
+    assert {name: grid_of(name, config) for name in grids} == grids
+
+
+def test_gptqmodel_reads_width_and_group_size_of_every_module():
     pytest.importorskip("gptqmodel")
     from gptqmodel.quantization.config import dynamic_get
 
     # Names of which one begins with another, or which a dot that is not escaped would catch.
     alike = {"model.layers.1.mlp.up_proj_2": 8, "xmodel.layers.1.mlp.up_proj": 2, "model.layers.1.mlp_up_proj": 3}
-    widths = MIXED | alike
+    grids = MIXED | {name: (bits, 32) for name, bits in alike.items()}
     kept = ["model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj"]
-    config = GPTQ.quantization_config(widths, 64, kept)
+    config = GPTQ.quantization_config(grids, kept)
     dynamic = config["dynamic"]
-    assert {name: dynamic_get(dynamic, name, "bits", config["bits"]) for name in widths} == widths
+    found = {name: tuple(dynamic_get(dynamic, name, key, config[key]) for key in GRID) for name in grids}
+    assert found == grids
     assert all(dynamic_get(dynamic, name) is False for name in kept)
     assert dynamic_get(dynamic, "model.layers.100.mlp.gate_proj") is None
 
@@ -230,7 +240,7 @@ def test_gptqmodel_reads_the_width_of_every_module():
     ],
 )
 def test_a_block_that_the_loader_does_not_know_is_named(names, block):
-    assert GPTQ.quantization_config(dict.fromkeys(names, 2), 64, []).get("block_name_to_quantize") == block
+    assert GPTQ.quantization_config(dict.fromkeys(names, (2, 64)), []).get("block_name_to_quantize") == block
 
 
 class TestCodes:
