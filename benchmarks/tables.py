@@ -227,10 +227,24 @@ def qualities(result: Result) -> list[Table]:
     return [Table(f"{title}{result['full_precision']:.2f}", header, rows)]
 
 
+def gpu(result: Result) -> list[Table]:
+    """Each part's figures, a row each."""
+    own = {"kind", "command", "versions", "machine", "seeds", "model", "device"}
+    rows = []
+    for part, figures in result.items():
+        if part not in own:
+            nested = {key: value for key, value in figures.items() if isinstance(value, dict)}
+            flat = {key: value for key, value in figures.items() if key not in nested}
+            flat |= {f"{key}: {inner}": value for key, values in nested.items() for inner, value in values.items()}
+            words = ((what, f"{value:.3g}" if isinstance(value, float) else str(value)) for what, value in flat.items())
+            rows += [[part, what, word] for what, word in words]
+    return [Table(f"{result['model']} on {result['machine']['gpu'] or result['device']}", ["part", "what", ""], rows)]
+
+
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
-    **{"estimates": estimates, "qualities": qualities},
+    **{"estimates": estimates, "qualities": qualities, "gpu": gpu},
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

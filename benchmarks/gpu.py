@@ -1,0 +1,260 @@
+"""What qinit does on a GPU: does it compute the same as on the CPU, how long an 8B model takes, and where that goes.
+
+    python benchmarks/gpu.py [--device cuda] [--parts card,parity,...] [--tiny] [--json FILE]
+
+The model has Llama-3.1-8B's shapes, 4 of its 32 blocks, and random weights, which are drawn on the device and written
+to a temporary directory (4 GB). A whole run is 4 blocks' run with the time between its first and its last block eight
+times over. The parts come in the order of what they are worth, and each is printed and kept as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import conclude
+from safetensors.torch import load_file, save_file
+
+from qinit.clock import Clock
+from qinit.events import Done
+from qinit.planner.make import make_plan
+from qinit.recipe import make_recipe
+from qinit.runner.run import run
+from qinit.solver.solve import solve
+from qinit.text.self_text import write_text
+
+BLOCKS = 32  # of the whole model
+RECIPE = {"bits": 2, "rank": 16, "group_size": 64, "check": False, "polish": 0}
+LLAMA_8B = {
+    **{"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+    **{"num_hidden_layers": 4, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0},
+}
+TINY = {
+    **{"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"num_hidden_layers": 4, "vocab_size": 512, "max_position_embeddings": 512},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, and where."""
+
+    device: torch.device
+    model: dict[str, Any]
+    samples: int
+    length: int
+    place: Path
+
+    @property
+    def source(self) -> Path:
+        return self.place / "model"
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(device: torch.device, call: Callable[[], Any], times: int = 1) -> float:
+    """Return the seconds of one call, of so many after a first one."""
+    call()
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        call()
+    wait(device)
+    return (time.perf_counter() - started) / times
+
+
+def peak(device: torch.device) -> float | None:
+    """Return the peak of the device's memory since the last call, in GB."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+def make_model(directory: Path, config: dict[str, Any], device: torch.device) -> None:
+    """Write a random Llama, drawn on the device in the scale that trained ones have."""
+    directory.mkdir(parents=True)
+    width, inner, vocabulary = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    keys = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens": (vocabulary, width), "lm_head": (vocabulary, width)}
+    norms = ["model.norm"]
+    for block in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{block}."
+        for name, outputs in (("q", width), ("k", keys), ("v", keys), ("o", width)):
+            shapes[f"{prefix}self_attn.{name}_proj"] = (outputs, width)
+        for name, shape in (("gate", (inner, width)), ("up", (inner, width)), ("down", (width, inner))):
+            shapes[f"{prefix}mlp.{name}_proj"] = shape
+        norms += [prefix + "input_layernorm", prefix + "post_attention_layernorm"]
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * 0.02
+        tensors[f"{name}.weight"] = drawn.to(torch.bfloat16).cpu()
+    tensors |= {f"{name}.weight": torch.ones(width, dtype=torch.bfloat16) for name in norms}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps({**kind, **ids, **config}))
+
+
+def card(setting: Setting) -> dict[str, Any]:
+    """The machine: matrix products a second, and bytes."""
+    device, size = setting.device, 8192 if setting.device.type == "cuda" else 512
+    found: dict[str, Any] = {"name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        seconds = timed(device, lambda one=one, other=other: one @ other, 3)
+        found[f"TFLOP/s {name}"] = 2 * size**3 / seconds / 1e12
+    block = torch.empty(1 << (30 if device.type == "cuda" else 24), dtype=torch.uint8, device=device)
+    found["GB/s copied"] = 2 * block.numel() / timed(device, block.clone, 3) / 1e9
+    if device.type == "cuda":
+        found["memory, GB"] = torch.cuda.get_device_properties(device).total_memory / 1e9
+    return found
+
+
+def parity(setting: Setting) -> dict[str, Any]:
+    """The same tiny model on the CPU and on the device: how many codes differ, and by how much the errors do."""
+    source = setting.place / "tiny"
+    make_model(source, TINY, torch.device("cpu"))
+    found = {}
+    for name, options in (
+        ("without data", {"calibration": "none"}),
+        ("calibrated", {"calibration": "random", "calibration_samples": 16, "calibration_length": 64}),
+        ("polished", {"calibration": "random", "calibration_samples": 16, "calibration_length": 64, "polish": 4}),
+    ):
+        reports, codes = [], []
+        for device in ("cpu", str(setting.device)):
+            out = setting.place / f"parity-{name.replace(' ', '-')}-{len(reports)}"
+            recipe = make_recipe(**{**RECIPE, "model": str(source), "device": device, **options})
+            *_, last = run(make_plan(recipe, source, "tiny"), out)
+            reports.append(last.report)
+            tensors = load_file(out / "model.safetensors")
+            codes.append(torch.cat([t.flatten() for n, t in sorted(tensors.items()) if n.endswith("qweight")]))
+        different = codes[0] ^ codes[1]
+        fields = sum(int(((different >> shift) & 3).ne(0).sum()) for shift in range(0, 32, 2))
+        pairs = zip(reports[0].layers, reports[1].layers, strict=True)
+        found[name] = {
+            "codes that differ": fields / (16 * len(codes[0])),
+            "largest difference of an error": max(abs(one.error - other.error) for one, other in pairs),
+        }
+    return found
+
+
+def layers(setting: Setting) -> dict[str, Any]:
+    """Seconds to solve one layer of each shape without data, and all of the whole model."""
+    recipe = make_recipe(**RECIPE, model=str(setting.source), calibration="none", device=str(setting.device))
+    plan = make_plan(recipe, setting.source, "model")
+    found: dict[str, Any] = {}
+    whole = 0.0
+    seen: dict[tuple[int, ...], float] = {}
+    for layer in plan.quantized:
+        shape = layer.target.tensor.shape
+        if shape not in seen:
+            weight = layer.target.tensor.read().to(setting.device, torch.float32)
+            spec = plan.layer_spec(layer)
+            seen[shape] = timed(setting.device, lambda weight=weight, spec=spec: solve(weight, spec, 0, None))
+            found[" x ".join(map(str, shape))] = seen[shape]
+        whole += seen[shape] * BLOCKS / setting.model["num_hidden_layers"]
+    return {**found, f"{BLOCKS} blocks": whole, "peak, GB": peak(setting.device)}
+
+
+def without_data(setting: Setting) -> dict[str, Any]:
+    return whole_run(setting, {"calibration": "none"})
+
+
+def calibrated(setting: Setting) -> dict[str, Any]:
+    samples = {"calibration_samples": setting.samples, "calibration_length": setting.length}
+    found = whole_run(setting, {"calibration": "random", **samples})
+    config, tokens = setting.model, setting.samples * setting.length
+    block = config["hidden_size"] ** 2 * 2 + 3 * config["hidden_size"] * config["intermediate_size"]
+    found["TFLOP/s forward, of a block's matrix products"] = (
+        2.7 * 2 * block * tokens * config["num_hidden_layers"] / max(found["split"].get("forward", 0.0), 1e-9) / 1e12
+    )
+    return found
+
+
+def whole_run(setting: Setting, options: dict[str, Any]) -> dict[str, Any]:
+    """Quantize from disk to disk; the seconds of 4 blocks, and of the whole model from these."""
+    out = setting.place / f"run-{options['calibration']}"
+    recipe = make_recipe(**{**RECIPE, "model": str(setting.source), "device": str(setting.device), **options})
+    peak(setting.device)
+    started, ends = time.perf_counter(), {}
+    with Clock() as clock:
+        for event in run(make_plan(recipe, setting.source, "model"), out):
+            now = time.perf_counter() - started
+            if isinstance(event, Done) and ".layers." in event.name and event.row is not None:
+                ends[int(event.name.split(".layers.")[1].split(".")[0])] = now
+        wait(setting.device)
+    seconds = time.perf_counter() - started
+    blocks = setting.model["num_hidden_layers"]
+    each = (ends[blocks - 1] - ends[0]) / (blocks - 1)
+    split = {name: round(value, 3) for name, value in clock.split().items()}
+    return {
+        **{f"{blocks} blocks": seconds, "a block": each, f"{BLOCKS} blocks": seconds + each * (BLOCKS - blocks)},
+        **{"split": split, "peak, GB": peak(setting.device)},
+    }
+
+
+def own_text(setting: Setting) -> dict[str, Any]:
+    """Seconds for the model to write the text; that of the whole one is what blocks take more."""
+    peak(setting.device)
+    started = time.perf_counter()
+    write_text(setting.source, 1, samples=setting.samples, length=setting.length, seed=0, device=setting.device)
+    seconds = time.perf_counter() - started
+    blocks = setting.model["num_hidden_layers"]
+    return {
+        **{f"{blocks} blocks": seconds, f"at most, {BLOCKS} blocks": seconds * BLOCKS / blocks},
+        "peak, GB": peak(setting.device),
+    }
+
+
+PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    **{"card": card, "parity": parity, "layers": layers, "without data": without_data, "calibrated": calibrated},
+    "own text": own_text,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal with tiny shapes")
+    parser.add_argument("--dir", type=Path, default=None, help="where there is room for 8 GB")
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    model, samples, length = (TINY, 8, 64) if options.tiny else (LLAMA_8B, 128, 512)
+    result: dict[str, Any] = {"model": "tiny" if options.tiny else "Llama-3.1-8B's shapes", "device": device.type}
+    with tempfile.TemporaryDirectory(dir=options.dir) as place:
+        setting = Setting(device, model, samples, length, Path(place))
+        started = time.perf_counter()
+        make_model(setting.source, model, device)
+        print(f"the model: {time.perf_counter() - started:.1f} s", flush=True)
+        for name in options.parts.split(","):
+            started = time.perf_counter()
+            try:
+                result[name] = PARTS[name](setting)
+            except Exception as error:  # the other parts are worth as much
+                result[name] = {"failed": f"{type(error).__name__}: {error}"}
+                if options.tiny:
+                    raise
+            print(f"{name}, {time.perf_counter() - started:.1f} s: {json.dumps(result[name])}", flush=True)
+            if options.json is not None:
+                options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    conclude("gpu", result, options.json, seeds=[0])
+
+
+if __name__ == "__main__":
+    main()
