@@ -97,7 +97,7 @@ def _check_quantization(
 ) -> Iterator[Finding]:
     widths = {row.name: row.bits for row in report.layers if row.bits is not None}
     kept = [module.name for module in architecture.linear if module.name not in widths]
-    expected = FORMATS[recipe.format].quantization_config(widths, recipe.group_size, kept)
+    expected = FORMATS[recipe.format].quantization_config(widths, recipe.group_size, kept, architecture.modules)
     found = config.get("quantization_config")
     if not isinstance(expected, dict) or not isinstance(found, dict):
         if expected != found:
