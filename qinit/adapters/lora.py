@@ -115,7 +115,9 @@ def _plain(number: float) -> int | float:
 
 
 def _target_modules(adapted: list[str], architecture: Architecture) -> list[str]:
-    """Last name components where these select just the adapted modules, whole names otherwise."""
+    """Last name components where these select just the adapted modules, whole names otherwise. PEFT compares them with
+    the names of all modules, whatever these are."""
     chosen = set(adapted)
-    others = {module.name.rsplit(".", 1)[-1] for module in architecture.linear if module.name not in chosen}
+    names = (*architecture.modules, *(module.name for module in architecture.linear))
+    others = {name.rsplit(".", 1)[-1] for name in names if name not in chosen}
     return sorted({name if (last := name.rsplit(".", 1)[-1]) in others else last for name in adapted})

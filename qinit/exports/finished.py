@@ -43,4 +43,4 @@ class FinishedRun:
         architecture = read_architecture(checkpoint, trust_remote_code)
         place = directory / ADAPTER_DIRECTORY if adapter is None else adapter
         weights = ModelWeights(checkpoint, architecture, trust_remote_code=trust_remote_code)
-        return cls(directory, report, checkpoint, architecture, weights, place, SavedAdapter.open(place))
+        return cls(directory, report, checkpoint, architecture, weights, place, SavedAdapter.open(place, whole=True))

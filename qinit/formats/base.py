@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.grids import Grid, Quantized
-from qinit.source.targets import LinearModule, Target
+from qinit.source.targets import Architecture, LinearModule, Target
 
 
 class Format(ABC):
@@ -29,6 +30,10 @@ class Format(ABC):
 
     def cannot_hold(self, grid: str, bits: int, group_size: int) -> str | None:
         """Return why this format holds no such grid at all, or None."""
+        return None
+
+    def cannot_load(self, architecture: Architecture) -> str | None:
+        """Return why no stock loader takes this format for models of this class, or None."""
         return None
 
     def cannot_hold_shape(self, module: LinearModule, group_size: int) -> str | None:
@@ -71,12 +76,19 @@ class Format(ABC):
         was found."""
         yield from ()
 
-    def quantization_config(self, grids: dict[str, tuple[int, int]], kept: list[str]) -> dict[str, Any] | None:
+    def quantization_config(
+        self, grids: dict[str, tuple[int, int]], kept: list[str], modules: Mapping[str, type] = MappingProxyType({})
+    ) -> dict[str, Any] | None:
         """Return config.json's `quantization_config`, or None when there is none.
 
-        `grids` are bits and group size of the quantized modules by name, in the model's order; `kept` are the others.
+        `grids` are bits and group size of the quantized modules by name, in the model's order; `kept` are the other
+        linear ones; `modules` has the classes of all of them by name.
         """
         return None
+
+    def replaced(self, config: dict[str, Any], architecture: Architecture) -> set[str]:
+        """Return the names of the modules that the loader replaces by packed ones for this config.json."""
+        return set()
 
     def recognises(self, config: dict[str, Any]) -> bool:
         """Whether a base with this config.json is stored in this format, by qinit or another program."""

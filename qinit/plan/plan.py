@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -43,6 +44,22 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Left:
+    """A chosen module that stays as it is and gets no adapter, and why."""
+
+    target: Target
+    reason: str
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A parameter that PEFT trains whole, as those of a head: its name in the adapter's file, and what it starts as."""
+
+    name: str
+    tensor: StoredTensor
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will read and write."""
 
@@ -54,6 +71,9 @@ class Plan:
     calibration_reason: str = ""  # why `auto` became what it is
     polish_reason: str = ""  # why there are so many steps of polish, where that was open
     allocation: Allocation | None = None  # of mixed widths; None too while they are still to be measured
+    left: tuple[Left, ...] = ()
+    whole: tuple[Whole, ...] = ()
+    format_reason: str = ""  # why the recipe's format is another than was asked for
 
     @property
     def adapter(self) -> Adapter:
@@ -98,7 +118,8 @@ class Plan:
 
     @cached_property
     def adapter_specs(self) -> list[TensorSpec]:
-        return [spec for layer in self.layers for spec in self.adapter.specs(layer.target.module, layer.rank)]
+        factors = [spec for layer in self.layers for spec in self.adapter.specs(layer.target.module, layer.rank)]
+        return factors + [TensorSpec(each.name, each.tensor.dtype, each.tensor.shape) for each in self.whole]
 
     @property
     def max_shard_bytes(self) -> int:
@@ -141,8 +162,9 @@ class Plan:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know: layers that are kept, ranks that were lowered."""
-        notes = [f"{layer.target.name} stays as it is: {layer.kept}" for layer in self.layers if layer.kept]
+        """What a user should know: layers that are kept or left alone, ranks that were lowered."""
+        notes = [f"format {self.recipe.format}: {self.format_reason}"] if self.format_reason else []
+        notes += self.exceptions
         if self.recipe.method in CALIBRATED:
             how = f"calibration {self.recipe.calibration}" if self.recipe.calibrated else "no calibration"
             if self.calibration_reason:
@@ -166,6 +188,16 @@ class Plan:
                 "then chooses them under the same budget"
             )
         return tuple(notes)
+
+    @cached_property
+    def exceptions(self) -> list[str]:
+        """Say which chosen layers are not quantized, and why: those of one reason together."""
+        kept = _by_reason((layer.target.name, layer.kept) for layer in self.layers if layer.kept)
+        left = _by_reason((each.target.name, each.reason) for each in self.left)
+        found = [f"{_subject(names, 'stays as it is', 'stay as they are')}: {reason}" for reason, names in kept]
+        return found + [
+            f"{_subject(names, 'is', 'are')} left alone, without an adapter: {reason}" for reason, names in left
+        ]
 
     @property
     def _storage_note(self) -> str:
@@ -191,6 +223,21 @@ class Plan:
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return the same for a layer that the calibration text never reaches."""
         return replace(self.layer_spec(layer), method=UNREACHED, iterations=UNREACHED.iterations)
+
+
+def _by_reason(reasons: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        groups.setdefault(reason, []).append(name)
+    return list(groups.items())
+
+
+def _subject(names: list[str], one: str, many: str) -> str:
+    """Name a single module, or count several and say what they are called; with the verb for it."""
+    if len(names) == 1:
+        return f"{names[0]} {one}"
+    *kinds, last = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    return f"{len(names)} modules named {' and '.join(filter(None, (', '.join(kinds), last)))} {many}"
 
 
 def few_tokens(plan: Plan, tokens: int, remedy: str) -> list[str]:

@@ -11,6 +11,7 @@ from qinit.files.tensors import TensorSpec
 from qinit.formats import FORMATS
 from qinit.plan.allocation import Allocation
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.planner.settled import with_whole
 from qinit.recipe import Recipe, make_recipe
 from qinit.report.report import REPORT_NAME, LayerRow, Report
 from qinit.source.checkpoint import Checkpoint
@@ -84,7 +85,7 @@ def plan_again(report: Report, recipe: Recipe, run: Path, source: Path) -> Plan:
         if row.kept is None and None in (row.bits, row.group_size):
             raise _damaged(run, f"{row.name} has neither a width nor a reason why it was kept")
     layers = tuple(_layer(recipe, targets[row.name], row) for row in report.layers)
-    plan = Plan(recipe, report.model, checkpoint, architecture, layers)
+    plan = with_whole(Plan(recipe, report.model, checkpoint, architecture, layers))
     if not plan.quantized:
         raise _damaged(run, "no layer is quantized")
     for layer, row in zip(layers, report.layers, strict=True):

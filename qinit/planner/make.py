@@ -7,11 +7,12 @@ from pathlib import Path
 
 from qinit.errors import RecipeError, TargetError
 from qinit.files.tensors import TensorSpec
-from qinit.formats import FORMATS
+from qinit.formats import FORMATS, DenseFormat
 from qinit.machine import pick_device
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.auto import choose
 from qinit.planner.polish import choose_polish
+from qinit.planner.settled import require_packed, settled
 from qinit.recipe import Recipe
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Target, read_architecture, resolve_targets, select
@@ -27,17 +28,28 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
     checkpoint = Checkpoint.open(directory)
     architecture = read_architecture(checkpoint, recipe.trust_remote_code)
     targets = select(resolve_targets(checkpoint, architecture), recipe.target_modules, recipe.exclude)
-    layers = tuple(_plan_layer(recipe, target) for target in targets)
-    plan = Plan(recipe, model_name, checkpoint, architecture, layers)
+    plan = Plan(recipe, model_name, checkpoint, architecture, ())
+    reason = FORMATS[recipe.format].cannot_load(architecture)
+    if reason is not None:
+        plan = replace(plan, recipe=recipe.model_copy(update={"format": DenseFormat.name}), format_reason=reason)
+    layers = tuple(_plan_layer(plan.recipe, target) for target in targets)
+    plan = settled(replace(plan, layers=layers))
     if not plan.quantized:
-        raise TargetError(
-            f"format {recipe.format} can hold none of the {len(layers)} chosen layers "
-            f"({plan.notes[0]}); use --format dense"
-        )
+        raise _nothing_left(plan, len(layers))
+    require_packed(plan)
     plan = _with_polish(_with_calibration(plan))
     if recipe.mixed:
         plan = planned(plan)
     return plan
+
+
+def _nothing_left(plan: Plan, chosen: int) -> TargetError:
+    reasons = "; ".join(plan.exceptions)
+    if not plan.layers:
+        return TargetError(f"none of the {chosen} chosen layers can be repaired ({reasons}); choose others")
+    return TargetError(
+        f"format {plan.recipe.format} can hold none of the {chosen} chosen layers ({reasons}); use --format dense"
+    )
 
 
 def _with_calibration(plan: Plan) -> Plan:

@@ -32,7 +32,7 @@ def write_configurations(plan: Plan, directory: Path, out: Path) -> None:
     modules = [(layer.target.module, layer.rank) for layer in plan.layers]
     config = plan.adapter.config(plan.recipe, plan.architecture, modules, str(out.resolve()))
     write_config(directory / ADAPTER_DIRECTORY, config)
-    _write_config(plan, directory)
+    (directory / "config.json").write_text(json.dumps(base_config(plan), indent=2) + "\n", encoding="utf-8")
 
 
 def complete(plan: Plan, report: Report, directory: Path) -> None:
@@ -44,15 +44,16 @@ def complete(plan: Plan, report: Report, directory: Path) -> None:
     write_manifest(directory)
 
 
-def _write_config(plan: Plan, directory: Path) -> None:
+def base_config(plan: Plan) -> dict[str, Any]:
+    """Return the base's config.json: the source's, and how the base is packed where it is."""
     grids = {layer.target.name: (layer.bits, layer.group_size) for layer in plan.quantized}
     kept = [module.name for module in plan.architecture.linear if module.name not in grids]
     config = dict(plan.checkpoint.config)
     fmt = FORMATS[plan.recipe.format]
-    quantization = fmt.quantization_config(grids, kept)
+    quantization = fmt.quantization_config(grids, kept, plan.architecture.modules)
     if quantization is not None:
         config["quantization_config"] = quantization
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return config
 
 
 def make_report(
@@ -83,6 +84,8 @@ def make_report(
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory_bytes,
     }
+    if plan.whole:
+        totals["whole_bytes"] = sum(each.tensor.nbytes for each in plan.whole)
     if any(row.output_error is not None for row in rows):
         totals["output_error_start"] = relative_error(rows, "output_error_start")
         totals["output_error"] = relative_error(rows, "output_error")

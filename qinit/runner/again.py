@@ -210,6 +210,7 @@ def _taken_over(job: Job, before: Before) -> Generator[Event, None, None]:
                 store.copy_weight(layer, _same(before, tensors[name], tensor))
             _take_over(job, before, layer, tensors, rows[layer.target.name])
         yield Done(name, tensor.nbytes, None)
+    store.copy_whole(StoredTensor.chunks)
     store.sync()
 
 

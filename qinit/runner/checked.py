@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.errors import CalibrationError, QinitError
 from qinit.evaluate.figures import Figures
@@ -32,7 +30,8 @@ from qinit.text.sources import RANDOM, load_samples
 TEXT = "text that qinit brings, none of it for calibration"
 BROKEN = 1.0  # nats of KL per token: beyond it little of what the original predicts is left
 MORE_BITS = {2: 3, 3: 4, 4: 8}
-FAILED = (QinitError, NotStreamable, torch.OutOfMemoryError)
+# The last two are torch's own, where a model cannot take the text; memory that is used up is the first of them.
+FAILED = (QinitError, NotStreamable, RuntimeError, IndexError)
 
 
 def check(job: Job) -> Generator[Event, None, dict[str, Any] | None]:

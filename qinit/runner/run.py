@@ -107,6 +107,7 @@ def _carried_out(job: Job) -> Generator[Event, None, None]:
         else:
             row = store.put(layer, *solve_layer(plan, layer, read_weight(layer, job.device), None))
         yield Done(name, tensor.nbytes, row)
+    store.copy_whole(_checked_chunks)
     store.sync()
     if plan.recipe.polish:
         with section("polish"):

@@ -10,6 +10,7 @@ from typing import Any
 from qinit.errors import CheckpointError, TargetError, did_you_mean
 from qinit.files.tensors import StoredTensor
 from qinit.source.checkpoint import Checkpoint
+from qinit.source.modules import is_plain, set_by_parents
 from qinit.source.skeleton import build_model
 
 ALL_LINEAR = "all-linear"
@@ -19,7 +20,8 @@ ALL_LINEAR = "all-linear"
 class LinearModule:
     """A linear module of the architecture: W is [out_features, in_features]; Conv1D stores W transposed.
 
-    `set_by_parent`: the weight is initialized by an enclosing module, as GPT-2's c_proj is.
+    `set_by_parent`: the weight is initialized by an enclosing module, as GPT-2's c_proj is. `plain`: its forward is
+    W x + b and nothing else. `subclass`: its class's name where that is a subclass of nn.Linear.
     """
 
     name: str
@@ -27,6 +29,8 @@ class LinearModule:
     in_features: int
     transposed: bool
     set_by_parent: bool = False
+    plain: bool = True
+    subclass: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The model's linear modules in order, its base-model prefix, its class and its embeddings' shapes."""
+    """The model's linear modules in order, its base-model prefix, its class, its embeddings' shapes, the classes of all
+    its modules by their names, and what its forward calls its main input."""
 
     class_name: str
     base_prefix: str
     linear: tuple[LinearModule, ...]
     embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    modules: dict[str, type] = field(default_factory=dict)
+    main_input: str = "input_ids"
 
 
 def read_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Architecture:
@@ -62,44 +69,38 @@ def read_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -
     Output heads and modules whose weight is tied to an embedding are left out. Raises CheckpointError as `build_model`
     does.
     """
+    # Without buffers they would be allocated, then dropped.
+    model = build_model(checkpoint, include_buffers=True, trust_remote_code=trust_remote_code)
+    return architecture_of(model)
+
+
+def architecture_of(model: Any) -> Architecture:
+    """List the linear modules of a model on the meta device, as `read_architecture` does."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    # Without buffers they would be allocated, then dropped.
-    model = build_model(checkpoint, include_buffers=True, trust_remote_code=trust_remote_code)
     head = model.get_output_embeddings()
-    tables = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    modules = {name: module for name, module in model.named_modules() if name}
+    tables = {name: module.weight for name, module in modules.items() if isinstance(module, nn.Embedding)}
     embeddings = {id(weight) for weight in tables.values()}
-    set_by_parent = _set_by_parent(model)
+    found = {
+        name: module
+        for name, module in modules.items()
+        if module is not head and isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in embeddings
+    }
+    set_by_parent = set_by_parents(model, found)
     linear = []
-    for name, module in model.named_modules():
-        if module is head or not isinstance(module, (nn.Linear, Conv1D)) or id(module.weight) in embeddings:
-            continue
+    for name, module in found.items():
         transposed = isinstance(module, Conv1D)
         rows, columns = module.weight.shape
         out_features, in_features = (columns, rows) if transposed else (rows, columns)
-        linear.append(LinearModule(name, out_features, in_features, transposed, id(module.weight) in set_by_parent))
+        subclass = type(module).__name__ if isinstance(module, nn.Linear) and type(module) is not nn.Linear else ""
+        by_parent, plain = name in set_by_parent, is_plain(module)
+        linear.append(LinearModule(name, out_features, in_features, transposed, by_parent, plain, subclass))
     shapes = {f"{name}.weight": tuple(weight.shape) for name, weight in tables.items()}
-    return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear), shapes)
-
-
-def _set_by_parent(model: Any) -> set[int]:
-    """Return the ids of parameters that an enclosing module's initialization writes to (on meta: for free)."""
-    import torch
-
-    found: set[int] = set()
-    for module in model.modules():
-        below = [p for child in module.children() for p in child.parameters()]
-        if not below or module is model:
-            continue
-        versions = [parameter._version for parameter in below]
-        try:
-            with torch.no_grad():
-                model._init_weights(module)
-        except Exception:  # code written for real tensors: it says nothing about this module then
-            continue
-        found.update(id(p) for p, version in zip(below, versions, strict=True) if p._version != version)
-    return found
+    classes = {name: type(module) for name, module in modules.items()}
+    main_input = getattr(model, "main_input_name", "input_ids")
+    return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear), shapes, classes, main_input)
 
 
 def _require_shape(checkpoint: Checkpoint, parameter: str, expected: tuple[int, ...], base_prefix: str) -> None:

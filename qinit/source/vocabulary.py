@@ -11,6 +11,7 @@ from qinit.errors import CalibrationError
 from qinit.source.checkpoint import read_json
 
 LARGEST_VOCABULARY = 2**24  # the largest in use have about 10^6 tokens
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # MPT has the last alone
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
@@ -45,7 +46,7 @@ class Facts:
             architecture=", ".join(map(str, architectures)) or "no architecture",
             causal=_is_causal(architectures, config),
             vocabulary=_size(directory, config, trust_remote_code, "vocab_size"),
-            positions=_size(directory, config, trust_remote_code, "max_position_embeddings", "n_positions"),
+            positions=_size(directory, config, trust_remote_code, *POSITIONS),
             start=next(iter(bos + eos), None),
             pad=next(iter(pad), None),
             special=frozenset([*bos, *eos, *pad, *_named_ids(config)]),

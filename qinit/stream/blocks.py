@@ -55,7 +55,7 @@ class Call:
         output = (
             block(hidden_states=hidden, **self.kwargs) if self.by_name else block(hidden, *self.args, **self.kwargs)
         )
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
 
 def alike(one: Any, other: Any) -> bool:

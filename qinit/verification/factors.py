@@ -7,12 +7,17 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import CheckpointError, ReportError
 from qinit.files.manifest import refresh
-from qinit.files.tensors import StoredTensor, read_header
-from qinit.report.report import Report
-from qinit.source.checkpoint import read_json
+from qinit.files.tensors import StoredTensor, TensorSpec, read_header
+from qinit.report.report import REPORT_NAME, Report
+from qinit.source.checkpoint import Checkpoint, read_json
+from qinit.source.targets import LinearModule, find_tensor
+from qinit.stock.settle import whole_parameters
+from qinit.stock.skeleton import Skeleton
 from qinit.verification.findings import Finding, from_error
 from qinit.verification.written import Written, compare, differing
 
@@ -39,11 +44,34 @@ def check_adapter(written: Written) -> Generator[Finding, None, dict[str, Stored
         yield from_error(directory, WEIGHTS_FILE, error)
         return {}
     specs = {spec.name: spec for module, rank in ranks for spec in written.adapter.specs(module, rank)}
+    if found.keys() - specs.keys() or written.report.totals.get("whole_bytes"):
+        whole = _whole(written, ranks)
+        specs |= {name: TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in whole.items()}
+        yield from _check_whole(written, whole, found)
     problems = {name: compare(directory, directory / WEIGHTS_FILE, specs[name], found.get(name)) for name in specs}
     yield from filter(None, problems.values())
     for name in sorted(found.keys() - specs.keys()):
         yield Finding(WEIGHTS_FILE, f"tensor '{name}' belongs to no layer of the report")
     return {name: tensor for name, tensor in found.items() if name in specs and not problems[name]}
+
+
+def _whole(written: Written, ranks: list[tuple[LinearModule, int]]) -> dict[str, StoredTensor]:
+    """Return the base's tensors that the adapter's file holds too, as PEFT trains them whole, by their names there."""
+    checkpoint = Checkpoint(written.directory, written.config, written.tensors)
+    found = whole_parameters(Skeleton.of(checkpoint), written.recipe, written.adapter, written.architecture, ranks)
+    places = {name: find_tensor(checkpoint, own, written.architecture.base_prefix) for name, own in found.items()}
+    return {name: tensor for name, tensor in places.items() if tensor is not None}
+
+
+def _check_whole(written: Written, whole: dict[str, StoredTensor], found: dict[str, StoredTensor]) -> Iterator[Finding]:
+    """Name what is trained whole and does not start as the base has it."""
+    nbytes = sum(tensor.nbytes for tensor in whole.values())
+    if nbytes != written.report.totals.get("whole_bytes", 0):
+        yield Finding(REPORT_NAME, "totals: whole_bytes", nbytes, written.report.totals.get("whole_bytes"))
+    for name in whole.keys() & found.keys():
+        same = (found[name].dtype, found[name].shape) == (whole[name].dtype, whole[name].shape)
+        if same and not all(map(torch.equal, found[name].chunks(), whole[name].chunks())):
+            yield Finding(WEIGHTS_FILE, f"tensor '{name}' is not what the base has")
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

@@ -58,13 +58,15 @@ def check_totals(report: Report, recipe: Recipe) -> Iterator[Finding]:
     """Compare the report's totals with its rows, which must be sound."""
     adapter = ADAPTERS[recipe.row.adapter]
     quantized = [row for row in report.layers if row.kept is None]
+    whole = report.totals.get("whole_bytes", 0)
+    factors = sum(spec.nbytes for row in report.layers for spec in adapter.specs(_module(row), row.rank))
     weights = sum(row.shape[0] * row.shape[1] for row in quantized)
     expected: dict[str, float] = {
         "layers": len(quantized),
         "layers_kept": len(report.layers) - len(quantized),
         "quantized_weights": weights,
         "bits_per_weight": round(8 * sum(row.bytes_after for row in quantized) / weights, 4),
-        "adapter_bytes": sum(spec.nbytes for row in report.layers for spec in adapter.specs(_module(row), row.rank)),
+        "adapter_bytes": factors + (whole if type(whole) is int else 0),
     }
     for key in ("error_start", "error", "output_error_start", "output_error"):
         if (value := average(report.layers, key)) is not None:

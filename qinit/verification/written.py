@@ -97,7 +97,7 @@ def _check_quantization(
 ) -> Iterator[Finding]:
     grids = {row.name: (row.bits, row.group_size or 0) for row in report.layers if row.bits is not None}
     kept = [module.name for module in architecture.linear if module.name not in grids]
-    expected = FORMATS[recipe.format].quantization_config(grids, kept)
+    expected = FORMATS[recipe.format].quantization_config(grids, kept, architecture.modules)
     found = config.get("quantization_config")
     if not isinstance(expected, dict) or not isinstance(found, dict):
         if expected != found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -97,6 +97,13 @@ class Store:
     def copy_weight(self, layer: LayerPlan, chunks: Iterable[torch.Tensor]) -> None:
         """Write a kept layer's weight as it is; `put` says that the layer is finished."""
         self.base.write_chunks(layer.target.tensor.name, chunks)
+
+    @counted("writing")
+    def copy_whole(self, read: Callable[[StoredTensor], Iterable[torch.Tensor]]) -> None:
+        """Write what the adapter holds whole, as `read` gives it from the source: a head, so little that it is written
+        again by a run that goes on."""
+        for each in self.plan.whole:
+            self.factors.write_chunks(each.name, read(each.tensor))
 
     @counted("writing")
     def put(self, layer: LayerPlan, tensors: dict[str, torch.Tensor], row: LayerRow) -> LayerRow:

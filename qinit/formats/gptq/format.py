@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,21 +24,12 @@ from qinit.formats.base import Format
 from qinit.formats.gptq.loading import PACKAGES, loader_options
 from qinit.formats.gptq.packing import pack_rows, unpack_rows
 from qinit.formats.gptq.reading import GRID, PARTS, dequantized, read_layer
+from qinit.formats.gptq.selection import block_to_name, is_replaced, packed, selectors
 from qinit.grids import Grid, Quantized
-from qinit.source.targets import LinearModule, Target
+from qinit.source.targets import Architecture, LinearModule, Target
 
 VERSION = "gptq_v2"
 WORD = 32
-# Block names that optimum finds by itself, whether a base model or one with a head is loaded.
-KNOWN_BLOCKS = (
-    "transformer.h",
-    "model.decoder.layers",
-    "gpt_neox.layers",
-    "model.layers",
-    "h",
-    "decoder.layers",
-    "layers",
-)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what gptqmodel's kernels accept
 
 
@@ -60,7 +52,17 @@ class GptqFormat(Format):
             return f"needs a group size of {', '.join(map(str, GROUP_SIZES))}, found {group_size}"
         return None
 
+    def cannot_load(self, architecture: Architecture) -> str | None:
+        if architecture.main_input == "input_ids":
+            return None
+        return (
+            f"transformers loads GPTQ only for models whose main input is input_ids, and that of "
+            f"{architecture.class_name} is {architecture.main_input}"
+        )
+
     def cannot_hold_shape(self, module: LinearModule, group_size: int) -> str | None:
+        if module.subclass:
+            return f"its class {module.subclass} is not nn.Linear itself, and the loader packs no subclass"
         if module.set_by_parent:  # transformers 5.23 writes to its `weight` at load, which packed modules lack
             return "transformers sets this weight from its parent module while loading, so it cannot be packed"
         if module.in_features % WORD or module.out_features % WORD:
@@ -118,8 +120,11 @@ class GptqFormat(Format):
         if not_positive := int((scales <= 0).sum()):
             yield target.prefix + "scales", "scales above 0", f"{not_positive} that are not"
 
-    def quantization_config(self, grids: dict[str, tuple[int, int]], kept: list[str]) -> dict[str, Any] | None:
+    def quantization_config(
+        self, grids: dict[str, tuple[int, int]], kept: list[str], modules: Mapping[str, type] = MappingProxyType({})
+    ) -> dict[str, Any] | None:
         quantized = list(grids)
+        others = {*kept, *(name for name, kind in modules.items() if is_replaced(kind) and name not in grids)}
         counts = Counter(grids.values())
         bits, group_size = most = min(counts, key=lambda grid: (-counts[grid], grid))  # the smallest on a tie
         config: dict[str, Any] = {
@@ -132,11 +137,11 @@ class GptqFormat(Format):
             "pack_dtype": "int32",
             "lm_head": False,
             "backend": "gptq_torch",  # without it a CPU may get a kernel that cannot train
-            "modules_in_block_to_quantize": [_selectors(quantized, kept)],
+            "modules_in_block_to_quantize": [selectors(quantized, others)],
             "meta": {"quantizer": ["qinit"]},
         }
-        block = _block_name(quantized)
-        if block not in KNOWN_BLOCKS:
+        block = block_to_name(quantized, modules)
+        if block is not None:
             config["block_name_to_quantize"] = block
         # For GPTQModel.load and vLLM, which read this map and not the list above.
         dynamic: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in kept}
@@ -147,6 +152,9 @@ class GptqFormat(Format):
         if dynamic:
             config["dynamic"] = dynamic
         return config
+
+    def replaced(self, config: dict[str, Any], architecture: Architecture) -> set[str]:
+        return packed(architecture.modules, config["quantization_config"])
 
     def recognises(self, config: dict[str, Any]) -> bool:
         quantization = config.get("quantization_config")
@@ -171,28 +179,3 @@ class GptqFormat(Format):
 
 def _group_indices(in_features: int, group_size: int) -> torch.Tensor:
     return torch.arange(in_features, dtype=torch.int32) // group_size
-
-
-def _block_name(names: list[str]) -> str:
-    """The dotted prefix that all names share up to the layer number: `model.layers`."""
-    shared = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1 or parts[0].isdigit():
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
-
-
-def _selectors(quantized: list[str], kept: list[str]) -> list[str]:
-    """Endings that select just the quantized modules: the loader matches names by `endswith`.
-
-    An ending below the layer number serves all layers; where it would catch a kept module, full names do.
-    """
-    selectors: dict[str, None] = {}
-    for name in quantized:
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-        ending = "." + ".".join(parts[numbers[0] + 1 :]) if numbers else name
-        clash = any(other.endswith(ending) for other in kept)
-        selectors[name if clash else ending] = None
-    return list(selectors)
