@@ -54,6 +54,7 @@ class Plan:
     calibration_reason: str = ""  # why `auto` became what it is
     polish_reason: str = ""  # why there are so many steps of polish, where that was open
     allocation: Allocation | None = None  # of mixed widths; None too while they are still to be measured
+    remarks: tuple[str, ...] = ()  # what was left alone of the model, and why
 
     @property
     def adapter(self) -> Adapter:
@@ -143,6 +144,7 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What a user should know: layers that are kept, ranks that were lowered."""
         notes = [f"{layer.target.name} stays as it is: {layer.kept}" for layer in self.layers if layer.kept]
+        notes += self.remarks
         if self.recipe.method in CALIBRATED:
             how = f"calibration {self.recipe.calibration}" if self.recipe.calibrated else "no calibration"
             if self.calibration_reason:
