@@ -164,8 +164,8 @@ def _no_weight(checkpoint: Checkpoint, architecture: Architecture, module: Linea
 
     return CheckpointError(
         f"{checkpoint.directory}: no weight for module '{module.name}' of {architecture.class_name}: transformers "
-        f"{transformers.__version__} makes '{module.name}.weight' of none of the checkpoint's names, and would start it at "
-        "random; is config.json that of another model, or for another version of transformers?"
+        f"{transformers.__version__} makes '{module.name}.weight' of none of the checkpoint's names, and would start "
+        "it at random; is config.json that of another model, or for another version of transformers?"
     )
 
 
