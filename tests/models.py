@@ -62,6 +62,24 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**SMALL, "d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2, "decoder_start_token_id": 0},
     ),
 }
+# Whose checkpoints have other names than their modules, or matrices that the loader puts together or cuts.
+CONVERTED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llava": (
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**GATED, "model_type": "llama"},
+            "vision_config": {**SMALL_LAYERS, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
+            "image_token_index": 255,
+        },
+    ),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**GATED, "num_local_experts": 4}),
+    "dinov2": (
+        "Dinov2Config",
+        "Dinov2ForImageClassification",
+        {**SMALL_LAYERS, "image_size": 16, "patch_size": 8, "use_swiglu_ffn": True, "mlp_ratio": 2},
+    ),
+}
 UNKNOWN = 3  # the id of a word that the word tokenizer does not know
 
 
@@ -75,14 +93,14 @@ def make_checkpoint(
     max_shard_size: str = "5GB",
     **overrides: Any,
 ) -> Path:
-    """Save a tiny random model of a family, or of OTHERS, into `directory` and return it.
+    """Save a tiny random model of a family, of OTHERS or of CONVERTED, into `directory` and return it.
 
     `overrides` are configuration values; `model_class` saves another class than the causal LM, e.g. GPT2Model.
     """
     import torch
     import transformers
 
-    config_class, causal_class, values = {**FAMILIES, **OTHERS}[family]
+    config_class, causal_class, values = {**FAMILIES, **OTHERS, **CONVERTED}[family]
     config = getattr(transformers, config_class)(**{**values, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -15,6 +15,7 @@ BLOCKS = {  # of families, `model.layers` for all others
     "opt": "model.decoder.layers",
     "gpt_neox": "gpt_neox.layers",
     "bert": "bert.encoder.layer",
+    "llava": "model.language_model.layers",
 }
 
 

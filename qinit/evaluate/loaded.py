@@ -18,7 +18,7 @@ from qinit.formats import format_of
 from qinit.loading import load_parts
 from qinit.report.report import REPORT_NAME
 from qinit.source.checkpoint import Checkpoint, read_json
-from qinit.source.skeleton import loader
+from qinit.source.skeleton import loader, without_cache
 
 BATCH_BYTES = 1 << 29  # of a batch's logits, in float32
 LARGEST_BATCH_TOKENS = 1 << 13  # beyond it a batch saves no time
@@ -38,7 +38,7 @@ def load_model(subject: Subject, dtype: torch.dtype, device: torch.device) -> An
             device=str(device),
             trust_remote_code=subject.trust_remote_code,
         )
-    model.config.use_cache = False
+    without_cache(model)
     return model.eval()
 
 

@@ -74,6 +74,7 @@ class Plan:
     left: tuple[Left, ...] = ()
     whole: tuple[Whole, ...] = ()
     format_reason: str = ""  # why the recipe's format is another than was asked for
+    remarks: tuple[str, ...] = ()  # what of the model nobody asked for, and how to ask
 
     @property
     def adapter(self) -> Adapter:
@@ -165,6 +166,7 @@ class Plan:
         """What a user should know: layers that are kept or left alone, ranks that were lowered."""
         notes = [f"format {self.recipe.format}: {self.format_reason}"] if self.format_reason else []
         notes += self.exceptions
+        notes += self.remarks
         if self.recipe.method in CALIBRATED:
             how = f"calibration {self.recipe.calibration}" if self.recipe.calibrated else "no calibration"
             if self.calibration_reason:

@@ -14,10 +14,11 @@ from qinit.plan.plan import Plan
 from qinit.planner.nominal import calibrating_seconds, solving_seconds
 from qinit.recipe import parse_time
 from qinit.solver.methods import CALIBRATED
-from qinit.source.skeleton import loader
+from qinit.stream.whole import read_tokens
+from qinit.text.bundled import calibration_documents
 from qinit.text.self_text import model_bytes
 from qinit.text.sources import BUNDLED, RANDOM
-from qinit.text.tokens import load_tokenizer
+from qinit.text.tokens import load_tokenizer, require_readable
 from qinit.words import duration
 
 LEAST_TOKENS = 8 * 512  # fewer say too little of what the layers see
@@ -116,10 +117,11 @@ def _counts(asked: int, least: int) -> list[int]:
 
 def _cannot_write(plan: Plan, device: torch.device) -> str:
     """Say why the model cannot write its own text here; nothing where it can."""
-    try:
-        plan.facts.require_start()
-    except CalibrationError:
-        return "the model writes no text of its own"
+    facts = plan.facts
+    if not facts.writes or not _reads_tokens(plan):
+        beyond = facts.causal and facts.start is not None and facts.start >= (facts.vocabulary or 0)
+        why = f", as it starts with token {facts.start} of a vocabulary of {facts.vocabulary}" if beyond else ""
+        return f"the model writes no text of its own{why}"
     free = free_memory(device)
     needed = model_bytes(plan.bytes_before, device)
     if needed <= LARGEST_SHARE * free:
@@ -133,23 +135,33 @@ def _cannot_write(plan: Plan, device: torch.device) -> str:
 def _other_source(plan: Plan, device: torch.device) -> tuple[str | None, str]:
     """Return the source beside the model's own text, None for a model that reads no tokens, and why it is not text."""
     facts, checkpoint = plan.facts, plan.checkpoint
-    if facts.vocabulary is None or _main_input(plan) != "input_ids":
-        return None, "the model reads more than tokens; give --calibration FILE where it can read text alone"
+    if facts.vocabulary is None or not _reads_tokens(plan):
+        return None, "the model does not run on tokens alone"
     whole = 4 * checkpoint.parameters
     free = free_memory(device)
     if _rows(plan) > 1 and whole > LARGEST_SHARE * free:  # such a model is not run block by block
         return None, f"running the model takes {whole / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
     try:
-        load_tokenizer(checkpoint.directory, plan.recipe.trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint.directory, plan.recipe.trust_remote_code)
     except CalibrationError:
         return RANDOM, "there is no tokenizer that could read text"
+    try:
+        require_readable(tokenizer, calibration_documents()[0], facts)
+    except CalibrationError:
+        return RANDOM, "the tokenizer is that of another model: it makes ids that the model does not have"
     return BUNDLED, ""
 
 
-def _main_input(plan: Plan) -> str:
-    """Return what the model's class calls its input; one that is code of the checkpoint's is taken to read tokens."""
-    found = loader(plan.checkpoint.config)
-    return str(getattr(found, "main_input_name", "input_ids"))
+def _reads_tokens(plan: Plan) -> bool:
+    """Whether the model runs on token ids and nothing else: tried on its skeleton. What fails there for want of values
+    (RuntimeError, NotImplementedError) says nothing, and is taken for a yes."""
+    assert plan.architecture.naming is not None
+    try:
+        with torch.no_grad():
+            read_tokens(plan.architecture.naming.model, torch.zeros(1, 4, dtype=torch.int64, device="meta"), None, plan)
+    except CalibrationError as error:
+        return isinstance(error.__cause__, RuntimeError)
+    return True
 
 
 def _rows(plan: Plan) -> int:

@@ -11,10 +11,12 @@ from qinit.formats import FORMATS, DenseFormat
 from qinit.machine import pick_device
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.auto import choose
+from qinit.planner.left import left_alone
 from qinit.planner.polish import choose_polish
 from qinit.planner.settled import require_packed, settled
 from qinit.recipe import Recipe
 from qinit.source.checkpoint import Checkpoint
+from qinit.source.names import Names
 from qinit.source.targets import Target, read_architecture, resolve_targets, select
 from qinit.text.sources import check_source
 from qinit.widths.budget import planned
@@ -27,13 +29,16 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
     """
     checkpoint = Checkpoint.open(directory)
     architecture = read_architecture(checkpoint, recipe.trust_remote_code)
-    targets = select(resolve_targets(checkpoint, architecture), recipe.target_modules, recipe.exclude)
+    known = resolve_targets(checkpoint, architecture)
+    targets = select(known, recipe.target_modules, recipe.exclude, architecture.in_language)
+    names = architecture.names_in(checkpoint)
     plan = Plan(recipe, model_name, checkpoint, architecture, ())
     reason = FORMATS[recipe.format].cannot_load(architecture)
     if reason is not None:
         plan = replace(plan, recipe=recipe.model_copy(update={"format": DenseFormat.name}), format_reason=reason)
-    layers = tuple(_plan_layer(plan.recipe, target) for target in targets)
-    plan = settled(replace(plan, layers=layers))
+    layers = tuple(_plan_layer(plan.recipe, target, names) for target in targets)
+    remarks = tuple(left_alone(architecture, names, known, targets))
+    plan = settled(replace(plan, layers=layers, remarks=remarks))
     if not plan.quantized:
         raise _nothing_left(plan, len(layers))
     require_packed(plan)
@@ -86,9 +91,14 @@ def _with_polish(plan: Plan) -> Plan:
     return replace(plan, recipe=plan.recipe.model_copy(update={"polish": steps}), polish_reason=reason)
 
 
-def _plan_layer(recipe: Recipe, target: Target) -> LayerPlan:
+def _plan_layer(recipe: Recipe, target: Target, names: Names) -> LayerPlan:
     module, fmt = target.module, FORMATS[recipe.format]
     kept = fmt.cannot_hold_shape(module, recipe.group_size)
+    if not all(names.arrives(target.prefix + part, f"{module.name}.{part}") for part in fmt.parts):
+        kept = (
+            kept
+            or f"transformers renames {target.tensor.name} as it loads it, but not the packed tensors of {fmt.name}"
+        )
     rank = min(recipe.rank, module.out_features, module.in_features)
     group_size = min(recipe.group_size, module.in_features)
     same = TensorSpec(target.tensor.name, target.tensor.dtype, target.tensor.shape)

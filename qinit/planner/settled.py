@@ -9,7 +9,7 @@ from qinit.errors import CheckpointError, TargetError
 from qinit.formats import FORMATS
 from qinit.plan.plan import Left, Plan, Whole
 from qinit.report.finish import base_config
-from qinit.source.targets import LinearModule, find_tensor
+from qinit.source.targets import LinearModule
 from qinit.stock.settle import settle, whole_parameters
 from qinit.stock.skeleton import Skeleton
 
@@ -43,10 +43,11 @@ def _ranks(plan: Plan) -> list[tuple[LinearModule, int]]:
 
 
 def _whole(plan: Plan, parameters: Mapping[str, str]) -> tuple[Whole, ...]:
-    checkpoint, prefix = plan.checkpoint, plan.architecture.base_prefix
+    checkpoint = plan.checkpoint
+    names = plan.architecture.names_in(checkpoint)
     found = []
     for name, parameter in parameters.items():
-        tensor = find_tensor(checkpoint, parameter, prefix)
+        tensor = names.find(parameter)
         if tensor is None:
             raise CheckpointError(
                 f"{checkpoint.directory}: has no '{parameter}', a part of the head of {plan.architecture.class_name} "

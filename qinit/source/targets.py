@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from qinit.errors import CheckpointError, TargetError, did_you_mean
 from qinit.files.tensors import StoredTensor
 from qinit.source.checkpoint import Checkpoint
+from qinit.source.language import language_part
 from qinit.source.modules import is_plain, set_by_parents
+from qinit.source.names import Names, Naming
 from qinit.source.skeleton import build_model
 
 ALL_LINEAR = "all-linear"
@@ -52,15 +54,29 @@ class Target:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The model's linear modules in order, its base-model prefix, its class, its embeddings' shapes, the classes of all
-    its modules by their names, and what its forward calls its main input."""
+    """The model's linear modules in order, its class, its embeddings' shapes, the classes of all its modules by their
+    names, and what its forward calls its main input.
+
+    `language` is the name of the module that reads text where others see or hear beside it, "" where there is no such
+    part. `naming` says what its loader makes of a checkpoint's names.
+    """
 
     class_name: str
-    base_prefix: str
     linear: tuple[LinearModule, ...]
     embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
     modules: dict[str, type] = field(default_factory=dict)
     main_input: str = "input_ids"
+    language: str = ""
+    naming: Naming | None = None
+
+    def names_in(self, checkpoint: Checkpoint) -> Names:
+        """Return which of a checkpoint's tensors become which of the model's parameters."""
+        assert self.naming is not None
+        return self.naming.names_in(checkpoint.tensors)
+
+    def in_language(self, module: str) -> bool:
+        """Whether a module is part of what reads text: any is, where no others see or hear."""
+        return not self.language or module.startswith(f"{self.language}.")
 
 
 def read_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Architecture:
@@ -98,14 +114,20 @@ def architecture_of(model: Any) -> Architecture:
         by_parent, plain = name in set_by_parent, is_plain(module)
         linear.append(LinearModule(name, out_features, in_features, transposed, by_parent, plain, subclass))
     shapes = {f"{name}.weight": tuple(weight.shape) for name, weight in tables.items()}
-    classes = {name: type(module) for name, module in modules.items()}
-    main_input = getattr(model, "main_input_name", "input_ids")
-    return Architecture(type(model).__name__, model.base_model_prefix, tuple(linear), shapes, classes, main_input)
+    return Architecture(
+        type(model).__name__,
+        tuple(linear),
+        shapes,
+        {name: type(module) for name, module in modules.items()},
+        getattr(model, "main_input_name", "input_ids"),
+        language_part(model),
+        Naming(model),
+    )
 
 
-def _require_shape(checkpoint: Checkpoint, parameter: str, expected: tuple[int, ...], base_prefix: str) -> None:
+def _require_shape(names: Names, parameter: str, expected: tuple[int, ...]) -> None:
     """Raise CheckpointError if the checkpoint has the parameter in another shape."""
-    tensor = find_tensor(checkpoint, parameter, base_prefix)
+    tensor = names.find(parameter)
     if tensor is not None and tensor.shape != expected:
         raise CheckpointError(
             f"{tensor.file}: tensor '{tensor.name}' has shape {list(tensor.shape)}, config.json says "
@@ -113,33 +135,27 @@ def _require_shape(checkpoint: Checkpoint, parameter: str, expected: tuple[int, 
         )
 
 
-def find_tensor(checkpoint: Checkpoint, parameter: str, base_prefix: str) -> StoredTensor | None:
-    """Return what the checkpoint has for a parameter, None if it has nothing."""
-    names = possible_names(parameter, base_prefix)
-    return next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
-
-
 def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Target, ...]:
-    """Match every linear module to its tensor, with or without the base-model prefix.
+    """Match every linear module to its tensor, by the names that the loader makes of the checkpoint's. A module whose
+    weight the loader makes of other tensors is left out.
 
     Raises CheckpointError when a weight is missing or has another shape than the architecture says, embeddings too.
     """
+    names = architecture.names_in(checkpoint)
     for name, shape in architecture.embeddings.items():
-        _require_shape(checkpoint, name, shape, architecture.base_prefix)
+        _require_shape(names, name, shape)
     targets = []
     for module in architecture.linear:
         parameter = f"{module.name}.weight"
-        tensor = find_tensor(checkpoint, parameter, architecture.base_prefix)
+        tensor = names.find(parameter)
         if tensor is None:
-            names = possible_names(parameter, architecture.base_prefix)
-            raise CheckpointError(
-                f"{checkpoint.directory}: no weight for module '{module.name}' of {architecture.class_name} "
-                f"(looked for {', '.join(names)})"
-            )
+            if names.made_of(parameter):
+                continue
+            raise _no_weight(checkpoint, architecture, module)
         expected = (module.out_features, module.in_features)
         if module.transposed:
             expected = expected[::-1]
-        _require_shape(checkpoint, parameter, expected, architecture.base_prefix)
+        _require_shape(names, parameter, expected)
         if not tensor.numel:
             raise CheckpointError(f"{tensor.file}: tensor '{tensor.name}' of shape {list(tensor.shape)} is empty")
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize not in (2, 4):
@@ -150,23 +166,30 @@ def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple
     return tuple(targets)
 
 
-def possible_names(parameter: str, base_prefix: str) -> list[str]:
-    """Return the names that a checkpoint may give a parameter: with or without the base-model prefix."""
-    prefix = base_prefix + "."
-    names = [parameter, prefix + parameter]
-    if parameter.startswith(prefix):
-        names.append(parameter.removeprefix(prefix))
-    return names
+def _no_weight(checkpoint: Checkpoint, architecture: Architecture, module: LinearModule) -> CheckpointError:
+    import transformers
+
+    return CheckpointError(
+        f"{checkpoint.directory}: no weight for module '{module.name}' of {architecture.class_name}: transformers "
+        f"{transformers.__version__} makes '{module.name}.weight' of none of the checkpoint's names, and would start "
+        "it at random; is config.json that of another model, or for another version of transformers?"
+    )
 
 
-def select(targets: Iterable[Target], wanted: str, exclude: str | None = None) -> tuple[Target, ...]:
-    """Choose targets: `all-linear`, comma-separated name endings (`q_proj,mlp.down_proj`), or a regular
-    expression that matches a whole module name; the same forms exclude.
+def select(
+    targets: Iterable[Target],
+    wanted: str,
+    exclude: str | None = None,
+    is_default: Callable[[str], bool] = lambda module: True,
+) -> tuple[Target, ...]:
+    """Choose targets: `all-linear`, which is all that are `is_default` by their names, comma-separated name endings
+    (`q_proj,mlp.down_proj`), or a regular expression that matches a whole module name; the same forms exclude.
 
     Raises TargetError, listing what there is, when a part of the choice matches nothing.
     """
     targets = tuple(targets)
-    chosen = targets if wanted == ALL_LINEAR else _matching(targets, wanted, "--target-modules")
+    default = tuple(target for target in targets if is_default(target.name))
+    chosen = default if wanted == ALL_LINEAR else _matching(targets, wanted, "--target-modules")
     if exclude:
         dropped = {target.name for target in _matching(targets, exclude, "--exclude")}
         chosen = tuple(target for target in chosen if target.name not in dropped)

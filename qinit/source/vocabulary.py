@@ -56,12 +56,19 @@ class Facts:
         """Return `length`, or the longest input that the model takes if that is shorter."""
         return length if self.positions is None else min(length, self.positions)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model can write text: it predicts tokens, and has one to start from."""
+        if not self.causal or self.start is None:
+            return False
+        return self.vocabulary is None or self.start < self.vocabulary
+
     def require_vocabulary(self) -> int:
         """Return the vocabulary's size; raises CalibrationError when nothing says it."""
         if self.vocabulary is None:
             raise CalibrationError(
                 f"{self.config_file}: no vocab_size (nor one in text_config), so that no token ids can be drawn; "
-                "calibrate on a text file"
+                "calibrate on a text file, or give --calibration none for a model that reads no text"
             )
         if self.vocabulary > LARGEST_VOCABULARY:
             raise CalibrationError(
@@ -86,7 +93,7 @@ class Facts:
                 f"{self.config_file}: `self` needs a token to start from, and neither it nor generation_config.json "
                 f"has a bos_token_id or an eos_token_id; {instead}"
             )
-        if self.vocabulary is not None and self.start >= self.vocabulary:
+        if not self.writes:
             raise CalibrationError(
                 f"{self.config_file}: the token to start from has id {self.start}, but vocab_size is "
                 f"{self.vocabulary}; correct bos_token_id, or {instead}"
@@ -98,7 +105,8 @@ def _is_causal(architectures: list[Any], config: dict[str, Any]) -> bool:
     """No architecture: qinit loads it as a causal LM. ForConditionalGeneration with a text_config: a decoder that
     also sees or hears; without one it is an encoder-decoder such as T5."""
     names = [str(name) for name in architectures]
-    sees = "text_config" in config and any(name.endswith("ForConditionalGeneration") for name in names)
+    beside = "text_config" in config and not config.get("is_encoder_decoder")
+    sees = beside and any(name.endswith("ForConditionalGeneration") for name in names)
     return not names or sees or any(name.endswith(CAUSAL_ENDINGS) for name in names)
 
 
@@ -125,7 +133,7 @@ def _named_ids(config: dict[str, Any]) -> Iterator[int]:
 
 
 def _size(directory: Path, config: dict[str, Any], trust_remote_code: bool, *keys: str) -> int | None:
-    for place in (config, _text_config(config)):
+    for place in (_text_config(config), config):  # PaliGemma's own vocab_size counts less than its embedding has
         for key in keys:
             value = place.get(key)
             if type(value) is int and value > 0:

@@ -12,7 +12,7 @@ from torch import nn
 
 from qinit.plan.plan import Plan
 from qinit.source.checkpoint import Checkpoint
-from qinit.source.skeleton import build_model
+from qinit.source.skeleton import build_model, without_cache
 from qinit.stream.weights import ModelWeights
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -31,6 +31,14 @@ class Weights(Protocol):
 
     def read(self, name: str, device: torch.device) -> torch.Tensor | None:
         """Return it in float32 on the device, in the module's own layout; None if there is none."""
+        ...
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two parameters that are both there hold the same."""
+        ...
+
+    def in_language(self, name: str) -> bool:
+        """Whether a parameter is of the part of the model that reads text."""
         ...
 
 
@@ -120,7 +128,7 @@ class Blocks:
         self.weights, self.device = weights, device
         trusted = weights.trust_remote_code
         self.model = build_model(weights.checkpoint, include_buffers=False, trust_remote_code=trusted).eval()
-        self.model.config.use_cache = False
+        without_cache(self.model)
         for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:  # some are trained, such as Gemma 4's layer_scalar
@@ -128,16 +136,19 @@ class Blocks:
                     module._buffers[name] = buffer.to(device) if stored is None else stored.to(buffer.dtype)
         self.rows = tuple(Row(self, path, blocks) for path, blocks in _rows_of_blocks(self.model, weights.linear))
         self.model.tie_weights()  # built without memory, each has become a parameter of its own
-        first: dict[int, str] = {}
         paths = tuple(row.path + "." for row in self.rows)
-        self.outside = {  # parameters that lie in no block, each with the first name of the one that it is tied to
-            name: first.setdefault(id(parameter), name)
-            for name, parameter in self.model.named_parameters(remove_duplicate=False)
-            if not name.startswith(paths)
-        }
         output = self.model.get_output_embeddings()
-        ends = [path + "." for path, module in self.model.named_modules() if module is output]
-        self.head = {name for name in self.outside if any(name.startswith(end) for end in ends)}
+        ends = tuple(path + "." for path, module in self.model.named_modules() if module is output)
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        # What sees or hears is never run, but a model takes the place of its first parameter for its own.
+        needed = [name for name in names if name == names[0] or weights.in_language(name) or name.startswith(ends)]
+        outside = [name for name in needed if not name.startswith(paths)]
+        self._untie(outside)
+        first: dict[int, str] = {}
+        self.outside = {  # parameters that lie in no block, each with the first name of the one that it is tied to
+            name: first.setdefault(id(self.model.get_parameter(name)), name) for name in outside
+        }
+        self.head = {name for name in outside if name.startswith(ends)}
         self.missing = [  # some checkpoints name the head as older versions of the model did
             name for name, same_as in self.outside.items() if not weights.has(same_as) and not weights.has(name)
         ]
@@ -150,6 +161,17 @@ class Blocks:
         linear = [layer.target.name for layer in plan.quantized]
         trusted = plan.recipe.trust_remote_code
         return cls(ModelWeights(plan.checkpoint, plan.architecture, linear, trust_remote_code=trusted), device)
+
+    def _untie(self, names: Sequence[str]) -> None:
+        """Give a parameter of its own to what the configuration ties but the checkpoint stores as something else, as
+        the loader does."""
+        first: dict[int, str] = {}
+        for name in names:
+            parameter = self.model.get_parameter(name)
+            same_as = first.setdefault(id(parameter), name)
+            both = name != same_as and self.weights.has(name) and self.weights.has(same_as)
+            if both and not self.weights.same(name, same_as):
+                _put(self.model, name, _frozen(torch.empty_like(parameter, device="meta")))
 
     @property
     def row(self) -> Row:

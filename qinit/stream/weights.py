@@ -10,16 +10,14 @@ from qinit.adapters.reading import SavedAdapter
 from qinit.files.tensors import StoredTensor
 from qinit.formats import format_of
 from qinit.source.checkpoint import Checkpoint, read_finite
-from qinit.source.targets import Architecture, find_tensor
-
-OTHER_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # in the files of GPT-NeoX
+from qinit.source.targets import Architecture
 
 
 class ModelWeights:
     """A checkpoint's parameters by the names that the model has for them: packed layers are unpacked, and an adapter's
     s B A is added to the layers that it repairs.
 
-    `linear` names the modules that the model's row of blocks is known by (all if left out).
+    `linear` names the modules that the model's row of blocks is known by (all that read text if left out).
     """
 
     def __init__(
@@ -33,23 +31,28 @@ class ModelWeights:
     ) -> None:
         self.checkpoint, self.trust_remote_code = checkpoint, trust_remote_code
         self.format = format_of(checkpoint.config)
-        self.base_prefix = architecture.base_prefix
+        self.names = architecture.names_in(checkpoint)
+        self.in_language = architecture.in_language
         self.modules = {f"{module.name}.weight": module for module in architecture.linear}
-        self.linear = [module.name for module in architecture.linear] if linear is None else linear
+        reading = (module.name for module in architecture.linear if architecture.in_language(module.name))
+        self.linear = list(reading) if linear is None else linear
         self.adapter = adapter
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has that parameter, packed or not."""
-        return self._find(name) is not None or self._packed(name) is not None
+        found = self.names.find(name) is not None or self._packed(name) is not None
+        return found or bool(self.names.made_of(name))
 
     def read(self, name: str, device: torch.device) -> torch.Tensor | None:
         """Return a parameter in float32 on the device, None if there is none. Raises CheckpointError for NaN, Inf."""
-        stored, module = self._find(name), self.modules.get(name)
+        stored, module = self.names.find(name), self.modules.get(name)
         if stored is not None:
             value = read_finite(stored).to(device, torch.float32)
         elif module is not None and self.format is not None and (parts := self._packed(name)) is not None:
             value = self.format.read(module, parts, self.checkpoint.config, device)
             value = value.T.contiguous() if module.transposed else value
+        elif (made := self.names.make(name, read_finite)) is not None:
+            value = made.to(device, torch.float32)
         else:
             return None
         if module is not None and self.adapter is not None:
@@ -58,19 +61,23 @@ class ModelWeights:
                 value += added.T if module.transposed else added
         return value
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two parameters that are both there hold the same."""
+        a, b = self.names.find(one), self.names.find(other)
+        if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+            x, y = (self.read(name, torch.device("cpu")) for name in (one, other))
+            return x is not None and y is not None and torch.equal(x, y)
+        return a == b or all(torch.equal(x, y) for x, y in zip(a.chunks(), b.chunks(), strict=True))
+
     def packed(self) -> dict[str, dict[str, StoredTensor]]:
         """Return the parts of every packed layer, by the name that the model has for its weight."""
         found = ((name, self._packed(name)) for name in self.modules)
         return {name: parts for name, parts in found if parts is not None}
 
-    def _find(self, name: str) -> StoredTensor | None:
-        others = (self.checkpoint.tensors.get(other) for other in OTHER_NAMES.get(name, ()))
-        return find_tensor(self.checkpoint, name, self.base_prefix) or next(filter(None, others), None)
-
     def _packed(self, name: str) -> dict[str, StoredTensor] | None:
         """Return the tensors that stand for a packed layer's weight, by what they are called in its place."""
         if self.format is None or not name.endswith(".weight"):
             return None
-        found = {part: self._find(name.removesuffix("weight") + part) for part in self.format.parts}
+        found = {part: self.names.find(name.removesuffix("weight") + part) for part in self.format.parts}
         parts = {part: tensor for part, tensor in found.items() if tensor is not None}
         return parts if parts and len(parts) == len(found) else None

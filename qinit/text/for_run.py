@@ -19,7 +19,7 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
     source, count, length = recipe.calibration, recipe.calibration_samples, recipe.calibration_length
     if not recipe.calibrated:
         facts, needed = plan.facts, model_bytes(plan.bytes_before, device)
-        writes = facts.causal and facts.start is not None and needed <= LARGEST_SHARE * free_memory(device)
+        writes = facts.writes and needed <= LARGEST_SHARE * free_memory(device)
         source, count, length = "self" if writes else "random", GRADIENT_SAMPLES, GRADIENT_LENGTH
     return load_samples(
         source,

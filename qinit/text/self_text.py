@@ -14,7 +14,9 @@ import torch
 
 from qinit.errors import CalibrationError
 from qinit.machine import total_memory
+from qinit.source.checkpoint import read_json
 from qinit.source.quiet import no_progress_bar
+from qinit.source.skeleton import loader
 
 MEMORY = 4 * 2**30  # bytes for the key-value caches and the logits of one batch
 LARGEST_BATCH = 64
@@ -86,10 +88,10 @@ def _sample(model: Any, start: int, count: int, length: int) -> torch.Tensor:
 def _load(directory: Path, device: torch.device, trust_remote_code: bool) -> Any:
     import transformers
 
-    auto: Any = transformers.AutoModelForCausalLM
+    config = read_json(directory / "config.json", "a model directory has one")
     try:
         with no_progress_bar():
-            model, info = auto.from_pretrained(
+            model, info = loader(config, trust_remote_code).from_pretrained(
                 directory,
                 dtype=_dtype(directory, device),
                 local_files_only=True,

@@ -156,6 +156,14 @@ def _added_bos(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and list(tokenizer("a").input_ids[:1]) == [bos] else []
 
 
+def require_readable(tokenizer: Any, text: str, facts: Facts) -> None:
+    """Raise CalibrationError for a tokenizer that fails on a text, or makes ids of it that the model does not have."""
+    where = str(facts.config_file.parent)
+    with _tokenizing(where):
+        ids = tokenizer(text, verbose=False).input_ids
+    require_known(max(ids, default=0), where, facts)
+
+
 def require_known(largest: int, where: str, facts: Facts) -> None:
     """Raise CalibrationError, naming `where`, for a token id that the model does not have."""
     if facts.vocabulary is not None and largest >= facts.vocabulary:

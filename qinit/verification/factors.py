@@ -15,7 +15,7 @@ from qinit.files.manifest import refresh
 from qinit.files.tensors import StoredTensor, TensorSpec, read_header
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import Checkpoint, read_json
-from qinit.source.targets import LinearModule, find_tensor
+from qinit.source.targets import LinearModule
 from qinit.stock.settle import whole_parameters
 from qinit.stock.skeleton import Skeleton
 from qinit.verification.findings import Finding, from_error
@@ -59,7 +59,8 @@ def _whole(written: Written, ranks: list[tuple[LinearModule, int]]) -> dict[str,
     """Return the base's tensors that the adapter's file holds too, as PEFT trains them whole, by their names there."""
     checkpoint = Checkpoint(written.directory, written.config, written.tensors)
     found = whole_parameters(Skeleton.of(checkpoint), written.recipe, written.adapter, written.architecture, ranks)
-    places = {name: find_tensor(checkpoint, own, written.architecture.base_prefix) for name, own in found.items()}
+    names = written.architecture.names_in(checkpoint)
+    places = {name: names.find(own) for name, own in found.items()}
     return {name: tensor for name, tensor in places.items() if tensor is not None}
 
 

@@ -16,7 +16,8 @@ from qinit.formats import FORMATS
 from qinit.recipe import Recipe, make_recipe
 from qinit.report.report import REPORT_NAME, LayerRow, Report
 from qinit.source.checkpoint import SINGLE_NAME, Checkpoint, indexed_files, read_json
-from qinit.source.targets import Architecture, LinearModule, Target, possible_names, read_architecture
+from qinit.source.names import Names
+from qinit.source.targets import Architecture, LinearModule, Target, read_architecture
 from qinit.verification.figures import check_rows, check_totals
 from qinit.verification.findings import Finding, from_error
 
@@ -62,7 +63,8 @@ def open_written(directory: Path) -> Generator[Finding, None, Written | None]:
         file = CONFIG
         config = read_json(directory / CONFIG, "the directory is incomplete; run qinit again")
         tensors, whole = yield from _read_headers(directory)
-        architecture = read_architecture(Checkpoint(directory, config, tensors))
+        checkpoint = Checkpoint(directory, config, tensors)
+        architecture = read_architecture(checkpoint)
     except QinitError as error:
         yield from_error(directory, file, error)
         return None
@@ -77,9 +79,10 @@ def open_written(directory: Path) -> Generator[Finding, None, Written | None]:
     yield from _check_quantization(report, recipe, config, architecture)
     layers: list[Layer] = []
     if whole:
+        names = architecture.names_in(checkpoint)
         fields = (directory, report, recipe, config, architecture, modules, tensors)
         for row in report.layers:
-            layer = yield from _check_layer(Written(*fields, ()), row)
+            layer = yield from _check_layer(Written(*fields, ()), names, row)
             layers += [layer] if layer else []
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         if nbytes != report.totals.get("base_bytes"):
@@ -147,20 +150,18 @@ def _read_headers(directory: Path) -> Generator[Finding, None, tuple[dict[str, S
     return tensors, whole
 
 
-def _check_layer(written: Written, row: LayerRow) -> Generator[Finding, None, Layer | None]:
+def _check_layer(written: Written, names: Names, row: LayerRow) -> Generator[Finding, None, Layer | None]:
     """Compare the tensors of one layer with what its format stores; returns the layer if all are as they should be."""
     tensors, module = written.tensors, written.modules[row.name]
     fmt, shape = FORMATS[written.recipe.format], (module.out_features, module.in_features)
-    candidates = []
-    for name in possible_names(f"{row.name}.weight", written.architecture.base_prefix):
-        there = tensors.get(name)
-        dtype = there.dtype if there and there.dtype.is_floating_point else torch.float32
-        place = StoredTensor(name, dtype, shape[::-1] if module.transposed else shape, written.directory, 0)
-        target = Target(module, place)
-        own = TensorSpec(name, dtype, place.shape)
-        specs = (own,) if row.kept is not None else tuple(fmt.specs(target, row.bits or 0, row.group_size or 0))
-        candidates.append(Layer(row, target, specs))
-    layer = max(candidates, key=lambda layer: sum(spec.name in tensors for spec in layer.specs))
+    name = names.prefix(row.name, fmt.parts) + "weight"
+    there = tensors.get(name)
+    dtype = there.dtype if there and there.dtype.is_floating_point else torch.float32
+    place = StoredTensor(name, dtype, shape[::-1] if module.transposed else shape, written.directory, 0)
+    target = Target(module, place)
+    own = TensorSpec(name, dtype, place.shape)
+    specs = (own,) if row.kept is not None else tuple(fmt.specs(target, row.bits or 0, row.group_size or 0))
+    layer = Layer(row, target, specs)
     sound = True
     for spec in layer.specs:
         found = tensors.get(spec.name)

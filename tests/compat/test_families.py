@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 
+from qinit.verification.findings import Finding
+from qinit.verification.verify import verify
 from tests.models import FAMILIES, make_checkpoint
 from tests.stock import (
     delta,
@@ -172,6 +174,18 @@ def test_names_without_the_base_model_s_prefix_load_into_the_causal_model(tmp_pa
     model = load(tmp_path / "out")
     assert_weights_are_q(plan, model, rtol=GPTQ_ROUNDING)
     assert relative(logits(model), logits(dense_twin(source, model))) < 1e-4
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_names_that_the_loader_converts_are_kept_for_it_to_convert(tmp_path, fmt):
+    source = make_checkpoint(tmp_path / "source", "llava")
+    plan, _ = quantize(source, tmp_path / "out", format=fmt)
+    assert all(layer.target.tensor.name != f"{layer.target.name}.weight" for layer in plan.layers)
+    assert not [event for event in verify(tmp_path / "out", source) if isinstance(event, Finding)]
+    model = load(tmp_path / "out", auto_class="AutoModelForImageTextToText")
+    assert_weights_are_q(plan, model, rtol=GPTQ_ROUNDING)
+    twin = dense_twin(source, model, auto_class="AutoModelForImageTextToText")
+    assert relative(logits(model), logits(twin)) < 1e-4
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

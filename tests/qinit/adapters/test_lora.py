@@ -26,7 +26,7 @@ UP = LinearModule("model.layers.0.mlp.up_proj", 96, 64, transposed=False)
 DOWN = LinearModule("model.layers.0.mlp.down_proj", 64, 96, transposed=False)
 OTHER_DOWN = LinearModule("model.layers.1.mlp.down_proj", 64, 96, transposed=False)
 SMALL = LinearModule("model.layers.0.gate", 4, 64, transposed=False)
-LLAMA = Architecture("LlamaForCausalLM", "model", (UP, DOWN, OTHER_DOWN, SMALL))
+LLAMA = Architecture("LlamaForCausalLM", (UP, DOWN, OTHER_DOWN, SMALL))
 
 
 def low_rank(module: LinearModule, rank: int) -> LowRank:
@@ -121,7 +121,7 @@ def test_short_module_names_are_used_only_where_they_match_nothing_else():
 
 def test_conv1d_modules_are_announced_as_fan_in_fan_out():
     conv = LinearModule("transformer.h.0.mlp.c_fc", 64, 32, transposed=True)
-    gpt2 = Architecture("GPT2LMHeadModel", "transformer", (conv,))
+    gpt2 = Architecture("GPT2LMHeadModel", (conv,))
     config = config_for((conv, 16), architecture=gpt2)
     assert config["fan_in_fan_out"] is True
     assert config["task_type"] == "CAUSAL_LM"
@@ -129,7 +129,7 @@ def test_conv1d_modules_are_announced_as_fan_in_fan_out():
 
 
 def test_an_unknown_kind_of_model_has_no_task_type():
-    assert config_for((UP, 16), architecture=Architecture("LlamaModel", "", LLAMA.linear))["task_type"] is None
+    assert config_for((UP, 16), architecture=Architecture("LlamaModel", LLAMA.linear))["task_type"] is None
 
 
 def test_the_config_file_is_what_peft_reads_back(tmp_path):

@@ -14,7 +14,7 @@ from qinit.evaluate.subject import Subject
 from qinit.evaluate.windows import cut_windows
 from qinit.stream import carried
 from tests.evaluated import CPU, TOKENS, figures, make_run, make_source, subject
-from tests.helpers import exhausted
+from tests.helpers import edit_config, exhausted
 from tests.models import make_float32
 from tests.stock import load, load_base
 
@@ -77,9 +77,16 @@ def test_ranks_of_their_own_are_there_to_be_read(source, tmp_path):
     assert config["lora_alpha"] != config["r"]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt_neox", "llava", "mixtral"])
 def test_a_plain_checkpoint_of_another_family(family, tmp_path):
     source = Subject("m", make_float32(tmp_path / "m", family))
+    streamed, loaded = (figures(source, stream=stream) for stream in ("always", "never"))
+    assert streamed.loss == pytest.approx(loaded.loss, rel=2e-6)
+
+
+def test_a_head_that_the_configuration_ties_and_the_checkpoint_does_not(tmp_path):
+    source = Subject("m", make_source(tmp_path / "m"))
+    edit_config(source.base, tie_word_embeddings=True)
     streamed, loaded = (figures(source, stream=stream) for stream in ("always", "never"))
     assert streamed.loss == pytest.approx(loaded.loss, rel=2e-6)
 

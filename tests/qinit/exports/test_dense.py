@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from qinit.exports import EXPORTS, FinishedRun
 from qinit.exports.write import export
-from qinit.source.targets import possible_names
+from qinit.source.checkpoint import Checkpoint
 from tests.helpers import quantize
 from tests.models import make_checkpoint
 
@@ -42,9 +42,9 @@ def test_a_packed_run_becomes_what_its_loader_computes_with(source, tmp_path, op
     export(run, "dense", tmp_path / "out")
     before, after = weights_of_base(source), weights_of_base(tmp_path / "out")
     assert after.keys() == before.keys()
+    names = run.architecture.names_in(Checkpoint.open(tmp_path / "out"))
     for row in run.report.layers:
-        names = possible_names(f"{row.name}.weight", run.architecture.base_prefix)
-        name = next(name for name in names if name in after)
+        name = names.prefix(row.name) + "weight"
         assert after[name].shape == before[name].shape
         if row.kept is None:
             assert torch.equal(after[name], run.weights.read(f"{row.name}.weight", torch.device("cpu")))

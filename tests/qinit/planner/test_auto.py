@@ -5,7 +5,7 @@ from qinit.planner import auto as choice
 from qinit.planner.auto import Choice, _counts, choose
 from qinit.planner.nominal import calibrating_seconds, solving_seconds
 from qinit.text.self_text import model_bytes
-from tests.helpers import plan_of
+from tests.helpers import edit_json, plan_of
 from tests.models import add_tokenizer, make_bert, make_checkpoint, make_float32
 
 CPU = torch.device("cpu")
@@ -116,12 +116,23 @@ class TestOtherText:
         assert found.source == "none"
         assert "running the model takes 0.0 GB" in found.reason
 
-    def test_a_model_that_reads_no_tokens_gets_none(self, reader, monkeypatch):
-        monkeypatch.setattr(choice, "_main_input", lambda plan: "pixel_values")
-        monkeypatch.setattr(choice, "_cannot_write", lambda plan, device: "the model writes no text of its own")
-        found = chosen(reader)
-        assert found.source == "none"
-        assert "the model reads more than tokens" in found.reason
+    def test_a_model_that_reads_no_tokens_gets_none(self, tmp_path):
+        found = chosen(make_checkpoint(tmp_path / "m", "dinov2"), format="dense")
+        assert found == Choice("none", "the model does not run on tokens alone")
+
+    def test_one_that_also_sees_writes_its_own_text(self, tmp_path):
+        assert chosen(make_checkpoint(tmp_path / "m", "llava")).source == "self"
+
+    def test_ids_beyond_the_vocabulary_lead_to_other_text_and_then_to_random_tokens(self, tmp_path):
+        source = add_tokenizer(make_checkpoint(tmp_path / "m", bos_token_id=300))
+        found = chosen(source)
+        assert found.source == "text"
+        assert "as it starts with token 300 of a vocabulary of 256" in found.reason
+        edit_json(source / "tokenizer.json", lambda tokenizer: tokenizer["model"]["vocab"].update({"<unk>": 999}))
+        edit_json(source / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"][-1].update(id=999))
+        found = chosen(source)
+        assert found.source == "random"
+        assert "the tokenizer is that of another model" in found.reason
 
 
 def test_methods_without_calibration_get_none(reader):

@@ -29,6 +29,10 @@ def test_a_checkpoint_says_it_all(llama):
         ({"architectures": ["GPT2Model"]}, False),
         ({"architectures": ["T5ForConditionalGeneration"]}, False),
         ({"architectures": ["LlavaForConditionalGeneration"], "text_config": {}}, True),  # a decoder that sees
+        (
+            {"architectures": ["Florence2ForConditionalGeneration"], "text_config": {}, "is_encoder_decoder": True},
+            False,
+        ),
         ({"architectures": ["BertForMaskedLM"], "text_config": {}}, False),
         ({"architectures": []}, True),  # it is loaded as one
         ({"architectures": [None, 3, "OPTForCausalLM"]}, True),
@@ -68,6 +72,7 @@ class TestSizes:
         bare = {"vocab_size": None, "max_position_embeddings": None}
         assert facts(tmp_path, **bare, text_config={"vocab_size": 11, "n_positions": 4}).vocabulary == 11
         assert facts(tmp_path, **bare, text_config={"vocab_size": 11, "n_positions": 4}).positions == 4
+        assert facts(tmp_path, vocab_size=12, text_config={"vocab_size": 11}).vocabulary == 11  # as in PaliGemma
 
     def test_the_class_has_defaults_for_what_no_file_spells_out(self, tmp_path):
         config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
@@ -83,6 +88,20 @@ class TestSizes:
 
     def test_a_length_is_cut_to_the_positions(self, tmp_path):
         assert [facts(tmp_path).clip(length) for length in (5, 6, 7)] == [5, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("config", "writes"),
+    [
+        ({}, True),
+        ({"bos_token_id": 10}, False),
+        ({"bos_token_id": 10, "vocab_size": None}, True),
+        ({"bos_token_id": None}, False),
+        ({"architectures": ["BertForMaskedLM"]}, False),
+    ],
+)
+def test_a_model_writes_from_a_token_that_it_has(tmp_path, config, writes):
+    assert facts(tmp_path, **config).writes is writes
 
 
 class TestRequired:

@@ -4,12 +4,13 @@ import torch
 from qinit.calibration.walk import Walk
 from qinit.errors import CheckpointError
 from qinit.stream.blocks import Blocks, NotStreamable
-from tests.helpers import calibrated_plan, edit_tensors, padded, quantize, random_samples
+from tests.helpers import calibrated_plan, edit_config, edit_tensors, padded, quantize, random_samples
 from tests.models import FAMILIES, OTHERS, make_checkpoint, make_float32
+from tests.stock import load_base
 from tests.traces import BLOCKS, assert_close, stock_states
 
 CPU = torch.device("cpu")
-STREAMABLE = (*FAMILIES, *(name for name in OTHERS if name != "t5"))
+STREAMABLE = (*FAMILIES, *(name for name in OTHERS if name != "t5"), "llava", "mixtral")
 
 
 def on_meta(model):
@@ -89,6 +90,28 @@ def test_trained_buffers_come_from_the_checkpoint(tmp_path):
     edit_tensors(source / "model.safetensors", lambda tensors: tensors["model.layers.1.layer_scalar"].fill_(0.25))
     block = Blocks.of(calibrated_plan(source), CPU).row.load(1)
     assert block.layer_scalar.item() == 0.25
+
+
+def test_a_head_that_is_stored_as_another_matrix_is_not_tied_to_the_embedding(tmp_path):
+    source = make_float32(tmp_path / "m", "llama")
+    edit_config(source, tie_word_embeddings=True)
+    blocks = Blocks.of(calibrated_plan(source), CPU)
+    with blocks.surroundings(head=True):
+        assert torch.equal(blocks.model.lm_head.weight, load_base(source).lm_head.weight)
+        assert not torch.equal(blocks.model.lm_head.weight, blocks.model.model.embed_tokens.weight)
+    file = source / "model.safetensors"
+    edit_tensors(file, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = Blocks.of(calibrated_plan(source), CPU).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_of_what_sees_only_the_parameter_that_tells_the_model_s_place_is_loaded(tmp_path):
+    source = make_float32(tmp_path / "m", "llava")
+    blocks = Blocks.of(calibrated_plan(source), CPU)
+    with blocks.surroundings(head=True) as held:
+        beside = [name for name in held if not name.startswith(("model.language_model.", "lm_head."))]
+        assert beside == [next(name for name, _ in blocks.model.named_parameters())]
+        assert blocks.model.device == CPU
 
 
 class TestNotStreamable:

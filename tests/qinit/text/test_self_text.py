@@ -138,7 +138,7 @@ def test_a_start_outside_the_vocabulary(tiny_llama):
     assert "has id 256, but vocab_size is 256" in refusal(tiny_llama)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma", "opt"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma", "opt", "llava"])
 def test_other_families_write_too(tmp_path, family):
     assert load(make_checkpoint(tmp_path / family, family)).tokens.shape == (3, 12)
 
