@@ -23,7 +23,7 @@ from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import HubError, ReportError
 from qinit.files.manifest import MANIFEST_NAME, bytes_sum, file_sum, listed, manifest_text, read_manifest
 from qinit.hub.errors import checked_token, hub_errors
-from qinit.report.card import hub_card, load_snippet, packed_mixed
+from qinit.report.card import hub_card, snippet_of
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import read_json, weight_files
 
@@ -67,10 +67,7 @@ class Prepared:
 
     def snippet(self, revision: str | None = None) -> list[str]:
         """Return the lines of Python that load base and adapter from the Hub."""
-        mixed = packed_mixed(self.report)
-        return load_snippet(
-            str(self.report.source["class"]), self.repo_id, packed_mixed=mixed, on_hub=True, revision=revision
-        )
+        return snippet_of(self.report, self.repo_id, on_hub=True, revision=revision)
 
 
 @dataclass(frozen=True)

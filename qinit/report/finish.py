@@ -16,6 +16,7 @@ from qinit.plan.plan import Plan
 from qinit.report.averages import relative_error
 from qinit.report.card import write_card
 from qinit.report.report import LayerRow, Report
+from qinit.source.skeleton import loader
 
 
 def copy_companions(plan: Plan, directory: Path) -> None:
@@ -95,5 +96,8 @@ def make_report(
         if allocation.sensitivity is not None:
             totals["allocation"] |= {key: getattr(allocation, key) for key in ("front", "chosen", "uniform")}
     source = {"model": plan.model_name, "revision": plan.recipe.revision, "class": plan.architecture.class_name}
+    by = loader(plan.checkpoint.config, plan.recipe.trust_remote_code).__name__
+    if by != source["class"]:
+        source["loader"] = by
     recipe = plan.recipe.model_dump()
     return Report(plan.model_name, command, recipe, source, versions(), totals, (*plan.notes, *notes), rows)

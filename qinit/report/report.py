@@ -62,6 +62,12 @@ class Report:
         mixed = any(self.recipe.get(key) is not None for key in ("ratio", "target_bits"))
         return "meqft" if mixed else str(self.recipe.get("method", ""))
 
+    @property
+    def loader(self) -> str:
+        """The name of the transformers class that loads the base: the model's own, or for code that the checkpoint
+        brings the auto class that it is registered for."""
+        return str(self.source.get("loader") or self.source["class"])
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 

@@ -19,6 +19,7 @@ from qinit.verification.written import Written, compare, differing
 CONFIG_FILE = f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}"
 WEIGHTS_FILE = f"{ADAPTER_DIRECTORY}/{WEIGHTS_STEM}.safetensors"
 BASE_KEY = "base_model_name_or_path"
+FREE = (BASE_KEY, "inference_mode")  # the base has a check of its own; PeftModel.from_pretrained overrules the other
 
 
 def check_adapter(written: Written) -> Generator[Finding, None, dict[str, StoredTensor]]:
@@ -47,10 +48,10 @@ def check_adapter(written: Written) -> Generator[Finding, None, dict[str, Stored
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without its base; target modules, which are a set, in order."""
+    """The configuration without what is free in it; target modules, which are a set, in order."""
     targets = config.get("target_modules")
     ordered = sorted(map(str, targets)) if isinstance(targets, list) else targets
-    return {key: value for key, value in config.items() if key != BASE_KEY} | {"target_modules": ordered}
+    return {key: value for key, value in config.items() if key not in FREE} | {"target_modules": ordered}
 
 
 def _check_base(written: Written, named: Any) -> Iterator[Finding]:
