@@ -188,7 +188,9 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
 
 
 def typed(arguments: list[str]) -> str:
-    """Return the command as typed, without the token."""
+    """Return the command as typed, without the token, and with escapes for bytes that are no text."""
+    from qinit.files.reading import printable
+
     words = ["qinit"]
     for word in arguments:
         if words[-1] == "--token":
@@ -196,4 +198,4 @@ def typed(arguments: list[str]) -> str:
         elif word.startswith("--token="):
             word = "--token=$HF_TOKEN"
         words.append(word)
-    return " ".join(word if "$HF_TOKEN" in word else shlex.quote(word) for word in words)
+    return printable(" ".join(word if "$HF_TOKEN" in word else shlex.quote(word) for word in words))
