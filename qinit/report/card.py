@@ -24,6 +24,14 @@ OWN_LINES = re.compile(
     r'|^import qinit\nmodel = qinit\.load\("\.", trainable=True(?:, trust_remote_code=True)?\)$',
     re.MULTILINE,
 )
+OWN_START = re.compile(
+    rf" of rank \d+ in `{ADAPTER_DIRECTORY}/` that already repairs the quantization: fine-tuning starts from both"
+)
+TRAINED_DIRECTORY = "adapter"  # of a repository on the Hub, where a trained adapter is in the place of the run's own
+TRAINED_WORDS = f"""\
+The adapter in `{TRAINED_DIRECTORY}/` was trained, starting from the one that qinit made. What is under Measured, and in
+`qinit.json`, is said of that start, which is not in this repository.
+"""
 
 TEMPLATE = """\
 ---
@@ -67,12 +75,23 @@ def load_snippet(
     on_hub: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    trained: bool = False,
 ) -> list[str]:
     """Return the lines of Python that load base and adapter for training from `place`, a directory or a Hub id (with
-    its `revision`), by the class `loader` of transformers; stock transformers reads no `packed_mixed` widths."""
+    its `revision`), by the class `loader` of transformers; stock transformers reads no `packed_mixed` widths. A
+    `trained` adapter is loaded to be used."""
     trusted = ", trust_remote_code=True" if trust_remote_code else ""
     quoted = json.dumps(place, ensure_ascii=False)  # quotes and backslashes as Python reads them
     at = quoted + (f", revision={json.dumps(revision)}" if revision else "")
+    if trained:
+        own = f'{loader}.from_pretrained({at}, dtype="auto"{trusted})'
+        mixed = f"qinit.load(snapshot_download({at}), adapter=False{trusted})"
+        imports = "import qinit; from huggingface_hub import snapshot_download"
+        return [
+            f"{imports if packed_mixed else f'from transformers import {loader}'}; from peft import PeftModel",
+            f"base = {mixed if packed_mixed else own}",
+            f'model = PeftModel.from_pretrained(base, {at}, subfolder="{TRAINED_DIRECTORY}")',
+        ]
     if packed_mixed:
         if on_hub:
             lines = ["import qinit; from huggingface_hub import snapshot_download"]
@@ -85,8 +104,10 @@ def load_snippet(
     ]
 
 
-def snippet_of(report: Report, place: str, *, on_hub: bool = False, revision: str | None = None) -> list[str]:
-    """Return `load_snippet` for what a run has written."""
+def snippet_of(
+    report: Report, place: str, *, on_hub: bool = False, revision: str | None = None, trained: bool = False
+) -> list[str]:
+    """Return `load_snippet` for what a run has written, or for its base with an adapter that was trained."""
     return load_snippet(
         report.loader,
         place,
@@ -94,6 +115,7 @@ def snippet_of(report: Report, place: str, *, on_hub: bool = False, revision: st
         on_hub=on_hub,
         revision=revision,
         trust_remote_code=bool(report.recipe.get("trust_remote_code")),
+        trained=trained,
     )
 
 
@@ -102,13 +124,18 @@ def packed_mixed(report: Report) -> bool:
     return not FORMATS[report.recipe["format"]].mixed_bits and len({row.bits for row in report.layers if row.bits}) > 1
 
 
-def hub_card(text: str, report: Report, repo_id: str) -> str:
+def hub_card(text: str, report: Report, repo_id: str, *, trained: bool = False) -> str:
     """Return a run's card as it stands on the Hub: it loads from `repo_id`, and names only a base model that is there.
+    With a `trained` adapter in the place of the run's own it says so.
 
     All else is kept, also what a person wrote into it.
     """
-    lines = "\n".join(snippet_of(report, repo_id, on_hub=True))
-    text = OWN_LINES.sub(lambda _: lines, text)
+    lines = "\n".join(snippet_of(report, repo_id, on_hub=True, trained=trained))
+    text, replaced = OWN_LINES.subn(lambda _: lines, text)
+    if trained:
+        text = OWN_START.sub(f" in `{TRAINED_DIRECTORY}/` that was trained", text)
+        load = "" if replaced else f"```python\n{lines}\n```\n"
+        text = _with_section(text, "## Trained\n", [*TRAINED_WORDS.split("\n"), *load.splitlines()])
     before, start, rest = text.partition("---\n")
     front, end, body = rest.partition("---\n")
     try:

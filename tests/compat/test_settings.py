@@ -20,7 +20,10 @@ def test_who_loads_the_adapter_gets_the_same_whatever_inference_mode_says(run, t
 
     found = []
     for value in (True, False):
-        edit_json(run / ADAPTER_DIRECTORY / "adapter_config.json", lambda config, value=value: config.update(inference_mode=value))
+        edit_json(
+            run / ADAPTER_DIRECTORY / "adapter_config.json",
+            lambda config, value=value: config.update(inference_mode=value),
+        )
         model = PeftModel.from_pretrained(load_base(run), run, subfolder=ADAPTER_DIRECTORY, is_trainable=trainable)
         asks = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         assert {name for name in asks if asks[name]} == {name for name in asks if trainable and "lora_" in name}
