@@ -31,20 +31,21 @@ class SavedAdapter:
     parts: dict[str, dict[str, StoredTensor]]
 
     @classmethod
-    def open(cls, directory: Path) -> SavedAdapter:
+    def open(cls, directory: Path, *, whole: bool = False) -> SavedAdapter:
         """Read configuration and headers. Raises CheckpointError for what is missing or damaged, and for an adapter of
-        which `change` would be only a part."""
+        which `change` would be only a part; parameters of the model that were trained `whole` are let pass if asked."""
         settings = read_json(directory / CONFIG_NAME, "an adapter's directory has one")
         kind = kind_of(directory, settings)
         parts: dict[str, dict[str, StoredTensor]] = {}
         others = []
         for name, tensor in read_header(directory / f"{WEIGHTS_STEM}.safetensors").items():
             place = kind.part_of(name)
-            if place is None:
-                others.append(name)
-            else:
+            if place is not None:
                 parts.setdefault(place[0], {})[place[1]] = tensor
-        more = kind.beyond(settings, parts) or next(iter(others), None)
+            elif not whole or "lora_" in name:
+                others.append(name)
+        allowed = {"modules_to_save": None} if whole else {}
+        more = kind.beyond({**settings, **allowed}, parts) or next(iter(others), None)
         if more is not None:
             raise CheckpointError(f"{directory}: more than what {kind.peft_type} adds to weights ({more})")
         return cls(kind, settings, parts)

@@ -84,7 +84,8 @@ def lost_names(
     problems = [*found.problems(type(model).__name__)]
     if len(unpacked) != len(stems):
         problems.append(f"{type(model).__name__} has {len(unpacked)} layers for {len(stems)} that are packed")
-    adapted, said = put_on(model, adapter)
+    with _unpacked():
+        adapted, said = put_on(model, adapter)
     return [*problems, *said, *lost_factors(adapted, adapter)]
 
 
@@ -151,6 +152,23 @@ def lost_factors(model: Any, adapter: Path) -> Iterator[str]:
     frozen = {name for name, parameter in model.named_parameters() if "lora_" in name and not parameter.requires_grad}
     if frozen:
         yield f"PEFT does not train {shown(frozen)}"
+
+
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Keep PEFT from importing what packs layers, seconds each, to see whether a layer is one of theirs: none is."""
+    from peft.tuners.lora import model
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    others = [name for name in vars(model) if name.startswith(("dispatch_", "is_bnb")) and name != "dispatch_default"]
+    before = {name: getattr(model, name) for name in others}
+    vars(model).update(dict.fromkeys(others, nothing))
+    try:
+        yield
+    finally:
+        vars(model).update(before)
 
 
 @contextmanager

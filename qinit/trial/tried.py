@@ -15,11 +15,13 @@ from qinit.formats import format_of
 from qinit.loading import load_base
 from qinit.source.checkpoint import Checkpoint, read_json
 from qinit.source.targets import read_architecture
+from qinit.stream.blocks import NotStreamable
 from qinit.stream.weights import ModelWeights
 from qinit.trial.asked import Answer, Asked
+from qinit.trial.deep import compare_blocks
 from qinit.trial.names import LoadingInfo, lost_factors, lost_names, on_meta, put_on, shown, silent
 from qinit.trial.passes import Reached, distance, first_run, learn, outputs_of
-from qinit.trial.twin import build_twin, weights_of
+from qinit.trial.twin import build_twin, trained_whole, weights_of
 
 CLOSE = 1e-4  # relative, in float32: models of all kinds are at 1e-6, and a repair that is missed begins at 1e-3
 
@@ -54,14 +56,18 @@ def tried(asked: Asked) -> Iterator[Answer]:
         yield from (Answer("base", problem) for problem in problems)
         yield Answer("base", "names as stock transformers and PEFT look for them", kind="done")
         return
-    model, info = _loaded(trial, meta=asked.how == "meta")
+    without = asked.how in ("meta", "blocks")
+    model, info = _loaded(trial, meta=without)
     class_name = type(model).__name__
     yield from _keys(trial, model, info)
-    adapted, said = put_on(model, trial.adapter, meta=asked.how == "meta")
+    adapted, said = put_on(model, trial.adapter, meta=without)
     problems = [*said, *lost_factors(adapted, trial.adapter)]
     yield from (Answer("adapter", f"on {class_name}: {problem}") for problem in problems)
-    if asked.how == "meta":
+    if asked.how == "blocks" and not problems:
+        yield from _blocks(trial, adapted.eval(), class_name)
+    elif without:
         yield Answer("base", f"loaded by {class_name} and PEFT without weights", kind="done")
+    if without:
         return
     yield from _passes(trial, adapted.eval(), class_name)
 
@@ -69,14 +75,13 @@ def tried(asked: Asked) -> Iterator[Answer]:
 def _loaded(trial: Trial, *, meta: bool) -> tuple[Any, LoadingInfo]:
     asked = trial.asked
     config = read_json(trial.run / "config.json", "the directory is incomplete; run qinit again")
-    device = torch.device("meta") if meta else None
     with silent():
         model, info = load_base(
             trial.run,
             asked.class_name,
             config,
             dtype=torch.float32,
-            device=device,
+            device="meta" if meta else None,
             trust_remote_code=asked.trust_remote_code,
         )
     return model, LoadingInfo.of(info)
@@ -89,7 +94,8 @@ def _keys(trial: Trial, model: Any, info: LoadingInfo) -> Iterator[Answer]:
         return
     asked, class_name = trial.asked, type(model).__name__
     if trial.source is not None:
-        info = info.beyond(on_meta(trial.source, asked.class_name, trust_remote_code=asked.trust_remote_code)[1])
+        theirs = on_meta(trial.source, asked.class_name, trust_remote_code=asked.trust_remote_code)[1]
+        info = info.beyond(theirs)
         yield from (Answer("base", problem) for problem in info.problems(class_name))
         return
     checkpoint = Checkpoint.open(trial.run, quantized=True)
@@ -104,6 +110,26 @@ def _keys(trial: Trial, model: Any, info: LoadingInfo) -> Iterator[Answer]:
     yield from (Answer("base", problem) for problem in ours.problems(class_name))
     for problem in info.beyond(ours).problems(class_name):
         yield Answer("base", f"{problem}; so it was in the source, as far as can be seen (--source compares)", False)
+
+
+def _blocks(trial: Trial, adapted: Any, class_name: str) -> Iterator[Answer]:
+    """Compare a model that was loaded without weights with what its files say, block by block."""
+    farthest, count = 0.0, 0
+    try:
+        weights = weights_of(trial.run, trial.adapter, trust_remote_code=trial.asked.trust_remote_code)
+        for block in compare_blocks(adapted, weights, trial.adapter, trial.run):
+            count, farthest = count + 1, max(farthest, block.apart)
+            yield from (Answer("adapter", f"{block.path}: {what}", grave) for grave, what in block.learned)
+            if not block.apart <= CLOSE:
+                what = f"what {block.path} of {class_name} and PEFT gives is {block.apart:.1e} (relative) from"
+                yield Answer("base", f"{what} Q + s B A of the files")
+    except (CheckpointError, NotStreamable) as error:
+        yield Answer("base", f"{class_name} was not compared block by block: {error}", False)
+    done = f"loaded by {class_name} and PEFT without weights"
+    if count:
+        done += f"; {count} blocks, filled from the files, are {farthest:.0e} from Q + s B A and have gradients; how the "
+        done += "loaders read values, and what lies outside the blocks, was not compared"
+    yield Answer("base", done, kind="done")
 
 
 def _passes(trial: Trial, adapted: Any, class_name: str) -> Iterator[Answer]:
@@ -130,14 +156,18 @@ def _passes(trial: Trial, adapted: Any, class_name: str) -> Iterator[Answer]:
         what = f"taken as {class_name} has it, as qinit does not read it: {shown(unknown)}"
         yield Answer("base", what, False)
     with torch.no_grad():
-        yield from _compared(trial, class_name, build_twin(weights, unknown), found, count)
+        others = {**unknown, **trained_whole(trial.adapter)}
+        yield from _compared(trial, class_name, build_twin(weights, others), found, count)
 
 
 def _unknown(adapted: Any, weights: ModelWeights) -> dict[str, torch.Tensor]:
     """Return the parameters that the files hold under no name that qinit knows, if at all: fused experts, new heads."""
-    named = adapted.get_base_model().named_parameters(remove_duplicate=False)
-    found = {re.sub(r"(\.base_layer)+\.", ".", name): value.detach() for name, value in named if "lora_" not in name}
-    return {name: value for name, value in found.items() if not weights.has(name)}
+    found: dict[str, Any] = {}
+    for name, value in adapted.get_base_model().named_parameters(remove_duplicate=False):
+        if not re.search(r"lora_|modules_to_save", name):
+            found[re.sub(r"(\.(base_layer|original_module))+\.", ".", name)] = value
+    known = {id(value) for name, value in found.items() if weights.has(name)}  # a tied head has no tensor of its own
+    return {name: value.detach() for name, value in found.items() if id(value) not in known}
 
 
 def _compared(
