@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from qinit_cli.hush import hush
 from qinit_cli.options import (
     CALIBRATING,
@@ -23,6 +24,7 @@ from qinit_cli.options import (
     takes,
 )
 from qinit_cli.push import push_after_run, quiet_hub
+from qinit_cli.verify import WANTING
 
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
@@ -90,6 +92,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     from qinit.clock import Clock
     from qinit.machine import pick_device
     from qinit.planner.time import expected
+    from qinit.runner.loadable import is_lost
     from qinit.runner.run import run
     from qinit.workplace.place import check_output
 
@@ -106,13 +109,17 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         report = screen.follow(made, events, said)
     if options["debug"]:
         show_split(clock.split())
-    pushed = None
+    pushed, lost = None, is_lost(report.notes)
     try:
-        if repo_id:
+        if repo_id and lost:
+            screen.say(f"not pushed to {repo_id}, as stock loaders would lose a part of it")
+        elif repo_id:
             pushed = push_after_run(screen, out, repo_id, **target)
     finally:
         if options["json_output"]:
             screen.json_report(report, out, **({"pushed": pushed} if repo_id else {}))
+    if lost:
+        raise typer.Exit(WANTING)
 
 
 def _qualities(
@@ -188,7 +195,9 @@ def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan
 
 
 def typed(arguments: list[str]) -> str:
-    """Return the command as typed, without the token."""
+    """Return the command as typed, without the token, and with escapes for bytes that are no text."""
+    from qinit.files.reading import printable
+
     words = ["qinit"]
     for word in arguments:
         if words[-1] == "--token":
@@ -196,4 +205,4 @@ def typed(arguments: list[str]) -> str:
         elif word.startswith("--token="):
             word = "--token=$HF_TOKEN"
         words.append(word)
-    return " ".join(word if "$HF_TOKEN" in word else shlex.quote(word) for word in words)
+    return printable(" ".join(word if "$HF_TOKEN" in word else shlex.quote(word) for word in words))

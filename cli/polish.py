@@ -12,6 +12,7 @@ from qinit_cli.eqft import interruptible, show_split, typed
 from qinit_cli.hush import hush
 from qinit_cli.options import DATA_PANEL, MODEL_PANEL, OUTPUT_PANEL, takes
 from qinit_cli.push import quiet_hub
+from qinit_cli.verify import WANTING
 
 
 def _option(kind: Any, panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -64,6 +65,7 @@ def polish(**options: Any) -> None:
     from qinit.machine import pick_device
     from qinit.planner.time import expected_polish
     from qinit.runner.again import check_place, plan_polish, polish_planned
+    from qinit.runner.loadable import is_lost
 
     screen = Screen(quiet=options["quiet"], to_stderr=options["json_output"])
     quiet_hub(options["quiet"], options["debug"])
@@ -91,3 +93,5 @@ def polish(**options: Any) -> None:
     if options["json_output"]:
         gained = report is not again.before.report
         screen.json_report(report, out if gained else directory, gained=gained)
+    if is_lost(report.notes):
+        raise typer.Exit(WANTING)

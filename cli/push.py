@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 def push(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub; made if it is missing.")],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="An adapter that was trained on the run, as PEFT saved it: it takes the place of the run's own.",
+            show_default="the run's own",
+        ),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch to push to; made if it is missing.", show_default="main")
@@ -51,7 +59,7 @@ def push(
     if not dry_run:
         require_ready(repo_id, token)
     quiet_hub(quiet, debug)
-    prepared = prepare(directory, repo_id)
+    prepared = prepare(directory, repo_id, adapter)
     _say_what(screen, prepared)
     if dry_run:
         _draw(screen, prepared, revision, create_pr)
@@ -60,7 +68,7 @@ def push(
         try:
             pushed = push_prepared(prepared, revision=revision, private=private, create_pr=create_pr, token=token)
         except KeyboardInterrupt:
-            raise StoppedError(_stopped(directory, repo_id, private)) from None
+            raise StoppedError(_stopped(directory, repo_id, private, adapter)) from None
         _say_where(screen, prepared, pushed)
         result = _as_json(prepared, pushed)
     if json_output:
@@ -105,8 +113,8 @@ def quiet_hub(quiet: bool, debug: bool) -> None:
         disable_progress_bars()
 
 
-def _stopped(directory: Path, repo_id: str, private: bool) -> str:
-    again = _again(directory, repo_id, private)
+def _stopped(directory: Path, repo_id: str, private: bool, adapter: Path | None = None) -> str:
+    again = _again(directory, repo_id, private) + (f" --adapter {shlex.quote(str(adapter))}" if adapter else "")
     return f"interrupted; the run is complete in {directory}, and {repo_id} may hold a part of it; to go on: {again}"
 
 

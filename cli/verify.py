@@ -33,6 +33,20 @@ def verify(
         str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.", show_default="the run's own")
     ] = None,
     token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN is used when left out. Never printed.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="An adapter that was trained on the run, as PEFT saved it: checked too, and loaded.",
+            show_default="the run's own",
+        ),
+    ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Of a model that memory does not hold: load and compare it block by block.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that lies in DIR; it can do anything that you can.")
+    ] = False,
     fix: Annotated[
         bool, typer.Option("--fix", help="Of a run that was moved: make the adapter name its base where it is now.")
     ] = False,
@@ -42,19 +56,32 @@ def verify(
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the exit code.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Reread what was written: hashes, shapes, values, errors, the adapter's scale and base.
+    """Reread what was written: hashes, shapes, values, errors, the adapter's scale and base; then load it.
+
+    What is in order is loaded by stock transformers and PEFT, in a process of its own, and run forward and back: every
+    tensor must find its place, the predictions must be those of Q + s B A in the files, and every factor must get a
+    gradient.
 
     Exit code 0: sound. 3: something is wrong, and named. 2: DIR is no run, or the source cannot be read.
     """
     from qinit_cli.draw import Screen
     from qinit_cli.hush import hush
 
+    from qinit.adapters.trained import read_trained
     from qinit.verification.factors import point_to
     from qinit.verification.verify import verify as verified
 
     hush()
     screen = Screen(quiet=quiet or json_output)
-    found, counts = _followed(screen, verified(directory, _source(directory, source, revision, token)))
+    original = _source(directory, source, revision, token)
+    options = {"trust_remote_code": trust_remote_code}
+    found, counts, _ = _followed(screen, verified(directory, original, **options))
+    if adapter is not None:
+        read_trained(adapter)
+    loaded = ""
+    if not any(each.grave for each in found):
+        more, _, loaded = _followed(screen, _tried(directory, adapter, original, deep=deep, **options))
+        found += more
     fixed = fix and any(each.moved for each in found) and all(each.moved or not each.grave for each in found)
     if fixed:
         point_to(directory)
@@ -70,9 +97,12 @@ def verify(
         advice = "once the rest is in order" if len([each for each in problems if not each.moved]) else "to do so"
         screen.say(f"`qinit verify {directory} --fix` makes the adapter name its base where it is now; run it {advice}")
     screen.say(_verdict(directory, len(problems), counts, source))
+    if loaded:
+        screen.say(loaded)
     if json_output:
         kinds = {"problems": problems, "notes": [each for each in found if not each.grave]}
         value = {"directory": str(directory.resolve()), "sound": not problems, "fixed": fixed, "checked": counts}
+        value["loaded"] = loaded or None
         rows = {kind: [_described(each) for each in findings] for kind, findings in kinds.items()}
         sys.stdout.write(json.dumps({**value, **rows}) + "\n")
     if problems:
@@ -96,11 +126,28 @@ def _source(directory: Path, model: str | None, revision: str | None, token: str
     return local_directory(model, revision, token)
 
 
-def _followed(screen: Any, events: Iterator[Event]) -> tuple[list[Finding], dict[str, int]]:
-    """Draw the progress; returns what was found and how much was looked at."""
+def _tried(
+    directory: Path, adapter: Path | None, source: Path | None, *, deep: bool, trust_remote_code: bool
+) -> Iterator[Event]:
+    """Load the run, with another adapter than its own where there is one and it fits."""
+    from qinit.verification.factors import check_trained
+    from qinit.verification.findings import Finding
+    from qinit.verification.loading import check_loading
+
+    fits = True
+    for event in check_trained(directory, adapter) if adapter is not None else ():
+        fits = fits and not isinstance(event, Finding)
+        yield event
+    if fits:
+        yield from check_loading(directory, adapter, source, deep=deep, trust_remote_code=trust_remote_code)
+
+
+def _followed(screen: Any, events: Iterator[Event]) -> tuple[list[Finding], dict[str, int], str]:
+    """Draw the progress; returns what was found, how much was looked at, and what was loaded."""
     from qinit.verification.findings import Checked, Finding, Stage
 
     found: list[Finding] = []
+    loaded = ""
     counts = Counter({"file": 0, "tensor": 0, "layer": 0})
     with screen.progress() as progress:
         task = progress.add_task("starting", total=None)
@@ -108,12 +155,14 @@ def _followed(screen: Any, events: Iterator[Event]) -> tuple[list[Finding], dict
             match event:
                 case Stage(what, nbytes):
                     progress.reset(task, total=nbytes, description=what)
+                case Checked("loaded", what, _):
+                    loaded = what
                 case Checked(kind, name, nbytes):
                     counts[kind] += 1
                     progress.update(task, advance=nbytes, description=name)
                 case Finding():
                     found.append(event)
-    return found, {f"{kind}s": count for kind, count in counts.items()}
+    return found, {f"{kind}s": count for kind, count in counts.items()}, loaded
 
 
 def _verdict(directory: Path, problems: int, counts: dict[str, int], source: str | None) -> str:

@@ -70,6 +70,27 @@ def load_parts(
     trust_remote_code: bool = False,
 ) -> Any:
     """Load a base whose config.json is `config`, and put an adapter on it, wherever the two lie; as `load` does."""
+    where = None if device is None else pick_device(device)
+    model, info = load_base(base, class_name, config, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+    missing = sorted(info["missing_keys"])
+    if missing:  # they would be random
+        raise CheckpointError(
+            f"{base}: lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])})"
+        )
+    return model if adapter is None else _load_adapter(model, adapter, trainable)
+
+
+def load_base(
+    base: Path,
+    class_name: str,
+    config: dict[str, Any],
+    *,
+    dtype: Any = "auto",
+    device: Any = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """Load a base whose config.json is `config` by stock `from_pretrained` of its class; returns it and what
+    transformers says of its keys. `device` may be meta. Raises CheckpointError."""
     import transformers
 
     own = "auto_map" in config
@@ -84,14 +105,23 @@ def load_parts(
         )
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if device is not None:
-        options["device_map"] = {"": pick_device(device)}
+        options["device_map"] = {"": device}
     if not isinstance(config.get("quantization_config"), dict | None):
         raise _not_ours(base)
     fmt = format_of(config)
     if fmt is not None:
         options |= fmt.loader_options(base, config, trust_remote_code=trust_remote_code)
-    model = _load_base(base, model_class, dtype, options)
-    return model if adapter is None else _load_adapter(model, adapter, trainable)
+    try:
+        return model_class.from_pretrained(
+            base,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # a damaged directory can break its class in any way
+        raise CheckpointError(f"{base}: cannot be loaded ({_reason(error)})") from error
 
 
 def _not_ours(directory: Path) -> CheckpointError:
@@ -127,26 +157,6 @@ def _require_adapter(directory: Path) -> None:
     config = read_json(file, "")
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):  # PEFT would import what that names
         raise CheckpointError(f"{file}: not an adapter that qinit wrote; load the base alone with adapter=False")
-
-
-def _load_base(directory: Path, model_class: Any, dtype: Any, options: dict[str, Any]) -> Any:
-    try:
-        model, info = model_class.from_pretrained(
-            directory,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:  # a damaged directory can break its class in any way
-        raise CheckpointError(f"{directory}: cannot be loaded ({_reason(error)})") from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # they would be random
-        raise CheckpointError(
-            f"{directory}: lacks {len(missing)} weights of {type(model).__name__} ({', '.join(missing[:3])})"
-        )
-    return model
 
 
 def _load_adapter(model: Any, directory: Path, trainable: bool) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from tests.helpers import quantize
 from tests.hub_stand_in import StandInHub
-from tests.models import make_checkpoint, make_reader
+from tests.models import make_checkpoint, make_own_code, make_reader
 
 # Read by huggingface_hub when it is imported; a test that talks to a local stand-in lifts it for itself.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -83,6 +84,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantize(make_checkpoint(place / "source"), place / "run", format="dense", max_shard_size="100KB")
     write_manifest(place / "run")
     return place / "run"
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Llama whose class is code in its directory; what transformers copies of it goes to a place of the test's."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    return make_own_code(tmp_path / "own")
 
 
 @pytest.fixture

@@ -164,3 +164,38 @@ def make_bert(directory: Path, **overrides: Any) -> Path:
     )
     transformers.BertForMaskedLM(config).save_pretrained(directory)
     return add_tokenizer(directory, encoder=True)
+
+
+OWN_CONFIG = """\
+from transformers import LlamaConfig
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+"""
+OWN_MODEL = """\
+from transformers import LlamaForCausalLM
+
+from .configuration_own import OwnConfig
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def make_own_code(directory: Path, **overrides: Any) -> Path:
+    """Save a tiny Llama whose class is code in its directory."""
+    import json
+
+    make_checkpoint(directory, **overrides)
+    (directory / "configuration_own.py").write_text(OWN_CONFIG)
+    (directory / "modeling_own.py").write_text(OWN_MODEL)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "own-llama", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory

@@ -80,7 +80,7 @@ class LoraAdapter(Adapter):
             "bias": "none",
             "fan_in_fan_out": any(module.transposed for module, _ in ranks),
             "init_lora_weights": True,
-            "inference_mode": True,
+            "inference_mode": False,  # PeftModel.from_pretrained overrules it; get_peft_model believes it
             "modules_to_save": None,
             "use_dora": False,
         }

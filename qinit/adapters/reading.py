@@ -14,6 +14,14 @@ from qinit.files.tensors import StoredTensor, read_header
 from qinit.source.checkpoint import read_json
 
 
+def kind_of(directory: Path, settings: dict[str, Any]) -> Adapter:
+    """Return the kind of the adapter in a directory. Raises CheckpointError for one that qinit does not know."""
+    kind = adapter_of(settings)
+    if kind is None:
+        raise CheckpointError(f"{directory}: an adapter of peft_type {settings.get('peft_type')!r} is not read")
+    return kind
+
+
 @dataclass(frozen=True)
 class SavedAdapter:
     """What PEFT saved: its configuration, and each module's parts, read when they are asked for."""
@@ -27,9 +35,7 @@ class SavedAdapter:
         """Read configuration and headers. Raises CheckpointError for what is missing or damaged, and for an adapter of
         which `change` would be only a part; parameters of the model that were trained `whole` are let pass if asked."""
         settings = read_json(directory / CONFIG_NAME, "an adapter's directory has one")
-        kind = adapter_of(settings)
-        if kind is None:
-            raise CheckpointError(f"{directory}: an adapter of peft_type {settings.get('peft_type')!r} is not read")
+        kind = kind_of(directory, settings)
         parts: dict[str, dict[str, StoredTensor]] = {}
         others = []
         for name, tensor in read_header(directory / f"{WEIGHTS_STEM}.safetensors").items():

@@ -1,8 +1,10 @@
 """Puts a finished run on the Hub, so that the repo id alone loads base and adapter. The run itself is only read.
 
 What is pushed differs from the directory in three files, which are made anew: the adapter's configuration and the card
-name the repo id, and SHA256SUMS is the list of what is pushed. It is done by huggingface_hub's `upload_folder`, which
-took the place of `upload_large_folder`: each request is tried again, and what the Hub has already is not sent again.
+name the repo id, and SHA256SUMS is the list of what is pushed. An adapter that was trained takes the place of the run's
+own, in another folder; of what its trainer has saved beside it, nothing is pushed. It is done by huggingface_hub's
+`upload_folder`, which took the place of `upload_large_folder`: each request is tried again, and what the Hub has
+already is not sent again.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from glob import escape
 from pathlib import Path, PurePosixPath
@@ -19,11 +21,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
-from qinit.errors import HubError, ReportError
+from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME
+from qinit.adapters.trained import WEIGHTS_NAME, misfits
+from qinit.errors import CheckpointError, HubError, ReportError
 from qinit.files.manifest import MANIFEST_NAME, bytes_sum, file_sum, listed, manifest_text, read_manifest
+from qinit.files.tensors import read_header
 from qinit.hub.errors import checked_token, hub_errors
-from qinit.report.card import hub_card, load_snippet, packed_mixed
+from qinit.report.card import TRAINED_DIRECTORY, hub_card, snippet_of
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import read_json, weight_files
 
@@ -34,7 +38,9 @@ CARD_NAME = "README.md"
 ADAPTER_CONFIG = f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}"
 PICTURES = ("report.png", "report.html")  # `qinit report` makes them after the list was written
 # What an earlier push of another run may have left there: it would be loaded, or believed, beside the new one.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "sensitivity.json", *PICTURES)
+REPLACED = ("*.safetensors", "*.safetensors.index.json", CONFIG_NAME, "sensitivity.json", *PICTURES)
+# What a trainer leaves in a directory, some of it pickles: no part of a run, with SHA256SUMS or without.
+STATE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 
@@ -60,6 +66,7 @@ class Prepared:
     rewritten: dict[str, bytes]
     changes: tuple[Change, ...]
     left_out: tuple[str, ...]
+    trained: Path | None = None  # the directory of the adapter that takes the place of the run's own
 
     @property
     def nbytes(self) -> int:
@@ -67,10 +74,14 @@ class Prepared:
 
     def snippet(self, revision: str | None = None) -> list[str]:
         """Return the lines of Python that load base and adapter from the Hub."""
-        mixed = packed_mixed(self.report)
-        return load_snippet(
-            str(self.report.source["class"]), self.repo_id, packed_mixed=mixed, on_hub=True, revision=revision
-        )
+        return snippet_of(self.report, self.repo_id, on_hub=True, revision=revision, trained=self.trained is not None)
+
+    def source(self, name: str) -> Path:
+        """Return the file that is pushed under this name, unless it is made anew."""
+        path = PurePosixPath(name)
+        if self.trained is not None and str(path.parent) == TRAINED_DIRECTORY:
+            return self.trained / path.name
+        return self.directory / name
 
 
 @dataclass(frozen=True)
@@ -139,47 +150,87 @@ def open_target(
     return files
 
 
-def prepare(directory: Path, repo_id: str) -> Prepared:
+def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepared:
     """Read a run's directory, check every file against its SHA256SUMS, and make what differs on the Hub.
 
-    Only the card may have been changed by hand. Raises HubError for what is no OWNER/NAME, ReportError or
-    CheckpointError for a directory that is no finished run, or one with a file that is missing or not what the run
-    wrote.
+    Only the card may have been changed by hand. `adapter`, the directory of an adapter that was trained on the run,
+    takes the place of the run's own. Raises HubError for what is no OWNER/NAME, ReportError or CheckpointError for a
+    directory that is no finished run, or one with a file that is missing or not what the run wrote, and for an adapter
+    that does not fit.
     """
     require_name(repo_id)
     report = Report.read(directory)
     weight_files(directory)
-    config = read_json(directory / ADAPTER_CONFIG, "so this is no finished run; run `qinit eqft` again")
     there = listed(directory)
-    names = there
+    names = [name for name in there if not _is_state(name)]
     sums: dict[str, str] = {}
     if (directory / MANIFEST_NAME).is_file():
         sums = read_manifest(directory)
         names = sorted({*sums, *(name for name in PICTURES if name in there)})
-    for name in (*names, "config.json", f"{ADAPTER_DIRECTORY}/{WEIGHTS_STEM}.safetensors"):
+    own = f"{ADAPTER_DIRECTORY}/"
+    if adapter is not None:
+        names = [name for name in names if not name.startswith(own)]
+        _require_fit(adapter, directory, report)
+    needed = ["config.json"] if adapter is not None else ["config.json", ADAPTER_CONFIG, own + WEIGHTS_NAME]
+    for name in (*names, *needed):
         if name not in there:
             raise ReportError(f"{directory / name}: missing, so this is no finished run; run `qinit eqft` again")
-    found = {name: _sum(directory, name) for name in names}
+    found = {name: _sum(directory / name) for name in names}
     for name, value in sums.items():
-        if found[name] != value and name != CARD_NAME:
-            raise ReportError(
-                f"{directory / name}: is not what the run wrote (its sum is not the one in {MANIFEST_NAME}); run "
-                f"`qinit eqft` again, or remove {MANIFEST_NAME} if you changed it on purpose"
-            )
+        if name in found and found[name] != value and name != CARD_NAME:
+            raise ReportError(_changed(directory, name))
+    place = TRAINED_DIRECTORY if adapter is not None else ADAPTER_DIRECTORY
+    prepared = Prepared(directory, repo_id, report, {}, {}, (), (), adapter)
+    configuration, weights = f"{place}/{CONFIG_NAME}", f"{place}/{WEIGHTS_NAME}"
+    config = read_json(prepared.source(configuration), "so this is no finished run; run `qinit eqft` again")
     before = str(config.get("base_model_name_or_path"))
     config["base_model_name_or_path"] = repo_id
-    rewritten = {ADAPTER_CONFIG: f"{json.dumps(config, indent=2)}\n".encode()}
-    changes = [Change(ADAPTER_CONFIG, "base_model_name_or_path", before, repo_id)]
+    rewritten = {configuration: f"{json.dumps(config, indent=2)}\n".encode()}
+    changes = [Change(configuration, "base_model_name_or_path", before, repo_id)]
     if CARD_NAME in names:
         card = (directory / CARD_NAME).read_bytes().decode("utf-8", "replace")
-        rewritten[CARD_NAME] = hub_card(card, report, repo_id).encode()
+        rewritten[CARD_NAME] = hub_card(card, report, repo_id, trained=adapter is not None).encode()
         changes += _changed_lines(CARD_NAME, card, rewritten[CARD_NAME].decode())
-    found.update({name: bytes_sum(content) for name, content in rewritten.items()})
+    found[weights] = _sum(prepared.source(weights))
+    found |= {name: bytes_sum(content) for name, content in rewritten.items()}
     rewritten[MANIFEST_NAME] = manifest_text(found).encode()
-    sizes = {name: (directory / name).stat().st_size for name in names}
+    sizes = {name: prepared.source(name).stat().st_size for name in found.keys() - rewritten.keys()}
     sizes |= {name: len(content) for name, content in rewritten.items()}
-    left_out = tuple(name for name in there if name not in sizes)
-    return Prepared(directory, repo_id, report, dict(sorted(sizes.items())), rewritten, tuple(changes), left_out)
+    left_out = [name for name in there if name not in sizes]
+    left_out += [str(adapter / name) for name in _others(adapter)] if adapter is not None else []
+    return replace(
+        prepared,
+        files=dict(sorted(sizes.items())),
+        rewritten=rewritten,
+        changes=tuple(changes),
+        left_out=tuple(left_out),
+    )
+
+
+def _require_fit(adapter: Path, directory: Path, report: Report) -> None:
+    layers = {row.name: row.shape for row in report.layers}
+    base = [name for file, _ in weight_files(directory) for name in read_header(file)]
+    for problem in misfits(adapter, layers, base):
+        raise CheckpointError(f"{adapter}: does not fit the base of {directory}: {problem}; give the run that it is of")
+
+
+def _others(adapter: Path) -> list[str]:
+    """Return what lies beside a trained adapter: a trainer's state, checkpoints, what it says of itself."""
+    return sorted(path.name for path in adapter.iterdir() if path.name not in (CONFIG_NAME, WEIGHTS_NAME))
+
+
+def _is_state(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix in STATE_SUFFIXES or path.parts[0].startswith("checkpoint-")
+
+
+def _changed(directory: Path, name: str) -> str:
+    trained = f"; if it was trained there, push it with --adapter {directory / ADAPTER_DIRECTORY}"
+    return (
+        f"{directory / name}: is not what the run wrote (its sum is not the one in {MANIFEST_NAME}); run "
+        f"`qinit eqft` again, or remove {MANIFEST_NAME} if you changed it on purpose"
+        + (trained if name.startswith(f"{ADAPTER_DIRECTORY}/") else "")
+    )
 
 
 def push(
@@ -236,16 +287,16 @@ def _changed_lines(file: str, before: str, after: str) -> list[Change]:
     ]
 
 
-def _sum(directory: Path, name: str) -> str:
+def _sum(file: Path) -> str:
     try:
-        return file_sum(directory / name)
+        return file_sum(file)
     except OSError as error:
-        raise ReportError(f"{directory / name}: cannot be read ({error.strerror})") from None
+        raise ReportError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _is_replaced(name: str) -> bool:
     path = PurePosixPath(name)
-    ours = str(path.parent) in (".", ADAPTER_DIRECTORY)
+    ours = str(path.parent) in (".", ADAPTER_DIRECTORY, TRAINED_DIRECTORY)
     return ours and any(path.match(pattern) for pattern in REPLACED)
 
 
@@ -259,7 +310,7 @@ def _staged(prepared: Prepared) -> Iterator[Path]:
             if name in prepared.rewritten:
                 place.write_bytes(prepared.rewritten[name])
             else:
-                _link((prepared.directory / name).resolve(), place)
+                _link(prepared.source(name).resolve(), place)
         yield Path(made)
 
 

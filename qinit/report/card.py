@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,22 @@ from qinit.report.report import Report
 from qinit.source.demo import DEMO_NAME
 
 CARD_NAME = "README.md"
-AUTO_CLASSES = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-}
+# The lines of `load_snippet` for the run's own directory, by this qinit or an earlier one, which named other classes.
+OWN_LINES = re.compile(
+    r"^from transformers import (\w+); from peft import PeftModel\n"
+    r'base = \1\.from_pretrained\("\.", dtype="auto"(?:, trust_remote_code=True)?\)\n'
+    rf'model = PeftModel\.from_pretrained\(base, "\.", subfolder="{ADAPTER_DIRECTORY}", is_trainable=True\)$'
+    r'|^import qinit\nmodel = qinit\.load\("\.", trainable=True(?:, trust_remote_code=True)?\)$',
+    re.MULTILINE,
+)
+OWN_START = re.compile(
+    rf" of rank \d+ in `{ADAPTER_DIRECTORY}/` that already repairs the quantization: fine-tuning starts from both"
+)
+TRAINED_DIRECTORY = "adapter"  # of a repository on the Hub, where a trained adapter is in the place of the run's own
+TRAINED_WORDS = f"""\
+The adapter in `{TRAINED_DIRECTORY}/` was trained, starting from the one that qinit made. What is under Measured, and in
+`qinit.json`, is said of that start, which is not in this repository.
+"""
 
 TEMPLATE = """\
 ---
@@ -59,37 +68,54 @@ Per-layer figures, versions and the full recipe are in `qinit.json`.
 
 
 def load_snippet(
-    class_name: str,
+    loader: str,
     place: str,
     *,
     packed_mixed: bool = False,
     on_hub: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    trained: bool = False,
 ) -> list[str]:
     """Return the lines of Python that load base and adapter for training from `place`, a directory or a Hub id (with
-    its `revision`); stock transformers reads no `packed_mixed` widths."""
+    its `revision`), by the class `loader` of transformers; stock transformers reads no `packed_mixed` widths. A
+    `trained` adapter is loaded to be used."""
     trusted = ", trust_remote_code=True" if trust_remote_code else ""
     quoted = json.dumps(place, ensure_ascii=False)  # quotes and backslashes as Python reads them
     at = quoted + (f", revision={json.dumps(revision)}" if revision else "")
+    if trained:
+        own = f'{loader}.from_pretrained({at}, dtype="auto"{trusted})'
+        mixed = f"qinit.load(snapshot_download({at}), adapter=False{trusted})"
+        imports = "import qinit; from huggingface_hub import snapshot_download"
+        return [
+            f"{imports if packed_mixed else f'from transformers import {loader}'}; from peft import PeftModel",
+            f"base = {mixed if packed_mixed else own}",
+            f'model = PeftModel.from_pretrained(base, {at}, subfolder="{TRAINED_DIRECTORY}")',
+        ]
     if packed_mixed:
         if on_hub:
             lines = ["import qinit; from huggingface_hub import snapshot_download"]
             return [*lines, f"model = qinit.load(snapshot_download({at}), trainable=True{trusted})"]
         return ["import qinit", f"model = qinit.load({quoted}, trainable=True{trusted})"]
-    auto = next((auto for end, auto in AUTO_CLASSES.items() if class_name.endswith(end)), "AutoModel")
     return [
-        f"from transformers import {auto}; from peft import PeftModel",
-        f'base = {auto}.from_pretrained({at}, dtype="auto"{trusted})',
+        f"from transformers import {loader}; from peft import PeftModel",
+        f'base = {loader}.from_pretrained({at}, dtype="auto"{trusted})',
         f'model = PeftModel.from_pretrained(base, {at}, subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
     ]
 
 
-def snippet_of(report: Report, directory: str) -> list[str]:
-    """Return `load_snippet` for what a run has written."""
-    trusted = bool(report.recipe.get("trust_remote_code"))
+def snippet_of(
+    report: Report, place: str, *, on_hub: bool = False, revision: str | None = None, trained: bool = False
+) -> list[str]:
+    """Return `load_snippet` for what a run has written, or for its base with an adapter that was trained."""
     return load_snippet(
-        str(report.source["class"]), directory, packed_mixed=packed_mixed(report), trust_remote_code=trusted
+        report.loader,
+        place,
+        packed_mixed=packed_mixed(report),
+        on_hub=on_hub,
+        revision=revision,
+        trust_remote_code=bool(report.recipe.get("trust_remote_code")),
+        trained=trained,
     )
 
 
@@ -99,13 +125,18 @@ def packed_mixed(report: Report) -> bool:
     return not FORMATS[report.recipe["format"]].mixed_bits and len(grids) > 1
 
 
-def hub_card(text: str, report: Report, repo_id: str) -> str:
+def hub_card(text: str, report: Report, repo_id: str, *, trained: bool = False) -> str:
     """Return a run's card as it stands on the Hub: it loads from `repo_id`, and names only a base model that is there.
+    With a `trained` adapter in the place of the run's own it says so.
 
     All else is kept, also what a person wrote into it.
     """
-    snippet = partial(load_snippet, str(report.source["class"]), packed_mixed=packed_mixed(report))
-    text = text.replace("\n".join(snippet(place=".")), "\n".join(snippet(place=repo_id, on_hub=True)))
+    lines = "\n".join(snippet_of(report, repo_id, on_hub=True, trained=trained))
+    text, replaced = OWN_LINES.subn(lambda _: lines, text)
+    if trained:
+        text = OWN_START.sub(f" in `{TRAINED_DIRECTORY}/` that was trained", text)
+        load = "" if replaced else f"```python\n{lines}\n```\n"
+        text = _with_section(text, "## Trained\n", [*TRAINED_WORDS.split("\n"), *load.splitlines()])
     before, start, rest = text.partition("---\n")
     front, end, body = rest.partition("---\n")
     try:

@@ -16,6 +16,7 @@ from qinit.plan.plan import Plan
 from qinit.report.averages import relative_error
 from qinit.report.card import write_card
 from qinit.report.report import LayerRow, Report
+from qinit.source.skeleton import loader
 
 
 def copy_companions(plan: Plan, directory: Path) -> None:
@@ -101,5 +102,8 @@ def make_report(
             if allocation.prices:
                 totals["allocation"]["nats_per_megabyte"] = allocation.prices
     source = {"model": plan.model_name, "revision": plan.recipe.revision, "class": plan.architecture.class_name}
+    by = loader(plan.checkpoint.config, plan.recipe.trust_remote_code).__name__
+    if by != source["class"]:
+        source["loader"] = by
     recipe = plan.recipe.model_dump()
     return Report(plan.model_name, command, recipe, source, versions(), totals, (*plan.notes, *notes), rows)

@@ -63,6 +63,12 @@ class Report:
         mixed = any(self.recipe.get(key) is not None for key in BUDGETS)
         return "meqft" if mixed else str(self.recipe.get("method", ""))
 
+    @property
+    def loader(self) -> str:
+        """The name of the transformers class that loads the base: the model's own, or for code that the checkpoint
+        brings the auto class that it is registered for."""
+        return str(self.source.get("loader") or self.source["class"])
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
@@ -79,6 +85,8 @@ class Report:
             report = TypeAdapter(cls).validate_json(read_regular(path, REPORT_BYTES), strict=True)
         except FileNotFoundError:
             what = "no such file" if directory.is_dir() else "no such directory"
+            if (directory / "adapter_config.json").is_file():
+                remedy = "an adapter lies here: give the run that it was trained on, and this directory with --adapter"
             raise ReportError(f"{path if directory.is_dir() else directory}: {what}; {remedy}") from None
         except OSError as error:
             raise ReportError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None

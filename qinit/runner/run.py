@@ -23,6 +23,7 @@ from qinit.runner.calibrated import solve_calibrated
 from qinit.runner.checked import check
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight, solve_layer
+from qinit.runner.loadable import check_names
 from qinit.runner.mixed import choose_widths
 from qinit.runner.polished import polish_adapters
 from qinit.source.checkpoint import count_nonfinite, require_finite
@@ -67,6 +68,7 @@ def completed(
     plan, place, journal = job.plan, job.place, job.journal
     write_configurations(plan, place.run, place.out)
     with section("check"):
+        yield from check_names(job)
         checked = yield from check(job)
     report = make_report(
         plan,

@@ -16,19 +16,20 @@ from qinit.verification.values import check_values
 from qinit.verification.written import open_written
 
 
-def verify(directory: Path, source: Path | None = None) -> Iterator[Event]:
+def verify(directory: Path, source: Path | None = None, *, trust_remote_code: bool = False) -> Iterator[Event]:
     """Check a run's directory: hashes, structure, values, and with `source`, the model it was made from, the errors.
+    What loaders make of it: `qinit.verification.loading`.
 
     Yields Stage and Checked as it goes, and a Finding for everything that is not as it should be. One layer is in
-    memory at a time. Raises ReportError if `directory` is none of qinit's, CheckpointError if the source cannot be
-    read.
+    memory at a time. `trust_remote_code` runs code that lies there. Raises ReportError if `directory` is none of
+    qinit's, CheckpointError if the source cannot be read.
     """
     if not (directory / REPORT_NAME).exists() and not (directory / MANIFEST_NAME).exists():
         what = f"has neither {REPORT_NAME} nor {MANIFEST_NAME}" if directory.is_dir() else "no such directory"
         raise ReportError(f"{directory}: {what}; pass the directory that `qinit eqft` wrote")
     original = Checkpoint.open(source) if source is not None else None
     yield from check_files(directory)
-    written = yield from open_written(directory)
+    written = yield from open_written(directory, trust_remote_code=trust_remote_code)
     if written is not None:
         factors = yield from check_adapter(written)
         yield from check_values(written, factors, original)

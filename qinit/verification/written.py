@@ -52,7 +52,7 @@ class Written:
         return ADAPTERS[self.recipe.row.adapter]
 
 
-def open_written(directory: Path) -> Generator[Finding, None, Written | None]:
+def open_written(directory: Path, *, trust_remote_code: bool = False) -> Generator[Finding, None, Written | None]:
     """Read report, configuration and headers, and compare them; None where too little can be read to go on."""
     file = REPORT_NAME
     try:
@@ -64,7 +64,7 @@ def open_written(directory: Path) -> Generator[Finding, None, Written | None]:
         config = read_json(directory / CONFIG, "the directory is incomplete; run qinit again")
         tensors, whole = yield from _read_headers(directory)
         checkpoint = Checkpoint(directory, config, tensors)
-        architecture = read_architecture(checkpoint)
+        architecture = read_architecture(checkpoint, trust_remote_code)
     except QinitError as error:
         yield from_error(directory, file, error)
         return None

@@ -26,8 +26,10 @@ LOCK_NAME = "lock"
 
 
 def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
-    """Raise OutputError if the result cannot go to `out`: it exists, holds something else, or lacks space."""
+    """Raise OutputError if the result cannot go to `out`: it exists, holds something else, or lacks space, or if what
+    the result says of itself could not be written."""
     try:
+        _require_text(plan, out)
         _check_output(plan, out, overwrite)
     except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError before Python 3.13
         reason = getattr(error, "strerror", error)
@@ -50,6 +52,18 @@ def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
                     "choose another place with --out"
                 )
     check_space(plan, out)
+
+
+def _require_text(plan: Plan, out: Path) -> None:
+    """The adapter names `out`, the report the recipe, and both files are UTF-8."""
+    found = {"--out": str(out.resolve()), "the model": plan.model_name}
+    found |= {key: value for key, value in plan.recipe.model_dump().items() if isinstance(value, str)}
+    for what, text in found.items():
+        if text.encode(errors="replace").decode() != text:
+            raise OutputError(
+                f"{out}: {what} is {text!r}, which is not UTF-8, so that the result's own files could not name it; "
+                "give it another name"
+            )
 
 
 def check_space(plan: Plan, out: Path) -> None:

@@ -222,4 +222,5 @@ def test_the_command_is_quoted_and_without_the_token():
     assert typed(["eqft", "my model", "--token", "2", "--bits", "2"]) == (
         "qinit eqft 'my model' --token $HF_TOKEN --bits 2"
     )
+    assert typed(["eqft", "caf\udce9"]) == "qinit eqft 'caf\\udce9'"
     assert typed(["eqft", "--token=hf_x"]) == "qinit eqft --token=$HF_TOKEN"

@@ -32,8 +32,8 @@ class TestPush:
             "to me/tiny: 11 files, " + out.splitlines()[0].split(", ")[1],
             f"pushed to {hub.endpoint}/{REPO}",
             "Load it:",
-            "    from transformers import AutoModelForCausalLM; from peft import PeftModel",
-            '    base = AutoModelForCausalLM.from_pretrained("me/tiny", dtype="auto")',
+            "    from transformers import LlamaForCausalLM; from peft import PeftModel",
+            '    base = LlamaForCausalLM.from_pretrained("me/tiny", dtype="auto")',
             '    model = PeftModel.from_pretrained(base, "me/tiny", subfolder="eqft_init", is_trainable=True)',
         ]
         assert hub.files(REPO).keys() == {*contents(run), ".gitattributes"}
@@ -52,7 +52,7 @@ class TestPush:
             name: len(data) for name, data in hub.files(REPO, "v2").items() if name != ".gitattributes"
         }
         assert value["left_out"] == ["notes.txt"]
-        assert value["load"][1] == 'base = AutoModelForCausalLM.from_pretrained("me/tiny", revision="v2", dtype="auto")'
+        assert value["load"][1] == 'base = LlamaForCausalLM.from_pretrained("me/tiny", revision="v2", dtype="auto")'
         assert "note: not pushed, as the run did not write it: notes.txt\n" in err
 
     def test_quiet_says_nothing(self, command, hub, run):

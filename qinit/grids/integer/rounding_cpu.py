@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numba
 import numpy as np
 import torch
 
 from qinit.grids.base import Quantized
 from qinit.grids.integer.block import Block
+from qinit.grids.integer.compiled import compiled
 from qinit.grids.integer.search_cpu import HALF, TINY, to_f16, use_as_many_threads_as_torch
 
 ZERO = np.float32(0.0)
@@ -115,7 +118,7 @@ def _fit(x, h, n, levels, ratios, refinements):
     return scale, zero
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@partial(compiled, parallel=True, fastmath=True)
 def _feed_back(
     first, levels, group_size, ratios, refinements, codes, scales, zeros, x, moved, residual, feedback, weights, groups
 ):
@@ -158,7 +161,7 @@ def _image(codes, z, hessian, image):
             image[j] += c * hessian[k, j]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@partial(compiled, parallel=True, fastmath=True)
 def _descend(first, levels, group_size, passes, codes, scales, zeros, gradient, residual, hessian):
     rows, width = gradient.shape
     inverse = np.empty(width, np.float32)

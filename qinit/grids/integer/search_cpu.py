@@ -6,6 +6,7 @@ Every row is handled by one thread from start to end, so the result does not dep
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numba
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from qinit.grids.base import Quantized
 from qinit.grids.integer import candidates
 from qinit.grids.integer.candidates import F16_MAX
+from qinit.grids.integer.compiled import compiled
 
 TINY = np.float32(candidates.TINY)
 HALF = np.float32(0.5)
@@ -63,7 +65,7 @@ def use_as_many_threads_as_torch() -> None:
     torch.set_num_threads(threads)
 
 
-@numba.njit(cache=True)
+@compiled
 def to_f16(value):
     """Round a positive float32 to the nearest float16: 11 bits, or multiples of 2^-24 below 2^-14."""
     _, exponent = math.frexp(value)
@@ -109,7 +111,7 @@ def _sums3(x, n, inverse, z, levels):
     return a, aa, b, bb, d, dd
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@partial(compiled, parallel=True, fastmath=True)
 def _kernel(target, weight, group_size, levels, ratios, refinements, warm, codes, scales, zeros, residual):
     rows, columns = weight.shape
     one = np.float32(1.0)

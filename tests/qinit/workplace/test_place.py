@@ -239,6 +239,16 @@ def test_room_is_needed_for_base_adapter_companions_and_a_second_adapter_of_a_po
                 check_space(plan_of(llama, **options), place / "out")
 
 
+@pytest.mark.parametrize("what", ["--out", "model"])
+def test_names_that_are_not_utf_8_are_found_before_the_first_weight_is_read(what, llama, place, monkeypatch):
+    monkeypatch.setattr("qinit.files.tensors.StoredTensor.read", None)
+    name = os.fsdecode(b"caf\xe9")
+    source = Path(shutil.copytree(llama, place / (name if what == "model" else "m")))
+    with pytest.raises(OutputError, match=rf"{what} is '.*caf\\udce9.*', which is not UTF-8") as caught:
+        quantize(source, place / ("out" if what == "model" else name) / "run")
+    assert "give it another name" in str(caught.value)
+
+
 class TestPutBack:
     def test_a_run_that_was_put_aside_comes_back(self, place):
         (place / ".out.replaced").mkdir()
