@@ -77,7 +77,9 @@ class Stock:
 
 
 def _as(empty: torch.Tensor, value: torch.Tensor | None) -> Any:
-    return nn.Parameter(value, requires_grad=empty.requires_grad) if isinstance(empty, nn.Parameter) else value
+    if value is None or not isinstance(empty, nn.Parameter):
+        return value
+    return nn.Parameter(value, requires_grad=empty.requires_grad)
 
 
 @dataclass(frozen=True)
