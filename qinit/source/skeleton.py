@@ -59,6 +59,14 @@ def build_model(checkpoint: Checkpoint, *, include_buffers: bool, trust_remote_c
     return model
 
 
+def without_cache(model: Any) -> None:
+    """Have a model keep no keys and values between its passes; parts of it may have configurations of their own."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+
+
 def loader(config: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """Return the class that loads this model: the first of the configuration's architectures that transformers has,
     else AutoModelForCausalLM; with trusted code the auto class that the code is registered for."""
