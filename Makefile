@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 # Waiting threads sleep: spinning saves 3 % on idle cores and more than doubles the time on busy ones.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: help setup lint test docs demo compare results-table picture commands clean
+.PHONY: help setup lint test test-families docs demo compare results-table picture commands clean
 .DELETE_ON_ERROR:
 
 help:  ## Show the targets
@@ -45,6 +45,11 @@ lint: $(STAMP)  ## Style, formatting, types, and the order of the pipeline
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## The tests
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Half an hour; docs/families.md is written from what it keeps.
+test-families: export OMP_NUM_THREADS = 1
+test-families: $(STAMP)  ## Every family of models, head and format, through the stock loaders
+	$(BIN)/python -m tests.families --jobs $(WORKERS) --json model_zoo/results/families.json
 
 # Strict: a broken link, or a page that is not in the menu, fails. The variable only hushes a notice.
 docs: export NO_MKDOCS_2_WARNING = 1

@@ -21,7 +21,8 @@ from qinit.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "model_zoo" / "results"
-FILES = (ROOT / "README.md", ROOT / "docs" / "study.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
+PAGES = ("README.md", "docs/families.md", "docs/study.md")
+FILES = (*(ROOT / page for page in PAGES), *sorted((ROOT / "docs" / "results").glob("*.md")))
 BLOCK = re.compile(
     r"(?P<begin><!-- results:(?P<name>[\w.-]+)(?::(?P<view>[\w-]+))? -->\n).*?(?P<end><!-- /results -->)", re.DOTALL
 )

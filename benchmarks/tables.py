@@ -241,10 +241,37 @@ def gpu(result: Result) -> list[Table]:
     return [Table(f"{result['model']} on {result['machine']['gpu'] or result['device']}", ["part", "what", ""], rows)]
 
 
+def families(result: Result) -> list[Table]:
+    """Which families of models load, by head and format; heads of a family that are alike share a row."""
+    cells = {(c["family"], c["head"], c["format"], c["calibration"]): c for c in result["cells"]}
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for family, head in dict.fromkeys((cell["family"], cell["head"]) for cell in result["cells"]):
+        words = [
+            _both(*(cells[family, head, fmt, calibration] for calibration in ("none", "auto")))
+            for fmt in ("dense", "gptq")
+        ]
+        rows.setdefault((family, *words, cells[family, head, "dense", "auto"]["calibrated"] or "-"), []).append(head)
+    table = [[family, ", ".join(heads), *words] for (family, *words), heads in rows.items()]
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("transformers", "peft"))
+    return [Table(f"{versions}", ["family", "head", "dense", "gptq", "calibration"], table)]
+
+
+def _both(free: Result, calibrated: Result) -> str:
+    """Say what came of a cell without data and with calibration, once where it is the same."""
+    one, other = (_state(cell) for cell in (free, calibrated))
+    return one if one == other else f"without data: {one}; calibrated: {other}"
+
+
+def _state(cell: Result) -> str:
+    if cell["state"] != "yes":
+        return f"{cell['state']}: {cell['found'][0]}"
+    return "yes" if not cell["left"] else f"yes; left: {'; '.join(cell['left'])}"
+
+
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
-    **{"estimates": estimates, "qualities": qualities, "gpu": gpu},
+    **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families},
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

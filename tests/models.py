@@ -61,6 +61,15 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "T5ForConditionalGeneration",
         {**SMALL, "d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2, "num_layers": 2, "decoder_start_token_id": 0},
     ),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            **{**SMALL, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64},
+            **{"decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+            **{"max_position_embeddings": 64, "decoder_start_token_id": 2},
+        },
+    ),
 }
 # Whose checkpoints have other names than their modules, or matrices that the loader puts together or cuts.
 CONVERTED: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -80,6 +89,8 @@ CONVERTED: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**SMALL_LAYERS, "image_size": 16, "patch_size": 8, "use_swiglu_ffn": True, "mlp_ratio": 2},
     ),
 }
+# Blocks that use the keys and values of others: such a model runs as a whole.
+ENTANGLED = {"num_hidden_layers": 3, "num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3}
 UNKNOWN = 3  # the id of a word that the word tokenizer does not know
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qinit.plan.plan import Plan
+from qinit.stream.feeding import inputs_of
 from qinit.text.samples import Samples
 
 BLOCKS = {  # of families, `model.layers` for all others
@@ -16,6 +17,8 @@ BLOCKS = {  # of families, `model.layers` for all others
     "gpt_neox": "gpt_neox.layers",
     "bert": "bert.encoder.layer",
     "llava": "model.language_model.layers",
+    "t5": "encoder.block",
+    "bart": "model.encoder.layers",
 }
 
 
@@ -44,14 +47,14 @@ def stock_states(plan: Plan, samples: Samples) -> list[torch.Tensor]:
         block.register_forward_pre_hook(keep, with_kwargs=True)
     blocks[-1].register_forward_hook(keep_output)
     mask = None if samples.mask is None else samples.mask.long()
-    model(input_ids=samples.tokens, attention_mask=mask, use_cache=False)
+    model(**inputs_of(model, samples.tokens, mask), use_cache=False)
     return states
 
 
 class Trace:
     """What the modules `names` of a stock model get and give for some samples, one row per token (no padding)."""
 
-    def __init__(self, model: Any, names: list[str], samples: Samples, **inputs: Any) -> None:
+    def __init__(self, model: Any, names: list[str], samples: Samples) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
         self.outputs: dict[str, torch.Tensor] = {}
         kept = torch.ones_like(samples.tokens, dtype=torch.bool) if samples.mask is None else samples.mask
@@ -68,7 +71,7 @@ class Trace:
         hooks = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names]
         with torch.no_grad():
             mask = None if samples.mask is None else samples.mask.long()
-            model(input_ids=samples.tokens, attention_mask=mask, use_cache=False, **inputs)
+            model(**inputs_of(model, samples.tokens, mask), use_cache=False)
         for hook in hooks:
             hook.remove()
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from qinit.errors import CalibrationError
 from qinit.plan.plan import LayerPlan, Plan
-from qinit.stream.blocks import Call, Stop
+from qinit.stream.calls import Call, Stop
 from qinit.text.samples import Samples
 
 # Of the widest activation of one batch. What is larger than the 32 MB that glibc keeps is given back and asked for anew

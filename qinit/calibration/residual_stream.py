@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qinit.stream.blocks import Call
+from qinit.stream.calls import Call
 
 
 def writes_to(block: nn.Module, linear: nn.Module, call: Call, hidden: torch.Tensor) -> str | None:

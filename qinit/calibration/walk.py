@@ -25,12 +25,14 @@ from qinit.calibration.activations import (
 from qinit.calibration.groups import Group, Groups
 from qinit.calibration.meter import Gap, Meter, Original
 from qinit.calibration.residual_stream import writes_to
+from qinit.calibration.states import Ends, States, in_front_of
 from qinit.clock import counted, section
 from qinit.events import Measuring, Passing
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.solver.statistics import Statistics
-from qinit.stream.blocks import Blocks, Row
-from qinit.stream.carried import Batch, Calls, Carried, batches_of
+from qinit.stream.blocks import Blocks
+from qinit.stream.carried import Batch
+from qinit.stream.rows import Row
 from qinit.stream.shelf import Shelf
 from qinit.text.samples import Samples
 
@@ -48,7 +50,8 @@ class Seen:
 
 class Walk:
     """Iterate to get every block that has layers, with its weights in memory and the text in front of it; once a block
-    is done with, the text goes on through it. Layers outside of the row of blocks are not visited.
+    is done with, the text goes on through it. Rows of blocks follow each other: a decoder is measured on what the
+    repaired encoder gives. Layers outside of the rows, and in rows that the text never reaches, are not visited.
 
     In mode `sequential` two models run side by side, the original and the repaired one, and every group of layers is
     measured after the layers in front of it have been repaired: the original block runs once, the repaired one as far
@@ -75,44 +78,58 @@ class Walk:
         self.plan, self.samples, self.device = plan, samples, device
         self.sequential = mode == "sequential"
         self.blocks = Blocks.of(plan, device)
-        self.row = self.blocks.row
+        self.rows = self.blocks.rows
+        self.count = sum(map(len, self.rows))
         self.layers = {layer.target.name: layer for layer in plan.quantized}
         self.batch = batch_size(plan, samples, device)
         self.scratch = scratch
         self.finished, self.weight_of, self.whole_blocks = frozenset(finished), weight_of, whole_blocks
         if whole_blocks:
-            blocks = [self._names(index) for index in range(len(self.row))]
+            blocks = [self._names(row, index) for row in self.rows for index in range(len(row))]
             self.finished = frozenset(name for names in blocks if self.finished.issuperset(names) for name in names)
-        self.writes: dict[tuple[type, str], str | None] = {}  # what layers of a kind write to, as far as it was tried
+        self.writes: dict[tuple[int, type, str], str | None] = {}  # what layers of a kind write to, where it was tried
         self.diverged = False  # whether anything has been repaired yet
 
     def __iter__(self) -> Generator[OpenBlock, None, None]:
-        row = self.row
-        open_blocks = [index for index in range(len(row)) if not self.finished.issuperset(self._names(index))]
-        if not open_blocks:
+        open_rows = [row for row in self.rows if self._open_blocks(row)]
+        if not open_rows:
             return
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=self.scratch) as directory:
             self.directory = Path(directory)
-            batches = list(batches_of(self.samples, self.batch))
-            original, calls = self._start(row, batches)
-            repaired, ahead = (original.twin(name) if self.sequential else original for name in ("repaired", "ahead"))
-            for index in range(open_blocks[-1] + 1):
-                with section("reading"):
-                    module = row.load(index)
-                states = States(index, batches, calls, original, repaired, ahead)
-                block = OpenBlock(self, module, copy.deepcopy(module) if self.sequential else None, states)
-                try:
-                    if block.names:
-                        yield block
-                    if index < open_blocks[-1]:
-                        if not block.passed:
-                            block.run_original()
-                        if self.sequential:
-                            block.run_repaired()
-                    original, ahead = ahead, original
-                finally:
-                    block.repaired = None
-                    row.unload(index)
+            ends: list[Ends] = []
+            first = 0  # the row's first block, counted through all rows
+            for row in self.rows[: self.rows.index(open_rows[-1]) + 1]:
+                states = in_front_of(
+                    self.blocks, row, first, self.samples, self.batch, self.directory, ends, self.sequential
+                )
+                first += len(row)
+                if states is None:
+                    ends.append(Ends(None, None))
+                    continue
+                yield from self._through(row, states, to_its_end=row is not open_rows[-1])
+                ends.append(Ends(states.original, states.repaired))
+
+    def _through(self, row: Row, states: States, to_its_end: bool) -> Generator[OpenBlock, None, None]:
+        """Yield the blocks of a row, and take the text through each; not through the last one that is open if nobody
+        asks what is behind it."""
+        last = len(row) - 1 if to_its_end else self._open_blocks(row)[-1]
+        for index in range(last + 1):
+            with section("reading"):
+                module = row.load(index)
+            states.index = index
+            block = OpenBlock(self, module, copy.deepcopy(module) if self.sequential else None, states)
+            try:
+                if block.names:
+                    yield block
+                if index < last or to_its_end:
+                    if not block.passed:
+                        block.run_original()
+                    if self.sequential:
+                        block.run_repaired()
+                states.original, states.ahead = states.ahead, states.original
+            finally:
+                block.repaired = None
+                row.unload(index)
 
     def visit(self) -> Iterator[Measuring | Passing | Seen]:
         """Yield the layers of all blocks, one block after the other."""
@@ -120,38 +137,11 @@ class Walk:
             for block in blocks:
                 yield from block.visit()
 
-    def _names(self, index: int) -> list[str]:
-        return [name for name in self.layers if name.startswith(self.row.prefix(index))]
+    def _names(self, row: Row, index: int) -> list[str]:
+        return [name for name in self.layers if name.startswith(row.prefix(index))]
 
-    @counted("forward")
-    def _start(self, row: Row, batches: list[Batch]) -> tuple[Carried, Calls]:
-        calls = Calls()
-        carried: Carried | None = None
-        with self.blocks.surroundings():
-            for batch in batches:
-                hidden, found = row.calls(self.samples.tokens[batch.rows], batch.long_mask)
-                calls.add(batch, found)
-                if carried is None:
-                    shape = (len(self.samples.tokens), *hidden.shape[1:])
-                    carried = Carried(shape, self.directory / "original", streams=3 if self.sequential else 1)
-                carried.write(batch, hidden)
-            self.probe = next(batches_of(self.samples, 1))
-            _, self.probe_calls = row.calls(self.samples.tokens[self.probe.rows], self.probe.long_mask)
-        assert carried is not None
-        return carried, calls
-
-
-@dataclass(frozen=True)
-class States:
-    """The text in front of block `index`: the hidden states of both models, in batches, and how the block is called
-    with each of them. `ahead` takes what the original block makes of it."""
-
-    index: int
-    batches: list[Batch]
-    calls: Calls
-    original: Carried
-    repaired: Carried
-    ahead: Carried
+    def _open_blocks(self, row: Row) -> list[int]:
+        return [index for index in range(len(row)) if not self.finished.issuperset(self._names(row, index))]
 
 
 class OpenBlock:
@@ -160,8 +150,8 @@ class OpenBlock:
 
     def __init__(self, walk: Walk, module: nn.Module, repaired: nn.Module | None, states: States) -> None:
         self.walk, self.module, self.repaired, self.states = walk, module, repaired, states
-        self.prefix = walk.row.prefix(states.index)
-        self.names = walk._names(states.index)
+        self.prefix = states.row.prefix(states.index)
+        self.names = walk._names(states.row, states.index)
         self.groups = Groups({self._inner(name): walk.layers[name] for name in self.names}, self._written)
         self.shelf: Shelf | None = None
         self.passed = False  # whether the text has run through the original module
@@ -176,7 +166,7 @@ class OpenBlock:
 
     def visit(self) -> Iterator[Measuring | Passing | Seen]:
         """Yield the block's layers with what they see, each to be solved and repaired before the next is asked for."""
-        walk, index, count = self.walk, self.states.index, len(self.walk.row)
+        walk, index, count = self.walk, self.states.first + self.states.index, self.walk.count
         passing = walk.sequential or walk.finished.issuperset(self.names)
         yield Passing(index, count) if passing else Measuring(index, count, tuple(self.names))
         meters = self.run_original()
@@ -226,7 +216,7 @@ class OpenBlock:
         if last is None or not self.walk.diverged:
             for batch in states.batches:
                 if self.walk.diverged:
-                    call = states.calls.of(batch, states.index)
+                    call = states.repaired_calls.of(batch, states.index)
                     end = call(self.repaired, states.repaired.read(batch).to(self.walk.device))
                 else:
                     end = states.ahead.read(batch)
@@ -260,7 +250,7 @@ class OpenBlock:
         states = self.states
         assert self.repaired is not None
         now = states.repaired.read(batch).to(self.walk.device)
-        inputs, end = caught(self.repaired, states.calls.of(batch, states.index), now, [group.inner])
+        inputs, end = caught(self.repaired, states.repaired_calls.of(batch, states.index), now, [group.inner])
         return inputs.get(group.inner), end
 
     def _leave(self, last: Group, batch: Batch, x: torch.Tensor | None, end: torch.Tensor) -> None:
@@ -286,7 +276,7 @@ class OpenBlock:
             if diverged and any(kind == "output" for kind in group.writes.values()):
                 x, end = self._through(group, batch)
             else:
-                x = caught_at(self.repaired, states.calls.of(batch, states.index), now, group.inner)
+                x = caught_at(self.repaired, states.repaired_calls.of(batch, states.index), now, group.inner)
             if x is not None:
                 self._add(meter, group, batch, x, self._gap(group, batch, x, now, end) if diverged else None)
             if group is self._last:
@@ -353,13 +343,13 @@ class OpenBlock:
     def _written(self, inner: str) -> str | None:
         """Find out, once for each kind of block, what a layer writes to; on one sample, as it takes many passes."""
         walk, states = self.walk, self.states
-        hidden = states.original.read(walk.probe).to(walk.device)
+        hidden = states.original.read(states.probe).to(walk.device)
         if not walk.sequential or self.groups.layers[inner].target.module.out_features != hidden.shape[-1]:
             return None
-        kind = type(self.module), inner
+        kind = states.first, type(self.module), inner
         if kind not in walk.writes:
             linear = self.module.get_submodule(inner)
-            walk.writes[kind] = writes_to(self.module, linear, walk.probe_calls[states.index], hidden)
+            walk.writes[kind] = writes_to(self.module, linear, states.probe_calls[states.index], hidden)
         return walk.writes[kind]
 
     def _inner(self, name: str) -> str:

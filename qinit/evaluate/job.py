@@ -28,7 +28,7 @@ from qinit.evaluate.subject import Subject
 from qinit.evaluate.tasks import run_tasks
 from qinit.evaluate.windows import Windows
 from qinit.machine import free_memory
-from qinit.stream.blocks import NotStreamable
+from qinit.stream.calls import NotStreamable
 from qinit.text.tokens import load_tokenizer
 
 STREAMING = ("auto", "always", "never")

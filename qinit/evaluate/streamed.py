@@ -16,8 +16,10 @@ from qinit.evaluate.windows import Windows
 from qinit.formats import format_of
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import read_architecture
-from qinit.stream.blocks import Blocks, NotStreamable
+from qinit.stream.blocks import Blocks
+from qinit.stream.calls import NotStreamable
 from qinit.stream.carried import Batch, Carried
+from qinit.stream.feeding import reads_twice
 from qinit.stream.reading import read_through
 from qinit.stream.weights import ModelWeights
 
@@ -34,35 +36,38 @@ class Block:
 class Streamed:
     """A model whose blocks are in memory one after the other, in float32, with Q + s B A as their weights.
 
-    Raises NotStreamable for a model that is no single row of blocks, or whose weights are stored in another way.
+    Raises NotStreamable for a model that is no rows of blocks, for an encoder-decoder, which predicts no next token of
+    the text that it reads, and for weights that are stored in another way.
     """
 
     def __init__(self, subject: Subject, windows: Windows, batch_size: int, device: torch.device) -> None:
         self.name, self.windows, self.device = subject.name, windows, device
         self.blocks = Blocks(_weights(subject), device)
         self.blocks.require_whole()
-        self.row = self.blocks.row
+        if reads_twice(self.blocks.model):
+            raise NotStreamable("an encoder-decoder predicts no next token of the text that it reads")
+        self.count = sum(map(len, self.blocks.rows))
         count = len(windows)
         self.batches = [Batch(at, min(at + batch_size, count), None) for at in range(0, count, batch_size)]
-        self.carried: Carried | None = None
+        self.ends: list[Carried | None] | None = None
 
     def read(self, file: Path, streams: int) -> Iterator[Block]:
         """Carry the hidden states of all windows through all blocks; `file` holds them where memory is short, as one of
         `streams` such stores."""
         steps = read_through(self.blocks, self.windows.tokens, self.batches, file, streams)
-        while self.carried is None:
+        while self.ends is None:
             try:
-                yield Block(self.name, next(steps), len(self.row))
+                yield Block(self.name, next(steps), self.count)
             except StopIteration as end:
-                self.carried = end.value
+                self.ends = end.value
 
     def logits(self) -> Logits:
         """Return what gives the logits once all has been read; the head must be in memory (`blocks.surroundings`)."""
 
         def run(rows: slice) -> torch.Tensor:
-            assert self.carried is not None
-            states = self.carried.states[rows].to(self.device)
-            return self.row.after(self.windows.tokens[rows], None, states).logits
+            assert self.ends is not None
+            states = [None if end is None else end.states[rows].to(self.device) for end in self.ends]
+            return self.blocks.after(self.windows.tokens[rows], None, states).logits
 
         return run
 

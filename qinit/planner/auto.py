@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +52,7 @@ def choose(plan: Plan, device: torch.device) -> Choice:
     own = None if unable else costs.most(AUTO_SOURCE)
     if own == costs.counts[0]:
         return costs.choice(AUTO_SOURCE, own)
-    other, without_text = _other_source(plan, device)
+    other, without_text = _other_source(plan)
     if other is None and unable:
         return Choice("none", without_text)
     most = costs.most(other) if other else None
@@ -132,15 +131,11 @@ def _cannot_write(plan: Plan, device: torch.device) -> str:
     )
 
 
-def _other_source(plan: Plan, device: torch.device) -> tuple[str | None, str]:
+def _other_source(plan: Plan) -> tuple[str | None, str]:
     """Return the source beside the model's own text, None for a model that reads no tokens, and why it is not text."""
     facts, checkpoint = plan.facts, plan.checkpoint
     if facts.vocabulary is None or not _reads_tokens(plan):
-        return None, "the model does not run on tokens alone"
-    whole = 4 * checkpoint.parameters
-    free = free_memory(device)
-    if _rows(plan) > 1 and whole > LARGEST_SHARE * free:  # such a model is not run block by block
-        return None, f"running the model takes {whole / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
+        return None, "the model does not run on tokens alone; give --calibration FILE where it can read text"
     try:
         tokenizer = load_tokenizer(checkpoint.directory, plan.recipe.trust_remote_code)
     except CalibrationError:
@@ -162,11 +157,6 @@ def _reads_tokens(plan: Plan) -> bool:
     except CalibrationError as error:
         return isinstance(error.__cause__, RuntimeError)
     return True
-
-
-def _rows(plan: Plan) -> int:
-    """Return how many rows of blocks there are: what stands before the first number in the layers' names."""
-    return len({re.split(r"\.\d+\.", layer.target.name)[0] for layer in plan.quantized})
 
 
 def _joined(*parts: str) -> str:

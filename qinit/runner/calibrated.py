@@ -16,7 +16,7 @@ from qinit.plan.plan import few_tokens
 from qinit.runner.job import Job
 from qinit.runner.layer import solve_layer
 from qinit.runner.staged import Held
-from qinit.stream.blocks import NotStreamable
+from qinit.stream.calls import NotStreamable
 from qinit.text.samples import Samples
 
 

@@ -23,7 +23,7 @@ from qinit.planner.nominal import check_tokens
 from qinit.recipe import Recipe
 from qinit.runner.job import Job
 from qinit.solver.methods import CALIBRATED
-from qinit.stream.blocks import NotStreamable
+from qinit.stream.calls import NotStreamable
 from qinit.text.bundled import check_documents
 from qinit.text.sources import RANDOM, load_samples
 

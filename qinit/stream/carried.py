@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from qinit.machine import free_memory
-from qinit.stream.blocks import Call, alike
+from qinit.stream.calls import Call, alike
 from qinit.text.samples import Samples
 
 CARRIED_SHARE = 0.25  # of the free memory; more hidden states than that are kept on disk
@@ -43,12 +43,17 @@ def batches_of(samples: Samples, size: int) -> Iterator[Batch]:
 
 
 class Calls:
-    """How each block is called: mostly alike for all batches of one size, but not with padding, nor where a block
-    also gets something made of the tokens (Gemma 4's per-layer inputs)."""
+    """How each block of a row is called: mostly alike for all batches of one size, but not with padding, nor where a
+    block also gets something made of the tokens (Gemma 4's per-layer inputs).
 
-    def __init__(self) -> None:
+    `made` has what the calls' slots stand for, such as the encoder's output, and is read on `device`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.by_size: dict[int, list[Call]] = {}
         self.own: dict[int, list[Call]] = {}
+        self.made: list[Carried] = []
 
     def add(self, batch: Batch, calls: list[Call]) -> None:
         first = self.by_size.setdefault(batch.stop - batch.start, calls)
@@ -56,8 +61,16 @@ class Calls:
         if not all(alike(call.args, other.args) and alike(call.kwargs, other.kwargs) for call, other in pairs):
             self.own[batch.start] = calls
 
-    def of(self, batch: Batch, index: int) -> Call:
-        return self.own.get(batch.start, self.by_size[batch.stop - batch.start])[index]
+    def of(self, batch: Batch, index: int, made: Sequence[torch.Tensor] | None = None) -> Call:
+        """Return how block `index` is called for a batch, with `made` in the slots, if it is not to be read."""
+        call = self.own.get(batch.start, self.by_size[batch.stop - batch.start])[index]
+        if not self.made:
+            return call
+        return call.filled(self.read(batch) if made is None else made)
+
+    def read(self, batch: Batch) -> list[torch.Tensor]:
+        """Return what the slots stand for in a batch."""
+        return [states.read(batch).to(self.device) for states in self.made]
 
 
 class Carried:
@@ -84,7 +97,7 @@ class Carried:
         return self.states[batch.rows]
 
     def write(self, batch: Batch, hidden: torch.Tensor) -> None:
-        self.states[batch.rows].copy_(hidden)
+        self.states[batch.rows].copy_(hidden.detach())
 
 
 def fits_in_memory(size: int) -> bool:

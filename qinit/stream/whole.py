@@ -9,15 +9,13 @@ import torch
 from qinit.errors import CalibrationError
 from qinit.plan.plan import Plan
 from qinit.source.skeleton import loader
+from qinit.stream.feeding import inputs_of
 
 
 def read_tokens(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None, plan: Plan) -> Any:
     """Run the model on tokens [batch, length] and return its outputs. Raises CalibrationError if it cannot."""
-    inputs = {"input_ids": tokens, "attention_mask": None if mask is None else mask.long()}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
     try:
-        return model(**inputs)
+        return model(**inputs_of(model, tokens, None if mask is None else mask.long()))
     except CalibrationError:
         raise
     except Exception as error:  # a model can ask for anything beside tokens

@@ -24,6 +24,7 @@ from qinit.errors import CalibrationError
 from qinit.events import Progress
 from qinit.linalg.low_rank import LowRank
 from qinit.machine import free_memory
+from qinit.stream.feeding import inputs_of
 from qinit.text.samples import Samples
 from qinit.train.bases import CodedBase
 from qinit.train.course import Course
@@ -221,8 +222,7 @@ class _Text:
         for at in range(0, len(rows), self.size):
             part = slice(at, at + self.size)
             ids = self.samples.tokens[list(rows[part])].to(device)
-            decoder = {"decoder_input_ids": ids} if self.student.config.is_encoder_decoder else {}
-            inputs = {"input_ids": ids, "attention_mask": mask[part].long(), **decoder}
+            inputs = inputs_of(self.student, ids, mask[part].long())
             hidden, logits = observed(self.student, partial(self.student, **inputs))
             found, wanted = hidden[mask[part]].float(), lesson.hidden[part][mask[part]]
             loss = HIDDEN_WEIGHT * (found - wanted).square().sum() / energy

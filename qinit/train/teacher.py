@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -16,8 +17,10 @@ from qinit.events import Reading
 from qinit.files.tensors import StoredTensor, TensorSpec, read_header
 from qinit.files.writer import SafetensorsWriter
 from qinit.plan.plan import Plan
-from qinit.stream.blocks import Blocks, NotStreamable
+from qinit.stream.blocks import Blocks
+from qinit.stream.calls import NotStreamable
 from qinit.stream.carried import Batch, batches_of
+from qinit.stream.front import ends_of
 from qinit.stream.reading import read_through
 from qinit.stream.whole import load_whole, read_tokens
 from qinit.text.samples import Samples
@@ -90,24 +93,21 @@ def _streamed(
 ) -> Iterator[Reading]:
     blocks = Blocks.of(plan, device)
     blocks.require_whole()
-    row, file = blocks.row, scratch / "teacher-states"
-    try:
-        carried = None
-        steps = read_through(blocks, samples.tokens, batches, file)
-        while carried is None:
+    count = sum(map(len, blocks.rows))
+    with TemporaryDirectory(dir=scratch, prefix="teacher-states-") as place:
+        ends = None
+        steps = read_through(blocks, samples.tokens, batches, Path(place) / "states")
+        while ends is None:
             try:
-                yield Reading(next(steps), len(row))
+                yield Reading(next(steps), count)
             except StopIteration as end:
-                carried = end.value
+                ends = end.value
         keep = _Keeper(directory, samples)
         with blocks.surroundings(head=True), torch.no_grad():
             for batch in batches:
-                hidden = carried.read(batch).to(device)
-                run = partial(row.after, samples.tokens[batch.rows], batch.long_mask, hidden)
+                run = partial(blocks.after, samples.tokens[batch.rows], batch.long_mask, ends_of(batch, ends, device))
                 keep.add(batch, *observed(blocks.model, run))
         keep.close()
-    finally:
-        file.unlink(missing_ok=True)
 
 
 def _whole(plan: Plan, samples: Samples, batches: list[Batch], device: torch.device, directory: Path) -> None:

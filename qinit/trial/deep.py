@@ -21,7 +21,8 @@ from qinit.adapters.base import PREFIX
 from qinit.errors import CheckpointError
 from qinit.files.tensors import read_header
 from qinit.source.checkpoint import read_finite
-from qinit.stream.blocks import Blocks, NotStreamable
+from qinit.stream.blocks import Blocks
+from qinit.stream.calls import NotStreamable
 from qinit.stream.weights import ModelWeights
 from qinit.trial.inputs import possible_inputs
 from qinit.trial.passes import Reached, distance, learn
@@ -95,26 +96,32 @@ class Compared:
 def compare_blocks(adapted: Any, weights: ModelWeights, adapter: Path, run: Path) -> Iterator[Compared]:
     """Run both models' blocks on the same hidden states, one after the other.
 
-    Raises NotStreamable for a model that is no row of blocks that takes tokens, CheckpointError for a tensor that is
+    Raises NotStreamable for a model that is no rows of blocks that takes tokens, CheckpointError for a tensor that is
     not there.
     """
     blocks, stock = Blocks(weights, CPU), Stock(adapted, weights, adapter)
-    row = blocks.row
     tokens = next((each["input_ids"] for each in possible_inputs(blocks.model, run) if "input_ids" in each), None)
     if tokens is None:
         raise NotStreamable("it reads no tokens")
-    with blocks.surroundings(), torch.no_grad():
-        hidden, calls = row.calls(tokens, None)
-    for index in range(len(row)):
-        path = row.prefix(index).removesuffix(".")
-        theirs = stock.fill(path, row.load(index))
-        reached = Reached(theirs)
-        found = calls[index](theirs, hidden)
-        with torch.no_grad():
-            expected = calls[index](row.blocks[index], hidden)
-        learned = tuple(learn([found], theirs, reached))
-        yield Compared(path, distance([found.detach()], [expected]), learned)
-        reached.close()
-        row.unload(index)
-        stock.empty(path)
-        hidden = expected
+    ends: list[torch.Tensor | None] = []
+    for row in blocks.rows:
+        with blocks.surroundings(), torch.no_grad():
+            start = row.start(tokens, None, ends)
+        if start is None:
+            ends.append(None)
+            continue
+        hidden, made = start.hidden.detach(), [each.detach() for each in start.made]
+        for index, call in enumerate(start.calls):
+            path, run_block = row.prefix(index).removesuffix("."), call.filled(made)
+            theirs = stock.fill(path, row.load(index))
+            reached = Reached(theirs)
+            found = run_block(theirs, hidden)
+            with torch.no_grad():
+                expected = run_block(row.blocks[index], hidden)
+            learned = tuple(learn([found], theirs, reached))
+            yield Compared(path, distance([found.detach()], [expected]), learned)
+            reached.close()
+            row.unload(index)
+            stock.empty(path)
+            hidden = expected
+        ends.append(hidden)

@@ -15,7 +15,7 @@ from qinit.formats import format_of
 from qinit.loading import load_base
 from qinit.source.checkpoint import Checkpoint, read_json
 from qinit.source.targets import read_architecture
-from qinit.stream.blocks import NotStreamable
+from qinit.stream.calls import NotStreamable
 from qinit.stream.weights import ModelWeights
 from qinit.trial.asked import Answer, Asked
 from qinit.trial.deep import compare_blocks

@@ -13,7 +13,7 @@ from qinit.calibration.activations import (
     unpadded,
 )
 from qinit.errors import CalibrationError
-from qinit.stream.blocks import Call
+from qinit.stream.calls import Call
 from tests.helpers import calibrated_plan, gauss, plan_of, random_samples
 from tests.models import make_checkpoint
 

@@ -8,7 +8,8 @@ import torch
 from qinit.calibration import backward as module
 from qinit.calibration.backward import OverflowedError, Probe, backward, require_number
 from qinit.events import Measuring
-from qinit.stream.blocks import NotStreamable
+from qinit.stream.calls import NotStreamable
+from qinit.stream.feeding import inputs_of
 from tests.helpers import calibrated_plan, exhausted, padded, random_samples
 from tests.models import make_float32
 from tests.traces import assert_close, oriented, stock
@@ -42,10 +43,7 @@ def expected(plan, samples):
     """The same by autograd on the stock model, with labels drawn in the same order."""
     model = stock(plan)
     mask = torch.ones_like(samples.tokens, dtype=torch.bool) if samples.mask is None else samples.mask
-    inputs = {"input_ids": samples.tokens, "attention_mask": None if samples.mask is None else mask.long()}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = samples.tokens
-    output = model(**inputs)
+    output = model(**inputs_of(model, samples.tokens, None if samples.mask is None else mask.long()))
     rows = output.logits[mask].log_softmax(-1)
     labels = torch.multinomial(rows.detach().exp(), 1, generator=torch.Generator().manual_seed(plan.recipe.seed))
     (-rows.gather(1, labels).sum()).backward()
@@ -56,14 +54,14 @@ def expected(plan, samples):
 
 
 @pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "gemma2", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "gemma2", "bert", "t5", "bart"])
 def test_they_are_those_of_the_whole_model(family, mask, tmp_path):
     plan, samples = calibrated_plan(make_float32(tmp_path / family, family)), random_samples(5)
     samples = padded(samples, LENGTHS) if mask else samples
     wanted = expected(plan, samples)
     probe, events = exhausted(backward(lambda: Sums(plan, samples), tmp_path))
     assert all(isinstance(event, Measuring) for event in events)
-    assert events[0].blocks == (1 if family == "t5" else 2)  # two rows of blocks are taken whole
+    assert events[0].blocks == (4 if family in ("t5", "bart") else 2)
     assert probe.gradients.keys() == {layer.target.name for layer in plan.quantized}
     assert set(probe.tokens.values()) == {samples.count}
     for name, gradient in probe.gradients.items():

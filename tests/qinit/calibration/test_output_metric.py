@@ -6,7 +6,7 @@ import torch
 from qinit.calibration import backward
 from qinit.calibration.output_metric import DIRECTIONS, FLOOR, SHRINKAGE, output_metrics
 from qinit.events import Measuring
-from qinit.stream.blocks import NotStreamable
+from qinit.stream.calls import NotStreamable
 from qinit.text.samples import Samples
 from tests.helpers import calibrated_plan, exhausted, padded, random_samples
 from tests.models import FAMILIES, OTHERS, make_float32

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qinit.calibration.residual_stream import writes_to
-from qinit.stream.blocks import Call
+from qinit.stream.calls import Call
 from tests.helpers import gauss
 
 WIDTH = 8

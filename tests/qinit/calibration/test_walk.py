@@ -15,7 +15,7 @@ from tests.models import FAMILIES, make_float32
 from tests.traces import Trace, assert_close, oriented, second_moment, stock
 
 CPU = torch.device("cpu")
-ALL = (*FAMILIES, "gpt_neox", "gemma2", "gemma4", "bert")
+ALL = (*FAMILIES, "gpt_neox", "gemma2", "gemma4", "bert", "t5", "bart")
 # What a block's layers write to, by the end of their name; all others: unknown.
 WRITES = {
     **{name: {"o_proj": "input", "down_proj": "output"} for name in FAMILIES},
@@ -25,6 +25,8 @@ WRITES = {
     "gemma2": {},
     "gemma4": {},
     "bert": {"attention.output.dense": "input"},
+    "t5": {"SelfAttention.o": "input", "wo": "output"},
+    "bart": {"self_attn.out_proj": "input"},
 }
 OUTSIDE = ("cls.predictions.transform.dense", "model.per_layer_model_projection")  # of the row of blocks
 
@@ -128,8 +130,10 @@ def test_later_layers_see_the_repair_and_what_it_has_left(family, plan, small_ba
             for name in group:
                 weight = oriented(perturbed(name, seen[name].weight.clone()), seen[name].layer)
                 model.get_submodule(name).weight.copy_(weight)
-    # Where attention and MLP are parallel, the MLP of the first block has nothing repaired in front of it.
-    assert sum(drift > 1e-5 for drift in drifts) >= len(drifts) - (family == "gpt_neox")
+    # Where attention and MLP are parallel, the MLP of the first block has nothing repaired in front of it; nor has a
+    # decoder's first attention, which does not look at the encoder.
+    clean_ones = {"gpt_neox": 1, "t5": 3, "bart": 3}.get(family, 0)
+    assert sum(drift > 1e-5 for drift in drifts) >= len(drifts) - clean_ones
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -138,8 +142,9 @@ def test_what_a_layer_writes_to_is_found_out(family, plan):
     for event in walked.visit():
         if isinstance(event, Seen):
             event.repair(event.layer, event.weight)
-    width = plan(family).checkpoint.config.get("hidden_size") or plan(family).checkpoint.config["n_embd"]
-    found = {inner: kind for (_, inner), kind in walked.writes.items()}
+    config = plan(family).checkpoint.config
+    width = next(config[key] for key in ("hidden_size", "n_embd", "d_model") if key in config)
+    found = {inner: kind for (*_, inner), kind in walked.writes.items()}
     assert found == {inner: written(family, "x." + inner) for inner in found}
     for end in WRITES[family]:
         assert any(("." + inner).endswith("." + end) for inner in found)
@@ -188,7 +193,7 @@ class TestPadding:
     lengths = (12, 5, 9, 12, 2, 7, 8)
 
     @pytest.mark.parametrize("mode", ["parallel", "sequential"])
-    @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gemma2", "bert"])
+    @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gemma2", "bert", "bart"])
     def test_it_changes_nothing(self, family, mode, plan, small_batches):
         plan, samples = plan(family), padded(random_samples(), list(self.lengths))
         other = padded(random_samples(), list(self.lengths), padding=77)
@@ -222,7 +227,7 @@ class TestMemory:
         for event in walked.visit():
             here = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
             block = int(event.layer.target.name.split(".")[2]) if isinstance(event, Seen) else event.block
-            prefix = walked.row.prefix(block)
+            prefix = walked.rows[0].prefix(block)
             assert here == {name for name, _ in model.named_parameters() if name.startswith(prefix)}
             if isinstance(event, Seen):
                 event.repair(event.layer, event.weight)
@@ -251,7 +256,7 @@ class TestMemory:
         monkeypatch.setattr(torch, "from_file", lambda name, **rest: files.append(name) or from_file(name, **rest))
         found = run()
         states = {Path(name).name for name in files if Path(name).parent.name != "shelf"}
-        assert states == ({"original"} if mode == "parallel" else {"original", "repaired", "ahead"})
+        assert states == ({"original-0"} if mode == "parallel" else {"original-0", "repaired-0", "ahead-0"})
         assert any(Path(name).parent.name == "shelf" for name in files) is (mode == "sequential")
         assert all(name.startswith(str(tmp_path)) for name in files)
         assert not list(tmp_path.iterdir())

@@ -34,9 +34,8 @@ def test_every_layer_sees_what_it_sees_in_the_stock_model(family, mask, tmp_path
     samples = padded(random_samples(), LENGTHS) if mask else random_samples()
     seen = seen_by(plan, samples)
     assert list(seen) == [layer.target.name for layer in plan.quantized]
-    inputs = {"decoder_input_ids": samples.tokens} if family == "t5" else {}
     model = stock(plan)
-    trace = Trace(model, list(seen), samples, **inputs)
+    trace = Trace(model, list(seen), samples)
     for name, event in seen.items():
         assert event.statistics.tokens == samples.count
         assert event.statistics.drift is None

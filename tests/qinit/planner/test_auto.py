@@ -108,13 +108,10 @@ class TestOtherText:
     def test_but_not_that_of_own_text(self, llama):
         assert chosen(llama, calibration_budget=budget(llama, "self", 32)).source == "self"
 
-    def test_a_model_that_runs_only_as_a_whole_must_fit(self, tmp_path, monkeypatch):
+    def test_an_encoder_decoder_reads_text_whatever_memory_is_free(self, tmp_path, monkeypatch):
         source = add_tokenizer(make_checkpoint(tmp_path / "t5", "t5"))
-        assert chosen(source, format="dense").source == "text"
         monkeypatch.setattr(choice, "free_memory", lambda device: 10**5)
-        found = chosen(source, format="dense")
-        assert found.source == "none"
-        assert "running the model takes 0.0 GB" in found.reason
+        assert chosen(source, format="dense").source == "text"
 
     def test_a_model_that_reads_no_tokens_gets_none(self, tmp_path):
         found = chosen(make_checkpoint(tmp_path / "m", "dinov2"), format="dense")

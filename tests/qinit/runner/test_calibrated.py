@@ -13,7 +13,7 @@ from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.run import run
 from qinit.solver.methods import CALIBRATED, METHODS
-from qinit.stream.blocks import NotStreamable
+from qinit.stream.calls import NotStreamable
 from tests.helpers import gauss, quantize, weights_of
 from tests.models import make_checkpoint
 from tests.stock import delta, dense_weight, load, lora_modules, relative

@@ -10,7 +10,7 @@ from qinit.evaluate.windows import cut_windows
 from qinit.events import Checking, Noted
 from qinit.recipe import make_recipe
 from qinit.runner import checked as module
-from qinit.stream.blocks import NotStreamable
+from qinit.stream.calls import NotStreamable
 from qinit.text.bundled import check_documents
 from qinit.text.tokens import load_tokenizer
 from tests.broken_off import PLAIN, RANDOM, Crash, finish, result_in, undisturbed

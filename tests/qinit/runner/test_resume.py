@@ -12,7 +12,7 @@ from qinit.workplace.journal import finished_layers, read_journal
 from qinit.workplace.place import partial_of
 from tests.broken_off import RANDOM, RUNS, TEXT, Crash, finish, result_in, start, undisturbed
 from tests.helpers import names
-from tests.models import make_checkpoint, make_float32
+from tests.models import ENTANGLED, make_checkpoint, make_float32
 from tests.qinit.runner.forking import Forks
 
 KILLS = 20
@@ -79,10 +79,17 @@ def test_transposed_weights_biases_and_kept_layers_too(family, tmp_path, place, 
 
 
 @pytest.mark.parametrize(
-    ("family", "note"), [("t5", "with the whole model in memory"), ("bert", "lies outside of the model's blocks")]
+    ("family", "values", "note"),
+    [
+        ("gemma4", ENTANGLED, "with the whole model in memory"),
+        ("bert", {}, "lies outside of the model's blocks"),
+        ("t5", {}, "left out, as the model predicts no next token"),
+    ],
 )
-def test_models_that_are_no_row_of_blocks_and_layers_outside_of_one_too(family, note, tmp_path, place, torn):
-    source = make_float32(tmp_path / family, family)
+def test_models_that_are_no_row_of_blocks_or_two_and_layers_outside_of_one_too(
+    family, values, note, tmp_path, place, torn
+):
+    source = make_float32(tmp_path / family, family, **values)
     options = {**RANDOM, "calibration_length": 16, "format": "dense", "group_size": 32}
     wanted = undisturbed(source, place, **options)
     assert note in str(wanted["qinit.json"]["notes"])

@@ -12,7 +12,7 @@ from qinit.linalg.low_rank import LowRank
 from qinit.solver.methods import CALIBRATED
 from qinit.stages import STAGES, Stage
 from tests.broken_off import RANDOM, finish, result_in, start, undisturbed
-from tests.models import make_float32
+from tests.models import ENTANGLED, make_float32
 from tests.stock import delta, dense_weight, load, lora_modules, relative
 
 OPTIONS = {**RANDOM, "use_rslora": True, "lora_alpha": 7.0}
@@ -156,8 +156,10 @@ def test_factors_that_nobody_asked_for_are_no_change(strong_llama, tmp_path, sta
 
 
 def test_a_model_that_does_not_run_block_by_block_is_refused(place, tmp_path, stage):
-    source = make_float32(tmp_path / "t5", "t5")
+    source = make_float32(tmp_path / "m", "gemma4", **ENTANGLED)
     options = {**RANDOM, "calibration_length": 16, "format": "dense", "group_size": 32}
-    with pytest.raises(CalibrationError, match=r"method eqft works block by block \(shrink\).* 2 rows of blocks"):
+    with pytest.raises(
+        CalibrationError, match=r"method eqft works block by block \(shrink\).* keys and values of others"
+    ):
         finish(source, place / "out", **options)
     assert list(place.iterdir()) == []

@@ -3,14 +3,15 @@ import torch
 
 from qinit.calibration.walk import Walk
 from qinit.errors import CheckpointError
-from qinit.stream.blocks import Blocks, NotStreamable
+from qinit.stream.blocks import Blocks
+from qinit.stream.calls import NotStreamable
 from tests.helpers import calibrated_plan, edit_config, edit_tensors, padded, quantize, random_samples
-from tests.models import FAMILIES, OTHERS, make_checkpoint, make_float32
+from tests.models import ENTANGLED, FAMILIES, OTHERS, make_checkpoint, make_float32
 from tests.stock import load_base
 from tests.traces import BLOCKS, assert_close, stock_states
 
 CPU = torch.device("cpu")
-STREAMABLE = (*FAMILIES, *(name for name in OTHERS if name != "t5"), "llava", "mixtral")
+STREAMABLE = (*FAMILIES, *OTHERS, "llava", "mixtral")
 
 
 def on_meta(model):
@@ -27,14 +28,15 @@ def test_block_by_block_the_hidden_states_are_those_of_the_whole_model(family, d
     samples = padded(random_samples(5), [12, 3, 7, 12, 9]) if mask else random_samples(5)
     expected = stock_states(plan, samples)
     blocks = Blocks.of(plan, CPU)
-    row = blocks.row
+    row = blocks.rows[0]
     assert len(row) == 2
     assert row.prefix(1) == BLOCKS.get(family, "model.layers") + ".1."
     with torch.no_grad(), blocks.surroundings():
-        hidden, calls = blocks.row.calls(samples.tokens, None if samples.mask is None else samples.mask.long())
+        start = row.start(samples.tokens, None if samples.mask is None else samples.mask.long())
+        hidden = start.hidden
         assert_close(hidden, expected[0], 1e-5)
     with torch.no_grad():
-        for index, call in enumerate(calls):
+        for index, call in enumerate(start.calls):
             hidden = call(row.load(index), hidden)
             row.unload(index)
             found, wanted = hidden, expected[index + 1]
@@ -57,8 +59,8 @@ class TestMemory:
         blocks = Blocks.of(calibrated_plan(make_float32(tmp_path / "m", "llama", tie_word_embeddings=True)), CPU)
         samples = random_samples(2)
         with torch.no_grad(), blocks.surroundings():
-            hidden, _ = blocks.row.calls(samples.tokens, None)
-        assert hidden.any()
+            start = blocks.rows[0].start(samples.tokens, None)
+        assert start.hidden.any()
         assert on_meta(blocks.model)
 
     def test_what_another_model_holds_too_is_held_once(self, tmp_path):
@@ -79,16 +81,16 @@ class TestMemory:
 
     def test_the_blocks_are_in_their_places_again_after_a_failed_pass(self, tmp_path):
         blocks = Blocks.of(calibrated_plan(make_float32(tmp_path / "m", "llama")), CPU)
-        real = list(blocks.row.blocks)
+        real = list(blocks.rows[0].blocks)
         with torch.no_grad(), blocks.surroundings(), pytest.raises(NotStreamable, match="without its blocks"):
-            blocks.row.calls(torch.full((1, 4), 10**6), None)  # no such token
-        assert all(one is other for one, other in zip(blocks.row.blocks, real, strict=True))
+            blocks.rows[0].start(torch.full((1, 4), 10**6), None)  # no such token
+        assert all(one is other for one, other in zip(blocks.rows[0].blocks, real, strict=True))
 
 
 def test_trained_buffers_come_from_the_checkpoint(tmp_path):
     source = make_float32(tmp_path / "m", "gemma4")
     edit_tensors(source / "model.safetensors", lambda tensors: tensors["model.layers.1.layer_scalar"].fill_(0.25))
-    block = Blocks.of(calibrated_plan(source), CPU).row.load(1)
+    block = Blocks.of(calibrated_plan(source), CPU).rows[0].load(1)
     assert block.layer_scalar.item() == 0.25
 
 
@@ -115,10 +117,6 @@ def test_of_what_sees_only_the_parameter_that_tells_the_model_s_place_is_loaded(
 
 
 class TestNotStreamable:
-    def test_an_encoder_and_a_decoder_are_two_rows(self, tmp_path):
-        with pytest.raises(NotStreamable, match="2 rows of blocks"):
-            _ = Blocks.of(calibrated_plan(make_float32(tmp_path / "t5", "t5")), CPU).row
-
     def test_layers_in_no_row_at_all(self, tmp_path):
         plan = calibrated_plan(make_float32(tmp_path / "bert", "bert"), target_modules="transform.dense")
         with pytest.raises(NotStreamable, match="no blocks"):
@@ -134,9 +132,7 @@ class TestNotStreamable:
         assert any("whole model in memory: the checkpoint has no tensor" in note for note in report.notes)
 
     def test_blocks_that_share_keys_and_values(self, tmp_path):
-        source = make_float32(
-            tmp_path / "m", "gemma4", num_hidden_layers=3, num_kv_shared_layers=1, layer_types=["full_attention"] * 3
-        )
+        source = make_float32(tmp_path / "m", "gemma4", **ENTANGLED)
         with pytest.raises(NotStreamable, match="keys and values of others"):
             Blocks.of(calibrated_plan(source), CPU)
 
@@ -153,16 +149,7 @@ class TestNotStreamable:
             lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(float("nan")),
         )
         with pytest.raises(CheckpointError, match="up_proj"):
-            Blocks.of(calibrated_plan(source), CPU).row.load(0)
-
-    @pytest.mark.parametrize("mode", ["parallel", "sequential"])
-    def test_a_run_takes_the_whole_model_instead_and_says_so(self, mode, tmp_path):
-        source = make_float32(tmp_path / "t5", "t5")
-        options = {"calibration": "random", "calibration_samples": 4, "calibration_length": 16, "format": "dense"}
-        report = quantize(source, tmp_path / "out", group_size=32, calibration_mode=mode, **options)
-        assert any("whole model in memory: the layers lie in 2 rows of blocks" in note for note in report.notes)
-        assert all(row.output_error < row.output_error_start for row in report.layers)
-        assert not any("without data" in note for note in report.notes)
+            Blocks.of(calibrated_plan(source), CPU).rows[0].load(0)
 
     def test_a_run_on_layers_outside_of_the_blocks_solves_them_too(self, tmp_path):
         source = make_float32(tmp_path / "bert", "bert")

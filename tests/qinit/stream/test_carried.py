@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qinit.stream import carried as module
-from qinit.stream.blocks import Call
+from qinit.stream.calls import Call
 from qinit.stream.carried import Batch, Calls, Carried, batches_of, fits_in_memory
 from tests.helpers import gauss, padded, random_samples
 
@@ -27,7 +27,7 @@ class TestCalls:
         return [Call((torch.empty(0),), {"position": torch.tensor(position), "mask": mask, "n": n}) for n in range(2)]
 
     def test_one_that_is_alike_for_all_batches_of_a_size_is_kept_once(self):
-        found = Calls()
+        found = Calls(torch.device("cpu"))
         first, again, short = self.calls([0, 1]), self.calls([0, 1]), self.calls([0])
         for batch, calls in ((Batch(0, 3, None), first), (Batch(3, 6, None), again), (Batch(6, 7, None), short)):
             found.add(batch, calls)
@@ -36,7 +36,7 @@ class TestCalls:
         assert not found.own
 
     def test_a_batch_that_is_called_otherwise_has_its_own(self):
-        found = Calls()
+        found = Calls(torch.device("cpu"))
         first, other = self.calls([0, 1]), self.calls([0, 1], mask=torch.ones(1))
         found.add(Batch(0, 3, None), first)
         found.add(Batch(3, 6, None), other)

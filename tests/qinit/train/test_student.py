@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qinit.stream.blocks import Row
+from qinit.stream.rows import Row
 from qinit.train.polish import enable_checkpointing
 from qinit.train.repaired import Repaired
 from qinit.train.student import student_of

@@ -6,12 +6,13 @@ import torch
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.events import Reading
 from qinit.files.writer import SafetensorsWriter
+from qinit.stream.feeding import inputs_of
 from qinit.train import teacher as module
 from qinit.train.outputs import observed
 from qinit.train.teacher import Lessons, teach
 from tests.broken_off import Crash
 from tests.helpers import calibrated_plan, edit_tensors, exhausted, names, padded, random_samples
-from tests.models import make_checkpoint, make_float32
+from tests.models import ENTANGLED, make_checkpoint, make_float32
 from tests.qinit.train.starts import CPU, taught
 from tests.traces import stock
 
@@ -23,9 +24,8 @@ def outputs(plan, samples):
     """What the stock model makes of a text, all of it at once."""
     model = stock(plan)
     mask = None if samples.mask is None else samples.mask.long()
-    decoder = {"decoder_input_ids": samples.tokens} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return observed(model, lambda: model(input_ids=samples.tokens, attention_mask=mask, **decoder))
+        return observed(model, lambda: model(**inputs_of(model, samples.tokens, mask)))
 
 
 def same(one, other):
@@ -134,8 +134,11 @@ class TestDisk:
         in_memory = taught(plan, samples, tmp_path / "one")
         monkeypatch.setattr("qinit.stream.carried.CARRIED_SHARE", 0)
         (scratch := tmp_path / "scratch").mkdir()
-        seen = [names(scratch) for _ in teach(plan, samples, CPU, tmp_path / "lessons", scratch)]
-        assert seen == [["teacher-states"]] * 2
+        seen = [
+            [path.name for path in scratch.glob("teacher-states-*/*")]
+            for _ in teach(plan, samples, CPU, tmp_path / "lessons", scratch)
+        ]
+        assert seen == [["states"]] * 2
         assert names(scratch) == []
         assert same(Lessons(tmp_path / "lessons"), in_memory)
 
@@ -157,7 +160,7 @@ class TestEvents:
         assert self.read(plan, tmp_path) == [Reading(1, 3), Reading(2, 3), Reading(3, 3)]
 
     def test_a_whole_model_has_none(self, tmp_path):
-        assert self.read(calibrated_plan(make_float32(tmp_path / "m", "t5")), tmp_path) == []
+        assert self.read(calibrated_plan(make_float32(tmp_path / "m", "gemma4", **ENTANGLED)), tmp_path) == []
 
 
 class TestErrors:

@@ -1,0 +1,85 @@
+"""The text in front of a block, in the original model and in the repaired one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qinit.clock import counted
+from qinit.stream.blocks import Blocks
+from qinit.stream.calls import Call
+from qinit.stream.carried import Batch, Calls, Carried, batches_of
+from qinit.stream.front import ends_of, in_front
+from qinit.stream.rows import Row
+from qinit.text.samples import Samples
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The hidden states behind a row of blocks, of the original and the repaired model; None: it is not reached."""
+
+    original: Carried | None
+    repaired: Carried | None
+
+
+@dataclass
+class States:
+    """The text in front of block `index` of a row whose first block is the `first` of all: the hidden states of both
+    models, in batches, and how the block is called with each of them; the same with one sample, for experiments.
+    `ahead` takes what the original block makes of it."""
+
+    row: Row
+    first: int
+    batches: list[Batch]
+    calls: Calls
+    repaired_calls: Calls
+    original: Carried
+    repaired: Carried
+    ahead: Carried
+    probe: Batch
+    probe_calls: list[Call]
+    index: int = 0
+
+
+@counted("forward")
+def in_front_of(
+    blocks: Blocks,
+    row: Row,
+    first: int,
+    samples: Samples,
+    batch: int,
+    directory: Path,
+    ends: Sequence[Ends],
+    sequential: bool,
+) -> States | None:
+    """Take the text, `batch` samples at a time, as far as a row of blocks; `ends` has what is behind the rows before.
+    Both models are one unless `sequential`. None: the text never gets there. Raises NotStreamable."""
+    tokens, batches = samples.tokens, list(batches_of(samples, batch))
+    streams = (3 if sequential else 1) * (2 * len(blocks.rows) - 1)
+
+    def front(name: str, behind: Sequence[Carried | None]) -> tuple[Carried, Calls] | None:
+        found = in_front(blocks, row, tokens, batches, directory / f"{name}-{first}", streams, behind)
+        return None if found is None else (found.hidden, found.calls)
+
+    originals = [one.original for one in ends]
+    found = front("original", originals)
+    if found is None:
+        return None
+    original, calls = repaired, repaired_calls = found
+    ahead = original
+    if sequential:
+        ahead = original.twin(f"ahead-{first}")
+        if any(one.repaired is not None for one in ends):
+            again = front("repaired", [one.repaired for one in ends])
+            assert again is not None
+            repaired, repaired_calls = again
+        else:
+            repaired = original.twin(f"repaired-{first}")
+    probe = next(batches_of(samples, 1))
+    with blocks.surroundings():
+        start = row.start(tokens[probe.rows], probe.long_mask, ends_of(probe, originals, blocks.device))
+    row.unload(0)
+    assert start is not None
+    probe_calls = [call.filled([value.detach() for value in start.made]) for call in start.calls]
+    return States(row, first, batches, calls, repaired_calls, original, repaired, ahead, probe, probe_calls)
