@@ -61,7 +61,7 @@ class TransformersTrainer(Trainer):
     title = "transformers' Trainer"
     suffix = ".py"
     command = "python {file}"
-    seen = "run with transformers 5.23.0 and peft 0.21.2, dense also with transformers 4.57.6 and peft 0.18.1"
+    seen = "run with transformers 5.23.0 and peft 0.21.2, dense also with 4.57.6 and 0.18.1"
     distribution = "transformers"
     install = ("pip install transformers==5.23.0 peft==0.21.2 datasets==5.2.0",)
     packed_install = ("pip install gptqmodel==7.6.0 optimum==2.3.0",)
