@@ -15,7 +15,7 @@ TEMPLATE = """\
 #
 # {folder} must hold a dataset_info.json with an entry for {file_name}. For sft, with rows
 # {{"instruction": ..., "output": ...}}, and for pt, with rows {{"text": ...}}:
-#     {{{name}: {{"file_name": {file}}}}}
+#     {{{name}: {{"file_name": {file}, "columns": {{"prompt": "instruction", "response": "output"}}}}}}
 #     {{{name}: {{"file_name": {file}, "columns": {{"prompt": "text"}}}}}}
 #
 # lora_rank, lora_alpha, lora_target and lora_dropout would be ignored: the adapter brings its own. What loses the

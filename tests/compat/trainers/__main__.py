@@ -42,7 +42,7 @@ def attempts(row: Row, place: Path):
     launch = launcher(environment(row))
     runs = make_runs(place / row.name, row.formats)
     for fmt, run in runs.items():
-        for stage in row.stages:
+        for stage in row.stages if fmt == "dense" else row.stages[:1]:
             changes = dict(row.changes)
             changes |= {"stage": stage, "dataset": "plain" if stage == "pt" else "train"} if stage else {}
             words = " ".join(filter(None, (row.name, fmt, stage)))

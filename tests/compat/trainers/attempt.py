@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from qinit.trainers import TrainableRun, Trainer
+from tests.helpers import edit_json, quantize
 from tests.models import make_reader, words
 
 STEPS, BREAK = 6, 3
@@ -27,9 +28,9 @@ Launch = Callable[[list[str], Path], None]  # a command and the directory that i
 
 def make_runs(place: Path, formats: tuple[str, ...]) -> dict[str, Path]:
     """Quantize a tiny model whose layers count, in each format; returns the runs' directories."""
-    from tests.helpers import quantize
-
     source = make_reader(place / "source", initializer_range=0.1)
+    # As transformers 4 knows it too.
+    edit_json(source / "tokenizer_config.json", lambda config: config.update(tokenizer_class="PreTrainedTokenizerFast"))
     for fmt in formats:
         quantize(source, place / fmt, format=fmt, bits=2, group_size=32, device="cpu")
     return {fmt: place / fmt for fmt in formats}
@@ -39,8 +40,9 @@ def write_data(place: Path) -> Path:
     """Write texts, which are also instructions with answers, with the file that LLaMA-Factory looks them up in."""
     rows = [{"text": text, "instruction": text[:20], "output": text[20:]} for text in TEXTS]
     (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plain = {"file_name": "train.jsonl", "columns": {"prompt": "text"}}
-    (place / "dataset_info.json").write_text(json.dumps({"train": {"file_name": "train.jsonl"}, "plain": plain}))
+    columns = {"train": {"prompt": "instruction", "response": "output"}, "plain": {"prompt": "text"}}
+    entries = {name: {"file_name": "train.jsonl", "columns": each} for name, each in columns.items()}
+    (place / "dataset_info.json").write_text(json.dumps(entries))
     return place / "train.jsonl"
 
 

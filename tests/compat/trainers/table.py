@@ -8,8 +8,8 @@ from typing import Any
 
 from qinit.trainers import TRAINERS, Trainer
 
-# A GPU's kernels and types, which the written files ask for.
-ON_A_CPU = {"llama-factory": {"bf16": False}, "axolotl": {"bf16": False}}
+# A CPU's types, and lengths that the few texts fill.
+CHANGES = {"llama-factory": {"bf16": False, "cutoff_len": 32}, "axolotl": {"bf16": False, "sequence_len": 64}}
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Row:
     trainer: Trainer
     install: tuple[str, ...]
     formats: tuple[str, ...] = ("dense", "gptq")
-    stages: tuple[str, ...] = ("",)  # LLaMA-Factory's
+    stages: tuple[str, ...] = ("",)  # LLaMA-Factory's; a packed base is tried in the first
     changes: Mapping[str, Any] = field(default_factory=dict)
     unfit: tuple[str, ...] = ()
 
@@ -30,7 +30,7 @@ class Row:
 def _row(name: str, **more: Any) -> Row:
     trainer = TRAINERS[name]
     commands = (*trainer.install, *trainer.packed_install)
-    return Row(name, trainer, commands, changes=ON_A_CPU.get(name, {}), **more)
+    return Row(name, trainer, commands, changes=CHANGES.get(name, {}), **more)
 
 
 CUDA_ONLY = ("torchvision/_meta_registrations.py", "torchaudio/lib")
