@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 # Waiting threads sleep: spinning saves 3 % on idle cores and more than doubles the time on busy ones.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: help setup lint test test-families docs demo compare results-table picture commands clean
+.PHONY: help setup lint test test-families test-compat docs demo compare results-table picture commands clean
 .DELETE_ON_ERROR:
 
 help:  ## Show the targets
@@ -51,6 +51,12 @@ test-families: export OMP_NUM_THREADS = 1
 test-families: $(STAMP)  ## Every family of models, head and format, through the stock loaders
 	$(BIN)/python -m tests.families --jobs $(WORKERS) --json model_zoo/results/families.json
 
+# Each trainer has an environment of its own in build/compat, made anew when its pip commands change.
+test-compat: export OMP_NUM_THREADS = 1
+test-compat: export TORCH := $(TORCH)
+test-compat: $(STAMP)  ## The trainers of docs/trainers, each some steps from a run; TRAINERS="trl axolotl" for some of them
+	$(BIN)/python -m tests.compat.trainers $(TRAINERS)
+
 # Strict: a broken link, or a page that is not in the menu, fails. The variable only hushes a notice.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP)  ## The site, into build/site
@@ -72,8 +78,9 @@ results-table: $(STAMP)  ## The tables of README.md and docs/, from model_zoo/re
 picture: $(STAMP)  ## The README's picture, from model_zoo/results
 	$(BIN)/python benchmarks/picture.py
 
-commands: $(STAMP)  ## docs/commands.md, from the command line's own help
+commands: $(STAMP)  ## docs/commands.md, from the command line's own help, and the files in docs/trainers
 	$(BIN)/python docs/commands.py
+	$(BIN)/python docs/trainer_files.py
 
 clean:  ## Remove .venv and what the tools left
 	rm -rf .venv build .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -33,12 +33,17 @@ def doctor(
 
     from qinit.doctor.hardware import hardware
     from qinit.doctor.probes import PROBES
+    from qinit.doctor.trainers import misfits
     from qinit.requirements import packages, pip_command
 
     screen = Screen(quiet=quiet or json_output)
     here = hardware()
     installed = packages(need for probe in PROBES.values() for need in probe.needs)
     _draw(screen, here, installed)
+    trainers = misfits()
+    for each in trainers:
+        screen.say(f"{each.trainer} {each.version} {'; '.join(each.problems)}")
+        screen.say(f"  it trains from a run in an environment of its own: {'; '.join(each.commands)}")
     rows = _examined(screen)
     works = all(row.state == "works" for row in rows if row.core)
     unmet = [package.name for package in installed if not package.met]
@@ -50,6 +55,7 @@ def doctor(
         value = {
             **{"python": platform.python_version(), "works": works, "pip": command, "machine": asdict(here)},
             "packages": [asdict(package) for package in installed],
+            "trainers": [asdict(each) for each in trainers],
             "probes": [asdict(row) for row in rows],
         }
         sys.stdout.write(json.dumps(value) + "\n")

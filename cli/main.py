@@ -17,6 +17,7 @@ from qinit_cli.methods import methods
 from qinit_cli.polish import polish
 from qinit_cli.push import push
 from qinit_cli.report import report
+from qinit_cli.trainer_config import trainer_config
 from qinit_cli.verify import verify
 
 INTERRUPTED = "interrupted; nothing was left behind"
@@ -38,6 +39,7 @@ app.command()(report)
 app.command()(push)
 app.command("eval")(evaluate)
 app.command()(verify)
+app.command("trainer-config")(trainer_config)
 app.command()(doctor)
 app.command()(compare)
 

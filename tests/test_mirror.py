@@ -21,6 +21,12 @@ ELSEWHERE = {
     "qinit/plan/limits.py": "data alone",
     "qinit/solver/statistics.py": "data alone",
     "qinit/stages/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
+    **{
+        f"qinit/trainers/{name}.py": "tests/docs/test_trainers.py reads what it writes, tests/compat/trainers runs it"
+        for name in ("axolotl", "llama_factory", "ms_swift", "transformers", "trl", "unsloth")
+    },
+    "qinit/trainers/mlx_lm.py": "data alone",
+    "qinit/trainers/torchtune.py": "data alone",
 }
 
 

@@ -93,7 +93,7 @@ def _sft() -> str:
     options: dict[str, Any] = {"max_steps": 1, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     trainer = SFTTrainer(
         model=_stock(run),
-        args=SFTConfig(output_dir="sft", per_device_train_batch_size=2, max_length=32, **options),
+        args=SFTConfig(output_dir="sft", per_device_train_batch_size=2, max_length=32, bf16=False, **options),
         train_dataset=Dataset.from_list([{"text": "w5 w6 w7 w8"}] * 4),
         processing_class=AutoTokenizer.from_pretrained(run),
     )

@@ -1,0 +1,122 @@
+"""What is known of a trainer, and what is written for it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qinit.adapters import ADAPTER_DIRECTORY
+from qinit.adapters.reading import SavedAdapter
+from qinit.errors import CheckpointError
+from qinit.formats import FORMATS
+from qinit.report.card import packed_mixed, snippet_of
+from qinit.report.report import REPORT_NAME, Report
+
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # how the names of causal language models end
+
+
+@dataclass(frozen=True)
+class TrainableRun:
+    """A finished run as a trainer sees it: where it lies, what its report says, and its adapter_config.json."""
+
+    directory: Path
+    report: Report
+    adapter: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: Path) -> TrainableRun:
+        """Read a run's report and its adapter's header. Raises ReportError and CheckpointError."""
+        report = Report.read(directory)
+        if report.recipe.get("format") not in FORMATS or not isinstance(report.source.get("class"), str):
+            raise CheckpointError(
+                f"{directory / REPORT_NAME}: names no format that this qinit knows, or no model class; "
+                "pass the directory that `qinit eqft` wrote"
+            )
+        return cls(directory.resolve(), report, SavedAdapter.open(directory / ADAPTER_DIRECTORY).settings)
+
+    @property
+    def start(self) -> str:
+        """Where the adapter lies."""
+        return str(self.directory / ADAPTER_DIRECTORY)
+
+    @property
+    def class_name(self) -> str:
+        return str(self.report.source["class"])
+
+    @property
+    def causal(self) -> bool:
+        return self.class_name.endswith(CAUSAL)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the base holds codes in the place of weights."""
+        return bool(FORMATS[self.report.recipe["format"]].parts)
+
+    @property
+    def packed_mixed(self) -> bool:
+        return packed_mixed(self.report)
+
+    @property
+    def own_code(self) -> bool:
+        return bool(self.report.recipe.get("trust_remote_code"))
+
+    def loading(self) -> tuple[list[str], list[str]]:
+        """Return the imports and the lines that load base and adapter as `model`, those of the run's model card."""
+        first, *lines = snippet_of(self.report, str(self.directory))
+        return first.split("; "), lines
+
+
+class Trainer(ABC):
+    """A program that trains the adapter of a run further. Stateless."""
+
+    name: str
+    title: str  # its name among people
+    suffix: str  # of what is written for it
+    command: str  # that takes it: `python {file}`
+    seen: str  # the versions that it was run with, or the source that was read
+    distribution = ""  # its package, whose pins `qinit doctor` compares with what is installed
+    install: tuple[str, ...] = ()  # pip commands that work, in this order; torch is installed before them
+    packed_install: tuple[str, ...] = ()  # what packed bases need after them
+    breaks: tuple[tuple[str, str], ...] = ()  # other packages that break it: their versions, and what happens
+
+    def cannot_take(self, run: TrainableRun) -> str | None:
+        """Return why this trainer cannot take a run, and what can be done, or None. The default is that of trainers of
+        causal language models that load with stock transformers."""
+        if not run.causal:
+            return f"trains causal language models, and the run's model is {run.class_name}; use --trainer transformers"
+        if run.packed_mixed:
+            return (
+                "loads packed weights of one width only, and the run has several; use --trainer trl or transformers, "
+                "whose scripts load with qinit.load, or run qinit again with --format dense"
+            )
+        return None
+
+    @abstractmethod
+    def config(self, run: TrainableRun, data: Path) -> str:
+        """Return the script or the configuration that trains a run's adapter on a file of texts."""
+
+    def head(self, run: TrainableRun) -> dict[str, str]:
+        """Return what stands above every one: what it does, and where it comes from."""
+        return {
+            "head": f"Fine-tunes {run.directory} with {self.title}.",
+            "origin": f"Written by `qinit trainer-config`; {self.seen}.",
+        }
+
+    def output(self, run: TrainableRun) -> str:
+        """Return the directory, below the current one, that the trained adapter goes to."""
+        return f"{run.directory.name}-{self.name}"
+
+
+class Untrainable(Trainer):
+    """A trainer that takes no run at all, for a `reason` that also says what would work."""
+
+    suffix = command = ""
+    reason: str
+
+    def cannot_take(self, run: TrainableRun) -> str | None:
+        return f"{self.reason} ({self.seen})"
+
+    def config(self, run: TrainableRun, data: Path) -> str:
+        raise NotImplementedError(f"{self.name} takes no run")  # pragma: no cover - cannot_take said so

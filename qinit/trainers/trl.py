@@ -1,0 +1,80 @@
+"""TRL's SFTTrainer: a script."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qinit.trainers.base import TrainableRun, Trainer
+
+TEMPLATE = '''\
+"""{head}
+
+    python FILE
+
+{origin}
+
+SFTTrainer gets base and adapter together, so that the start is kept. A peft_config here, a LoraConfig read from
+{start} too, would put a new adapter on the base, whose start repairs nothing.
+"""
+
+{imports}
+
+rows = load_dataset("json", data_files={data}, split="train")  # a row is {{"text": ...}}, or a chat
+
+{loading}
+
+trainer = SFTTrainer(
+    model=model,
+    processing_class=AutoTokenizer.from_pretrained({base}{trusted}),
+    train_dataset=rows,
+    args=SFTConfig(
+        output_dir={output},
+        num_train_epochs=1,
+        learning_rate=1e-4,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=16,
+        bf16=torch.cuda.is_available(),
+        max_length=1024,
+        logging_steps=10,
+        save_steps=100,
+        report_to="none",
+    ),
+)
+trainer.train(resume_from_checkpoint=False)  # True: from the last checkpoint in output_dir
+trainer.save_model()
+'''
+
+
+class TrlTrainer(Trainer):
+    name = "trl"
+    title = "TRL's SFTTrainer"
+    suffix = ".py"
+    command = "python {file}"
+    seen = "run with trl 1.16.0, transformers 5.23.0 and peft 0.21.2"
+    distribution = "trl"
+    install = ("pip install trl==1.16.0 transformers==5.23.0 peft==0.21.2 datasets==5.2.0",)
+    packed_install = ("pip install gptqmodel==7.6.0 optimum==2.3.0",)
+
+    def cannot_take(self, run: TrainableRun) -> str | None:
+        return None if run.packed_mixed and run.causal else super().cannot_take(run)
+
+    def config(self, run: TrainableRun, data: Path) -> str:
+        imports, loading = run.loading()
+        imports = [
+            "import torch",
+            "from datasets import load_dataset",
+            "from transformers import AutoTokenizer",
+            "from trl import SFTConfig, SFTTrainer",
+            *imports,
+        ]
+        return TEMPLATE.format(
+            **self.head(run),
+            start=run.start,
+            imports="\n".join(imports),
+            base=json.dumps(str(run.directory), ensure_ascii=False),
+            trusted=", trust_remote_code=True" if run.own_code else "",
+            data=json.dumps(str(data), ensure_ascii=False),
+            loading="\n".join(loading),
+            output=json.dumps(self.output(run), ensure_ascii=False),
+        )
