@@ -76,17 +76,24 @@ def caught(
         return inputs, call(block, hidden)
 
 
-def caught_at(block: nn.Module, call: Call, hidden: torch.Tensor, name: str) -> torch.Tensor | None:
-    """Run a block as far as one linear and return what that would read; None where it is not reached."""
+def caught_at(
+    block: nn.Module, call: Call, hidden: torch.Tensor, name: str, others: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Run a block as far as one linear and return what that would read, and what `others` have read on the way; nothing
+    of those that are not reached."""
     inputs: dict[str, torch.Tensor] = {}
 
     def stop(x: torch.Tensor) -> None:
         inputs[name] = x
         raise Stop
 
-    with _before(block, name, stop), suppress(Stop):
-        call(block, hidden)
-    return inputs.get(name)
+    with ExitStack() as hooks:
+        for other in others:
+            hooks.enter_context(_before(block, other, partial(keep_first, inputs, other)))
+        hooks.enter_context(_before(block, name, stop))
+        with suppress(Stop):
+            call(block, hidden)
+    return inputs
 
 
 @contextmanager

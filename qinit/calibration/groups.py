@@ -13,7 +13,8 @@ from qinit.plan.plan import LayerPlan
 @dataclass
 class Group:
     """Layers of one block that read the same input, the first of them named `inner` within the block. `writes` says
-    what a layer's output is added to: the block's input (`input`), its output (`output`), or unknown (None)."""
+    what a layer's output is added to: the block's input (`input`), its output (`output`), what another group reads (its
+    `inner`), or unknown (None)."""
 
     inner: str
     layers: list[LayerPlan] = field(default_factory=list)
@@ -23,6 +24,12 @@ class Group:
     def at_end(self) -> bool:
         """Whether the block's output tells what is missing where these layers write to."""
         return bool(self.writes) and all(kind == "output" for kind in self.writes.values())
+
+    @property
+    def added_to(self) -> str | None:
+        """The one place before them that their outputs are added to: `input`, or the name of another group."""
+        places = {kind for kind in self.writes.values() if kind not in (None, "output")}
+        return places.pop() if len(places) == 1 else None
 
 
 class Groups:

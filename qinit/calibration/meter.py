@@ -16,7 +16,7 @@ from qinit.solver.statistics import Statistics
 @dataclass(frozen=True)
 class Gap:
     """The original model's activations less the repaired one's, a row per token: at the layers' input x [n, in], and
-    at their block's input and output [n, width] where a layer writes to it; None where nobody asks."""
+    where a layer's output is added to on the way, and at their block's output [n, width]; None where nobody asks."""
 
     x: torch.Tensor | None
     start: torch.Tensor | None
@@ -25,8 +25,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Original:
-    """A layer's weight W [out, in] in the original model, and what the layer's output is added to there: the block's
-    input (`input`), the block's output (`output`), or unknown (None)."""
+    """A layer's weight W [out, in] in the original model, and what the layer's output is added to there: see Group."""
 
     weight: torch.Tensor
     writes: str | None
@@ -36,8 +35,9 @@ class Meter:
     """Adds up the statistics of layers that share an input, as running means in float32.
 
     Where `originals` are given, by the layers' names, it adds up the drift too: E[d x'], d what is still missing where
-    a layer writes to. That is W E[g x'] + E[s x'] with g the gap at the layer's input and s that at the block's input,
-    which one product for all layers of the group tells; or E[e x'] with e the gap at the block's output.
+    a layer writes to. That is W E[g x'] + E[s x'] with g the gap at the layer's input, which one product for all layers
+    of the group tells, and s that at what its output is added to, where this lies before it; or E[e x'] with e the gap
+    at the block's output.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Meter:
         original = self.originals[name]
         if original.writes == "output":
             return gap.end
-        at_start = gap.start if original.writes == "input" else None
+        at_start = gap.start if original.writes is not None else None
         if not self.narrow:
             return at_start
         assert gap.x is not None

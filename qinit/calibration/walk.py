@@ -201,7 +201,7 @@ class OpenBlock:
                         continue
                     if walk.sequential:
                         if number and not group.at_end and not self._finished(group):
-                            self._keep(group, batch, x)
+                            self._keep(group, batch, x, inputs.get(group.added_to or ""))
                     elif not self._finished(group):
                         meter = meters.setdefault(group.inner, Meter(group.layers, walk.device))
                         self._add(meter, group, batch, x)
@@ -273,56 +273,74 @@ class OpenBlock:
         for batch in states.batches:
             now = states.repaired.read(batch).to(device)
             end = None
+            start: torch.Tensor | None = now
             if diverged and any(kind == "output" for kind in group.writes.values()):
                 x, end = self._through(group, batch)
             else:
-                x = caught_at(self.repaired, states.repaired_calls.of(batch, states.index), now, group.inner)
+                call, others = states.repaired_calls.of(batch, states.index), self._read_before(group)
+                inputs = caught_at(self.repaired, call, now, group.inner, others)
+                x = inputs.get(group.inner)
+                start = inputs.get(others[0]) if others else now
             if x is not None:
-                self._add(meter, group, batch, x, self._gap(group, batch, x, now, end) if diverged else None)
+                self._add(meter, group, batch, x, self._gap(group, batch, x, start, end) if diverged else None)
             if group is self._last:
                 self._leave(group, batch, x, states.ahead.read(batch) if end is None else end)
         return meter
 
     def _gap(
-        self, group: Group, batch: Batch, x: torch.Tensor, now: torch.Tensor, end: torch.Tensor | None
+        self, group: Group, batch: Batch, x: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None
     ) -> Gap | None:
-        """Return how far the repaired model is from the original one; None where they cannot be compared, as where an
-        expert sees other tokens in the two."""
+        """Return how far the repaired model is from the original one, at a group's input `x`, at what its output is
+        added to (`start`) and at the block's `end`; None where they cannot be compared, as where an expert sees other
+        tokens in the two."""
         states, device = self.states, self.walk.device
 
         def apart(original: torch.Tensor, repaired: torch.Tensor) -> torch.Tensor:
             return unpadded(original.to(device) - repaired, batch.mask)
 
-        if len(rows_of(x)) != len(rows_of(now)):
+        then = states.original.read(batch)
+        if len(rows_of(x)) != len(rows_of(then)):
             return None
         if group.at_end:
             assert end is not None
             return Gap(None, None, apart(states.ahead.read(batch), end))
-        then = states.original.read(batch)
         if group is self.groups.found[0]:
             call = states.calls.of(batch, states.index)
-            clean = caught_at(self.module, call, then.to(device), group.inner)
+            clean = caught_at(self.module, call, then.to(device), group.inner).get(group.inner)
         else:
             clean = None if self.shelf is None else self.shelf.take(group.inner, batch.start)
         if clean is None or clean.shape != x.shape:
             return None
+        before: torch.Tensor | None = then if group.added_to == "input" else None
+        if self._read_before(group) and self.shelf is not None:
+            before = self.shelf.take(f"{group.inner}+", batch.start)
         return Gap(
             apart(clean, x),
-            apart(then, now) if "input" in group.writes.values() else None,
+            None if before is None or start is None else apart(before, start),
             None if end is None else apart(states.ahead.read(batch), end),
         )
+
+    @staticmethod
+    def _read_before(group: Group) -> list[str]:
+        """Name the group whose input a group's output is added to, if it is one's."""
+        return [] if group.added_to in (None, "input") else [group.added_to]
 
     def _add(self, meter: Meter, group: Group, batch: Batch, x: torch.Tensor, gap: Gap | None = None) -> None:
         require_finite_input(x, group.layers[0].target.name, batch.start, self.walk.samples)
         meter.add(unpadded(x, batch.mask), gap)
 
-    def _keep(self, group: Group, batch: Batch, x: torch.Tensor) -> None:
-        """Keep what a group reads in the original block until the repaired one has come so far."""
+    def _keep(self, group: Group, batch: Batch, x: torch.Tensor, added_to: torch.Tensor | None = None) -> None:
+        """Keep what a group reads in the original block, and what its output is `added_to`, until the repaired one has
+        come so far."""
         if self.shelf is None:
             kept = [other for number, other in enumerate(self.groups.found) if number or other is self._last]
-            width = sum(other.layers[0].target.module.in_features for other in kept)
+            sizes = [other.layers[0].target.module for other in kept]
+            width = sum(size.in_features for size in sizes)
+            width += sum(size.out_features for size, other in zip(sizes, kept, strict=True) if self._read_before(other))
             self.shelf = Shelf(self.walk.directory / "shelf", 4 * width * self.walk.samples.tokens.numel())
         self.shelf.put(group.inner, batch.start, x)
+        if added_to is not None:
+            self.shelf.put(f"{group.inner}+", batch.start, added_to)
 
     def _given(self, layer: LayerPlan, statistics: Statistics | None) -> Iterator[Seen]:
         """Yield a layer to be solved, or repair one as it was before."""
@@ -348,8 +366,9 @@ class OpenBlock:
             return None
         kind = states.first, type(self.module), inner
         if kind not in walk.writes:
-            linear = self.module.get_submodule(inner)
-            walk.writes[kind] = writes_to(self.module, linear, states.probe_calls[states.index], hidden)
+            linear, call = self.module.get_submodule(inner), states.probe_calls[states.index]
+            wide = [g.inner for g in self.groups.found if g.layers[0].target.module.in_features == hidden.shape[-1]]
+            walk.writes[kind] = writes_to(self.module, linear, call, hidden, wide)
         return walk.writes[kind]
 
     def _inner(self, name: str) -> str:

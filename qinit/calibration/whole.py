@@ -1,4 +1,4 @@
-"""Statistics from the whole model in memory: for models that are no single row of blocks, and for gradients."""
+"""Statistics from the whole model in memory: for models that do not run block by block, and for gradients."""
 
 from __future__ import annotations
 

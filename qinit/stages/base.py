@@ -36,5 +36,6 @@ class Stage(ABC):
 
         `block` has the original module, the repaired one with Q + B A in its place, and the text in front of both:
         `block.states.original.read(batch)` and `block.states.repaired.read(batch)` for each of `block.states.batches`,
-        and `block.states.calls.of(batch, block.states.index)`, which runs a module on hidden states. Gradients are off.
+        and `block.states.calls.of(batch, block.states.index)`, which runs a module on hidden states; of the repaired
+        model `block.states.repaired_calls`, as a decoder reads another encoder there. Gradients are off.
         """

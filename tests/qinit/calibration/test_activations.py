@@ -97,8 +97,9 @@ def test_a_block_runs_as_far_as_a_layer_that_itself_does_not_run():
     block, hidden = Block(), gauss(2, 3, 4)
     ran = []
     block.two.register_forward_hook(lambda *_: ran.append("two"))
-    x = caught_at(block, Call((hidden,), {}), hidden, "two")
-    assert torch.equal(x, block.one(hidden).relu())
+    inputs = caught_at(block, Call((hidden,), {}), hidden, "two", ["one"])
+    assert torch.equal(inputs["one"], hidden)
+    assert torch.equal(inputs["two"], block.one(hidden).relu())
     assert not ran
     assert not block.reached
 

@@ -56,7 +56,15 @@ def test_it_is_found_out_by_experiment(kind, attend, expand, flat):
     call = Call((hidden,), {"flat": flat})
     assert writes_to(block, block.attend, call, hidden) == attend
     assert writes_to(block, block.expand, call, hidden) == expand
-    assert not any(module._forward_hooks for module in block.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+
+
+@torch.no_grad()
+def test_a_layer_can_be_added_to_what_another_one_reads():
+    block, hidden = Block("normalised behind"), gauss(3, 5, WIDTH)
+    assert writes_to(block, block.expand, Call((hidden,), {}), hidden, ["attend", "expand"]) == "expand"
+    block.kind = "scaled"
+    assert writes_to(block, block.expand, Call((hidden,), {}), hidden, ["attend", "expand"]) is None
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ WRITES = {
     "gpt_neox": {"attention.dense": "output", "mlp.dense_4h_to_h": "output"},
     "gemma2": {},
     "gemma4": {},
-    "bert": {"attention.output.dense": "input"},
+    "bert": {"attention.output.dense": "input", "output.dense": "intermediate.dense"},
     "t5": {"SelfAttention.o": "input", "wo": "output"},
-    "bart": {"self_attn.out_proj": "input"},
+    "bart": {"self_attn.out_proj": "input", "encoder_attn.out_proj": "encoder_attn.q_proj", "fc2": "fc1"},
 }
 OUTSIDE = ("cls.predictions.transform.dense", "model.per_layer_model_projection")  # of the row of blocks
 
@@ -121,6 +121,9 @@ def test_later_layers_see_the_repair_and_what_it_has_left(family, plan, small_ba
             left = clean.outputs[name] - now.outputs[name]
             if written(family, name) == "input":
                 left = left + clean.inputs[block] - now.inputs[block]
+            elif written(family, name) not in (None, "output"):
+                reader = f"{block}.{written(family, name)}"
+                left = left + clean.inputs[reader] - now.inputs[reader]
             if written(family, name) == "output":
                 left = clean.outputs[block] - now.outputs[block]
             expected = second_moment(left, now.inputs[name])
