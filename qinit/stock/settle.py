@@ -14,11 +14,11 @@ from qinit.stock.adapting import Adapted, Refused, adapt
 from qinit.stock.read_directly import read_directly
 from qinit.stock.skeleton import Skeleton
 
-ODD = "its class {subclass} does more than W x + b"
-READ = "the model reads its weight directly, so that an adapter would have no effect"
-HEAD = "PEFT trains it whole, as a part of the head"
-MOVED = "PEFT would put its adapter on the experts instead (peft issue 3711)"
-OTHER = "PEFT would not put an adapter on it"
+ODD = "class {subclass} does more than W x + b"
+READ = "the model reads the weight directly, so that an adapter would have no effect"
+HEAD = "trained whole by PEFT, as a part of the head"
+MOVED = "PEFT would put the adapter on the experts instead (peft issue 3711)"
+OTHER = "PEFT would put no adapter there"
 Ranks = Sequence[tuple[LinearModule, int]]
 
 

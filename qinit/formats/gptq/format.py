@@ -62,7 +62,7 @@ class GptqFormat(Format):
 
     def cannot_hold_shape(self, module: LinearModule, group_size: int) -> str | None:
         if module.subclass:
-            return f"its class {module.subclass} is not nn.Linear itself, and the loader packs no subclass"
+            return f"class {module.subclass} is not nn.Linear itself, and the loader packs no subclass of it"
         if module.set_by_parent:  # transformers 5.23 writes to its `weight` at load, which packed modules lack
             return "transformers sets this weight from its parent module while loading, so it cannot be packed"
         if module.in_features % WORD or module.out_features % WORD:
