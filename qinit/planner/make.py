@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from qinit.planner.auto import choose
 from qinit.planner.polish import choose_polish
 from qinit.recipe import Recipe
 from qinit.source.checkpoint import Checkpoint
-from qinit.source.targets import Target, read_architecture, resolve_targets, select
+from qinit.source.targets import Architecture, Target, quantizable, read_architecture, select
 from qinit.text.sources import check_source
 from qinit.widths.budget import planned
 
@@ -26,8 +27,10 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
     """
     checkpoint = Checkpoint.open(directory)
     architecture = read_architecture(checkpoint, recipe.trust_remote_code)
-    targets = select(resolve_targets(checkpoint, architecture), recipe.target_modules, recipe.exclude)
-    layers = tuple(_plan_layer(recipe, target) for target in targets)
+    targets = select(quantizable(checkpoint, architecture), recipe.target_modules, recipe.exclude)
+    held = [target for target in targets if target.module.expert is None or FORMATS[recipe.format].holds_experts]
+    adapted = _adapted(held, architecture)
+    layers = tuple(_plan_layer(recipe, target, adapted) for target in held)
     plan = Plan(recipe, model_name, checkpoint, architecture, layers)
     if not plan.quantized:
         raise TargetError(
@@ -74,10 +77,23 @@ def _with_polish(plan: Plan) -> Plan:
     return replace(plan, recipe=plan.recipe.model_copy(update={"polish": steps}), polish_reason=reason)
 
 
-def _plan_layer(recipe: Recipe, target: Target) -> LayerPlan:
+def _adapted(targets: Sequence[Target], architecture: Architecture) -> set[str]:
+    """Return the experts that get adapters: PEFT adapts a 3-D parameter as a whole, and what it calls the factors
+    depends on how many of its module's are adapted."""
+    chosen = {target.name for target in targets}
+    stacks: dict[str, set[str]] = {}
+    for stack in architecture.stacks:
+        if stack.sources:
+            stacks.setdefault(stack.module, set()).update(stack.slice_names())
+    return {name for names in stacks.values() if names <= chosen for name in names}
+
+
+def _plan_layer(recipe: Recipe, target: Target, experts: set[str]) -> LayerPlan:
+    """Plan a layer; `experts` are those that get adapters."""
     module, fmt = target.module, FORMATS[recipe.format]
+    adapted = module.expert is None or module.name in experts
     kept = fmt.cannot_hold_shape(module, recipe.group_size)
-    rank = min(recipe.rank, module.out_features, module.in_features)
+    rank = min(recipe.rank, module.out_features, module.in_features) if adapted else 0
     group_size = min(recipe.group_size, module.in_features)
     same = TensorSpec(target.tensor.name, target.tensor.dtype, target.tensor.shape)
     bits = recipe.widths[0]

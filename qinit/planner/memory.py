@@ -98,7 +98,7 @@ def polishing_bytes(plan: Plan) -> int:
     coded = FORMATS[plan.recipe.format].storage(plan.quantized[0].target) is None
     held = sum(layer.weights if layer.bits > NIBBLE else layer.weights // 2 for layer in plan.quantized)
     if not coded:
-        held = sum(layer.target.tensor.nbytes for layer in plan.quantized)
+        held = sum(layer.target.nbytes for layer in plan.quantized)
     inside = sum(layer.weights for layer in plan.quantized)
     outside = 4 * (plan.checkpoint.parameters - inside)
     logits = max(MICRO_BYTES, 4 * plan.facts.clip(plan.recipe.calibration_length) * (plan.facts.vocabulary or 1))

@@ -29,8 +29,7 @@ def copy_companions(plan: Plan, directory: Path) -> None:
 def write_configurations(plan: Plan, directory: Path, out: Path) -> None:
     """Write what loaders read beside the tensors: base and adapter can be loaded then. `out` is where the directory
     goes."""
-    modules = [(layer.target.module, layer.rank) for layer in plan.layers]
-    config = plan.adapter.config(plan.recipe, plan.architecture, modules, str(out.resolve()))
+    config = plan.adapter.config(plan.recipe, plan.architecture, plan.ranks, str(out.resolve()))
     write_config(directory / ADAPTER_DIRECTORY, config)
     _write_config(plan, directory)
 
@@ -71,7 +70,9 @@ def make_report(
         "nominal_bits": plan.recipe.nominal_bits,
         "layers": len(plan.quantized),
         "layers_kept": len(plan.layers) - len(plan.quantized),
+        "weights": plan.checkpoint.parameters,
         "quantized_weights": sum(layer.weights for layer in plan.quantized),
+        "left": [share.to_json() for share in plan.shares],
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "grid_bits_per_weight": round(plan.grid_bits_per_weight, 4),
         "bytes_before": plan.bytes_before,

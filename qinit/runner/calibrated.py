@@ -60,7 +60,7 @@ def _solve_block(
             continue
         layer, statistics = event.layer, event.statistics
         tensor = layer.target.tensor
-        yield Working(tensor.name, tensor.nbytes)
+        yield Working(tensor.name, layer.target.nbytes)
         if statistics is None:
             yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
         else:
@@ -74,12 +74,12 @@ def _solve_block(
         if event.repair is not None:
             event.repair(layer, weight)
         if held is None:
-            yield Done(tensor.name, tensor.nbytes, row)
+            yield Done(tensor.name, layer.target.nbytes, row)
     if held is not None:
         assert isinstance(block, OpenBlock)
         for layer, tensors, row in held.improved(block):
             store.put(layer, tensors, row)
-            yield Done(layer.target.tensor.name, layer.target.tensor.nbytes, row)
+            yield Done(layer.target.tensor.name, layer.target.nbytes, row)
 
 
 def _blocks(job: Job, samples: Samples) -> Generator[OpenBlock | WholeModel | Noted, None, None]:

@@ -22,7 +22,8 @@ BASE_KEY = "base_model_name_or_path"
 
 
 def check_adapter(written: Written) -> Generator[Finding, None, dict[str, StoredTensor]]:
-    """Compare the adapter with what the report says was written; returns its tensors that are as they should be."""
+    """Compare the adapter with what the report says was written; returns its tensors that are as they should be, by
+    the names that layers have for them."""
     directory, rows = written.directory, written.report.layers
     ranks = [(written.modules[row.name], row.rank) for row in rows]
     try:
@@ -38,12 +39,13 @@ def check_adapter(written: Written) -> Generator[Finding, None, dict[str, Stored
     except CheckpointError as error:
         yield from_error(directory, WEIGHTS_FILE, error)
         return {}
-    specs = {spec.name: spec for module, rank in ranks for spec in written.adapter.specs(module, rank)}
+    specs = {spec.name: spec for spec in written.adapter.file_specs(ranks)}
     problems = {name: compare(directory, directory / WEIGHTS_FILE, specs[name], found.get(name)) for name in specs}
     yield from filter(None, problems.values())
     for name in sorted(found.keys() - specs.keys()):
         yield Finding(WEIGHTS_FILE, f"tensor '{name}' belongs to no layer of the report")
-    return {name: tensor for name, tensor in found.items() if name in specs and not problems[name]}
+    sound = {name: tensor for name, tensor in found.items() if name in specs and not problems[name]}
+    return written.adapter.split(ranks, sound)
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def _bounds(row: LayerRow, recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
     yield "shape", "two counts", min(row.shape) > 0
     most = max(min(row.shape), 0)
     if recipe.rank_budget is None:
-        yield "rank", min(recipe.rank, most), row.rank == min(recipe.rank, most)
+        bare = row.rank == 0 and row.name.endswith("]")  # an expert without an adapter
+        yield "rank", min(recipe.rank, most), row.rank == min(recipe.rank, most) or bare
     else:
         yield "rank", f"1 to {most}", 1 <= row.rank <= most
     for key in ("error_start", "error", "output_error_start", "output_error"):

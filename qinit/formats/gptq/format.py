@@ -50,6 +50,11 @@ class GptqFormat(Format):
         "packed with mixed widths; load it with qinit.load(DIR) or GPTQModel.load, as stock from_pretrained reads one "
         "width only"
     )
+    holds_experts = False
+    experts_note = (
+        "format gptq packs linear layers, and transformers has experts as slices of 3-D parameters (GPTQModel.load "
+        "alone takes them apart)"
+    )
     packages = PACKAGES
     parts = PARTS
 
