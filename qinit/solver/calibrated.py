@@ -90,7 +90,7 @@ def stable_hessian(statistics: Statistics) -> torch.Tensor:
     """Return H + s diag(H) + f I: the inputs' correlations shrunk to 1 / (1 + s), more if there are few tokens per
     input. Relative to each input's own power, as real models have a few inputs that dwarf the mean."""
     hessian = statistics.hessian.clone()
-    scarcity = max(1.0, TOKENS_PER_INPUT * len(hessian) / max(statistics.tokens, 1))
+    scarcity = max(1.0, TOKENS_PER_INPUT * len(hessian) / max(statistics.tokens + statistics.shared, 1))
     power = hessian.diagonal().clone()
     hessian.diagonal().add_(power, alpha=SHRINKAGE * scarcity).add_(FLOOR * scarcity * float(power.mean()))
     return hessian

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 
 from qinit.files.tensors import StoredTensor, slice_name
 from qinit.source.checkpoint import Checkpoint
-from qinit.source.products import Product, Products, stacked_parameters
+from qinit.source.products import Product, Products, one_by_one, stacked_parameters
 
 TINY = (4, 6)  # the shape of a matrix that stands for an expert's where only the order of things is asked
 
@@ -102,7 +101,7 @@ def _turned(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[s
         found.clear()
         mode = Products(weights, seen)
         try:
-            with _eager(module), torch.no_grad(), mode:
+            with one_by_one(module), torch.no_grad(), mode:
                 torch.func.functional_call(module, {**weights, **others}, arguments)
         except Exception as error:  # a module can ask for anything
             reason = f"its experts cannot be tried ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
@@ -124,21 +123,6 @@ def _arguments(module: nn.Module, experts: int, widths: Sequence[int]) -> Iterat
             yield torch.zeros(1, width), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
         elif asked == 1:
             yield (torch.zeros(experts, width),)
-
-
-@contextmanager
-def _eager(module: Any) -> Iterator[None]:
-    """Have the experts computed one after the other."""
-    config = getattr(module, "config", None)
-    before = getattr(config, "_experts_implementation", None)
-    if config is None or not hasattr(config, "_experts_implementation"):
-        yield
-        return
-    config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._experts_implementation = before
 
 
 def _placed(model: Any, checkpoint: Checkpoint, stacks: list[Stack]) -> tuple[Stack, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -48,18 +49,34 @@ class _View:
     tensor: torch.Tensor  # held, so that its id stays its own
 
 
+def _nothing(_product: Product) -> None:
+    """The `seen` that leaves all as it is."""
+
+
+def _itself(_products: list[Product], result: torch.Tensor) -> torch.Tensor:
+    """The `given` that leaves all as it is."""
+    return result
+
+
 class Products(TorchFunctionMode):
     """Within this context, `seen` is called with every product of a slice of the given 3-D parameters, before it is
-    computed. What it returns takes the place of the result; None lets it be computed.
+    computed. What it returns takes the place of the result; None lets it be computed. Then `given` is called with the
+    product, or one for each slice of the whole parameter, and with the result [tokens, out], or that of all slices
+    [slices, tokens, out]; what it returns takes the place of the result.
 
     Slices are followed through indexing by one number, transposition and changes of type; products are
     `functional.linear`, `@` and its kin, and a batched product with the whole parameter. What else reads a parameter is
     kept in `unknown`, by the parameter's name: not all of its products have been seen then.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], seen: Callable[[Product], torch.Tensor | None]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        seen: Callable[[Product], torch.Tensor | None] = _nothing,
+        given: Callable[[list[Product], torch.Tensor], torch.Tensor] = _itself,
+    ) -> None:
         super().__init__()
-        self.seen, self.unknown = seen, dict[str, str]()
+        self.seen, self.given, self.unknown = seen, given, dict[str, str]()
         self.views = {id(tensor): _View(name, None, False, tensor) for name, tensor in parameters.items()}
 
     def __exit__(
@@ -109,14 +126,16 @@ class Products(TorchFunctionMode):
         x, weight = operands
         turned = view.turned if func is functional.linear else not view.turned
         if view.index is not None:
-            result = self.seen(Product(view.parameter, view.index, turned, x.reshape(-1, x.shape[-1])))
-            return func(*args, **kwargs) if result is None else result.reshape(*x.shape[:-1], -1)
+            product = Product(view.parameter, view.index, turned, x.reshape(-1, x.shape[-1]))
+            result = self.seen(product)
+            result = func(*args, **kwargs) if result is None else result.reshape(*x.shape[:-1], -1)
+            return self.given([product], result)
         if x.dim() != 3 or len(x) != len(weight):
             self.unknown.setdefault(view.parameter, getattr(func, "__name__", str(func)))
             return func(*args, **kwargs)
-        results = [self.seen(Product(view.parameter, index, turned, part)) for index, part in enumerate(x)]
-        found = [result for result in results if result is not None]
-        return torch.stack(found) if len(found) == len(x) else func(*args, **kwargs)
+        products = [Product(view.parameter, index, turned, part) for index, part in enumerate(x)]
+        found = [result for product in products if (result := self.seen(product)) is not None]
+        return self.given(products, torch.stack(found) if len(found) == len(x) else func(*args, **kwargs))
 
 
 def _number(func: Any, args: Any) -> int | None:
@@ -127,6 +146,21 @@ def _number(func: Any, args: Any) -> int | None:
     if isinstance(index, torch.Tensor) and index.dim() == 0 and not index.is_floating_point():
         index = index.item()
     return index if type(index) is int and index >= 0 else None
+
+
+@contextmanager
+def one_by_one(model: nn.Module) -> Iterator[None]:
+    """Have the experts of a model computed one after the other within this context."""
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    key = "_experts_implementation"
+    before = [(config, getattr(config, key)) for config in configs.values() if hasattr(config, key)]
+    for config, _ in before:
+        setattr(config, key, "eager")
+    try:
+        yield
+    finally:
+        for config, implementation in before:
+            setattr(config, key, implementation)
 
 
 def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -230,15 +230,21 @@ def resolve_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple
 
 def expert_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Target, ...]:
     """Match every expert's matrix to the tensors, or slices of them, that hold it."""
-    targets: list[Target] = []
+    return tuple(target for experts in stacked_targets(checkpoint, architecture).values() for target in experts)
+
+
+def stacked_targets(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, list[Target]]:
+    """Return the same by the names of the 3-D parameters, for each all of its slices in order."""
+    targets: dict[str, list[Target]] = {}
     for stack in architecture.stacks:
         names = {name for parts in stack.sources for name in parts}
         whole = {name.rpartition("[")[0] for name in names - checkpoint.tensors.keys()}
         stored = {part.name: part for name in whole for part in checkpoint.tensors[name].slices()}
         for name, parts in zip(stack.slice_names(), stack.sources, strict=False):
             first, *more = (stored.get(part) or checkpoint.tensors[part] for part in parts)
-            targets.append(Target(architecture.modules[name], first, tuple(more)))
-    return tuple(targets)
+            target = Target(architecture.modules[name], first, tuple(more))
+            targets.setdefault(stack.name, []).append(target)
+    return targets
 
 
 def quantizable(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Target, ...]:

@@ -10,7 +10,7 @@ from qinit.adapters.reading import SavedAdapter
 from qinit.files.tensors import StoredTensor
 from qinit.formats import format_of
 from qinit.source.checkpoint import Checkpoint, read_finite
-from qinit.source.targets import Architecture, find_tensor
+from qinit.source.targets import Architecture, Target, find_tensor, stacked_targets
 
 OTHER_NAMES = {"lm_head.weight": ("embed_out.weight",)}  # in the files of GPT-NeoX
 
@@ -35,12 +35,13 @@ class ModelWeights:
         self.format = format_of(checkpoint.config)
         self.base_prefix = architecture.base_prefix
         self.modules = {f"{module.name}.weight": module for module in architecture.linear}
+        self.stacks = stacked_targets(checkpoint, architecture)
         self.linear = [module.name for module in architecture.linear] if linear is None else linear
         self.adapter = adapter
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has that parameter, packed or not."""
-        return self._find(name) is not None or self._packed(name) is not None
+        return self._find(name) is not None or self._packed(name) is not None or name in self.stacks
 
     def read(self, name: str, device: torch.device) -> torch.Tensor | None:
         """Return a parameter in float32 on the device, None if there is none. Raises CheckpointError for NaN, Inf."""
@@ -50,12 +51,27 @@ class ModelWeights:
         elif module is not None and self.format is not None and (parts := self._packed(name)) is not None:
             value = self.format.read(module, parts, self.checkpoint.config, device)
             value = value.T.contiguous() if module.transposed else value
+        elif name in self.stacks:
+            value = self._stacked(self.stacks[name], device)
         else:
             return None
+        if name in self.stacks and self.adapter is not None:
+            change = self.adapter.change_of_stack(self.stacks[name][0].module, device)
+            value = value if change is None else value.add_(change)
         if module is not None and self.adapter is not None:
             added = self.adapter.change(module.name, device)
             if added is not None:
                 value += added.T if module.transposed else added
+        return value
+
+    def _stacked(self, experts: list[Target], device: torch.device) -> torch.Tensor:
+        """Put a parameter together from the matrices of its experts."""
+        first = experts[0]
+        shape = (first.module.out_features, first.module.in_features)[:: -1 if first.module.transposed else 1]
+        value = torch.empty((len(experts), *shape), device=device)
+        for matrix, expert in zip(value, experts, strict=True):
+            parts = [read_finite(tensor) for tensor in expert.tensors]
+            matrix.copy_(torch.cat(parts, dim=expert.outputs_side))
         return value
 
     def packed(self) -> dict[str, dict[str, StoredTensor]]:
