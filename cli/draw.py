@@ -208,20 +208,23 @@ class Screen:
         """Draw the plan of a dry run, and how long the run would take."""
         if self._quiet:
             return
+        from qinit_cli.layer_rows import rows_of
+
         from qinit.plan.shares import weight_words
         from qinit.planner.memory import working_bytes
 
         table = Table("layer", "shape", "bits", "group", "rank", "before", "after", "kept because", box=None)
-        for layer in plan.layers:
+        for name, layers in rows_of(plan):
+            layer = layers[0]
             module = layer.target.module
             table.add_row(
-                printable(module.name),
+                printable(name),
                 f"{module.out_features} x {module.in_features}",
                 "-" if layer.kept else str(layer.bits),
                 "-" if layer.kept else str(layer.group_size),
                 str(layer.rank),
-                size(layer.target.nbytes),
-                size(layer.bytes_after),
+                size(sum(layer.target.nbytes for layer in layers)),
+                size(sum(layer.bytes_after for layer in layers)),
                 layer.kept or "",
             )
         self._console.print(table)

@@ -110,9 +110,8 @@ def _packs(plan: Plan, finished: frozenset[str]) -> Iterator[list[tuple[str, lis
 
 
 def _fisher(model: Any, plan: Plan, samples: Samples, device: torch.device) -> dict[str, torch.Tensor]:
-    parameters = {
-        name: model.get_parameter(name) for name in {layer.target.module.parameter for layer in plan.quantized}
-    }
+    names = dict.fromkeys(layer.target.module.parameter for layer in plan.quantized)
+    parameters = {name: model.get_parameter(name) for name in names}
     model.requires_grad_(False)
     squares = {}
     for name, parameter in parameters.items():

@@ -66,6 +66,11 @@ class Plan:
         return tuple(layer for layer in self.layers if layer.kept is None)
 
     @property
+    def polishable(self) -> bool:
+        """Whether there are layers that a polish trains; experts stay as they are."""
+        return any(layer.target.module.expert is None for layer in self.quantized)
+
+    @property
     def widest(self) -> int:
         """The inputs of the widest quantized layer."""
         return max(layer.target.module.in_features for layer in self.quantized)

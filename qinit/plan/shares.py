@@ -29,7 +29,7 @@ class Share:
     def words(self, model: int) -> str:
         """Say how large it is, and what part of a model of so many weights."""
         size, part = _size(self.nbytes), 100 * self.weights / model
-        return f"{self.what}: {self.weights:.2g} weights, {size}, {part:.0f} % of the model"
+        return f"{self.what}: {_count(self.weights)} weights, {size}, {part:.0f} % of the model"
 
     def to_json(self) -> dict[str, Any]:
         return {"what": self.what, "weights": self.weights, "bytes": self.nbytes}
@@ -50,11 +50,15 @@ def shares_of(checkpoint: Checkpoint, architecture: Architecture, left: Iterable
 def weight_words(quantized: int, model: int, left: list[dict[str, Any]]) -> dict[str, str]:
     """Return a table's rows on how many of a model's weights are quantized, and the largest part that is not, from
     `Share.to_json` of each part."""
-    rows = {"weights": f"{quantized:.3g} of {model:.3g} quantized, {100 * quantized / model:.0f} %"}
+    rows = {"weights": f"{_count(quantized)} of {_count(model)} quantized, {100 * quantized / model:.0f} %"}
     if left:
         share = Share(str(left[0]["what"]), int(left[0]["weights"]), int(left[0]["bytes"]))
         rows[f"stays in {share.bits} bits"] = share.words(model)
     return rows
+
+
+def _count(weights: int) -> str:
+    return f"{weights:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _size(nbytes: int) -> str:

@@ -71,6 +71,8 @@ def _with_calibration(plan: Plan) -> Plan:
 
 def _with_polish(plan: Plan) -> Plan:
     """Decide how many steps of polish there are, where that is open."""
+    if plan.recipe.polish and not plan.polishable:
+        raise RecipeError("polish: trains linear layers, and only experts are chosen; choose others too")
     if plan.recipe.polish is not None:
         return plan
     steps, reason = choose_polish(plan, pick_device(plan.recipe.device))
