@@ -95,7 +95,7 @@ def caught(
     parameters = parameters_of(wanted)
     with ExitStack() as hooks:
         if parameters:
-            hooks.enter_context(listening(block, parameters, partial(keep_first, inputs)))
+            hooks.enter_context(listening(block, parameters, partial(keep_first, inputs), wanted))
         for name in wanted:
             if name.endswith("]"):
                 continue

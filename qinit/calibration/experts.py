@@ -26,16 +26,22 @@ def parameters_of(layers: Collection[str]) -> list[str]:
 
 @contextmanager
 def listening(
-    module: nn.Module, parameters: Collection[str], read: Callable[[str, torch.Tensor], None]
+    module: nn.Module,
+    parameters: Collection[str],
+    read: Callable[[str, torch.Tensor], None],
+    wanted: Collection[str] | None = None,
 ) -> Iterator[None]:
-    """Call `read` with an expert's name and the tokens [tokens, in] that reach it, for each product within. Tokens that
-    are zero are left out: where every expert is given all tokens, those that it is not to compute are."""
+    """Call `read` with an expert's name (of those `wanted`, or all) and the tokens [tokens, in] that reach it, for each
+    product within. Tokens that are zero are left out: where every expert is given all tokens, those that it is not to
+    compute are."""
 
     def seen(product: Product) -> None:
-        x = product.x.detach()
+        name, x = slice_name(product.parameter, product.index), product.x.detach()
+        if wanted is not None and name not in wanted:
+            return
         x = x[x.any(-1)]
         if len(x):
-            read(slice_name(product.parameter, product.index), x)
+            read(name, x)
 
     if not parameters:
         yield

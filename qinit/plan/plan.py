@@ -211,6 +211,11 @@ class Plan:
         for reason in dict.fromkeys(stack.unknown for stack in stacks if stack.unknown):
             names = [stack.name for stack in stacks if stack.unknown == reason]
             notes.append(f"{names[0]} ({len(names)} such) stays as it is: {reason}")
+        if any(layer.target.module.expert is not None and layer.rank for layer in self.layers):
+            notes.append(
+                "the adapters of experts (target_parameters) need peft 0.19.1 or newer; --exclude experts leaves them "
+                "as they are"
+            )
         bare = [layer for layer in self.quantized if layer.target.module.expert is not None and not layer.rank]
         if bare:
             notes.append(

@@ -37,6 +37,10 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
             f"format {recipe.format} can hold none of the {len(layers)} chosen layers "
             f"({plan.notes[0]}); use --format dense"
         )
+    if not any(layer.rank for layer in layers):
+        raise TargetError(
+            f"none of the chosen layers gets an adapter ({plan.notes[-1]}); choose more with --target-modules"
+        )
     plan = _with_polish(_with_calibration(plan))
     if recipe.mixed:
         plan = planned(plan)
