@@ -177,6 +177,7 @@ class Screen:
         return report
 
     def _result(self, report: Report, directory: Path) -> None:
+        from qinit.plan.shares import weight_words
         from qinit.report.card import calibration_words, snippet_of
         from qinit.report.check import check_words
 
@@ -199,6 +200,7 @@ class Screen:
             f"{report.model}: {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}, {report.method}",
             {
                 "layers": f"{totals['layers']}{kept}",
+                **weight_words(totals["quantized_weights"], totals["weights"], totals["left"]),
                 "bits per weight": bits,
                 "weights on disk": f"{size(totals['bytes_before'])} -> {after}",
                 **(check_words(totals["check"]) if "check" in totals else {}),
@@ -217,19 +219,23 @@ class Screen:
         """Draw the plan of a dry run, and how long the run would take."""
         if self._quiet:
             return
+        from qinit_cli.layer_rows import rows_of
+
+        from qinit.plan.shares import weight_words
         from qinit.planner.memory import working_bytes
 
         table = Table("layer", "shape", "bits", "group", "rank", "before", "after", "kept because", box=None)
-        for layer in plan.layers:
+        for name, layers in rows_of(plan):
+            layer = layers[0]
             module = layer.target.module
             table.add_row(
-                printable(module.name),
+                printable(name),
                 f"{module.out_features} x {module.in_features}",
                 "-" if layer.kept else str(layer.bits),
                 "-" if layer.kept else str(layer.group_size),
                 str(layer.rank),
-                size(layer.target.tensor.nbytes),
-                size(layer.bytes_after),
+                size(sum(layer.target.nbytes for layer in layers)),
+                size(sum(layer.bytes_after for layer in layers)),
                 layer.kept or "",
             )
         self._console.print(table)
@@ -239,7 +245,12 @@ class Screen:
         self._table(
             f"plan for {plan.model_name}: method {plan.recipe.method}, format {plan.recipe.format}",
             {
-                "layers": f"{len(plan.quantized)} quantized of {len(plan.architecture.linear)} linear",
+                "layers": f"{len(plan.quantized)} quantized of {len(plan.architecture.modules)} linear",
+                **weight_words(
+                    sum(layer.weights for layer in plan.quantized),
+                    plan.checkpoint.parameters,
+                    [share.to_json() for share in plan.shares],
+                ),
                 "bits per weight": f"{plan.bits_per_weight:.3f} as stored",
                 "weights on disk": f"{size(plan.bytes_before)} -> {size(plan.base_bytes)} base "
                 f"+ {size(plan.adapter_bytes)} adapter",
@@ -334,7 +345,7 @@ class Screen:
                 "bits": None if layer.kept else layer.bits,
                 "group_size": None if layer.kept else layer.group_size,
                 "rank": layer.rank,
-                "bytes_before": layer.target.tensor.nbytes,
+                "bytes_before": layer.target.nbytes,
                 "bytes_after": layer.bytes_after,
                 "kept": layer.kept,
             }
@@ -348,6 +359,9 @@ class Screen:
             "bits_per_weight": plan.bits_per_weight,
             "grid_bits_per_weight": plan.grid_bits_per_weight,
             "pending": plan.pending,
+            "weights": plan.checkpoint.parameters,
+            "quantized_weights": sum(layer.weights for layer in plan.quantized),
+            "left": [share.to_json() for share in plan.shares],
             "bytes_before": plan.bytes_before,
             "base_bytes": plan.base_bytes,
             "adapter_bytes": plan.adapter_bytes,

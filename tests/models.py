@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**SMALL, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
 }
 SMALL_LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-# Families that are no promise of qinit's, but whose blocks are called in other ways.
+# Families that are no promise of qinit's, but whose blocks are called in other ways, and mixtures of experts.
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**SMALL, **SMALL_LAYERS, "use_parallel_residual": True}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**GATED, "head_dim": 32, "sliding_window": 8}),
@@ -54,6 +54,32 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
             **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 256},
             "layer_types": ["sliding_attention", "full_attention"],
         },
+    ),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**GATED, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**GATED, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {**GATED, "num_local_experts": 4, "intermediate_size_mlp": 128, "head_dim": 16},
+    ),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "jetmoe": (
+        "JetMoeConfig",
+        "JetMoeForCausalLM",
+        {**GATED, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16},
     ),
     "bert": ("BertConfig", "BertForMaskedLM", {**SMALL, **SMALL_LAYERS, "max_position_embeddings": 64}),
     "t5": (

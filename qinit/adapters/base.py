@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qinit.files.tensors import TensorSpec
+from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.linalg.low_rank import LowRank
 from qinit.recipe import Recipe
 from qinit.source.targets import Architecture, LinearModule
@@ -19,6 +19,8 @@ ADAPTER_DIRECTORY = "eqft_init"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_STEM = "adapter_model"
 PREFIX = "base_model.model."  # of every tensor that PEFT saves
+
+Ranks = Sequence[tuple[LinearModule, int]]  # modules, each with the rank of its adapter
 
 
 class Adapter(ABC):
@@ -30,22 +32,29 @@ class Adapter(ABC):
 
     @abstractmethod
     def specs(self, module: LinearModule, rank: int) -> list[TensorSpec]:
-        """Return what is stored for one module."""
+        """Return what is stored for one module, nothing at rank 0; of an expert its parts of what is stored for all."""
+
+    @abstractmethod
+    def file_specs(self, modules: Ranks) -> list[TensorSpec]:
+        """Return what stands in the file for these modules: experts that are slices of one parameter together."""
+
+    @abstractmethod
+    def split(self, modules: Ranks, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Return the tensors of such a file by the names of `specs`."""
 
     @abstractmethod
     def encode(
         self, module: LinearModule, low_rank: LowRank | None, rank: int, scale: float, seed: int
     ) -> dict[str, torch.Tensor]:
-        """Return those tensors for L = B A, on the CPU; without one PEFT's own start, which changes nothing."""
+        """Return those tensors for L = B A, on the CPU; without one PEFT's own start, which changes nothing. At rank 0
+        there are none."""
 
     @abstractmethod
     def decode(self, module: LinearModule, tensors: Mapping[str, torch.Tensor], scale: float) -> LowRank:
         """Return L = B A from those tensors, with the scale in it: what undoes `encode`, but for rounding."""
 
     @abstractmethod
-    def config(
-        self, recipe: Recipe, architecture: Architecture, ranks: Sequence[tuple[LinearModule, int]], base: str
-    ) -> dict[str, Any]:
+    def config(self, recipe: Recipe, architecture: Architecture, ranks: Ranks, base: str) -> dict[str, Any]:
         """Return adapter_config.json for these modules and ranks on the base of that name."""
 
     @abstractmethod
@@ -62,12 +71,22 @@ class Adapter(ABC):
         """Return what PEFT adds to a module's weight [out, in], in float32, from all its parts."""
 
     @abstractmethod
+    def change_of_stack(
+        self, expert: LinearModule, parts: Mapping[str, torch.Tensor], config: dict[str, Any]
+    ) -> torch.Tensor:
+        """Return the same for the whole 3-D parameter that an expert is a slice of, in the parameter's layout."""
+
+    @abstractmethod
     def is_neutral(self, module: LinearModule, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether the tensors of `specs` change nothing."""
 
-    def names(self, module: LinearModule) -> list[str]:
+    @abstractmethod
+    def stack_of(self, module: LinearModule) -> str:
+        """Return what `part_of` calls the module that has an expert's 3-D parameter."""
+
+    def names(self, module: LinearModule, rank: int) -> list[str]:
         """Return the names of what is stored for one module."""
-        return [spec.name for spec in self.specs(module, 1)]
+        return [spec.name for spec in self.specs(module, rank)]
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from qinit.adapters import CONFIG_NAME, WEIGHTS_STEM, Adapter, adapter_of
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor, read_header
 from qinit.source.checkpoint import read_json
+from qinit.source.targets import LinearModule
 
 
 def kind_of(directory: Path, settings: dict[str, Any]) -> Adapter:
@@ -52,7 +53,15 @@ class SavedAdapter:
 
     def change(self, module: str, device: torch.device) -> torch.Tensor | None:
         """Return what is added to a module's weight [out, in], in float32, None for one that is left alone."""
+        read = self._read(module, device)
+        return None if read is None else self.kind.change(module, read, self.settings)
+
+    def change_of_stack(self, expert: LinearModule, device: torch.device) -> torch.Tensor | None:
+        """Return what is added to the 3-D parameter that an expert is a slice of, in its layout, as above."""
+        read = self._read(self.kind.stack_of(expert), device)
+        return None if read is None else self.kind.change_of_stack(expert, read, self.settings)
+
+    def _read(self, module: str, device: torch.device) -> dict[str, torch.Tensor] | None:
         if module not in self.parts:
             return None
-        read = {part: tensor.read().to(device) for part, tensor in self.parts[module].items()}
-        return self.kind.change(module, read, self.settings)
+        return {part: tensor.read().to(device) for part, tensor in self.parts[module].items()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from qinit.calibration.experts import listening, parameters_of
 from qinit.errors import CalibrationError
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.stream.calls import Call, Stop
@@ -55,6 +57,25 @@ def require_finite_input(activation: torch.Tensor, name: str, first: int, sample
     )
 
 
+def weight_in(root: nn.Module, inner: str, layer: LayerPlan) -> torch.Tensor:
+    """Return a layer's weight [out, in] as it is in a module that has it under the name `inner`."""
+    expert = layer.target.module.expert
+    if expert is not None:
+        return oriented(root.get_parameter(inner.rpartition("[")[0]).data[expert.index], layer)
+    linear: Any = root.get_submodule(inner)
+    return oriented(linear.weight.data, layer)
+
+
+def put_weight(root: nn.Module, inner: str, layer: LayerPlan, weight: torch.Tensor) -> None:
+    """Put `weight` [out, in] into its place."""
+    expert = layer.target.module.expert
+    if expert is not None:
+        root.get_parameter(inner.rpartition("[")[0]).data[expert.index] = oriented(weight, layer)
+        return
+    linear: Any = root.get_submodule(inner)
+    linear.weight.data = oriented(weight, layer)
+
+
 def oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:
     """Turn a weight between [out, in] and the module's own layout (the same but for Conv1D)."""
     return weight.T.contiguous() if layer.target.module.transposed else weight
@@ -68,10 +89,16 @@ def keep_first(found: dict[str, torch.Tensor], name: str, value: torch.Tensor) -
 def caught(
     block: nn.Module, call: Call, hidden: torch.Tensor, wanted: Collection[str]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Run a block and return the inputs of the `wanted` linears, in the order in which they ran, and the output."""
+    """Run a block and return the inputs of the `wanted` linears, in the order in which they ran, and the output; of
+    experts those of one call."""
     inputs: dict[str, torch.Tensor] = {}
+    parameters = parameters_of(wanted)
     with ExitStack() as hooks:
+        if parameters:
+            hooks.enter_context(listening(block, parameters, partial(keep_first, inputs), wanted))
         for name in wanted:
+            if name.endswith("]"):
+                continue
             hooks.enter_context(_before(block, name, partial(keep_first, inputs, name)))
         return inputs, call(block, hidden)
 

@@ -6,6 +6,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from qinit.calibration.activations import unpadded
+from qinit.calibration.activations import unpadded, weight_in
+from qinit.calibration.experts import parameters_of
 from qinit.events import Measuring
+from qinit.files.tensors import slice_name
 from qinit.plan.limits import GRADIENT_BATCH_TOKENS, GRADIENT_LENGTH, GRADIENT_LOGITS_BYTES, GRADIENT_SAMPLES
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.source.products import Product, Products, one_by_one
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
 from qinit.stream.carried import Batch, Calls, Carried, batches_of
@@ -38,16 +42,49 @@ def require_number(value: torch.Tensor | float, what: str) -> None:
         raise OverflowedError(what)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Layers that lie in a module `root`, which the model calls `prefix` (with a dot at its end, or nothing)."""
+
+    root: nn.Module
+    prefix: str
+    layers: list[LayerPlan]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules of the linear layers by their names in the model."""
+        names = [layer.target.name for layer in self.layers if layer.target.module.expert is None]
+        return {name: self.root.get_submodule(self.inner(name)) for name in names}
+
+    @property
+    def stacks(self) -> dict[str, torch.Tensor]:
+        """The 3-D parameters of the experts by their names in the model."""
+        names = parameters_of([layer.target.name for layer in self.layers])
+        return {name: self.root.get_parameter(self.inner(name)) for name in names}
+
+    def weight(self, layer: LayerPlan) -> torch.Tensor:
+        """Return a layer's weight [out, in]."""
+        return weight_in(self.root, self.inner(layer.target.name), layer)
+
+    def inner(self, name: str) -> str:
+        return name.removeprefix(self.prefix)
+
+
 class Probe(ABC):
     """What is done with the gradient g of minus the log-probability of a token drawn from the model's own distribution,
-    as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information."""
+    as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information. `experts`: whether
+    it looks at experts too."""
+
+    experts = False
 
     def __init__(self, plan: Plan, samples: Samples, device: torch.device) -> None:
         self.plan, self.device = plan, device
         part = slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH)
         mask = None if samples.mask is None else samples.mask[part]
         self.samples = Samples(samples.tokens[part], mask, samples.origin)
-        self.layers = {layer.target.name: layer for layer in plan.quantized}
+        self.layers = {
+            layer.target.name: layer for layer in plan.quantized if self.experts or layer.target.module.expert is None
+        }
         tokens = min(GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES // (4 * (plan.facts.vocabulary or 1)))
         self.batches = list(batches_of(self.samples, max(1, tokens // self.samples.tokens.shape[1])))
         self.mask: torch.Tensor | None = None
@@ -55,7 +92,7 @@ class Probe(ABC):
         self.start = torch.zeros((), device=device, requires_grad=True)  # gives a gradient to what has none yet
         self.outside: list[LayerPlan] = []  # layers in front of the blocks or behind them
 
-    def prepare(self, layers: list[LayerPlan], modules: dict[str, nn.Module], run: Run) -> None:  # noqa: B027 - optional
+    def prepare(self, part: Part, run: Run) -> None:  # noqa: B027 - optional
         """Called before the pass back reaches these layers."""
 
     @abstractmethod
@@ -63,8 +100,8 @@ class Probe(ABC):
         """Called with a layer's input [tokens, in] and the gradient [tokens, out] at its output, for each batch."""
 
     @contextmanager
-    def listening(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Add what arrives at the modules of these layers in every pass within."""
+    def listening(self, part: Part) -> Iterator[None]:
+        """Add what arrives at these layers in every pass within."""
 
         def keep(name: str) -> Any:
             def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -80,12 +117,36 @@ class Probe(ABC):
 
             return hook
 
-        hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+        hooks = [module.register_forward_hook(keep(name)) for name, module in part.modules.items()]
         try:
-            yield
+            with self._listening_to_experts(part):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def _listening_to_experts(self, part: Part) -> Iterator[None]:
+        stacks = part.stacks
+        if not stacks:
+            yield
+            return
+
+        def given(products: list[Product], output: torch.Tensor) -> torch.Tensor:
+            output = output if output.requires_grad else output + self.start
+
+            def arrived(gradient: torch.Tensor) -> None:
+                for product, own in zip(products, gradient.reshape(len(products), -1, gradient.shape[-1]), strict=True):
+                    name, x = slice_name(product.parameter, product.index), product.x.detach()
+                    chosen = x.any(-1)
+                    if name in self.layers and bool(chosen.any()):
+                        self.add(name, x[chosen].float(), own[chosen].float())
+
+            output.register_hook(arrived)
+            return output
+
+        with one_by_one(part.root), Products(stacks, given=given):
+            yield
 
     def loss(self, outputs: Any) -> torch.Tensor:
         """Return minus the log-probability of labels drawn from the model's own distribution, summed over tokens. A
@@ -148,10 +209,10 @@ def _through_the_end(
         return blocks.after(probe.samples.tokens[batch.rows], batch.long_mask, ends)
 
     with blocks.surroundings(head=True):
-        modules = {layer.target.name: blocks.model.get_submodule(layer.target.name) for layer in probe.outside}
+        part = Part(blocks.model, "", probe.outside)
         with torch.no_grad():
-            probe.prepare(probe.outside, modules, end)
-        with probe.listening(modules), torch.enable_grad():
+            probe.prepare(part, end)
+        with probe.listening(part), torch.enable_grad():
             for batch in probe.batches:
                 probe.mask = batch.mask
                 ends = ends_of(batch, states, probe.device)
@@ -207,7 +268,7 @@ class _Pass:
             inside = [layer for name, layer in probe.layers.items() if name.startswith(prefix)]
             yield Measuring(done + index, count, tuple(layer.target.name for layer in inside))
             block = row.load(index)
-            modules = {layer.target.name: block.get_submodule(layer.target.name[len(prefix) :]) for layer in inside}
+            part = Part(block, prefix, inside)
 
             def run(
                 batch: Batch,
@@ -220,8 +281,8 @@ class _Pass:
                 return self.calls.of(batch, index, given)(block, x)
 
             with torch.no_grad():
-                probe.prepare(inside, modules, run)
-            with probe.listening(modules), torch.enable_grad():
+                probe.prepare(part, run)
+            with probe.listening(part), torch.enable_grad():
                 for batch in probe.batches:
                     probe.mask = batch.mask
                     hidden = self.states[index].read(batch).to(device, copy=True).requires_grad_()
@@ -269,15 +330,15 @@ def _whole(probe: Probe) -> Iterator[Measuring]:
     plan, samples, device = probe.plan, probe.samples, probe.device
     model = load_whole(plan).to(device).requires_grad_(False)
     yield Measuring(0, 1, tuple(probe.layers))
-    modules = {name: model.get_submodule(name) for name in probe.layers}
+    part = Part(model, "", list(probe.layers.values()))
 
     def run(batch: Batch) -> Any:
         mask = None if batch.mask is None else batch.mask.to(device)
         return read_tokens(model, samples.tokens[batch.rows].to(device), mask, plan)
 
     with torch.no_grad():
-        probe.prepare(list(probe.layers.values()), modules, run)
-    with probe.listening(modules), torch.enable_grad():
+        probe.prepare(part, run)
+    with probe.listening(part), torch.enable_grad():
         for batch in probe.batches:
             probe.mask = batch.mask
             probe.loss(run(batch)).backward()

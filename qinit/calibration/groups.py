@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qinit.calibration.experts import portions
 from qinit.plan.plan import LayerPlan
 
 
@@ -14,11 +15,14 @@ from qinit.plan.plan import LayerPlan
 class Group:
     """Layers of one block that read the same input, the first of them named `inner` within the block. `writes` says
     what a layer's output is added to: the block's input (`input`), its output (`output`), what another group reads (its
-    `inner`), or unknown (None)."""
+    `inner`), or unknown (None).
+
+    Or experts of one parameter, `stack` within the block, that are measured together, each on its own tokens."""
 
     inner: str
     layers: list[LayerPlan] = field(default_factory=list)
     writes: dict[str, str | None] = field(default_factory=dict)
+    stack: str | None = None
 
     @property
     def at_end(self) -> bool:
@@ -48,6 +52,9 @@ class Groups:
         for inner, x in inputs.items():
             if inner in self.group_of:
                 continue
+            if self.layers[inner].target.module.expert is not None:
+                self._add_experts(inner.rpartition("[")[0])
+                continue
             shared = (self.group_of[other] for other, y in inputs.items() if y is x and other in self.group_of)
             group = next(shared, None)
             if group is None:
@@ -56,6 +63,14 @@ class Groups:
             group.layers.append(self.layers[inner])
             group.writes[self.layers[inner].target.name] = self.written(inner)
             self.group_of[inner] = group
+
+    def _add_experts(self, stack: str) -> None:
+        """Take all experts of a parameter, in portions, those too that nothing has reached yet."""
+        names = {id(layer): name for name, layer in self.layers.items() if name.rpartition("[")[0] == stack}
+        for some in portions([layer for layer in self.layers.values() if id(layer) in names]):
+            group = Group(names[id(some[0])], some, stack=stack)
+            self.found.append(group)
+            self.group_of |= {names[id(layer)]: group for layer in some}
 
     @property
     def unreached(self) -> list[LayerPlan]:

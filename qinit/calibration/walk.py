@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +16,13 @@ from qinit.calibration.activations import (
     batch_size,
     caught,
     caught_at,
-    oriented,
+    put_weight,
     require_finite_input,
     rows_of,
     unpadded,
+    weight_in,
 )
+from qinit.calibration.experts import ExpertMeters, caught_by_experts
 from qinit.calibration.groups import Group, Groups
 from qinit.calibration.meter import Gap, Meter, Original
 from qinit.calibration.residual_stream import writes_to
@@ -154,6 +155,7 @@ class OpenBlock:
         self.names = walk._names(states.row, states.index)
         self.groups = Groups({self._inner(name): walk.layers[name] for name in self.names}, self._written)
         self.shelf: Shelf | None = None
+        self.pools: dict[str, Meter] = {}  # what all experts of a parameter have seen together
         self.passed = False  # whether the text has run through the original module
         self.at_last = False  # whether it has run through the repaired one, all of it but for the last group repaired
 
@@ -161,8 +163,7 @@ class OpenBlock:
         """Put `weight` [out, in] in the layer's place for all that follows."""
         self.walk.diverged = True
         if self.repaired is not None:
-            linear: Any = self.repaired.get_submodule(self._inner(layer.target.name))
-            linear.weight.data = oriented(weight, layer)
+            put_weight(self.repaired, self._inner(layer.target.name), layer, weight)
 
     def visit(self) -> Iterator[Measuring | Passing | Seen]:
         """Yield the block's layers with what they see, each to be solved and repaired before the next is asked for."""
@@ -171,6 +172,9 @@ class OpenBlock:
         yield Passing(index, count) if passing else Measuring(index, count, tuple(self.names))
         meters = self.run_original()
         for group in self.groups.found:
+            if group.stack is not None:
+                yield from self._visit_experts(group)
+                continue
             if walk.sequential and not self._finished(group):
                 yield Measuring(index, count, tuple(layer.target.name for layer in group.layers))
                 meters[group.inner] = self._measured(group)
@@ -180,6 +184,34 @@ class OpenBlock:
             meters.pop(group.inner, None)
         for layer in self.groups.unreached:
             yield from self._given(layer, None)
+
+    def _visit_experts(self, group: Group) -> Iterator[Measuring | Seen]:
+        """Yield experts of one parameter, each with what its own tokens say and what those of all do."""
+        meters = None
+        if not self._finished(group):
+            names = tuple(layer.target.name for layer in group.layers)
+            yield Measuring(self.states.first + self.states.index, self.walk.count, names)
+            meters = self._measured_experts(group)
+        for layer in group.layers:
+            yield from self._given(layer, None if meters is None else meters.statistics(layer))
+
+    @counted("forward")
+    def _measured_experts(self, group: Group) -> ExpertMeters:
+        """Take the text through the repaired block, in mode `parallel` through the original one, as far as the module
+        of the experts of a group. What the two models send there is not compared: they may choose other experts."""
+        walk, states = self.walk, self.states
+        stack = group.stack
+        assert stack is not None
+        meters = ExpertMeters(group.layers, walk.device, self.pools.get(stack))
+        module, carried = (self.module, states.original) if self.repaired is None else (self.repaired, states.repaired)
+        for batch in states.batches:
+            hidden = carried.read(batch).to(walk.device)
+            found = caught_by_experts(module, states.calls.of(batch, states.index), hidden, stack)
+            for inner, x in found.items():
+                require_finite_input(x, self.prefix + inner, batch.start, walk.samples)
+                meters.add(self.prefix + inner, x)
+        self.pools[stack] = meters.pool
+        return meters
 
     @counted("forward")
     def run_original(self) -> dict[str, Meter]:
@@ -196,7 +228,7 @@ class OpenBlock:
             self.groups.add(inputs)
             if not done:
                 for number, group in enumerate(self.groups.found):
-                    x = inputs.get(group.inner)
+                    x = None if group.stack is not None else inputs.get(group.inner)
                     if x is None:
                         continue
                     if walk.sequential:
@@ -333,7 +365,8 @@ class OpenBlock:
         """Keep what a group reads in the original block, and what its output is `added_to`, until the repaired one has
         come so far."""
         if self.shelf is None:
-            kept = [other for number, other in enumerate(self.groups.found) if number or other is self._last]
+            linear = [other for other in self.groups.found if other.stack is None]
+            kept = [other for number, other in enumerate(linear) if number or other is self._last]
             sizes = [other.layers[0].target.module for other in kept]
             width = sum(size.in_features for size in sizes)
             width += sum(size.out_features for size, other in zip(sizes, kept, strict=True) if self._read_before(other))
@@ -352,8 +385,7 @@ class OpenBlock:
 
     def _weight(self, layer: LayerPlan, module: nn.Module | None = None) -> torch.Tensor:
         """Return a layer's weight [out, in] in the original block, or in another `module` of its kind."""
-        linear: Any = (self.module if module is None else module).get_submodule(self._inner(layer.target.name))
-        return oriented(linear.weight.data, layer)
+        return weight_in(self.module if module is None else module, self._inner(layer.target.name), layer)
 
     def _finished(self, group: Group) -> bool:
         return all(layer.target.name in self.walk.finished for layer in group.layers)

@@ -143,8 +143,7 @@ def _same_adapters(comparison: Comparison) -> dict[str, Any]:
     recipe = next((row.recipe for row in comparison.rows if row.recipe is not None), None)
     recipe = (recipe or make_recipe()).model_copy(update={"calibration": "none", "format": "dense"})
     plan = make_plan(recipe, comparison.directory, comparison.model)
-    modules = [(layer.target.module, layer.rank) for layer in plan.layers]
-    config = plan.adapter.config(recipe, plan.architecture, modules, "")
+    config = plan.adapter.config(recipe, plan.architecture, plan.ranks, "")
     return {**config, "inference_mode": False, "base_model_name_or_path": None}
 
 

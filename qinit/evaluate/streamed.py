@@ -87,7 +87,7 @@ def _weights(subject: Subject) -> ModelWeights:
             adapter = SavedAdapter.open(subject.adapter)
         except CheckpointError as error:
             raise NotStreamable(str(error)) from error
-        other = adapter.parts.keys() - {module.name for module in architecture.linear}
+        other = adapter.parts.keys() - {adapter.kind.stack_of(module) for module in architecture.modules.values()}
         if other:
             raise NotStreamable(f"{subject.adapter}: has factors for {min(other)}, which is no linear layer inside")
     return ModelWeights(checkpoint, architecture, adapter=adapter, trust_remote_code=subject.trust_remote_code)

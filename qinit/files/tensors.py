@@ -77,6 +77,20 @@ class StoredTensor(TensorSpec):
             for i in range(self.shape[0])
         ]
 
+    def blocks(self, count: int) -> list[StoredTensor]:
+        """Return its rows in `count` blocks of the same size, each with the name NAME[i]."""
+        shape, size = (self.shape[0] // count, *self.shape[1:]), self.nbytes // count
+        return [
+            StoredTensor(slice_name(self.name, i), self.dtype, shape, self.file, self.offset + i * size)
+            for i in range(count)
+        ]
+
+    def strands(self, count: int) -> list[StoredTensor]:
+        """Return `count` tensors of the same size, each with the name NAME[i] and every `count`-th value of a row."""
+        shape = (*self.shape[:-1], self.shape[-1] // count)
+        names = [slice_name(self.name, i) for i in range(count)]
+        return [Strand(name, self.dtype, shape, self.file, self.offset, self, i) for i, name in enumerate(names)]
+
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
         """Yield the raw data as flat uint8 tensors of at most `size` bytes (a multiple of every itemsize)."""
         with _open(self.file) as handle:
@@ -101,6 +115,30 @@ class StoredTensor(TensorSpec):
             handle.seek(self.offset)
             _read_into(handle, buffer, self)
         return buffer.view(self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Strand(StoredTensor):
+    """Every so-manyth value of the tensor `whole`, from its value `first` on."""
+
+    whole: StoredTensor
+    first: int
+
+    @property
+    def step(self) -> int:
+        return self.whole.numel // self.numel
+
+    def read(self) -> torch.Tensor:
+        return self.whole.read().flatten()[self.first :: self.step].reshape(self.shape)
+
+    def chunks(self, size: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
+        yield from self.read().flatten().view(torch.uint8).split(size)
+
+    def woven(self, raw: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of `whole` as they stand, with other ones in the place of these."""
+        whole = self.whole.read().flatten()
+        whole[self.first :: self.step] = raw.view(self.dtype)
+        return whole.view(torch.uint8)
 
 
 def slice_name(name: str, index: int) -> str:

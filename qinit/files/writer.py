@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qinit.files.tensors import DTYPE_NAMES, StoredTensor, TensorSpec, checksum
+from qinit.files.tensors import DTYPE_NAMES, StoredTensor, Strand, TensorSpec, checksum
 
 
 class SafetensorsWriter:
@@ -21,7 +21,7 @@ class SafetensorsWriter:
     Headers are written at once; `write` puts a tensor at its place; `close` checks that all came and writes
     the index last. The files have their final names, so the directory itself should be a temporary one.
 
-    Tensors in `sliced` come slice by slice along their first dimension, as NAME[0], NAME[1], ...
+    `split` takes the places of all tensors, by name, and returns those of the parts that they come in.
 
     The layout follows from the arguments alone. A file of that layout that is there already is gone on with: `read`
     and `checksum` give what stands in it, and `keep` takes a tensor over.
@@ -33,10 +33,9 @@ class SafetensorsWriter:
         specs: Iterable[TensorSpec],
         stem: str = "model",
         max_bytes: int = 1 << 62,
-        sliced: Collection[str] = (),
+        split: Callable[[dict[str, StoredTensor]], dict[str, StoredTensor]] = dict,
     ) -> None:
         self._directory = directory
-        self._sliced = frozenset(sliced)
         self._specs = list(specs)
         self._shards = _split(self._specs, max_bytes)
         self._stem = stem
@@ -45,8 +44,7 @@ class SafetensorsWriter:
         for number, shard in enumerate(self._shards, 1):
             self._start_file(directory / self._file_name(number), shard)
         self._files = {name: place.file.name for name, place in self._places.items()}
-        for name in self._sliced & self._places.keys():
-            self._places |= {part.name: part for part in self._places.pop(name).slices()}
+        self._places = split(self._places)
         self._missing = set(self._places)
 
     def _file_name(self, number: int) -> str:
@@ -88,16 +86,15 @@ class SafetensorsWriter:
     def write_chunks(self, name: str, chunks: Iterable[torch.Tensor]) -> int:
         """Write one tensor from its raw bytes, given as flat uint8 tensors. Returns its checksum."""
         place = self._places[name]
-        written = found = 0
         self._unsynced.add(place.file)
-        with place.file.open("r+b", buffering=0) as handle:
-            handle.seek(place.offset)
-            for chunk in chunks:
-                view = memoryview(chunk.numpy().data)
-                written += len(view)
-                found = zlib.crc32(view, found)
-                while view:
-                    view = view[handle.write(view) :]
+        if isinstance(place, Strand):
+            raw = torch.cat(list(chunks))
+            if raw.numel() != place.nbytes:
+                raise ValueError(f"{name}: announced as {place.nbytes} bytes, got {raw.numel()}")
+            _put(place.whole, [place.woven(raw)])
+            self._missing.discard(name)
+            return zlib.crc32(memoryview(raw.numpy().data))
+        written, found = _put(place, chunks)
         if written != place.nbytes:
             raise ValueError(f"{name}: announced as {place.nbytes} bytes, got {written}")
         self._missing.discard(name)
@@ -137,6 +134,20 @@ class SafetensorsWriter:
             }
             path = self._directory / f"{self._stem}.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _put(place: StoredTensor, chunks: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """Write bytes to a tensor's place; returns how many there were, and their checksum."""
+    written = found = 0
+    with place.file.open("r+b", buffering=0) as handle:
+        handle.seek(place.offset)
+        for chunk in chunks:
+            view = memoryview(chunk.numpy().data)
+            written += len(view)
+            found = zlib.crc32(view, found)
+            while view:
+                view = view[handle.write(view) :]
+    return written, found
 
 
 def _starts_with(file: Path, raw: bytes, size: int) -> bool:

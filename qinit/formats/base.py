@@ -25,6 +25,8 @@ class Format(ABC):
     mixed_bits: bool  # whether a stock loader reads different widths in one model
     mixed_loaders = ""  # else what does, in words,
     mixed_note = ""  # and what to say of a run that has them
+    holds_experts = True  # whether a stock loader reads slices of 3-D parameters that are stored so
+    experts_note = ""  # why not
     packages: tuple[str, ...] = ()  # that loading needs, beside transformers and peft
     parts: tuple[str, ...] = ()  # what a packed layer's tensors are called in the place of `weight`
 

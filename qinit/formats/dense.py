@@ -22,14 +22,17 @@ class DenseFormat(Format):
         return target.tensor.dtype
 
     def specs(self, target: Target, bits: int, group_size: int) -> list[TensorSpec]:
-        return [TensorSpec(target.tensor.name, target.tensor.dtype, target.tensor.shape)]
+        return [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in target.tensors]
 
     def encode(self, target: Target, quantized: Quantized, grid: Grid) -> dict[str, torch.Tensor]:
         values = grid.dequantize(quantized).to(target.tensor.dtype)
-        return {target.tensor.name: values.T.contiguous() if target.module.transposed else values}
+        values = values.T.contiguous() if target.module.transposed else values
+        side = target.outputs_side
+        parts = values.split([tensor.shape[side] for tensor in target.tensors], dim=side)
+        return {tensor.name: part.contiguous() for tensor, part in zip(target.tensors, parts, strict=True)}
 
     def decode(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
-        values = tensors[target.tensor.name].float()
+        values = torch.cat([tensors[tensor.name].float() for tensor in target.tensors], dim=target.outputs_side)
         return values.T.contiguous() if target.module.transposed else values
 
     def recognises(self, config: dict[str, Any]) -> bool:

@@ -12,11 +12,12 @@ from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan.allocation import Allocation, Option
+from qinit.plan.shares import EXPERTS, Share, shares_of
 from qinit.recipe import Recipe, parse_size
 from qinit.solver.methods import CALIBRATED, UNREACHED
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
-from qinit.source.targets import Architecture, Target
+from qinit.source.targets import Architecture, LinearModule, Target
 from qinit.source.vocabulary import Facts
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class LayerPlan:
 
     @property
     def weights(self) -> int:
-        return self.target.tensor.numel
+        return self.target.numel
 
     @property
     def bytes_after(self) -> int:
@@ -86,6 +87,11 @@ class Plan:
         return tuple(layer for layer in self.layers if layer.kept is None)
 
     @property
+    def polishable(self) -> bool:
+        """Whether there are layers that a polish trains; experts stay as they are."""
+        return any(layer.target.module.expert is None for layer in self.quantized)
+
+    @property
     def widest(self) -> int:
         """The inputs of the widest quantized layer."""
         return max(layer.target.module.in_features for layer in self.quantized)
@@ -93,34 +99,54 @@ class Plan:
     @cached_property
     def sliced(self) -> frozenset[str]:
         """Names of the source's tensors that hold several layers, a slice each: experts."""
-        names = {layer.target.tensor.name for layer in self.layers} - self.checkpoint.tensors.keys()
+        names = {tensor.name for layer in self.layers for tensor in layer.target.tensors}
+        names -= self.checkpoint.tensors.keys()
         return frozenset(name.rpartition("[")[0] for name in names)
 
     @cached_property
     def pieces(self) -> tuple[StoredTensor, ...]:
         """The source's tensors in its order, those in `sliced` slice by slice."""
-        tensors = self.checkpoint.tensors.items()
-        return tuple(piece for name, t in tensors for piece in (t.slices() if name in self.sliced else [t]))
+        return tuple(self.split_base(self.checkpoint.tensors).values())
 
     @cached_property
     def copied(self) -> tuple[StoredTensor, ...]:
         """The pieces that go into the base unchanged."""
-        replaced = {layer.target.tensor.name for layer in self.quantized}
+        replaced = {tensor.name for layer in self.quantized for tensor in layer.target.tensors}
         return tuple(piece for piece in self.pieces if piece.name not in replaced)
+
+    @cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """What is not quantized, by kind, the largest part first."""
+        return shares_of(self.checkpoint, self.architecture, self.copied)
 
     @cached_property
     def base_specs(self) -> list[TensorSpec]:
         """The base's tensors, in the checkpoint's order; those in `sliced` as a whole."""
-        layers = {layer.target.tensor.name: layer for layer in self.quantized}
+        layers = {layer.target.tensor.name: layer for layer in self.quantized if layer.target.module.expert is None}
         specs: list[TensorSpec] = []
-        for name, tensor in self.checkpoint.tensors.items():
+        for name, tensor in self.checkpoint.tensors.items():  # experts keep name, type and shape
             specs += layers[name].specs if name in layers else [TensorSpec(name, tensor.dtype, tensor.shape)]
         return specs
 
     @cached_property
     def adapter_specs(self) -> list[TensorSpec]:
-        factors = [spec for layer in self.layers for spec in self.adapter.specs(layer.target.module, layer.rank)]
+        """The adapter's tensors as they stand in its file."""
+        factors = self.adapter.file_specs(self.ranks)
         return factors + [TensorSpec(each.name, each.tensor.dtype, each.tensor.shape) for each in self.whole]
+
+    @property
+    def ranks(self) -> list[tuple[LinearModule, int]]:
+        """The layers' modules, each with the rank of its adapter."""
+        return [(layer.target.module, layer.rank) for layer in self.layers]
+
+    def split_base(self, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Return tensors of the base by name, those in `sliced` slice by slice."""
+        parts = (part for name, t in tensors.items() for part in (t.slices() if name in self.sliced else [t]))
+        return {part.name: part for part in parts}
+
+    def split_adapter(self, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Return tensors of the adapter's file by the names that layers have for them."""
+        return self.adapter.split(self.ranks, tensors)
 
     @property
     def max_shard_bytes(self) -> int:
@@ -167,6 +193,7 @@ class Plan:
         notes = [f"format {self.recipe.format}: {self.format_reason}"] if self.format_reason else []
         notes += self.exceptions
         notes += self.remarks
+        notes += self._expert_notes
         if self.recipe.method in CALIBRATED:
             how = f"calibration {self.recipe.calibration}" if self.recipe.calibrated else "no calibration"
             if self.calibration_reason:
@@ -202,6 +229,36 @@ class Plan:
         ]
 
     @property
+    def _expert_notes(self) -> list[str]:
+        """What becomes of experts and of what chooses among them."""
+        notes = []
+        routers, stacks = len(self.architecture.routers), self.architecture.stacks
+        if routers:
+            notes.append(f"{routers} linear layers that choose among experts, or weigh them, stay as they are")
+        share = next((share for share in self.shares if share.what == EXPERTS), None)
+        fmt = FORMATS[self.recipe.format]
+        if share is not None and not fmt.holds_experts and any(stack.sources for stack in stacks):
+            notes.append(
+                f"{share.words(self.checkpoint.parameters)} stay in {share.bits} bits: {fmt.experts_note}; --format "
+                "dense quantizes them"
+            )
+        for reason in dict.fromkeys(stack.unknown for stack in stacks if stack.unknown):
+            names = [stack.name for stack in stacks if stack.unknown == reason]
+            notes.append(f"{names[0]} ({len(names)} such) stays as it is: {reason}")
+        if any(layer.target.module.expert is not None and layer.rank for layer in self.layers):
+            notes.append(
+                "the adapters of experts (target_parameters) need peft 0.19.1 or newer; --exclude experts leaves them "
+                "as they are"
+            )
+        bare = [layer for layer in self.quantized if layer.target.module.expert is not None and not layer.rank]
+        if bare:
+            notes.append(
+                f"{len(bare)} matrices of experts get no adapter: PEFT adapts all experts of a block together, and not "
+                "all are chosen here; what their quantization loses is not repaired"
+            )
+        return notes
+
+    @property
     def _storage_note(self) -> str:
         fmt = FORMATS[self.recipe.format]
         if not fmt.mixed_bits:
@@ -220,6 +277,8 @@ class Plan:
         """Return what the solver is asked for this layer."""
         storage = FORMATS[self.recipe.format].storage(layer.target)
         method, iterations = self.recipe.row, self.recipe.iterations
+        if not layer.rank and method.solver == "published":  # these are about the low rank
+            method, iterations = UNREACHED, UNREACHED.iterations
         return LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
 
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:

@@ -15,7 +15,7 @@ from qinit.planner.settled import with_whole
 from qinit.recipe import Recipe, make_recipe
 from qinit.report.report import REPORT_NAME, LayerRow, Report
 from qinit.source.checkpoint import Checkpoint
-from qinit.source.targets import Target, read_architecture, resolve_targets
+from qinit.source.targets import Target, expert_targets, read_architecture, resolve_targets
 from qinit.text.sources import BUNDLED, check_source
 
 STEPS = 100
@@ -76,12 +76,13 @@ def plan_again(report: Report, recipe: Recipe, run: Path, source: Path) -> Plan:
     architecture = read_architecture(checkpoint, recipe.trust_remote_code)
     _require(run, source, "the class of the model", report.source.get("class"), architecture.class_name)
     _require(run, source, "bytes of weights", report.totals.get("bytes_before"), checkpoint.weight_bytes)
-    targets = {target.name: target for target in resolve_targets(checkpoint, architecture)}
+    found = (*resolve_targets(checkpoint, architecture), *expert_targets(checkpoint, architecture))
+    targets = {target.name: target for target in found}
     for row in report.layers:
         target = targets.get(row.name)
         shape = None if target is None else (target.module.out_features, target.module.in_features)
         _require(run, source, f"the shape of {row.name}", tuple(row.shape), shape)
-        _require(run, source, f"the bytes of {row.name}", row.bytes_before, targets[row.name].tensor.nbytes)
+        _require(run, source, f"the bytes of {row.name}", row.bytes_before, targets[row.name].nbytes)
         if row.kept is None and None in (row.bits, row.group_size):
             raise _damaged(run, f"{row.name} has neither a width nor a reason why it was kept")
     layers = tuple(_layer(recipe, targets[row.name], row) for row in report.layers)

@@ -16,8 +16,8 @@ def left_alone(
     checkpoint as it stands. `targets` are all that could be chosen."""
     known = {target.name for target in targets}
     for module in architecture.linear:
-        if module.name not in known:
-            made_of = ", ".join(names.made_of(f"{module.name}.weight"))
+        made_of = ", ".join(names.made_of(f"{module.name}.weight"))
+        if module.name not in known and made_of:
             yield f"{module.name} stays as it is: transformers makes its weight of {made_of} while it loads the model"
     if any(not architecture.in_language(target.name) for target in chosen):
         return

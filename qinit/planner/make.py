@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from qinit.planner.settled import require_packed, settled
 from qinit.recipe import Recipe
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.names import Names
-from qinit.source.targets import Target, read_architecture, resolve_targets, select
+from qinit.source.targets import Architecture, Target, quantizable, read_architecture, select
 from qinit.text.sources import check_source
 from qinit.widths.budget import planned
 
@@ -29,18 +30,25 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
     """
     checkpoint = Checkpoint.open(directory)
     architecture = read_architecture(checkpoint, recipe.trust_remote_code)
-    known = resolve_targets(checkpoint, architecture)
+    known = quantizable(checkpoint, architecture)
     targets = select(known, recipe.target_modules, recipe.exclude, architecture.in_language)
     names = architecture.names_in(checkpoint)
     plan = Plan(recipe, model_name, checkpoint, architecture, ())
     reason = FORMATS[recipe.format].cannot_load(architecture)
     if reason is not None:
         plan = replace(plan, recipe=recipe.model_copy(update={"format": DenseFormat.name}), format_reason=reason)
-    layers = tuple(_plan_layer(plan.recipe, target, names) for target in targets)
+    holds_experts = FORMATS[plan.recipe.format].holds_experts
+    held = [target for target in targets if target.module.expert is None or holds_experts]
+    experts = _adapted(held, architecture)
+    layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
     remarks = tuple(left_alone(architecture, names, known, targets))
     plan = settled(replace(plan, layers=layers, remarks=remarks))
     if not plan.quantized:
         raise _nothing_left(plan, len(layers))
+    if not any(layer.rank for layer in plan.layers):
+        raise TargetError(
+            f"none of the chosen layers gets an adapter ({plan.notes[-1]}); choose more with --target-modules"
+        )
     require_packed(plan)
     plan = _with_polish(_with_calibration(plan))
     if recipe.mixed:
@@ -85,21 +93,36 @@ def _with_calibration(plan: Plan) -> Plan:
 
 def _with_polish(plan: Plan) -> Plan:
     """Decide how many steps of polish there are, where that is open."""
+    if plan.recipe.polish and not plan.polishable:
+        raise RecipeError("polish: trains linear layers, and only experts are chosen; choose others too")
     if plan.recipe.polish is not None:
         return plan
     steps, reason = choose_polish(plan, pick_device(plan.recipe.device))
     return replace(plan, recipe=plan.recipe.model_copy(update={"polish": steps}), polish_reason=reason)
 
 
-def _plan_layer(recipe: Recipe, target: Target, names: Names) -> LayerPlan:
+def _adapted(targets: Sequence[Target], architecture: Architecture) -> set[str]:
+    """Return the experts that get adapters: PEFT adapts a 3-D parameter as a whole, and what it calls the factors
+    depends on how many of its module's are adapted."""
+    chosen = {target.name for target in targets}
+    stacks: dict[str, set[str]] = {}
+    for stack in architecture.stacks:
+        if stack.sources:
+            stacks.setdefault(stack.module, set()).update(stack.slice_names())
+    return {name for names in stacks.values() if names <= chosen for name in names}
+
+
+def _plan_layer(recipe: Recipe, target: Target, names: Names, experts: set[str]) -> LayerPlan:
+    """Plan a layer; `experts` are those that get adapters."""
     module, fmt = target.module, FORMATS[recipe.format]
+    adapted = module.expert is None or module.name in experts
     kept = fmt.cannot_hold_shape(module, recipe.group_size)
-    if not all(names.arrives(target.prefix + part, f"{module.name}.{part}") for part in fmt.parts):
+    if module.expert is None and not all(names.arrives(target.prefix + p, f"{module.name}.{p}") for p in fmt.parts):
         kept = (
             kept
             or f"transformers renames {target.tensor.name} as it loads it, but not the packed tensors of {fmt.name}"
         )
-    rank = min(recipe.rank, module.out_features, module.in_features)
+    rank = min(recipe.rank, module.out_features, module.in_features) if adapted else 0
     group_size = min(recipe.group_size, module.in_features)
     same = TensorSpec(target.tensor.name, target.tensor.dtype, target.tensor.shape)
     bits = recipe.widths[0]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+from qinit.calibration.experts import PORTION_BYTES
 from qinit.formats import FORMATS
 from qinit.machine import pick_device
 from qinit.plan.limits import CHECK_WINDOW, GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
-from qinit.plan.plan import Plan
+from qinit.plan.plan import LayerPlan, Plan
 from qinit.stream.carried import fits_in_memory
 from qinit.text.self_text import model_bytes
 from qinit.train.bases import NIBBLE
@@ -40,7 +41,7 @@ def working_bytes(plan: Plan) -> int:
         return max(solving, checking)
     source = 4 * plan.checkpoint.parameters
     held = 4 * sum(layer.weights for layer in plan.quantized)
-    squares = 4 * sum(layer.target.module.in_features**2 for layer in plan.quantized)
+    squares = 4 * sum(layer.target.module.in_features**2 for layer in _linear(plan)) + _portion_bytes(plan)
     streamed = "fisher" not in plan.recipe.row.needs  # else a gradient and its square beside every weight
     solving += _measuring_bytes(plan) if streamed else source + 2 * held + squares
     if "output metric" in plan.recipe.row.needs:  # the pass back has the head and some copies of its outputs
@@ -67,7 +68,7 @@ def polish_disk_bytes(plan: Plan) -> int:
 def carried_bytes(plan: Plan) -> int:
     """Estimated size of the hidden states of the calibration text between two blocks, of all models that run."""
     streams = 3 if plan.recipe.calibration_mode == "sequential" else 1
-    width = min(layer.target.module.in_features for layer in plan.quantized)
+    width = min(layer.target.module.in_features for layer in _linear(plan))
     return streams * 4 * width * _tokens(plan)
 
 
@@ -77,7 +78,7 @@ def _shelf_bytes(plan: Plan) -> int:
     if plan.recipe.calibration_mode != "sequential":
         return 0
     widths: dict[str, int] = {}
-    for layer in plan.quantized:
+    for layer in _linear(plan):
         block = block_of(layer.target.name)
         widths[block] = widths.get(block, 0) + layer.target.module.in_features
     return 4 * _tokens(plan) * max(widths.values()) // 2
@@ -98,7 +99,9 @@ def polishing_bytes(plan: Plan) -> int:
     coded = FORMATS[plan.recipe.format].storage(plan.quantized[0].target) is None
     held = sum(layer.weights if layer.bits > NIBBLE else layer.weights // 2 for layer in plan.quantized)
     if not coded:
-        held = sum(layer.target.tensor.nbytes for layer in plan.quantized)
+        held = sum(
+            layer.target.nbytes if layer.target.module.expert is None else 4 * layer.weights for layer in plan.quantized
+        )
     inside = sum(layer.weights for layer in plan.quantized)
     outside = 4 * (plan.checkpoint.parameters - inside)
     logits = max(MICRO_BYTES, 4 * plan.facts.clip(plan.recipe.calibration_length) * (plan.facts.vocabulary or 1))
@@ -122,7 +125,23 @@ def _measuring_bytes(plan: Plan) -> int:
         block = block_of(layer.target.name)
         blocks[block] = blocks.get(block, 0) + 4 * layer.weights
     widest = max(layer.target.module.in_features for layer in plan.quantized)
-    return streams * max(blocks.values()) + carried_bytes(plan) + _shelf_bytes(plan) + HESSIANS * 4 * widest**2
+    hessians = HESSIANS * 4 * widest**2 + _portion_bytes(plan)
+    return streams * max(blocks.values()) + carried_bytes(plan) + _shelf_bytes(plan) + hessians
+
+
+def _portion_bytes(plan: Plan) -> int:
+    """The H matrices of experts that are measured at once."""
+    stacks: dict[str, int] = {}
+    for layer in plan.quantized:
+        if layer.target.module.expert is not None:
+            name, size = layer.target.module.parameter, 4 * layer.target.module.in_features**2
+            stacks[name] = max(size, min(PORTION_BYTES, stacks.get(name, size) + size))
+    return max(stacks.values(), default=0)
+
+
+def _linear(plan: Plan) -> list[LayerPlan]:
+    """The layers that are modules of their own, or all where only experts are chosen."""
+    return [layer for layer in plan.quantized if layer.target.module.expert is None] or list(plan.quantized)
 
 
 def block_of(name: str) -> str:

@@ -7,9 +7,12 @@ this machine is just now, so that a busy one writes the same bytes as an idle on
 
 from __future__ import annotations
 
+from typing import Any
+
 from qinit.machine import pick_device
 from qinit.plan.limits import AUTO_SOURCE, GRADIENT_LENGTH, GRADIENT_PASSES, GRADIENT_SAMPLES
 from qinit.plan.plan import Plan
+from qinit.source.targets import LinearModule
 from qinit.text.self_text import LARGEST_BATCH
 from qinit.train.polish import BATCH_TOKENS, EPOCHS, polish_flops
 
@@ -30,8 +33,9 @@ def calibrating_seconds(plan: Plan, source: str, samples: int) -> float:
     """Return what it takes to write the text, where the model does, and to run the model over it."""
     recipe, speed = plan.recipe, SPEED[_kind(plan)]
     length = plan.facts.clip(recipe.calibration_length)
-    parameters, weights = plan.checkpoint.parameters, sum(layer.weights for layer in plan.quantized)
-    squares = sum(layer.target.module.in_features**2 for layer in plan.quantized)
+    parameters = active_parameters(plan)
+    weights = sum(layer.weights * share(plan, layer.target.module) for layer in plan.quantized)
+    squares = sum(layer.target.module.in_features**2 * share(plan, layer.target.module) for layer in plan.quantized)
     operations = (2 * WALK_PASSES[recipe.calibration_mode] * weights + 2 * squares) * samples * length
     operations += 2 * GRADIENT_PASSES * parameters * min(samples * length, GRADIENT_SAMPLES * GRADIENT_LENGTH)
     if source != AUTO_SOURCE:
@@ -39,6 +43,27 @@ def calibrating_seconds(plan: Plan, source: str, samples: int) -> float:
     parts = len({layer.target.name.rsplit(".", 1)[0] for layer in plan.quantized})
     steps = length * -(-samples // LARGEST_BATCH)
     return (operations + WRITING * parameters * samples * length) / speed + STEP_SECONDS * parts * steps
+
+
+def share(plan: Plan, module: LinearModule) -> float:
+    """Return the share of the tokens that reach a layer: of experts, what each gets."""
+    config = {**plan.checkpoint.config, **(plan.checkpoint.config.get("text_config") or {})}
+    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
+    chosen = _first(config, "num_experts_per_tok", "top_k_experts", "moe_top_k")
+    routed = module.expert is not None or ("experts" in module.name.split(".") and "shared" not in module.name)
+    return min(1.0, chosen / experts) if experts and chosen and routed else 1.0
+
+
+def active_parameters(plan: Plan) -> float:
+    """Return how many of the model's parameters a token meets."""
+    experts = (module for module in plan.architecture.modules.values() if module.expert is not None)
+    idle = sum(m.in_features * m.out_features * (1 - share(plan, m)) for m in experts)
+    return plan.checkpoint.parameters - idle
+
+
+def _first(config: dict[str, Any], *keys: str) -> int | None:
+    found = (config.get(key) for key in keys)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
 def solving_seconds(plan: Plan, calibrated: bool) -> float:
@@ -61,15 +86,16 @@ def run_seconds(plan: Plan) -> float:
 def polishing_seconds(plan: Plan, steps: int) -> float:
     """Return what so many steps of polish take, with the source's pass over their text, and the writing of it."""
     tokens = steps * BATCH_TOKENS
-    reading = 2.0 * plan.checkpoint.parameters * tokens / EPOCHS
+    parameters = active_parameters(plan)
+    reading = 2.0 * parameters * tokens / EPOCHS
     if plan.recipe.calibration == AUTO_SOURCE:
-        reading += WRITING * plan.checkpoint.parameters * tokens / EPOCHS
-    return (reading + polish_flops(plan.checkpoint.parameters, BATCH_TOKENS, steps)) / SPEED[_kind(plan)]
+        reading += WRITING * parameters * tokens / EPOCHS
+    return (reading + polish_flops(parameters, BATCH_TOKENS, steps)) / SPEED[_kind(plan)]
 
 
 def checking_seconds(plan: Plan, tokens: int) -> float:
     """Return what it takes to run the original and what was made of it over so many tokens, forward."""
-    return CHECKING * plan.checkpoint.parameters * tokens / SPEED[_kind(plan)]
+    return CHECKING * active_parameters(plan) * tokens / SPEED[_kind(plan)]
 
 
 def check_tokens(plan: Plan) -> int:

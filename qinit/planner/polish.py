@@ -24,6 +24,8 @@ def choose_polish(plan: Plan, device: torch.device) -> tuple[int, str]:
         return 0, ""
     if not plan.recipe.calibrated or not plan.facts.causal:
         return 0, "none, as there is no calibration text of a language model" if asked else ""
+    if not plan.polishable:
+        return 0, "none, as it trains linear layers, and only experts are chosen" if asked else ""
     needed, there = polishing_bytes(plan), total_memory(device)
     if needed > 2 * LARGEST_SHARE * there:
         return 0, f"none, it needs {needed / 1e9:.1f} GB and the device has {there / 1e9:.1f} GB" if asked else ""

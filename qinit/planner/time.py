@@ -22,7 +22,7 @@ from qinit.plan.limits import (
 )
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.memory import block_of
-from qinit.planner.nominal import check_tokens
+from qinit.planner.nominal import check_tokens, share
 from qinit.planner.operations import Machine, Shape
 from qinit.source.targets import LinearModule
 from qinit.text.self_text import batch_size, model_bytes
@@ -206,7 +206,9 @@ class _Model:
         self.blocks: dict[str, list[LinearModule]] = {}
         for module in plan.architecture.linear:
             self.blocks.setdefault(block_of(module.name), []).append(module)
-        self.weights = sum(module.in_features * module.out_features for module in plan.architecture.linear)
+        self.experts = [module for module in plan.architecture.modules.values() if module.expert is not None]
+        every = plan.architecture.modules.values()
+        self.weights = sum(module.in_features * module.out_features for module in every)
         self.width = self._size("hidden_size", "n_embd", "d_model") or min(
             module.in_features for module in plan.architecture.linear
         )
@@ -221,10 +223,7 @@ class _Model:
 
     def share(self, module: LinearModule) -> float:
         """Return the share of the tokens that reach a layer: of experts, what each gets."""
-        experts = self._size("num_local_experts", "num_experts", "n_routed_experts")
-        chosen = self._size("num_experts_per_tok")
-        parts = module.name.split(".")
-        return chosen / experts if experts and chosen and "experts" in parts and "shared" not in module.name else 1.0
+        return share(self.plan, module)
 
     def products(self, part: str, tokens: float, rows: int, times: Sequence[float] | float = 1.0) -> Iterator[Work]:
         """Yield the products of `tokens` with every layer, `rows` at once; `times` for each layer, in order, or all."""
@@ -233,6 +232,8 @@ class _Model:
         each = [times] * len(modules) if isinstance(times, int | float) else times
         for module, count in zip(modules, each, strict=True):
             shapes[module.in_features, module.out_features] += count * self.share(module)
+        for module in self.experts:
+            shapes[module.in_features, module.out_features] += max(each, default=1.0) * self.share(module)
         for (inputs, outputs), count in shapes.items():
             yield Work(part, "product", (rows, inputs, outputs), count * tokens / rows)
 
@@ -286,6 +287,9 @@ class _Model:
         yield from self.around(part, tokens, rows, self.length, attention, inner)
         for block in self.blocks.values():
             yield from self._statistics(part, block, rows)
+        inputs = Counter(module.in_features for module in self.experts if module.name in self.chosen)
+        for size, count in inputs.items():  # of each expert, and of all of a parameter's together
+            yield Work(part, "moment", (rows, size), 2 * count * self.share(self.experts[0]) * tokens / rows)
 
     def passes(self, block: Sequence[LinearModule]) -> list[int]:
         """Return how often the text runs through each layer of a block: the original once, the repaired one as far as
@@ -339,7 +343,7 @@ class _Model:
         for layer in self.plan.quantized:
             module = layer.target.module
             count = self.share(module) * tokens / rows
-            if directions:
+            if directions and module.expert is None:
                 yield Work(part, "directions", (rows + DIRECTIONS, module.out_features), count)
             if errors:
                 yield Work(part, "product", (rows, module.in_features, module.out_features), errors * count)

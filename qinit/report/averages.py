@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -19,7 +20,8 @@ def relative_error(rows: tuple[LayerRow, ...], field: str) -> float:
 def places(names: Sequence[str]) -> list[tuple[str, int | None]]:
     """Return each layer's module type and layer number: model.layers.3.mlp.up_proj is mlp.up_proj in layer 3.
 
-    The first number counts layers; later ones (experts) become `*`. Without any, the type is the whole name.
+    The first number counts layers; later ones (experts) become `*`, those of slices too. Without any, the type is the
+    whole name.
     """
     split = [_split(name) for name in names]
     before = sorted({parts for parts, number, _ in split if number is not None})
@@ -38,7 +40,7 @@ def places(names: Sequence[str]) -> list[tuple[str, int | None]]:
 
 def _split(name: str) -> tuple[tuple[str, ...], int | None, tuple[str, ...]]:
     """Return what stands before the first number of a name, the number, and what comes after it."""
-    parts = name.split(".")
+    parts = re.sub(r"\[\d+\]$", "[*]", name).split(".")
     for index, part in enumerate(parts):
         if part.isdecimal() and part.isascii() and len(part) < 10:
             rest = ("*" if word.isdecimal() else word for word in parts[index + 1 :])

@@ -11,6 +11,7 @@ import yaml
 
 from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.formats import FORMATS
+from qinit.plan.shares import weight_words
 from qinit.report.check import check_words
 from qinit.report.report import Report
 from qinit.source.demo import DEMO_NAME
@@ -51,7 +52,7 @@ LoRA adapter of rank {rank} in `{adapter}/` that already repairs the quantizatio
 | | |
 |---|---|
 | quantized layers | {layers} ({kept} kept as they are) |
-| bits per weight as stored | {bpw:.3f} |
+{weights}| bits per weight as stored | {bpw:.3f} |
 | weights on disk | {before:.1f} MB before, {base:.1f} MB base + {adapter_mb:.1f} MB adapter after |
 | relative weight error, base alone | {error_start:.4f} |
 | relative weight error, base + adapter | {error:.4f} |
@@ -158,6 +159,11 @@ def is_hub_id(model: object) -> bool:
     return bool(named) and not Path(str(model)).exists()
 
 
+def _weights(totals: dict[str, Any]) -> dict[str, str]:
+    """Return the table's rows on what is quantized; none for a run by an older qinit, which does not say."""
+    return weight_words(totals["quantized_weights"], totals["weights"], totals["left"]) if "left" in totals else {}
+
+
 def _measured(totals: dict[str, Any]) -> dict[str, str]:
     """Return the table's rows that not every run has."""
     rows = check_words(totals["check"]) if "check" in totals else {}
@@ -226,6 +232,7 @@ def card_text(report: Report, source: dict[str, Any]) -> str:
         requires=requires,
         layers=totals["layers"],
         kept=totals["layers_kept"],
+        weights="".join(f"| {what} | {value} |\n" for what, value in _weights(totals).items()),
         bpw=totals["bits_per_weight"],
         before=totals["bytes_before"] / 1e6,
         base=totals["base_bytes"] / 1e6,

@@ -30,8 +30,7 @@ def copy_companions(plan: Plan, directory: Path) -> None:
 def write_configurations(plan: Plan, directory: Path, out: Path) -> None:
     """Write what loaders read beside the tensors: base and adapter can be loaded then. `out` is where the directory
     goes."""
-    modules = [(layer.target.module, layer.rank) for layer in plan.layers]
-    config = plan.adapter.config(plan.recipe, plan.architecture, modules, str(out.resolve()))
+    config = plan.adapter.config(plan.recipe, plan.architecture, plan.ranks, str(out.resolve()))
     write_config(directory / ADAPTER_DIRECTORY, config)
     (directory / "config.json").write_text(json.dumps(base_config(plan), indent=2) + "\n", encoding="utf-8")
 
@@ -51,7 +50,7 @@ def base_config(plan: Plan) -> dict[str, Any]:
     kept = [module.name for module in plan.architecture.linear if module.name not in grids]
     config = dict(plan.checkpoint.config)
     fmt = FORMATS[plan.recipe.format]
-    quantization = fmt.quantization_config(grids, kept, plan.architecture.modules)
+    quantization = fmt.quantization_config(grids, kept, plan.architecture.classes)
     if quantization is not None:
         config["quantization_config"] = quantization
     return config
@@ -74,7 +73,9 @@ def make_report(
         "nominal_bits": round(plan.grid_bits_per_weight, 2) if nominal is None else nominal,
         "layers": len(plan.quantized),
         "layers_kept": len(plan.layers) - len(plan.quantized),
+        "weights": plan.checkpoint.parameters,
         "quantized_weights": sum(layer.weights for layer in plan.quantized),
+        "left": [share.to_json() for share in plan.shares],
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "grid_bits_per_weight": round(plan.grid_bits_per_weight, 4),
         "bytes_before": plan.bytes_before,

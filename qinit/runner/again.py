@@ -202,14 +202,14 @@ def _taken_over(job: Job, before: Before) -> Generator[Event, None, None]:
     tensors, rows = before.tensors(plan), {row.name: row for row in before.report.layers}
     for tensor, layer in store.left():
         name = tensor.name
-        yield Working(name, tensor.nbytes)
+        yield Working(name, tensor.nbytes if layer is None else layer.target.nbytes)
         if layer is None:
             store.copy(name, _same(before, tensors[name], tensor))
         else:
             if layer.kept is not None:
                 store.copy_weight(layer, _same(before, tensors[name], tensor))
             _take_over(job, before, layer, tensors, rows[layer.target.name])
-        yield Done(name, tensor.nbytes, None)
+        yield Done(name, tensor.nbytes if layer is None else layer.target.nbytes, None)
     store.copy_whole(StoredTensor.chunks)
     store.sync()
 
@@ -218,7 +218,7 @@ def _take_over(job: Job, before: Before, layer: LayerPlan, tensors: dict[str, St
     """Write a layer as it is. Raises CheckpointError where it is not as far from the source as reported."""
     plan = job.plan
     specs = layer.specs if layer.kept is None else ()
-    names = [*(spec.name for spec in specs), *plan.adapter.names(layer.target.module)]
+    names = [*(spec.name for spec in specs), *plan.adapter.names(layer.target.module, layer.rank)]
     job.store.put(layer, {name: tensors[name].read() for name in names}, row)
     if layer.kept is not None or row.error_start is None or row.error is None:
         return

@@ -124,16 +124,14 @@ class Before:
         return Checkpoint.open(self.directory, quantized=True).tensors
 
     def tensors(self, plan: Plan) -> dict[str, StoredTensor]:
-        """Return base and adapter by the names that a plan has for them, those in `plan.sliced` slice by slice too.
+        """Return base and adapter by the names that a plan's layers have for them.
 
         Raises ReportError where they are not what the plan lays out.
         """
         factors = read_header(self.directory / WEIGHTS)
         for specs, found in ((plan.base_specs, self.base), (plan.adapter_specs, factors)):
             self._compare({spec.name: spec for spec in specs}, found)
-        whole = {**self.base, **factors}
-        parts = [part for name in plan.sliced & whole.keys() for part in whole[name].slices()]
-        return whole | {part.name: part for part in parts}
+        return plan.split_base(self.base) | plan.split_adapter(factors)
 
     def _compare(self, specs: dict[str, TensorSpec], found: dict[str, StoredTensor]) -> None:
         for name in sorted(specs.keys() | found.keys()):

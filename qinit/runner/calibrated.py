@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -42,9 +42,30 @@ def solve_calibrated(job: Job) -> Generator[Event, None, None]:
                 yield block
             else:
                 yield from _solve_block(job, block, metrics)
+    for note in _expert_notes(job):
+        yield job.note(note)
     for layer in plan.quantized:
         if layer.target.name not in job.store.rows:
             yield job.note(f"{layer.target.name}: lies outside of the model's blocks, so solved without data")
+
+
+def _expert_notes(job: Job) -> Iterator[str]:
+    """Say how many experts saw no token, or few."""
+    seen: dict[tuple[str, int], tuple[int, int]] = {}  # the fewest tokens of an expert's matrices, and its inputs
+    for layer in job.plan.quantized:
+        expert, row = layer.target.module.expert, job.store.rows.get(layer.target.name)
+        if expert is not None and row is not None:
+            key = layer.target.module.parameter.rpartition(".")[0], expert.index
+            seen[key] = min(seen.get(key, (2**60, 0)), (row.tokens or 0, layer.target.module.in_features))
+    none = sum(not tokens for tokens, _ in seen.values())
+    few = sum(0 < tokens < inputs for tokens, inputs in seen.values())
+    if none:
+        yield f"{none} of {len(seen)} experts saw no token of the calibration text, so solved without data"
+    if few:
+        yield (
+            f"{few} of {len(seen)} experts saw fewer tokens than they have inputs, so what all experts of their layer "
+            "read counts for most of what they are fitted to"
+        )
 
 
 def _solve_block(
@@ -60,10 +81,10 @@ def _solve_block(
             continue
         layer, statistics = event.layer, event.statistics
         tensor = layer.target.tensor
-        yield Working(tensor.name, tensor.nbytes)
-        if statistics is None:
+        yield Working(tensor.name, layer.target.nbytes)
+        if statistics is None and layer.target.module.expert is None:
             yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
-        else:
+        if statistics is not None:
             statistics = replace(statistics, output_metric=metrics.get(layer.target.name))
         tensors, row = solve_layer(plan, layer, event.weight, statistics)
         if held is None:
@@ -74,12 +95,12 @@ def _solve_block(
         if event.repair is not None:
             event.repair(layer, weight)
         if held is None:
-            yield Done(tensor.name, tensor.nbytes, row)
+            yield Done(tensor.name, layer.target.nbytes, row)
     if held is not None:
         assert isinstance(block, OpenBlock)
         for layer, tensors, row in held.improved(block):
             store.put(layer, tensors, row)
-            yield Done(layer.target.tensor.name, layer.target.tensor.nbytes, row)
+            yield Done(layer.target.tensor.name, layer.target.nbytes, row)
 
 
 def _blocks(job: Job, samples: Samples) -> Generator[OpenBlock | WholeModel | Noted, None, None]:

@@ -21,7 +21,8 @@ from qinit.source.checkpoint import not_decomposable, read_finite
 def read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
     """Return W [out, in] in float32 on the device. Raises CheckpointError for NaN and Inf."""
     target = layer.target
-    raw = read_finite(target.tensor)
+    parts = [read_finite(tensor) for tensor in target.tensors]
+    raw = parts[0] if len(parts) == 1 else torch.cat(parts, dim=target.outputs_side)
     return (raw.T if target.module.transposed else raw).to(device, torch.float32).contiguous()
 
 
@@ -56,7 +57,7 @@ def solve_layer(
         bits=layer.bits if solution else None,
         group_size=layer.group_size if solution else None,
         rank=layer.rank,
-        bytes_before=target.tensor.nbytes,
+        bytes_before=target.nbytes,
         bytes_after=layer.bytes_after,
         error_start=solution.quantized_error if solution else None,
         error=solution.error if solution else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -42,12 +43,12 @@ def polish_adapters(job: Job) -> Generator[Event, None, None]:
 def _polish(job: Job) -> Generator[Event, None, None]:
     """Polish, measure the weight errors anew, and keep the result."""
     plan, store = job.plan, job.store
-    layers = {layer.target.name: layer for layer in plan.quantized}
+    layers = {layer.target.name: layer for layer in plan.quantized if layer.target.module.expert is None}
     seen = yield from job.samples()
     samples = yield from job.polish_samples(polish_tokens(plan.recipe.polish_steps, seen.count))
     lessons = yield from _lessons(job, samples)
     starts = {name: _start(store, layer) for name, layer in layers.items()}
-    with student_of(plan, starts, job.device) as student:
+    with student_of(plan, starts, job.device, partial(store.weight, device=job.device)) as student:
         result = yield from polish(
             student,
             lessons,

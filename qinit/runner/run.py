@@ -100,7 +100,8 @@ def _carried_out(job: Job) -> Generator[Event, None, None]:
         yield from solve_calibrated(job)
     for tensor, layer in store.left():
         name, row = tensor.name, None
-        yield Working(name, tensor.nbytes)
+        nbytes = tensor.nbytes if layer is None else layer.target.nbytes
+        yield Working(name, nbytes)
         if layer is None:
             store.copy(name, _checked_chunks(tensor))
         elif layer.kept is not None:
@@ -108,7 +109,7 @@ def _carried_out(job: Job) -> Generator[Event, None, None]:
             row = store.put(layer, *solve_layer(plan, layer, None, None))
         else:
             row = store.put(layer, *solve_layer(plan, layer, read_weight(layer, job.device), None))
-        yield Done(name, tensor.nbytes, row)
+        yield Done(name, nbytes, row)
     store.copy_whole(_checked_chunks)
     store.sync()
     if plan.recipe.polish:

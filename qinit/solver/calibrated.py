@@ -8,7 +8,7 @@ import torch
 
 from qinit.grids import GRIDS, Quantized
 from qinit.linalg.hessian import corrected, damped_cholesky, output_norm, without
-from qinit.linalg.low_rank import COLD_STEPS, Approximation, output_subspace, random_basis
+from qinit.linalg.low_rank import COLD_STEPS, Approximation, LowRank, output_subspace, random_basis
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
 
@@ -25,7 +25,7 @@ def alternate(
     weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, seed: int
 ) -> tuple[Quantized, Approximation, tuple[float, ...]]:
     """Minimise tr((T - Q - L) H (T - Q - L)') over Q on the integer grid, and tr(G (T - Q - L) H (T - Q - L)') over
-    L of rank r, G the metric of the outputs in the statistics (None: the identity).
+    L of rank r (0: none), G the metric of the outputs in the statistics (None: the identity).
 
     T is W, corrected for what the layers in front have left: see `corrected`. Quantize first: T is rounded with error
     feedback under H, and then anew under the part of H that the adapter cannot repair (`without`), which leaves to L
@@ -45,6 +45,9 @@ def alternate(
     quantized: Quantized | None = None
     approximation: Approximation | None = None
     roundings = max(2, spec.iterations - 1)
+    if not spec.rank:  # Q alone
+        nothing = LowRank(weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1]))
+        approximation, roundings = Approximation(nothing, basis, captured=0.0), 1
     if method.low_rank_first(spec.bits, spec.rank, weight.shape):
         approximation = output_subspace(target, hessian, spec.rank, basis, COLD_STEPS, statistics.output_metric)
         factor, roundings = None, 1
@@ -57,7 +60,7 @@ def alternate(
         if method.rounding == "nearest":
             quantized, residual = grid.quantize(rest, target, previous=quantized, **options)
         else:
-            seen = hessian if factors is None else without(hessian, factors.A)
+            seen = hessian if factors is None or not spec.rank else without(hessian, factors.A)
             if quantized is None or round_number < roundings:
                 quantized, residual = grid.round_gptq(
                     rest, seen, damp=DAMPING, act_order=method.act_order, factor=factor, **options
@@ -72,7 +75,7 @@ def alternate(
             residual = target - grid.dequantize(quantized).to(spec.storage).float()
         if approximation is None:
             approximation = output_subspace(residual, hessian, spec.rank, basis, COLD_STEPS, statistics.output_metric)
-        else:
+        elif spec.rank:
             steps = FINAL_STEPS if round_number + 1 == spec.iterations else WARM_STEPS
             basis = approximation.basis
             approximation = output_subspace(residual, hessian, spec.rank, basis, steps, statistics.output_metric)
@@ -87,7 +90,7 @@ def stable_hessian(statistics: Statistics) -> torch.Tensor:
     """Return H + s diag(H) + f I: the inputs' correlations shrunk to 1 / (1 + s), more if there are few tokens per
     input. Relative to each input's own power, as real models have a few inputs that dwarf the mean."""
     hessian = statistics.hessian.clone()
-    scarcity = max(1.0, TOKENS_PER_INPUT * len(hessian) / max(statistics.tokens, 1))
+    scarcity = max(1.0, TOKENS_PER_INPUT * len(hessian) / max(statistics.tokens + statistics.shared, 1))
     power = hessian.diagonal().clone()
     hessian.diagonal().add_(power, alpha=SHRINKAGE * scarcity).add_(FLOOR * scarcity * float(power.mean()))
     return hessian

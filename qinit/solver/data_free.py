@@ -25,7 +25,8 @@ def solve_data_free(weight: torch.Tensor, spec: LayerSpec, seed: int) -> Solutio
     """
     method, grid = spec.method, GRIDS[spec.method.grid]
     norm = frobenius(weight)
-    low_rank_first = method.low_rank_first(spec.bits, spec.rank, weight.shape)
+    refit = method.refit and spec.rank > 0
+    low_rank_first = spec.rank > 0 and method.low_rank_first(spec.bits, spec.rank, weight.shape)
     approximation = _fit(weight, spec, None, seed) if low_rank_first else None
     target = weight
     best: tuple[float, Quantized, Approximation | None] | None = None
@@ -47,7 +48,7 @@ def solve_data_free(weight: torch.Tensor, spec: LayerSpec, seed: int) -> Solutio
         if spec.storage not in (None, torch.float32):
             del residual
             residual = residual_of(weight, quantized, spec)
-        if method.refit:
+        if refit:
             approximation = _fit(residual, spec, approximation, seed)
             whole = frobenius(residual) ** 2
             rest = whole - approximation.captured
@@ -62,7 +63,7 @@ def solve_data_free(weight: torch.Tensor, spec: LayerSpec, seed: int) -> Solutio
     _, quantized, approximation = best
     del target, residual
     residual = residual_of(weight, quantized, spec)
-    if method.refit and method.svd == "subspace" and approximation is not None:
+    if refit and method.svd == "subspace" and approximation is not None:
         approximation = subspace(residual, spec.rank, approximation.basis, FINAL_STEPS)
     factors = approximation.factors if approximation else None
     return Solution(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from qinit.errors import CheckpointError, TargetError, did_you_mean
 from qinit.files.tensors import StoredTensor
 from qinit.source.checkpoint import Checkpoint
+from qinit.source.experts import Stack, read_stacks
 from qinit.source.language import language_part
 from qinit.source.modules import is_plain, set_by_parents
 from qinit.source.names import Names, Naming
@@ -19,11 +21,23 @@ ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
+class Expert:
+    """Which of the `count` slices of a 3-D parameter an expert's matrix is. `behind` counts the other such parameters
+    that their module has behind this one; `told`: the module says itself that slices are [in, out]."""
+
+    index: int
+    count: int
+    behind: int
+    told: bool
+
+
+@dataclass(frozen=True)
 class LinearModule:
     """A linear module of the architecture: W is [out_features, in_features]; Conv1D stores W transposed.
 
     `set_by_parent`: the weight is initialized by an enclosing module, as GPT-2's c_proj is. `plain`: its forward is
-    W x + b and nothing else. `subclass`: its class's name where that is a subclass of nn.Linear.
+    W x + b and nothing else. `subclass`: its class's name where that is a subclass of nn.Linear. `expert`: it is no
+    module but a slice of a 3-D parameter, and the name is PARAMETER[i].
     """
 
     name: str
@@ -33,18 +47,44 @@ class LinearModule:
     set_by_parent: bool = False
     plain: bool = True
     subclass: str = ""
+    expert: Expert | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The name of the model's parameter that holds W, or that W is a slice of."""
+        return f"{self.name}.weight" if self.expert is None else self.name.rpartition("[")[0]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear module and the tensor that holds its weight."""
+    """A linear module and the tensor that holds its weight; an expert's may lie in several, one after the other along
+    its outputs: `more` are those behind the first."""
 
     module: LinearModule
     tensor: StoredTensor
+    more: tuple[StoredTensor, ...] = ()
 
     @property
     def name(self) -> str:
         return self.module.name
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """All tensors that hold the weight."""
+        return (self.tensor, *self.more)
+
+    @property
+    def outputs_side(self) -> int:
+        """The dimension of the tensors that counts outputs, along which they follow one another."""
+        return 1 if self.module.transposed else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def numel(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors)
 
     @property
     def prefix(self) -> str:
@@ -55,7 +95,8 @@ class Target:
 @dataclass(frozen=True)
 class Architecture:
     """The model's linear modules in order, its class, its embeddings' shapes, the classes of all its modules by their
-    names, and what its forward calls its main input.
+    names, what its forward calls its main input, the name of its head's weight, its stacked experts, and the names of
+    the linear modules that choose among experts.
 
     `language` is the name of the module that reads text where others see or hear beside it, "" where there is no such
     part. `naming` says what its loader makes of a checkpoint's names.
@@ -64,10 +105,13 @@ class Architecture:
     class_name: str
     linear: tuple[LinearModule, ...]
     embeddings: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    modules: dict[str, type] = field(default_factory=dict)
+    classes: dict[str, type] = field(default_factory=dict)
     main_input: str = "input_ids"
     language: str = ""
     naming: Naming | None = None
+    head: str | None = None
+    stacks: tuple[Stack, ...] = ()
+    routers: frozenset[str] = frozenset()
 
     def names_in(self, checkpoint: Checkpoint) -> Names:
         """Return which of a checkpoint's tensors become which of the model's parameters."""
@@ -78,6 +122,19 @@ class Architecture:
         """Whether a module is part of what reads text: any is, where no others see or hear."""
         return not self.language or module.startswith(f"{self.language}.")
 
+    @cached_property
+    def modules(self) -> dict[str, LinearModule]:
+        """Linear modules and experts that can be quantized, by name, in the model's order."""
+        found: list[tuple[int, LinearModule]] = [(2 * place + 1, module) for place, module in enumerate(self.linear)]
+        known = [stack for stack in self.stacks if stack.sources]
+        for number, stack in enumerate(known):
+            behind = sum(other.module == stack.module for other in known[number + 1 :])
+            shape = stack.out_features, stack.in_features, stack.transposed
+            for index, name in enumerate(stack.slice_names()):
+                expert = Expert(index, stack.count, behind, stack.told)
+                found.append((2 * stack.place, LinearModule(name, *shape, expert=expert)))
+        return {module.name: module for _, module in sorted(found, key=lambda pair: pair[0])}
+
 
 def read_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Architecture:
     """Build the model on the meta device (no memory, no weights) and list its linear modules.
@@ -87,11 +144,11 @@ def read_architecture(checkpoint: Checkpoint, trust_remote_code: bool = False) -
     """
     # Without buffers they would be allocated, then dropped.
     model = build_model(checkpoint, include_buffers=True, trust_remote_code=trust_remote_code)
-    return architecture_of(model)
+    return architecture_of(model, checkpoint)
 
 
-def architecture_of(model: Any) -> Architecture:
-    """List the linear modules of a model on the meta device, as `read_architecture` does."""
+def architecture_of(model: Any, checkpoint: Checkpoint) -> Architecture:
+    """List the linear modules of a checkpoint's model on the meta device, as `read_architecture` does."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -114,15 +171,35 @@ def architecture_of(model: Any) -> Architecture:
         by_parent, plain = name in set_by_parent, is_plain(module)
         linear.append(LinearModule(name, out_features, in_features, transposed, by_parent, plain, subclass))
     shapes = {f"{name}.weight": tuple(weight.shape) for name, weight in tables.items()}
+    own = {id(module) for module in found.values()}
+    stacks = read_stacks(model, checkpoint, lambda module: id(module) in own)
     return Architecture(
-        type(model).__name__,
-        tuple(linear),
-        shapes,
-        {name: type(module) for name, module in modules.items()},
-        getattr(model, "main_input_name", "input_ids"),
-        language_part(model),
-        Naming(model),
+        class_name=type(model).__name__,
+        linear=tuple(linear),
+        embeddings=shapes,
+        classes={name: type(module) for name, module in modules.items()},
+        main_input=getattr(model, "main_input_name", "input_ids"),
+        language=language_part(model),
+        naming=Naming(model),
+        head=next((f"{name}.weight" for name, module in modules.items() if module is head), None),
+        stacks=stacks,
+        routers=_routers(linear, stacks),
     )
+
+
+def _routers(linear: list[LinearModule], stacks: tuple[Stack, ...]) -> frozenset[str]:
+    """Return the linear modules that choose among experts, or weigh them: those beside a stack, each alone in its
+    branch of the block, with an output for every expert or with one."""
+    found = set()
+    for block, experts in {(stack.name.rsplit(".", 2)[0] + ".", stack.count) for stack in stacks}:
+        branches: dict[str, list[LinearModule]] = {}
+        for module in linear:
+            if module.name.startswith(block):
+                branches.setdefault(module.name.removeprefix(block).split(".")[0], []).append(module)
+        for branch in branches.values():
+            if all(module.out_features in (1, experts) for module in branch):
+                found |= {module.name for module in branch}
+    return frozenset(found)
 
 
 def _require_shape(names: Names, parameter: str, expected: tuple[int, ...]) -> None:
@@ -176,6 +253,33 @@ def _no_weight(checkpoint: Checkpoint, architecture: Architecture, module: Linea
     )
 
 
+def expert_targets(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Target, ...]:
+    """Match every expert's matrix to the tensors, or slices of them, that hold it."""
+    return tuple(target for experts in stacked_targets(checkpoint, architecture).values() for target in experts)
+
+
+def stacked_targets(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, list[Target]]:
+    """Return the same by the names of the 3-D parameters, for each all of its slices in order."""
+    targets: dict[str, list[Target]] = {}
+    for stack in architecture.stacks:
+        names = {name for parts in stack.sources for name in parts}
+        whole = {name.rpartition("[")[0] for name in names - checkpoint.tensors.keys()}
+        stored = {part.name: part for name in whole for part in checkpoint.tensors[name].slices()}
+        for name, parts in zip(stack.slice_names(), stack.sources, strict=False):
+            first, *more = (stored.get(part) or checkpoint.tensors[part] for part in parts)
+            target = Target(architecture.modules[name], first, tuple(more))
+            targets.setdefault(stack.name, []).append(target)
+    return targets
+
+
+def quantizable(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Target, ...]:
+    """Return all that can be quantized, in the model's order: linear modules that choose no expert, and experts. Raises
+    what `resolve_targets` does."""
+    found = (*resolve_targets(checkpoint, architecture), *expert_targets(checkpoint, architecture))
+    by_name = {target.name: target for target in found}
+    return tuple(by_name[name] for name in architecture.modules if name in by_name and name not in architecture.routers)
+
+
 def select(
     targets: Iterable[Target],
     wanted: str,
@@ -184,6 +288,8 @@ def select(
 ) -> tuple[Target, ...]:
     """Choose targets: `all-linear`, which is all that are `is_default` by their names, comma-separated name endings
     (`q_proj,mlp.down_proj`), or a regular expression that matches a whole module name; the same forms exclude.
+    Experts, whose names are PARAMETER[i], go by the endings of their parameter and of its module (`experts`,
+    `experts.down_proj`) too.
 
     Raises TargetError, listing what there is, when a part of the choice matches nothing.
     """
@@ -202,9 +308,9 @@ def _matching(targets: tuple[Target, ...], pattern: str, option: str) -> tuple[T
     if re.fullmatch(r"[\w.,\- ]+", pattern):
         matched: set[str] = set()
         for ending in filter(None, (part.strip() for part in pattern.split(","))):
-            names = {t.name for t in targets if t.name == ending or t.name.endswith("." + ending)}
+            names = {t.name for t in targets if any(f".{n}".endswith(f".{ending}") for n in _names_of(t))}
             if not names:
-                kinds = {t.name.rsplit(".", 1)[-1] for t in targets}
+                kinds = {n.rsplit(".", 1)[-1] for t in targets for n in _names_of(t)}
                 raise TargetError(
                     f"{option}: no linear module is named '{ending}'{did_you_mean(ending, kinds)}; "
                     f"the model has {_kinds(targets)}"
@@ -224,9 +330,17 @@ def _matching(targets: tuple[Target, ...], pattern: str, option: str) -> tuple[T
     return found
 
 
+def _names_of(target: Target) -> list[str]:
+    """Return what a target may be called: its name; an expert's parameter, and the module of that."""
+    if target.module.expert is None:
+        return [target.name]
+    parameter = target.module.parameter
+    return [parameter, parameter.rpartition(".")[0]]
+
+
 def _kinds(targets: tuple[Target, ...]) -> str:
     counts: dict[str, int] = {}
     for target in targets:
-        kind = target.name.rsplit(".", 1)[-1]
+        kind = ".".join(_names_of(target)[0].rsplit(".", 2 if target.module.expert is not None else 1)[1:])
         counts[kind] = counts.get(kind, 0) + 1
     return ", ".join(f"{kind} ({count}x)" for kind, count in counts.items()) or "no linear modules"

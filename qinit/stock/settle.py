@@ -76,21 +76,21 @@ def _read_directly(skeleton: Skeleton, names: tuple[str, ...]) -> set[str]:
 
 def _adapted(skeleton: Skeleton, recipe: Recipe, adapter: Adapter, architecture: Architecture, ranks: Ranks) -> Adapted:
     config = adapter.config(recipe, architecture, ranks, "")
-    shapes = {spec.name: spec.shape for module, rank in ranks for spec in adapter.specs(module, rank)}
+    shapes = {spec.name: spec.shape for spec in adapter.file_specs(ranks)}
     return adapt(skeleton, config, shapes)
 
 
 def _wrong(adapter: Adapter, ranks: Ranks, found: Adapted) -> list[str]:
-    """Return the modules whose tensors PEFT does not have as the plan has them, or puts elsewhere."""
-    return [
-        module.name
-        for module, rank in ranks
-        if any(found.tensors.get(s.name) != s.shape or s.name in found.lost for s in adapter.specs(module, rank))
-    ]
+    """Return the modules whose tensors PEFT does not have as the plan has them, or puts elsewhere; experts only where
+    there are no others, as these may have moved onto them."""
+    specs = adapter.file_specs(ranks)
+    wrong = {spec.name for spec in specs if found.tensors.get(spec.name) != spec.shape or spec.name in found.lost}
+    modules = [module for module, rank in ranks if wrong & {spec.name for spec in adapter.file_specs([(module, rank)])}]
+    return [module.name for module in modules if module.expert is None] or [module.name for module in modules]
 
 
 def _require_no_more(adapter: Adapter, ranks: Ranks, found: Adapted) -> None:
-    planned = {name for module, _ in ranks for name in adapter.names(module)}
+    planned = {spec.name for spec in adapter.file_specs(ranks)}
     if more := sorted(found.tensors.keys() - planned - found.whole.keys()):
         raise TargetError(
             f"PEFT would put adapters on more than the chosen modules ({', '.join(more[:3])}); choose others with "
@@ -109,7 +109,7 @@ def _refused(
     """Return the modules of those kinds that PEFT refuses alone, tried on one of each, with what it says."""
     kinds: dict[tuple[str, type | None], list[tuple[LinearModule, int]]] = {}
     for module, rank in ranks:
-        kinds.setdefault((_last(module.name), architecture.modules.get(module.name)), []).append((module, rank))
+        kinds.setdefault((_last(module.parameter), architecture.classes.get(module.name)), []).append((module, rank))
     found = {}
     for alike in kinds.values():
         try:

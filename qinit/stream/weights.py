@@ -10,7 +10,7 @@ from qinit.adapters.reading import SavedAdapter
 from qinit.files.tensors import StoredTensor
 from qinit.formats import format_of
 from qinit.source.checkpoint import Checkpoint, read_finite
-from qinit.source.targets import Architecture
+from qinit.source.targets import Architecture, Target, stacked_targets
 
 
 class ModelWeights:
@@ -34,6 +34,7 @@ class ModelWeights:
         self.names = architecture.names_in(checkpoint)
         self.in_language = architecture.in_language
         self.modules = {f"{module.name}.weight": module for module in architecture.linear}
+        self.stacks = stacked_targets(checkpoint, architecture)
         reading = (module.name for module in architecture.linear if architecture.in_language(module.name))
         self.linear = list(reading) if linear is None else linear
         self.adapter = adapter
@@ -41,7 +42,7 @@ class ModelWeights:
     def has(self, name: str) -> bool:
         """Whether the checkpoint has that parameter, packed or not."""
         found = self.names.find(name) is not None or self._packed(name) is not None
-        return found or bool(self.names.made_of(name))
+        return found or name in self.stacks or bool(self.names.made_of(name))
 
     def read(self, name: str, device: torch.device) -> torch.Tensor | None:
         """Return a parameter in float32 on the device, None if there is none. Raises CheckpointError for NaN, Inf."""
@@ -51,10 +52,15 @@ class ModelWeights:
         elif module is not None and self.format is not None and (parts := self._packed(name)) is not None:
             value = self.format.read(module, parts, self.checkpoint.config, device)
             value = value.T.contiguous() if module.transposed else value
+        elif name in self.stacks:
+            value = self._stacked(self.stacks[name], device)
         elif (made := self.names.make(name, read_finite)) is not None:
             value = made.to(device, torch.float32)
         else:
             return None
+        if name in self.stacks and self.adapter is not None:
+            change = self.adapter.change_of_stack(self.stacks[name][0].module, device)
+            value = value if change is None else value.add_(change)
         if module is not None and self.adapter is not None:
             added = self.adapter.change(module.name, device)
             if added is not None:
@@ -68,6 +74,16 @@ class ModelWeights:
             x, y = (self.read(name, torch.device("cpu")) for name in (one, other))
             return x is not None and y is not None and torch.equal(x, y)
         return a == b or all(torch.equal(x, y) for x, y in zip(a.chunks(), b.chunks(), strict=True))
+
+    def _stacked(self, experts: list[Target], device: torch.device) -> torch.Tensor:
+        """Put a parameter together from the matrices of its experts."""
+        first = experts[0]
+        shape = (first.module.out_features, first.module.in_features)[:: -1 if first.module.transposed else 1]
+        value = torch.empty((len(experts), *shape), device=device)
+        for matrix, expert in zip(value, experts, strict=True):
+            parts = [read_finite(tensor) for tensor in expert.tensors]
+            matrix.copy_(torch.cat(parts, dim=expert.outputs_side))
+        return value
 
     def packed(self) -> dict[str, dict[str, StoredTensor]]:
         """Return the parts of every packed layer, by the name that the model has for its weight."""

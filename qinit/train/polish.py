@@ -80,7 +80,7 @@ def polish_tokens(steps: int, seen: int) -> int:
     return max(steps * BATCH_TOKENS // EPOCHS, seen + HELD_OUT_TOKENS)
 
 
-def polish_flops(parameters: int, tokens: int, steps: int) -> float:
+def polish_flops(parameters: float, tokens: int, steps: int) -> float:
     """Return about how many floating-point operations `steps` of `tokens` take, evaluations not counted.
 
     Per parameter and token: the student's forward 2, again 2 (where it is recomputed), its backward 2, the scales'

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qinit.calibration.activations import put_weight
 from qinit.grids import Quantized
 from qinit.linalg.low_rank import LowRank
-from qinit.plan.plan import Plan
+from qinit.plan.plan import LayerPlan, Plan
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
 from qinit.stream.whole import load_whole
@@ -28,9 +29,15 @@ class Start:
 
 
 @contextmanager
-def student_of(plan: Plan, starts: Mapping[str, Start], device: torch.device) -> Generator[Any, None, None]:
+def student_of(
+    plan: Plan,
+    starts: Mapping[str, Start],
+    device: torch.device,
+    weight_of: Callable[[LayerPlan], torch.Tensor] | None = None,
+) -> Generator[Any, None, None]:
     """Give the model of a plan with the layers of `starts`, by name, on Q and B A: a class of transformers, in eval
-    mode, with no gradients but those of factors and scales.
+    mode, with no gradients but those of factors and scales. The plan's experts have what `weight_of` returns, Q + B A
+    [out, in], which is not trained.
 
     It is put together block by block, so that beside it no more than one block's weights are in memory; a model that is
     no row of blocks is loaded whole first. It computes in float32 on a CPU, else in bfloat16.
@@ -38,9 +45,10 @@ def student_of(plan: Plan, starts: Mapping[str, Start], device: torch.device) ->
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with ExitStack() as stack:
         try:
-            model = stack.enter_context(_put_together(plan, starts, device, dtype))
+            model = stack.enter_context(_put_together(plan, starts, device, dtype, weight_of))
         except NotStreamable:
             model = load_whole(plan).to(device, dtype).requires_grad_(False)
+            _put_experts(model, plan, "", weight_of)
         left = {name: start for name, start in starts.items() if not isinstance(model.get_submodule(name), Repaired)}
         stack.enter_context(_repaired(model, left, device))
         for module in model.modules():  # some look at their own numbers, and not whether they are trained
@@ -50,7 +58,11 @@ def student_of(plan: Plan, starts: Mapping[str, Start], device: torch.device) ->
 
 @contextmanager
 def _put_together(
-    plan: Plan, starts: Mapping[str, Start], device: torch.device, dtype: torch.dtype
+    plan: Plan,
+    starts: Mapping[str, Start],
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_of: Callable[[LayerPlan], torch.Tensor] | None,
 ) -> Generator[Any, None, None]:
     """Give the model with all layers in its blocks repaired. Raises NotStreamable."""
     blocks = Blocks.of(plan, device)
@@ -58,12 +70,20 @@ def _put_together(
     for row in blocks.rows:
         for index in range(len(row)):
             row.load(index).to(dtype)
+            _put_experts(blocks.model, plan, row.prefix(index), weight_of)
             _repair(blocks.model, {name: starts[name] for name in starts if name.startswith(row.prefix(index))}, device)
     with blocks.surroundings(head=True):
         for name in blocks.outside:
             parameter = blocks.model.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
         yield blocks.model
+
+
+def _put_experts(model: Any, plan: Plan, prefix: str, weight_of: Callable[[LayerPlan], torch.Tensor] | None) -> None:
+    """Give the experts whose names begin with `prefix` their weights."""
+    for layer in plan.quantized:
+        if weight_of is not None and layer.target.module.expert is not None and layer.target.name.startswith(prefix):
+            put_weight(model, layer.target.name, layer, weight_of(layer))
 
 
 @contextmanager

@@ -29,7 +29,8 @@ FREE = (BASE_KEY, "inference_mode")  # the base has a check of its own; PeftMode
 
 
 def check_adapter(written: Written) -> Generator[Finding, None, dict[str, StoredTensor]]:
-    """Compare the adapter with what the report says was written; returns its tensors that are as they should be."""
+    """Compare the adapter with what the report says was written; returns its tensors that are as they should be, by
+    the names that layers have for them."""
     directory, rows = written.directory, written.report.layers
     ranks = [(written.modules[row.name], row.rank) for row in rows]
     try:
@@ -45,7 +46,7 @@ def check_adapter(written: Written) -> Generator[Finding, None, dict[str, Stored
     except CheckpointError as error:
         yield from_error(directory, WEIGHTS_FILE, error)
         return {}
-    specs = {spec.name: spec for module, rank in ranks for spec in written.adapter.specs(module, rank)}
+    specs = {spec.name: spec for spec in written.adapter.file_specs(ranks)}
     if found.keys() - specs.keys() or written.report.totals.get("whole_bytes"):
         whole = _whole(written, ranks)
         specs |= {name: TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in whole.items()}
@@ -54,7 +55,8 @@ def check_adapter(written: Written) -> Generator[Finding, None, dict[str, Stored
     yield from filter(None, problems.values())
     for name in sorted(found.keys() - specs.keys()):
         yield Finding(WEIGHTS_FILE, f"tensor '{name}' belongs to no layer of the report")
-    return {name: tensor for name, tensor in found.items() if name in specs and not problems[name]}
+    sound = {name: tensor for name, tensor in found.items() if name in specs and not problems[name]}
+    return written.adapter.split(ranks, sound)
 
 
 def _whole(written: Written, ranks: list[tuple[LinearModule, int]]) -> dict[str, StoredTensor]:

@@ -34,10 +34,11 @@ def _bounds(row: LayerRow, recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
     """Yield a row's fields, what each of them may be, and whether it is that."""
     yield "shape", "two counts", min(row.shape) > 0
     most = max(min(row.shape), 0)
+    bare = row.rank == 0 and row.name.endswith("]")  # an expert without an adapter
     if not recipe.chooses_ranks:
-        yield "rank", min(recipe.rank, most), row.rank == min(recipe.rank, most)
+        yield "rank", min(recipe.rank, most), row.rank == min(recipe.rank, most) or bare
     else:
-        yield "rank", f"1 to {most}", 1 <= row.rank <= most
+        yield "rank", f"1 to {most}", 1 <= row.rank <= most or bare
     for key in ("error_start", "error", "output_error_start", "output_error"):
         value = getattr(row, key)
         yield key, "a finite size", value is None or 0 <= value < 1e100

@@ -8,7 +8,7 @@ from qinit.errors import CheckpointError
 from qinit.files.manifest import file_sum
 from qinit.report.report import REPORT_NAME
 from qinit.source.checkpoint import Checkpoint
-from qinit.source.targets import Target, resolve_targets
+from qinit.source.targets import Target, expert_targets, resolve_targets
 from qinit.verification.findings import Finding
 from qinit.verification.written import CONFIG, Written, differing
 
@@ -21,7 +21,8 @@ def check_source(written: Written, source: Checkpoint) -> Generator[Finding, Non
         what = f"totals: bytes_before, found in the source {source.directory}"
         yield Finding(REPORT_NAME, what, written.report.totals.get("bytes_before"), source.weight_bytes)
     try:
-        targets = {target.name: target for target in resolve_targets(source, written.architecture)}
+        found = (*resolve_targets(source, written.architecture), *expert_targets(source, written.architecture))
+        targets = {target.name: target for target in found}
     except CheckpointError as error:
         yield Finding(REPORT_NAME, f"the source is another model: {error}")
         return {}
@@ -32,10 +33,10 @@ def check_source(written: Written, source: Checkpoint) -> Generator[Finding, Non
         elif file_sum(mine) != file_sum(source.directory / file):
             yield Finding(name, "is not the source's")
     rows = {row.name: row for row in written.report.layers}
-    replaced = {targets[name].tensor.name for name, row in rows.items() if row.kept is None}
+    replaced = {tensor.name for name, row in rows.items() if row.kept is None for tensor in targets[name].tensors}
     for name in sorted(source.tensors.keys() - replaced - written.tensors.keys()):
         yield Finding(CONFIG, f"the source's tensor '{name}' is not among the weights")
     for name, row in rows.items():
-        if (nbytes := targets[name].tensor.nbytes) != row.bytes_before:
+        if (nbytes := targets[name].nbytes) != row.bytes_before:
             yield Finding(REPORT_NAME, f"{name}: bytes_before, against the source", nbytes, row.bytes_before)
     return targets

@@ -30,20 +30,21 @@ def check_values(written: Written, factors: dict[str, StoredTensor], source: Che
         originals = yield from check_source(written, source)
     quantized = [layer for layer in written.layers if layer.row.kept is None]
     packed = {spec.name for layer in quantized for spec in layer.specs}
-    for name, tensor in written.tensors.items():
+    copied = {} if source is None else written.split(source.tensors)
+    for name, tensor in written.pieces.items():
         if name not in packed:
-            original = source.tensors.get(name) if source is not None else None
+            original = copied.get(name)
             yield from _guarded(written, _check_copied(written, tensor, original))
     paired: set[str] = set()
     for layer in quantized:
-        names = written.adapter.names(layer.target.module)
+        names = written.adapter.names(layer.target.module, layer.row.rank)
         paired |= factors.keys() & set(names)
         pair = [factors[name] for name in names if name in factors]
         yield from _guarded(written, _check_layer(written, layer, pair, originals.get(layer.row.name)))
     for name in [name for name in factors if name not in paired]:
         yield from _guarded(written, _check_finite(written, factors[name], factors[name].chunks()))
     for layer in written.layers:
-        names = written.adapter.names(layer.target.module)
+        names = written.adapter.names(layer.target.module, layer.row.rank)
         if layer.row.kept is not None and factors.keys() >= set(names):
             yield from _guarded(written, _check_plain_start(written, layer, [factors[name] for name in names]))
 
@@ -89,9 +90,9 @@ def _check_plain_start(written: Written, layer: Layer, parts: list[StoredTensor]
 
 def _check_layer(written: Written, layer: Layer, pair: list[StoredTensor], original: Target | None) -> Iterator[Event]:
     """A quantized layer's tensors are finite and as its format has them, and as far from the source as reported."""
-    stored = {spec.name: written.tensors[spec.name] for spec in layer.specs} | {each.name: each for each in pair}
+    stored = {spec.name: written.pieces[spec.name] for spec in layer.specs} | {each.name: each for each in pair}
     tensors = {name: each.read() for name, each in stored.items()}
-    sound = len(pair) == len(written.adapter.names(layer.target.module))
+    sound = len(pair) == len(written.adapter.names(layer.target.module, layer.row.rank))
     for name, tensor in tensors.items():
         for event in _check_finite(written, stored[name], [tensor]):
             sound = sound and not isinstance(event, Finding)
@@ -106,10 +107,10 @@ def _check_layer(written: Written, layer: Layer, pair: list[StoredTensor], origi
         return
     Q = fmt.decode(layer.target, tensors, row.bits, row.group_size)
     low_rank = written.adapter.decode(layer.target.module, tensors, written.recipe.lora_scale)
-    raw = original.tensor.read().float()
+    raw = torch.cat([tensor.read().float() for tensor in original.tensors], dim=original.outputs_side)
     W = raw.T if original.module.transposed else raw
     norm, residual = residual_norm(W, None), Q.neg_().add_(W)
-    for key, factors, file in (("error_start", None, layer.specs[0].name), ("error", low_rank, pair[1].name)):
+    for key, factors, file in (("error_start", None, layer.specs[0].name), ("error", low_rank, [*stored][-1])):
         expected, measured = getattr(row, key), residual_norm(residual, factors) / norm if norm else 0.0
         if not same_error(measured, expected):
             where = relative(written.directory, stored[file].file)

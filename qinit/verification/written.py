@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qinit.recipe import Recipe, make_recipe
 from qinit.report.report import REPORT_NAME, LayerRow, Report
 from qinit.source.checkpoint import SINGLE_NAME, Checkpoint, indexed_files, read_json
 from qinit.source.names import Names
-from qinit.source.targets import Architecture, LinearModule, Target, read_architecture
+from qinit.source.targets import Architecture, LinearModule, Target, expert_targets, read_architecture
 from qinit.verification.figures import check_rows, check_totals
 from qinit.verification.findings import Finding, from_error
 
@@ -46,6 +47,18 @@ class Written:
     tensors: dict[str, StoredTensor]
     layers: tuple[Layer, ...]
 
+    @cached_property
+    def pieces(self) -> dict[str, StoredTensor]:
+        """The base's tensors by the names that layers have for them: those that hold several experts slice by slice."""
+        return self.split(self.tensors)
+
+    def split(self, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Return tensors of such a model by these names."""
+        names = {part for stack in self.architecture.stacks for parts in stack.sources for part in parts}
+        sliced = {name.rpartition("[")[0] for name in names - self.tensors.keys()}
+        parts = (part for name, t in tensors.items() for part in (t.slices() if name in sliced else [t]))
+        return {part.name: part for part in parts}
+
     @property
     def adapter(self) -> Adapter:
         """The kind of adapter that the run has."""
@@ -68,7 +81,7 @@ def open_written(directory: Path, *, trust_remote_code: bool = False) -> Generat
     except QinitError as error:
         yield from_error(directory, file, error)
         return None
-    modules = {module.name: module for module in architecture.linear}
+    modules = architecture.modules
     unknown = [row for row in report.layers if _shape_of(modules.get(row.name)) != tuple(row.shape)]
     for row in unknown:
         yield Finding(CONFIG, f"{row.name}: shape", list(row.shape), _shape_of(modules.get(row.name)))
@@ -81,8 +94,14 @@ def open_written(directory: Path, *, trust_remote_code: bool = False) -> Generat
     if whole:
         names = architecture.names_in(checkpoint)
         fields = (directory, report, recipe, config, architecture, modules, tensors)
+        so_far = Written(*fields, ())
+        experts = {
+            target.name: target for target in expert_targets(Checkpoint(directory, config, tensors), architecture)
+        }
         for row in report.layers:
-            layer = yield from _check_layer(Written(*fields, ()), names, row)
+            expert = experts.get(row.name)
+            checked = _check_layer(so_far, names, row) if expert is None else _check_expert(so_far, row, expert)
+            layer = yield from checked
             layers += [layer] if layer else []
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         if nbytes != report.totals.get("base_bytes"):
@@ -100,7 +119,7 @@ def _check_quantization(
 ) -> Iterator[Finding]:
     grids = {row.name: (row.bits, row.group_size or 0) for row in report.layers if row.bits is not None}
     kept = [module.name for module in architecture.linear if module.name not in grids]
-    expected = FORMATS[recipe.format].quantization_config(grids, kept, architecture.modules)
+    expected = FORMATS[recipe.format].quantization_config(grids, kept, architecture.classes)
     found = config.get("quantization_config")
     if not isinstance(expected, dict) or not isinstance(found, dict):
         if expected != found:
@@ -148,6 +167,17 @@ def _read_headers(directory: Path) -> Generator[Finding, None, tuple[dict[str, S
         if total != nbytes:
             yield Finding(INDEX_NAME, "metadata.total_size", nbytes, total)
     return tensors, whole
+
+
+def _check_expert(written: Written, row: LayerRow, target: Target) -> Generator[Finding, None, Layer | None]:
+    """The same for an expert, whose tensors the architecture was matched with."""
+    specs = tuple(FORMATS[written.recipe.format].specs(target, row.bits or 0, row.group_size or 0))
+    if row.kept is not None or any(spec.name not in written.pieces for spec in specs):
+        yield Finding(REPORT_NAME, f"{row.name}: is not stored as format {written.recipe.format} stores experts")
+        return None
+    if (nbytes := sum(spec.nbytes for spec in specs)) != row.bytes_after:
+        yield Finding(REPORT_NAME, f"{row.name}: bytes_after", nbytes, row.bytes_after)
+    return Layer(row, target, specs)
 
 
 def _check_layer(written: Written, names: Names, row: LayerRow) -> Generator[Finding, None, Layer | None]:

@@ -51,6 +51,8 @@ def _ranks(plan: Plan, layer: LayerPlan) -> list[int]:
     rank, module = plan.recipe.rank, layer.target.module
     if not plan.recipe.chooses_ranks:
         return [layer.rank]
+    if layer.target.module.expert is not None:  # PEFT gives one rank to all experts of a parameter
+        return [layer.rank] * len(RANK_FACTORS)
     return [min(max(1, int(rank * factor)), module.out_features, module.in_features) for factor in RANK_FACTORS]
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qinit.calibration.activations import oriented, require_finite_input, unpadded
-from qinit.calibration.backward import OverflowedError, Probe, Run, backward, require_number
+from qinit.calibration.activations import require_finite_input, unpadded
+from qinit.calibration.backward import OverflowedError, Part, Probe, Run, backward, require_number
+from qinit.calibration.experts import ExpertMeters, listening, portions
 from qinit.calibration.meter import Meter
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
@@ -33,6 +34,7 @@ from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.solver.statistics import Statistics
 from qinit.source.checkpoint import not_decomposable
+from qinit.stream.carried import Batch
 from qinit.text.samples import Samples
 from qinit.widths.validity import conditions
 
@@ -90,6 +92,8 @@ class _Candidate:
 class _Errors(Probe):
     """Adds up (g' E x)^2 for every layer and option, as gradients arrive at the layers' outputs."""
 
+    experts = True
+
     def __init__(
         self,
         plan: Plan,
@@ -103,7 +107,7 @@ class _Errors(Probe):
         self.squares: dict[str, dict[Option, float]] = {name: {} for name in self.layers}
         self.candidates: dict[str, list[_Candidate]] = {}
 
-    def prepare(self, layers: list[LayerPlan], modules: dict[str, nn.Module], run: Run) -> None:
+    def prepare(self, part: Part, run: Run) -> None:
         """Solve layers at all of their options, with the statistics of their inputs where the recipe is calibrated."""
         self.candidates.clear()
         meters: dict[str, Meter] = {}
@@ -125,20 +129,44 @@ class _Errors(Probe):
 
                 return hook
 
-            hooks = [modules[layer.target.name].register_forward_pre_hook(measured(layer)) for layer in layers]
+            hooks = [
+                module.register_forward_pre_hook(measured(self.layers[name])) for name, module in part.modules.items()
+            ]
             for batch in self.batches:
                 run(batch)
                 inputs.clear()
             for hook in hooks:
                 hook.remove()
             meters = {name: meters[first] for name, first in shared.items()}
-        for layer in layers:
-            linear: Any = modules[layer.target.name]
+        for layer in part.layers:
+            if layer.target.module.expert is not None:
+                continue
             meter = meters.get(layer.target.name)
             statistics = meter.statistics(layer) if meter is not None else None
             if statistics is not None:
                 statistics = replace(statistics, output_metric=self.metrics.get(layer.target.name))
-            self._solve(layer, oriented(linear.weight.data, layer), statistics)
+            self._solve(layer, part.weight(layer), statistics)
+        for stack in part.stacks:
+            experts = [layer for layer in part.layers if layer.target.module.parameter == stack]
+            self._solve_experts(part, stack, experts, run)
+
+    def _solve_experts(self, part: Part, stack: str, experts: list[LayerPlan], run: Run) -> None:
+        """The same for the experts of one parameter, by portions."""
+        pool: Meter | None = None
+        for some in portions(experts):
+            meters = ExpertMeters(some, self.device, pool)
+            if self.plan.recipe.calibrated:
+                for batch in self.batches:
+                    read = partial(self._read, meters, part, batch)
+                    with listening(part.root, [part.inner(stack)], read):
+                        run(batch)
+                pool = meters.pool
+            for layer in some:
+                self._solve(layer, part.weight(layer), meters.statistics(layer))
+
+    def _read(self, meters: ExpertMeters, part: Part, batch: Batch, inner: str, x: torch.Tensor) -> None:
+        require_finite_input(x, part.prefix + inner, batch.start, self.samples)
+        meters.add(part.prefix + inner, x)
 
     def _solve(self, layer: LayerPlan, weight: torch.Tensor, statistics: Statistics | None) -> None:
         """Find what is left of a layer at each width and group size, quickly."""

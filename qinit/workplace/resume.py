@@ -79,7 +79,7 @@ def _as_started(plan: Plan, journal: Journal) -> Plan:
 
 def _resumed(plan: Plan, journal: Journal) -> Resumed:
     layers = finished_layers(journal.records)
-    nbytes = sum(layer.target.tensor.nbytes for layer in plan.layers if layer.target.name in layers)
+    nbytes = sum(layer.target.nbytes for layer in plan.layers if layer.target.name in layers)
     copied = {record["name"] for record in journal.records if record["kind"] == "copied"}
     nbytes += sum(tensor.nbytes for tensor in plan.copied if tensor.name in copied)
     return Resumed(len(layers), len(plan.layers), nbytes, journal.header["since"])

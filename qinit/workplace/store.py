@@ -37,8 +37,9 @@ class Store:
         self.plan, self.place, self.journal = plan, place, journal
         directory = place.run / ADAPTER_DIRECTORY
         directory.mkdir(exist_ok=True)
-        self.base = SafetensorsWriter(place.run, plan.base_specs, max_bytes=plan.max_shard_bytes, sliced=plan.sliced)
-        self.factors = SafetensorsWriter(directory, plan.adapter_specs, stem=WEIGHTS_STEM)
+        size, split = plan.max_shard_bytes, plan.split_base
+        self.base = SafetensorsWriter(place.run, plan.base_specs, max_bytes=size, split=split)
+        self.factors = SafetensorsWriter(directory, plan.adapter_specs, stem=WEIGHTS_STEM, split=plan.split_adapter)
         self.rows: dict[str, LayerRow] = {}
         self.copied: set[str] = set()
         self._synced = time.monotonic()
@@ -65,7 +66,7 @@ class Store:
 
     def _tensors(self, layer: LayerPlan) -> list[tuple[SafetensorsWriter, str]]:
         base = [(self.base, spec.name) for spec in layer.specs]
-        return base + [(self.factors, name) for name in self.plan.adapter.names(layer.target.module)]
+        return base + [(self.factors, name) for name in self.plan.adapter.names(layer.target.module, layer.rank)]
 
     def _holds(self, tensors: list[tuple[SafetensorsWriter, Any]], record: Record, again: Collection[str] = ()) -> bool:
         """Whether the tensors are those of the record, but for such as are written `again`."""
@@ -80,8 +81,8 @@ class Store:
     @counted("writing")
     def left(self) -> Iterator[tuple[StoredTensor, LayerPlan | None]]:
         """Yield the source's tensors that are not finished when they are asked for, each with its layer, None for one
-        that is copied."""
-        layers = {layer.target.tensor.name: layer for layer in self.plan.layers}
+        that is copied; of the tensors of one layer only the first, where it is finished then."""
+        layers = {tensor.name: layer for layer in self.plan.layers for tensor in layer.target.tensors}
         for tensor in self.plan.pieces:
             layer = layers.get(tensor.name)
             if tensor.name not in self.copied and (layer is None or layer.target.name not in self.rows):
@@ -157,7 +158,7 @@ class Store:
     def low_rank(self, layer: LayerPlan) -> LowRank:
         """Return L = B A of a finished layer, as PEFT computes it."""
         module, adapter = layer.target.module, self.plan.adapter
-        tensors = {name: self.factors.read(name) for name in adapter.names(module)}
+        tensors = {name: self.factors.read(name) for name in adapter.names(module, layer.rank)}
         return adapter.decode(module, tensors, self.plan.recipe.lora_scale)
 
     @counted("writing")

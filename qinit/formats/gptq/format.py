@@ -42,6 +42,11 @@ class GptqFormat(Format):
         "packed with mixed widths; load it with qinit.load(DIR) or GPTQModel.load, as stock from_pretrained reads one "
         "width only"
     )
+    holds_experts = False
+    experts_note = (
+        "format gptq packs linear layers, and transformers has experts as slices of 3-D parameters (GPTQModel.load "
+        "alone takes them apart)"
+    )
     packages = PACKAGES
     parts = PARTS
 
@@ -154,7 +159,7 @@ class GptqFormat(Format):
         return config
 
     def replaced(self, config: dict[str, Any], architecture: Architecture) -> set[str]:
-        return packed(architecture.modules, config["quantization_config"])
+        return packed(architecture.classes, config["quantization_config"])
 
     def recognises(self, config: dict[str, Any]) -> bool:
         quantization = config.get("quantization_config")

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from qinit.errors import ReportError
+from qinit.plan.shares import weight_words
 from qinit.report.averages import average, mean_bits, places
 from qinit.report.check import check_words
 from qinit.report.report import LayerRow, Report
@@ -164,6 +165,7 @@ def summary(report: Report) -> dict[str, str]:
     totals, rows = report.totals, report.layers
     kept = sum(row.kept is not None for row in rows)
     words = {"layers": f"{len(rows) - kept}" + (f" (+ {kept} kept)" if kept else ""), "bits": bits_words(rows)}
+    words |= weighed(report)
     if "bits_per_weight" in totals:
         words["bits per weight"] = f"{totals['bits_per_weight']:.3f} as stored"
         grid = totals.get("grid_bits_per_weight", totals["bits_per_weight"])
@@ -182,6 +184,18 @@ def summary(report: Report) -> dict[str, str]:
     for text, perplexity, excess in evaluations(report):
         words[f"perplexity on {text}"] = f"{perplexity:.3f}" + ("" if excess is None else f", {nats_words(excess)}")
     return words
+
+
+def weighed(report: Report) -> dict[str, str]:
+    """Return how much of the model is quantized and what the largest part is that is not, in words; nothing for runs by
+    an older qinit, which do not say."""
+    totals = report.totals
+    try:
+        if "left" not in totals:
+            return {}
+        return weight_words(totals["quantized_weights"], totals["weights"], totals["left"])
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise damaged("left", error) from None
 
 
 def checked(report: Report) -> dict[str, str]:

@@ -56,7 +56,7 @@ def test_scale_times_b_a_is_the_low_rank_and_both_factors_weigh_the_same(options
     assert recipe.lora_scale == pytest.approx(scale)
     factors = low_rank(UP, 8)
     stored = LORA.encode(UP, factors, 8, recipe.lora_scale, seed=0)
-    A, B = (stored[name] for name in LORA.names(UP))
+    A, B = (stored[name] for name in LORA.names(UP, 8))
     torch.testing.assert_close(scale * B @ A, factors.B @ factors.A, rtol=0, atol=1e-5)
     torch.testing.assert_close(B.T @ B, A @ A.T, rtol=0, atol=1e-4)
 
@@ -70,14 +70,14 @@ def test_what_is_stored_is_what_was_announced():
 
 
 def test_names_are_those_of_peft():
-    assert tuple(LORA.names(UP)) == (
+    assert tuple(LORA.names(UP, 8)) == (
         "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
         "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight",
     )
 
 
 def test_without_a_low_rank_the_adapter_starts_as_peft_s_own_does():
-    name_a, name_b = LORA.names(UP)
+    name_a, name_b = LORA.names(UP, 8)
     start = LORA.encode(UP, None, 16, 1.0, seed=5)
     assert not start[name_b].any()
     bound = 1 / math.sqrt(UP.in_features)

@@ -25,9 +25,10 @@ class Sums(Probe):
         super().__init__(plan, samples, CPU)
         self.gradients, self.tokens, self.prepared = {}, {}, []
 
-    def prepare(self, layers, modules, run):
+    def prepare(self, part, run):
         assert not torch.is_grad_enabled()
-        assert modules.keys() == {layer.target.name for layer in layers}
+        modules = part.modules
+        assert modules.keys() == {layer.target.name for layer in part.layers}
         self.prepared.append(list(modules))
         if modules:
             for batch in self.batches:

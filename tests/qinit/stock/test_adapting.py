@@ -14,7 +14,7 @@ PREFIX = "base_model.model."
 
 def planned(skeleton, *endings):
     """What a plan has for the modules of a skeleton with these endings: their configuration and tensors."""
-    architecture = architecture_of(skeleton.build())
+    architecture = architecture_of(skeleton.build(), skeleton.checkpoint)
     ranks = [(module, 4) for module in architecture.linear if module.name.endswith(endings)]
     shapes = {spec.name: spec.shape for module, rank in ranks for spec in LORA.specs(module, rank)}
     return LORA.config(RECIPE, architecture, ranks, ""), shapes

@@ -13,7 +13,7 @@ RECIPE = make_recipe(rank=4)
 
 
 def settled(skeleton, endings=("",)):
-    architecture = architecture_of(skeleton.build())
+    architecture = architecture_of(skeleton.build(), skeleton.checkpoint)
     ranks = [(m, min(4, m.out_features)) for m in architecture.linear if m.name.endswith(endings)]
     found = settle(skeleton, RECIPE, LORA, architecture, ranks)
     rest = [(module, rank) for module, rank in ranks if module.name not in found.left]
@@ -62,7 +62,7 @@ def test_a_head_lies_in_the_adapter_even_if_it_was_not_chosen(skeleton):
 def test_a_module_that_does_more_than_a_product_is_left_alone(skeleton):
     from dataclasses import replace
 
-    architecture = architecture_of(skeleton("llama").build())
+    architecture = architecture_of(skeleton("llama").build(), skeleton("llama").checkpoint)
     odd = replace(architecture.linear[0], plain=False, subclass="Router")
     found = settle(skeleton("llama"), RECIPE, LORA, architecture, [(odd, 4), (architecture.linear[1], 4)])
     assert found.left == {odd.name: "class Router does more than W x + b"}

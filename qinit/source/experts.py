@@ -1,0 +1,224 @@
+"""Experts: the matrices of a mixture that a model has as slices of 3-D parameters, and the tensors that hold them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qinit.files.tensors import StoredTensor, slice_name
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.products import Product, Products, one_by_one, stacked_parameters
+
+TINY = (4, 6)  # the shape of a matrix that stands for an expert's where only the order of things is asked
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The matrices of a layer's experts, one slice of a 3-D parameter each: `count` slices [out_features, in_features],
+    or [in_features, out_features] where they are `transposed`; `told`: the module says so itself (`is_transposed`).
+
+    `sources` names for each slice the checkpoint's tensors (NAME[i] for a slice of one) whose values it has, one after
+    the other along its outputs. `unknown` says why qinit does not quantize them; there are no sources then. `place`
+    counts the linear modules that come before it in the model.
+    """
+
+    name: str
+    count: int
+    out_features: int
+    in_features: int
+    transposed: bool
+    place: int
+    told: bool = False
+    sources: tuple[tuple[str, ...], ...] = ()
+    unknown: str | None = None
+
+    @property
+    def module(self) -> str:
+        """The name of the module whose parameter it is."""
+        return self.name.rpartition(".")[0]
+
+    def slice_names(self) -> list[str]:
+        return [slice_name(self.name, index) for index in range(self.count)]
+
+
+def read_stacks(model: Any, checkpoint: Checkpoint, is_linear: Any) -> tuple[Stack, ...]:
+    """Find the stacked experts of a model on the meta device, and where the checkpoint has them.
+
+    A module's 3-D parameters are experts where its forward multiplies with their slices (see `Products`): it is tried
+    on one token, without computing anything. `is_linear` says which modules are linear layers of their own.
+    """
+    found: list[Stack] = []
+    tried: dict[Any, dict[str, bool | str]] = {}
+    place = 0
+    for path, module in model.named_modules():
+        place += is_linear(module)
+        parameters = stacked_parameters(module)
+        if not parameters:
+            continue
+        kind = type(module), tuple((name, tuple(p.shape)) for name, p in parameters.items())
+        if kind not in tried:
+            tried[kind] = _turned(module, parameters)
+        for name, parameter in parameters.items():
+            count, rows, columns = parameter.shape
+            turned = tried[kind][name]
+            told = bool(getattr(module, "is_transposed", False))
+            stack = Stack(f"{path}.{name}", count, rows, columns, False, place, told)
+            if isinstance(turned, str):
+                stack = replace(stack, unknown=turned)
+            elif turned:
+                stack = replace(stack, out_features=columns, in_features=rows, transposed=True)
+            found.append(stack)
+    return _placed(model, checkpoint, found) if found else ()
+
+
+def _turned(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, bool | str]:
+    """Say of each parameter whether its slices are [in, out], or why that is not known."""
+    found: dict[str, bool | str] = {}
+    weights = {name: torch.zeros(()).expand(p.shape) for name, p in parameters.items()}  # of no size in memory
+    others = {
+        name: torch.zeros(tensor.shape)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if name not in weights
+    }
+
+    def seen(product: Product) -> torch.Tensor:
+        _, rows, columns = weights[product.parameter].shape
+        inputs, outputs = (rows, columns) if product.turned else (columns, rows)
+        if product.x.shape[-1] != inputs:
+            raise ValueError(f"an input of width {product.x.shape[-1]}")
+        found[product.parameter] = product.turned
+        return product.x.new_zeros((*product.x.shape[:-1], outputs))
+
+    reason = "its experts are not called with hidden states and a choice of experts"
+    widths = dict.fromkeys(size for p in parameters.values() for size in p.shape[:0:-1])
+    for arguments in _arguments(module, len(next(iter(parameters.values()))), list(widths)):
+        found.clear()
+        mode = Products(weights, seen)
+        try:
+            with one_by_one(module), torch.no_grad(), mode:
+                torch.func.functional_call(module, {**weights, **others}, arguments)
+        except Exception as error:  # a module can ask for anything
+            reason = f"its experts cannot be tried ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+            continue
+        strange = next(iter(mode.unknown.items()), None)
+        reason = f"its experts are computed in another way ({strange[1]} of {strange[0]})" if strange else reason
+        if found and not strange:
+            break
+        found.clear()
+    return {name: found.get(name, reason) for name in parameters}
+
+
+def _arguments(module: nn.Module, experts: int, widths: Sequence[int]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield what a module of experts may be called with: one token, its experts and their weights; or a token for each
+    expert."""
+    asked = len(inspect.signature(module.forward).parameters)
+    for width in widths:
+        if asked >= 3:
+            yield torch.zeros(1, width), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+        elif asked == 1:
+            yield (torch.zeros(experts, width),)
+
+
+def _placed(model: Any, checkpoint: Checkpoint, stacks: list[Stack]) -> tuple[Stack, ...]:
+    """Give every stack its sources."""
+    by_name = {stack.name: stack for stack in stacks}
+    for name, (converter, keys) in _conversions(model, checkpoint, by_name).items():
+        stack = by_name[name]
+        if stack.unknown is None:
+            by_name[name] = _sourced(stack, model, checkpoint, converter, keys)
+    missing = "the checkpoint does not hold them in a way that transformers converts"
+    return tuple(s if s.sources or s.unknown else replace(s, unknown=missing) for s in by_name.values())
+
+
+def _conversions(
+    model: Any, checkpoint: Checkpoint, wanted: Mapping[str, Stack]
+) -> dict[str, tuple[Any, list[tuple[str, str]]]]:
+    """Return for each wanted parameter how transformers makes it: its converter (None: it takes the tensor as it is),
+    and the checkpoint's tensors, each with the pattern that it is known by, in the converter's order."""
+    found: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+    except ImportError:  # before transformers 5 experts were modules
+        return {name: (None, [(name, name)]) for name in wanted if name in checkpoint.tensors}
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefix = model.base_model_prefix
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name in wanted:
+            converter = by_pattern[pattern] if pattern is not None else None
+            found.setdefault(name, (converter, []))[1].append((key, pattern or key))
+    return found
+
+
+def _sourced(stack: Stack, model: Any, checkpoint: Checkpoint, converter: Any, keys: list[tuple[str, str]]) -> Stack:
+    """Give a stack its sources, found by converting small tensors in the place of the checkpoint's."""
+    stored: dict[str, StoredTensor] = {}  # what a slice may consist of
+    parts: list[torch.Tensor] = []  # and what stands for it
+    given = []
+    for key, pattern in keys:
+        tensor = checkpoint.tensors[key]
+        stacked = len(tensor.shape) == 3
+        pieces = tensor.slices() if stacked else [tensor]
+        first = len(parts) * TINY[0] * TINY[1]
+        stand_in = torch.arange(first, first + len(pieces) * TINY[0] * TINY[1]).reshape(-1, *TINY)
+        stored |= {piece.name: piece for piece in pieces}
+        parts += stand_in
+        given.append((key, pattern, stand_in if stacked else stand_in[0]))
+    try:
+        whole = _converted(stack.name, model, converter, given)
+    except Exception as error:  # an operation can ask for anything of its tensors
+        return replace(stack, unknown=f"transformers converts them in another way ({type(error).__name__})")
+    sources = [_sources(piece, list(zip(stored, parts, strict=True)), stack.transposed) for piece in whole]
+    if len(sources) != stack.count or not all(
+        names and _fits(stack, [stored[name] for name in names]) for names in sources
+    ):
+        return replace(stack, unknown="the checkpoint stores them in another layout than the model has")
+    return replace(stack, sources=tuple(tuple(names) for names in sources))
+
+
+def _converted(name: str, model: Any, converter: Any, sources: list[tuple[str, str, torch.Tensor]]) -> torch.Tensor:
+    if converter is None:
+        ((_, _, only),) = sources
+        return only
+    converter = deepcopy(converter)
+    for key, pattern, tensor in sources:
+        converter.add_tensor(name, key, pattern, tensor)
+    found = converter.convert(name, model=model, config=model.config)[name]
+    whole: torch.Tensor = found[0] if isinstance(found, list) else found
+    return whole
+
+
+def _sources(piece: torch.Tensor, parts: list[tuple[str, torch.Tensor]], transposed: bool) -> list[str]:
+    """Return the names of the parts that a slice consists of, one after the other; none where it is more than that."""
+    size = TINY[0] * TINY[1]
+    found = [parts[int(value) // size] for value in piece.flatten() if int(value) % size == 0]
+    same = bool(found) and torch.equal(torch.cat([part for _, part in found], dim=1 if transposed else 0), piece)
+    return [name for name, _ in found] if same else []
+
+
+def _fits(stack: Stack, tensors: list[StoredTensor]) -> bool:
+    """Whether the tensors have the shapes, and one type that is read, of the slice that they make up."""
+    outputs, inputs = (1, 0) if stack.transposed else (0, 1)
+    if any(len(tensor.shape) != 2 or tensor.shape[inputs] != stack.in_features for tensor in tensors):
+        return False
+    dtypes = {tensor.dtype for tensor in tensors}
+    readable = all(dtype.is_floating_point and dtype.itemsize in (2, 4) for dtype in dtypes)
+    return len(dtypes) == 1 and readable and sum(t.shape[outputs] for t in tensors) == stack.out_features
