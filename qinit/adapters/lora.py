@@ -114,10 +114,16 @@ def _plain(number: float) -> int | float:
     return int(number) if number == int(number) else number
 
 
-def _target_modules(adapted: list[str], architecture: Architecture) -> list[str]:
-    """Last name components where these select just the adapted modules, whole names otherwise. PEFT compares them with
-    the names of all modules, whatever these are."""
+def _target_modules(adapted: list[str], architecture: Architecture) -> list[str] | str:
+    """Last name components where these select just the adapted modules, whole names otherwise; an expression where one
+    of these is the end of another module's too. PEFT looks at the names of all modules, whatever these are."""
     chosen = set(adapted)
-    names = (*architecture.modules, *(module.name for module in architecture.linear))
-    others = {name.rsplit(".", 1)[-1] for name in names if name not in chosen}
-    return sorted({name if (last := name.rsplit(".", 1)[-1]) in others else last for name in adapted})
+    names = dict.fromkeys((*architecture.modules, *(module.name for module in architecture.linear)))
+    others = {ending for name in names if name not in chosen for ending in _endings(name)}
+    targets = sorted({name if (last := name.rsplit(".", 1)[-1]) in others else last for name in adapted})
+    return targets if others.isdisjoint(targets) else "|".join(map(re.escape, sorted(adapted)))
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

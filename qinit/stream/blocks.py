@@ -43,9 +43,11 @@ class Stop(Exception):  # noqa: N818
 
 
 class Call:
-    """How a model calls one of its blocks: all arguments but the hidden states."""
+    """How a model calls one of its blocks: all arguments but the hidden states. `wrapped` is told what a block gives
+    them back in, if that is a tuple or a list."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], wrapped: set[type] | None = None) -> None:
+        self.wrapped = set() if wrapped is None else wrapped
         self.by_name = not args
         self.args = args[1:]
         self.kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
@@ -55,7 +57,10 @@ class Call:
         output = (
             block(hidden_states=hidden, **self.kwargs) if self.by_name else block(hidden, *self.args, **self.kwargs)
         )
-        return output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(output, tuple | list):
+            return output
+        self.wrapped.add(list if isinstance(output, list) else tuple)
+        return output[0]
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -81,14 +86,14 @@ class _StandIn(nn.Module):
 
 
 class _Through(_StandIn):
-    """Returns the same hidden states whatever it is given."""
+    """Returns the same hidden states whatever it is given, as the blocks do."""
 
-    def __init__(self, real: nn.Module, hidden: torch.Tensor) -> None:
+    def __init__(self, real: nn.Module, hidden: torch.Tensor, wrapped: set[type]) -> None:
         super().__init__(real)
-        self.__dict__["hidden"] = hidden
+        self.__dict__["given"] = next(iter(wrapped))((hidden,)) if wrapped else hidden
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self.__dict__["hidden"]
+        return self.__dict__["given"]
 
 
 class _Stub(_StandIn):
@@ -199,6 +204,7 @@ class Row:
 
     def __init__(self, model: Blocks, path: str, blocks: nn.ModuleList) -> None:
         self._owner, self.path, self.blocks = model, path, blocks
+        self._wrapped: set[type] = set()  # what the blocks give hidden states in, once one of them was called
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -231,12 +237,12 @@ class Row:
         hidden = _hidden(kept[0])
         if hidden.shape[:-1] != tokens.shape:
             raise NotStreamable(f"the blocks take hidden states of shape {list(hidden.shape)}")
-        return hidden, [Call(*arguments) for arguments in kept]
+        return hidden, [Call(*arguments, self._wrapped) for arguments in kept]
 
     def after(self, tokens: torch.Tensor, mask: torch.Tensor | None, hidden: torch.Tensor) -> Any:
         """Return the model's outputs for a batch whose last block gives `hidden`; needs the head in memory."""
         try:
-            with self._replaced(lambda block: _Through(block, hidden)):
+            with self._replaced(lambda block: _Through(block, hidden, self._wrapped)):
                 return self._run(tokens, mask)
         except Exception as error:  # a model can do anything behind its blocks
             raise NotStreamable(f"the model does not run on from its blocks ({error})") from error
