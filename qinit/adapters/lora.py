@@ -201,10 +201,16 @@ def _target_parameters(adapted: list[str], architecture: Architecture) -> list[s
     return sorted({name if (end := ".".join(name.split(".")[-2:])) in others else end for name in adapted})
 
 
-def _target_modules(adapted: list[str], architecture: Architecture) -> list[str]:
-    """Last name components where these select just the adapted modules, whole names otherwise. PEFT compares them with
-    the names of all modules, whatever these are."""
+def _target_modules(adapted: list[str], architecture: Architecture) -> list[str] | str:
+    """Last name components where these select just the adapted modules, whole names otherwise; an expression where one
+    of these is the end of another module's too. PEFT looks at the names of all modules, whatever these are."""
     chosen = set(adapted)
-    names = (*architecture.classes, *(module.name for module in architecture.linear))
-    others = {name.rsplit(".", 1)[-1] for name in names if name not in chosen}
-    return sorted({name if (last := name.rsplit(".", 1)[-1]) in others else last for name in adapted})
+    names = dict.fromkeys((*architecture.classes, *(module.name for module in architecture.linear)))
+    others = {ending for name in names if name not in chosen for ending in _endings(name)}
+    targets = sorted({name if (last := name.rsplit(".", 1)[-1]) in others else last for name in adapted})
+    return targets if others.isdisjoint(targets) else "|".join(map(re.escape, sorted(adapted)))
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

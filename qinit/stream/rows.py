@@ -13,6 +13,7 @@ from torch import nn
 
 from qinit.stream.calls import Arguments, Call, NotStreamable, Stop
 
+BARE = -1  # of what a block returns beside its hidden states: these alone, and in no tuple or list
 Ends = Sequence[torch.Tensor | None]  # what the rows before a row have come to; None: never reached
 
 
@@ -54,7 +55,7 @@ class _Through(_StandIn):
 
     def __init__(self, real: nn.Module, hidden: torch.Tensor, others: int) -> None:
         super().__init__(real)
-        self.__dict__["output"] = (hidden, *[None] * others) if others else hidden
+        self.__dict__["output"] = hidden if others == BARE else (hidden, *[None] * others)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         return self.__dict__["output"]
@@ -73,7 +74,7 @@ class _Kept:
     def __init__(self, count: int) -> None:
         self.count = count
         self.arguments: list[Arguments] = []
-        self.others: list[Any] = []
+        self.others: list[Any] | None = None  # None: it gives its hidden states alone, in no tuple or list
         self.moving: list[torch.Tensor] = []  # of these, what depends on the hidden states
 
     def add(self, arguments: Arguments) -> None:
@@ -85,7 +86,7 @@ class _Kept:
 
     def output(self) -> Any:
         first = _hidden(self.arguments[0])
-        return (first, *self.others) if self.others else first
+        return first if self.others is None else (first, *self.others)
 
 
 class _Stub(_StandIn):
@@ -109,10 +110,11 @@ class _First(_Stub):
         with torch.enable_grad():
             real = self.__dict__["real"]
             output = real(hidden, *args[1:], **kwargs) if args else real(**{**kwargs, "hidden_states": hidden})
-        others = list(output[1:]) if isinstance(output, tuple | list) else []
-        depend = [isinstance(value, torch.Tensor) and value.requires_grad for value in others]
-        self.kept.others = [value.detach() if moves else value for value, moves in zip(others, depend, strict=True)]
-        self.kept.moving = [value for value, moves in zip(self.kept.others, depend, strict=True) if moves]
+        if isinstance(output, tuple | list):
+            others = list(output[1:])
+            depend = [isinstance(value, torch.Tensor) and value.requires_grad for value in others]
+            self.kept.others = [value.detach() if moves else value for value, moves in zip(others, depend, strict=True)]
+            self.kept.moving = [value for value, moves in zip(self.kept.others, depend, strict=True) if moves]
         if self.kept.count == 1:
             raise Stop
         return self.kept.output()
@@ -152,7 +154,7 @@ class Row:
             try:
                 return self._start(tokens, mask, ends, _Stub)
             except NotStreamable:
-                self.others = 0  # perhaps they return more than hidden states
+                self.others = BARE  # perhaps they return more than hidden states
         if any(parameter.is_meta for parameter in self.blocks[0].parameters()):
             self.load(0)
         return self._start(tokens, mask, ends, _First)
@@ -186,7 +188,8 @@ class Row:
             raise NotStreamable(f"the blocks take hidden states of shape {list(hidden.shape)}")
         if any(_hidden(arguments).shape != hidden.shape for arguments in kept.arguments):
             raise NotStreamable("its blocks take hidden states of several shapes")
-        self.others = len(kept.others) if first is _First else self.others
+        if first is _First:
+            self.others = BARE if kept.others is None else len(kept.others)
         made: list[torch.Tensor] = []
         return Start(hidden, [Call(*arguments).parted(made) for arguments in kept.arguments], made)
 
@@ -194,7 +197,7 @@ class Row:
         """Have all blocks give the same hidden states; None: stop the model that calls one."""
         if end is None:
             return self._replaced(lambda _, block: _Wall(block))
-        return self._replaced(lambda _, block: _Through(block, end, self.others or 0))
+        return self._replaced(lambda _, block: _Through(block, end, BARE if self.others is None else self.others))
 
     @contextmanager
     def _replaced(self, stand_in: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:

@@ -142,3 +142,20 @@ def test_the_config_file_is_what_peft_reads_back(tmp_path):
     assert (read.r, read.lora_alpha, read.use_rslora) == (16, 24, True)
     assert read.rank_pattern == {SMALL.name: 4}
     assert read.target_modules == {"gate", "up_proj"}
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([], ["0", "down_proj"]),
+        (["model.layers.0", "model.layers.1"], ["down_proj", "merger.mlp.0"]),  # blocks end in that number too
+        (["visual.down_proj"], ["0", "model.layers.0.mlp.down_proj"]),  # of any class: PEFT asks for none
+        (["x.merger.mlp.0"], r"merger\.mlp\.0|model\.layers\.0\.mlp\.down_proj"),
+    ],
+)
+def test_short_names_are_taken_where_they_are_those_of_no_other_module(others, expected):
+    merger = LinearModule("merger.mlp.0", 64, 64, transposed=False)
+    names = dict.fromkeys(("merger.mlp.0", "model.layers.0.mlp.down_proj", *others), object)
+    architecture = Architecture("LlavaForConditionalGeneration", "model", (merger, DOWN), modules=names)
+    found = config_for((merger, 16), (DOWN, 16), architecture=architecture)["target_modules"]
+    assert found == expected

@@ -54,6 +54,14 @@ class TestStored:
         assert ours == theirs
         assert len(set(theirs.values())) == 3
 
+    def test_a_parameter_trained_whole_is_let_pass_if_asked(self, tmp_path):
+        more = {"base_model.model.score.weight": torch.zeros(2)}
+        directory = self.write(tmp_path / "a", [(UP, 4)], more=more, config={"modules_to_save": ["score"]})
+        assert SavedAdapter.open(directory, whole=True).parts.keys() == {UP.name}
+        other = self.write(tmp_path / "b", [(UP, 4)], more={"base_model.model.x.lora_magnitude_vector": torch.zeros(2)})
+        with pytest.raises(CheckpointError, match="lora_magnitude_vector"):
+            SavedAdapter.open(other, whole=True)
+
     @pytest.mark.parametrize(
         ("config", "more", "said"),
         [

@@ -46,6 +46,24 @@ def test_block_by_block_the_hidden_states_are_those_of_the_whole_model(family, d
     assert on_meta(blocks.model)
 
 
+def test_blocks_that_give_a_list_are_run_on_from_too(tmp_path):
+    import transformers
+
+    config = transformers.OpenAIGPTConfig(vocab_size=256, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    model = transformers.OpenAIGPTLMHeadModel(config).eval()
+    model.save_pretrained(tmp_path)
+    tokens = random_samples(2).tokens
+    blocks = Blocks.of(calibrated_plan(tmp_path), CPU)
+    with torch.no_grad(), blocks.surroundings(head=True):
+        (row,) = blocks.rows
+        start = row.start(tokens, None)
+        hidden = start.hidden
+        for index, call in enumerate(start.calls):
+            hidden = call(row.load(index), hidden)
+        assert_close(blocks.after(tokens, None, [hidden]).logits, model(tokens).logits, 1e-5)
+
+
 class TestMemory:
     def test_only_what_lies_before_the_blocks_is_loaded_for_the_first_states(self, tmp_path):
         blocks = Blocks.of(calibrated_plan(make_float32(tmp_path / "m", "llama")), CPU)

@@ -23,6 +23,10 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "mixed": ("llama", {"tie_word_embeddings": True}, {"format": "gptq", "group_size": 32, "ratio": 0.5, "rank": 40}),
+    "head": (
+        *("llama", {"model_class": "LlamaForSequenceClassification", "num_labels": 32}),
+        {"format": "gptq", "group_size": 32},
+    ),
     "kept": ("gpt2", {"model_class": "GPT2Model"}, {"format": "gptq", "group_size": 32}),  # no prefix; Conv1D
 }
 

@@ -51,6 +51,16 @@ TENSORS = {
 }
 
 
+HEAD = "base_model.model.score.weight"
+TENSORS |= {
+    "a head that is gone": ("head", lambda tensors: tensors.pop(HEAD), f"tensor '{HEAD}' is missing"),
+    "another head": (
+        *("head", lambda tensors: tensors.update({HEAD: tensors[HEAD] + 1})),
+        f"tensor '{HEAD}' is not what the base has",
+    ),
+}
+
+
 @pytest.mark.parametrize(("kind", "change", "expected"), CONFIGS.values(), ids=CONFIGS)
 def test_a_configuration_of_another_adapter_is_named(kind, change, expected, copy_of):
     _, run = copy_of(kind)
