@@ -165,8 +165,10 @@ def _reads_tokens(plan: Plan) -> bool:
 
 
 def _rows(plan: Plan) -> int:
-    """Return how many rows of blocks there are: what stands before the first number in the layers' names."""
-    return len({re.split(r"\.\d+\.", layer.target.name)[0] for layer in plan.quantized})
+    """Return how many rows of blocks read the text: what stands before the first number in the layers' names."""
+    names = [layer.target.name for layer in plan.quantized]
+    reading = [name for name in names if plan.architecture.in_language(name)] or names
+    return len({re.split(r"\.\d+\.", name)[0] for name in reading})
 
 
 def _joined(*parts: str) -> str:
