@@ -126,7 +126,8 @@ OPTIONS: dict[str, Any] = {
     "target_modules": Annotated[
         str | None,
         typer.Option(
-            help="all-linear, names like q_proj,v_proj, or a regular expression for whole names.",
+            help="all-linear (of a model that also sees or hears, those of its language part), names like "
+            "q_proj,v_proj, or a regular expression for whole names.",
             show_default="all-linear",
             rich_help_panel=METHOD_PANEL,
         ),

@@ -204,14 +204,13 @@ class _Model:
         self.config = {**plan.checkpoint.config, **(plan.checkpoint.config.get("text_config") or {})}
         self.chosen = {layer.target.name for layer in plan.quantized}
         self.blocks: dict[str, list[LinearModule]] = {}
-        for module in plan.architecture.linear:
+        self.linear = [module for module in plan.architecture.linear if plan.architecture.in_language(module.name)]
+        for module in self.linear:
             self.blocks.setdefault(block_of(module.name), []).append(module)
-        self.experts = [module for module in plan.architecture.modules.values() if module.expert is not None]
-        every = plan.architecture.modules.values()
-        self.weights = sum(module.in_features * module.out_features for module in every)
-        self.width = self._size("hidden_size", "n_embd", "d_model") or min(
-            module.in_features for module in plan.architecture.linear
-        )
+        reading = [m for m in plan.architecture.modules.values() if plan.architecture.in_language(m.name)]
+        self.experts = [module for module in reading if module.expert is not None]
+        self.weights = sum(module.in_features * module.out_features for module in reading)
+        self.width = self._size("hidden_size", "n_embd", "d_model") or min(m.in_features for m in self.linear)
         self.heads = self._size("num_attention_heads", "n_head", "num_heads") or 1
         self.shared = self._size("num_key_value_heads") or self.heads
         self.head_width = self._size("head_dim", "d_kv") or max(1, self.width // self.heads)
@@ -242,7 +241,7 @@ class _Model:
     ) -> Iterator[Work]:
         """Yield what a model does beside its products, with so many passes through attention and through what comes
         behind it, summed over the blocks."""
-        widest = max(max(module.in_features, module.out_features) for module in self.plan.architecture.linear)
+        widest = max(max(module.in_features, module.out_features) for module in self.linear)
         yield Work(part, "attention", (self.heads, length, self.head_width), attention * tokens / length)
         mean = (attention + inner) / 2
         yield Work(part, "pass", (rows, self.width), BLOCK_PASSES * mean * tokens / rows)
@@ -279,7 +278,7 @@ class _Model:
     def walk(self, device: torch.device) -> Iterator[Work]:
         """Yield the passes over the text that measure the layers, and their statistics."""
         part, tokens = "calibrating", self.tokens
-        widest = max(max(module.in_features, module.out_features) for module in self.plan.architecture.linear)
+        widest = max(max(module.in_features, module.out_features) for module in self.linear)
         rows = self.length * max(1, min(tokens // self.length, BATCH_BYTES[device.type] // (4 * widest * self.length)))
         passes = [self.passes(block) for block in self.blocks.values()]
         yield from self.products(part, tokens, rows, [count for block in passes for count in block])

@@ -59,14 +59,17 @@ class Blocks:
                 if buffer is not None:  # some are trained, such as Gemma 4's layer_scalar
                     stored = self.read(f"{path}.{name}")
                     module._buffers[name] = buffer.to(device) if stored is None else stored.to(buffer.dtype)
-        self.rows = tuple(Row(self, path, blocks) for path, blocks in _rows_of_blocks(self.model, weights.linear))
+        reading = [name for name in weights.linear if weights.in_language(name)] or weights.linear
+        self.rows = tuple(Row(self, path, blocks) for path, blocks in _rows_of_blocks(self.model, reading))
         self.model.tie_weights()  # built without memory, each has become a parameter of its own
         paths = tuple(row.path + "." for row in self.rows)
         output = self.model.get_output_embeddings()
         ends = tuple(path + "." for path, module in self.model.named_modules() if module is output)
         names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         # What sees or hears is never run, but a model takes the place of its first parameter for its own.
-        needed = [name for name in names if name == names[0] or weights.in_language(name) or name.startswith(ends)]
+        linear = set(weights.linear)
+        beside = {names[0], *(name for name in names if name.rpartition(".")[0] in linear)}
+        needed = [name for name in names if name in beside or weights.in_language(name) or name.startswith(ends)]
         outside = [name for name in needed if not name.startswith(paths)]
         self._untie(outside)
         first: dict[int, str] = {}
