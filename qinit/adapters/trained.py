@@ -35,7 +35,7 @@ def misfits(adapter: Path, layers: Mapping[str, tuple[int, int]], base: Iterable
     shapes, [out, in], by name: from headers alone, as far as these tell. Raises CheckpointError for what is no saved
     adapter."""
     kind = kind_of(adapter, read_trained(adapter))
-    stems = {f".{name.rpartition('.')[0]}." for name in base}
+    stems = {name.rpartition(".")[0] for name in base}
     modules: dict[str, list[StoredTensor]] = {}
     for name, tensor in read_header(adapter / WEIGHTS_NAME).items():
         part = kind.part_of(name)
@@ -45,8 +45,18 @@ def misfits(adapter: Path, layers: Mapping[str, tuple[int, int]], base: Iterable
         if (shape := layers.get(module)) is not None:
             if not _fits(kind, LinearModule(module, *shape, transposed=False), tensors):
                 yield f"{module} is {shape[0]} x {shape[1]}, and has {', '.join(str(list(t.shape)) for t in tensors)}"
-        elif not any(f".{name}." in stem for name in {module, module.partition(".")[2] or module} for stem in stems):
+        elif not any(_lies_in(stem, module) for stem in stems):
             yield f"{module} is no module of the base"
+
+
+def _lies_in(stem: str, module: str) -> bool:
+    """Whether a base's tensor of this name lies in the module: with or without a prefix on either side, and for what is
+    there once, such as an embedding, wherever the file has it."""
+    names, stems = ({each, each.partition(".")[2] or each} for each in (module, stem))
+    once = not re.search(r"\.\d", module)
+    return any(f"{found}.".startswith(f"{name}.") for name in names for found in stems) or (
+        once and module.rpartition(".")[2] in stem.split(".")
+    )
 
 
 def _fits(kind: Adapter, module: LinearModule, tensors: list[StoredTensor]) -> bool:
