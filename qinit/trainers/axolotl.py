@@ -58,7 +58,10 @@ class AxolotlTrainer(Trainer):
     seen = "run with axolotl 0.19.0, transformers 5.16.1 and peft 0.20.0"
     distribution = "axolotl"
     install = ("pip install axolotl==0.19.0",)
-    packed_install = ("pip install --no-deps gptqmodel==7.6.0 optimum==2.3.0",)
+    packed_install = (
+        "pip install --no-deps gptqmodel==7.6.0 optimum==2.3.0",
+        "pip install --no-deps pypcre==0.6.4 logbar==0.4.15 tokenicer==0.0.14 device-smi==0.5.7 defuser==0.0.28",
+    )
 
     def config(self, run: TrainableRun, data: Path) -> str:
         options = ["gptq: true"] if run.packed else []

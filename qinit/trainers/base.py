@@ -10,6 +10,7 @@ from typing import Any
 from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
+from qinit.files.reading import printable
 from qinit.formats import FORMATS
 from qinit.report.card import packed_mixed, snippet_of
 from qinit.report.report import REPORT_NAME, Report
@@ -100,7 +101,7 @@ class Trainer(ABC):
     def head(self, run: TrainableRun) -> dict[str, str]:
         """Return what stands above every one: what it does, and where it comes from."""
         return {
-            "head": f"Fine-tunes {run.directory} with {self.title}.",
+            "head": f"Fine-tunes {printable(str(run.directory))} with {self.title}.",
             "origin": f"Written by `qinit trainer-config`; {self.seen}.",
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 
 from qinit.trainers.base import TrainableRun, Trainer
@@ -13,7 +15,7 @@ TEMPLATE = """\
 #
 #     llamafactory-cli train FILE
 #
-# {folder} must hold a dataset_info.json with an entry for {file_name}. For sft, with rows
+# {folder} must hold a dataset_info.json with an entry for {file}. For sft, with rows
 # {{"instruction": ..., "output": ...}}, and for pt, with rows {{"text": ...}}:
 #     {{{name}: {{"file_name": {file}, "columns": {{"prompt": "instruction", "response": "output"}}}}}}
 #     {{{name}: {{"file_name": {file}, "columns": {{"prompt": "text"}}}}}}
@@ -76,9 +78,8 @@ class LlamaFactoryTrainer(Trainer):
             trusted="trust_remote_code: true\n" if run.own_code else "",
             folder=scalar(str(data.parent)),
             dataset=scalar(data.stem),
-            name=f'"{data.stem}"',
-            file=f'"{data.name}"',
-            file_name=data.name,
+            name=json.dumps(data.stem),
+            file=json.dumps(data.name),
             output=scalar(output),
-            merge=NO_MERGE if run.packed else MERGE.format(base=base, output=output),
+            merge=NO_MERGE if run.packed else MERGE.format(base=shlex.quote(base), output=shlex.quote(output)),
         )

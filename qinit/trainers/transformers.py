@@ -10,13 +10,11 @@ from qinit.trainers.base import TrainableRun, Trainer
 # For the models whose loss needs nothing but text: how the collator makes labels of it.
 COLLATORS = {"ForCausalLM": "mlm=False", "LMHeadModel": "mlm=False", "ForMaskedLM": "mlm=True"}
 
-TEMPLATE = '''\
-"""{head}
-
-    python FILE
-
-{origin}
-"""
+TEMPLATE = """\
+# {head}
+# {origin}
+#
+#     python FILE
 
 {imports}
 
@@ -51,7 +49,7 @@ trainer = Trainer(
 )
 trainer.train(resume_from_checkpoint=False)  # True: from the last checkpoint in output_dir
 trainer.save_model()
-'''
+"""
 # Without it the backward pass keeps what every packed layer was unpacked to.
 CHECKPOINTING = "  # else every layer's unpacked weight is kept for the backward pass"
 

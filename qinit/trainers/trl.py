@@ -7,16 +7,14 @@ from pathlib import Path
 
 from qinit.trainers.base import TrainableRun, Trainer
 
-TEMPLATE = '''\
-"""{head}
-
-    python FILE
-
-{origin}
-
-SFTTrainer gets base and adapter together, so that the start is kept. A peft_config here, a LoraConfig read from
-{start} too, would put a new adapter on the base, whose start repairs nothing.
-"""
+TEMPLATE = """\
+# {head}
+# {origin}
+#
+#     python FILE
+#
+# SFTTrainer gets base and adapter together, so that the start is kept. A peft_config here, one read from the run too,
+# would put a new adapter on the base, whose start repairs nothing.
 
 {imports}
 
@@ -43,7 +41,7 @@ trainer = SFTTrainer(
 )
 trainer.train(resume_from_checkpoint=False)  # True: from the last checkpoint in output_dir
 trainer.save_model()
-'''
+"""
 
 
 class TrlTrainer(Trainer):
@@ -70,7 +68,6 @@ class TrlTrainer(Trainer):
         ]
         return TEMPLATE.format(
             **self.head(run),
-            start=run.start,
             imports="\n".join(imports),
             base=json.dumps(str(run.directory), ensure_ascii=False),
             trusted=", trust_remote_code=True" if run.own_code else "",

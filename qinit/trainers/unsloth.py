@@ -7,16 +7,14 @@ from pathlib import Path
 
 from qinit.trainers.base import TrainableRun, Trainer
 
-TEMPLATE = '''\
-"""{head}
-
-    python FILE
-
-{origin}
-
-load_in_4bit is True by default and would quantize the base anew; use_exact_model_name keeps Unsloth from loading
-another model in its place. No get_peft_model: the adapter is there. Unsloth computes on a GPU only.
-"""
+TEMPLATE = """\
+# {head}
+# {origin}
+#
+#     python FILE
+#
+# load_in_4bit is True by default and would quantize the base anew; use_exact_model_name keeps Unsloth from loading
+# another model in its place. No get_peft_model: the adapter is there. Unsloth computes on a GPU only.
 
 from unsloth import FastLanguageModel  # before the others, which it changes
 
@@ -51,7 +49,7 @@ trainer = SFTTrainer(
 )
 trainer.train(resume_from_checkpoint=False)  # True: from the last checkpoint in output_dir
 trainer.save_model()
-'''
+"""
 
 
 class UnslothTrainer(Trainer):

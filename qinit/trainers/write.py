@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qinit.errors import OutputError, RecipeError, did_you_mean
+from qinit.files.reading import printable
 from qinit.trainers import TRAINERS, TrainableRun, Trainer
 
 
@@ -22,6 +23,9 @@ def config_for(directory: Path, name: str, data: Path) -> str:
     a directory that is no finished run.
     """
     trainer = trainer_named(name)
+    for path in (directory, data):
+        if printable(str(path)) != str(path):
+            raise RecipeError(f"{printable(str(path))}: a path that cannot be printed cannot be written; rename it")
     run = TrainableRun.open(directory)
     if problem := trainer.cannot_take(run):
         raise RecipeError(f"--trainer {name}: {problem}")

@@ -42,6 +42,6 @@ ROWS: dict[str, Row] = {
         Row("transformers-4", TRAINERS["transformers"], (OLD,), formats=("dense",)),
         _row("trl"),
         _row("llama-factory", stages=("sft", "pt"), unfit=CUDA_ONLY),
-        _row("axolotl", unfit=CUDA_ONLY),
+        _row("axolotl"),
     )
 }

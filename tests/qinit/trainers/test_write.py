@@ -21,6 +21,12 @@ def test_what_is_written_names_run_data_and_start(finished, tmp_path):
     assert trainer_named("llama-factory").command == "llamafactory-cli train {file}"
 
 
+@pytest.mark.parametrize("name", ["a\nimport evil", "\udcff.jsonl"])
+def test_a_path_that_would_break_out_of_a_comment_is_refused(finished, tmp_path, name):
+    with pytest.raises(RecipeError, match="cannot be written; rename it"):
+        config_for(finished, "trl", tmp_path / name)
+
+
 def test_a_file_that_is_there_is_kept(tmp_path):
     write_config("a", tmp_path / "file")
     with pytest.raises(OutputError, match="exists; choose another file"):
