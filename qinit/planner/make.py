@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qinit.adapters import ADAPTERS
 from qinit.errors import RecipeError, TargetError
 from qinit.files.tensors import TensorSpec
 from qinit.formats import FORMATS
@@ -29,7 +30,7 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
     architecture = read_architecture(checkpoint, recipe.trust_remote_code)
     targets = select(quantizable(checkpoint, architecture), recipe.target_modules, recipe.exclude)
     held = [target for target in targets if target.module.expert is None or FORMATS[recipe.format].holds_experts]
-    adapted = _adapted(held, architecture)
+    adapted = _adapted(held, architecture) if ADAPTERS[recipe.row.adapter].experts else set()
     layers = tuple(_plan_layer(recipe, target, adapted) for target in held)
     plan = Plan(recipe, model_name, checkpoint, architecture, layers)
     if not plan.quantized:

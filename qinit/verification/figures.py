@@ -62,7 +62,9 @@ def check_totals(report: Report, recipe: Recipe) -> Iterator[Finding]:
         "layers_kept": len(report.layers) - len(quantized),
         "quantized_weights": weights,
         "bits_per_weight": round(8 * sum(row.bytes_after for row in quantized) / weights, 4),
-        "adapter_bytes": sum(spec.nbytes for row in report.layers for spec in adapter.specs(_module(row), row.rank)),
+        "adapter_bytes": sum(
+            spec.nbytes for row in report.layers if row.rank for spec in adapter.specs(_module(row), row.rank)
+        ),
     }
     for key in ("error_start", "error", "output_error_start", "output_error"):
         if (value := average(report.layers, key)) is not None:

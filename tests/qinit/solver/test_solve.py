@@ -90,7 +90,7 @@ def test_at_rank_0_q_alone_is_as_close_as_it_can_be():
 
 
 def test_at_rank_0_inputs_are_looked_at_too():
-    weight, statistics = measured()
+    weight, statistics = of_kind("heavy-tailed"), measured(128)
     layer_spec = replace(calibrated(bits=3), rank=0)
     solution = solve(weight, layer_spec, 0, statistics)
     plain = solve(weight, replace(spec(bits=3, rank=0), group_size=layer_spec.group_size))
