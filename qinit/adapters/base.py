@@ -29,25 +29,26 @@ class Adapter(ABC):
 
     name: str
     peft_type: str  # in adapter_config.json
+    experts = False  # whether experts that are slices of a 3-D parameter get one; what that takes has no defaults
 
     @abstractmethod
     def specs(self, module: LinearModule, rank: int) -> list[TensorSpec]:
-        """Return what is stored for one module, nothing at rank 0; of an expert its parts of what is stored for all."""
+        """Return what is stored for one module; of an expert its parts of what is stored for all. This and what follows
+        is asked for ranks from 1 on."""
 
-    @abstractmethod
     def file_specs(self, modules: Ranks) -> list[TensorSpec]:
         """Return what stands in the file for these modules: experts that are slices of one parameter together."""
+        return [spec for module, rank in modules if rank for spec in self.specs(module, rank)]
 
-    @abstractmethod
     def split(self, modules: Ranks, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         """Return the tensors of such a file by the names of `specs`."""
+        return dict(tensors)
 
     @abstractmethod
     def encode(
         self, module: LinearModule, low_rank: LowRank | None, rank: int, scale: float, seed: int
     ) -> dict[str, torch.Tensor]:
-        """Return those tensors for L = B A, on the CPU; without one PEFT's own start, which changes nothing. At rank 0
-        there are none."""
+        """Return those tensors for L = B A, on the CPU; without one PEFT's own start, which changes nothing."""
 
     @abstractmethod
     def decode(self, module: LinearModule, tensors: Mapping[str, torch.Tensor], scale: float) -> LowRank:
@@ -70,23 +71,23 @@ class Adapter(ABC):
     def change(self, module: str, parts: Mapping[str, torch.Tensor], config: dict[str, Any]) -> torch.Tensor:
         """Return what PEFT adds to a module's weight [out, in], in float32, from all its parts."""
 
-    @abstractmethod
     def change_of_stack(
         self, expert: LinearModule, parts: Mapping[str, torch.Tensor], config: dict[str, Any]
     ) -> torch.Tensor:
         """Return the same for the whole 3-D parameter that an expert is a slice of, in the parameter's layout."""
+        raise NotImplementedError(f"adapter {self.name} has none for experts")  # pragma: no cover - it says so
 
     @abstractmethod
     def is_neutral(self, module: LinearModule, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether the tensors of `specs` change nothing."""
 
-    @abstractmethod
     def stack_of(self, module: LinearModule) -> str:
-        """Return what `part_of` calls the module that has an expert's 3-D parameter."""
+        """Return what `part_of` calls a module; for an expert, the module that has its 3-D parameter."""
+        return module.name
 
-    def names(self, module: LinearModule, rank: int) -> list[str]:
-        """Return the names of what is stored for one module."""
-        return [spec.name for spec in self.specs(module, rank)]
+    def names(self, module: LinearModule, rank: int = 1) -> list[str]:
+        """Return the names of what is stored for one module, none at rank 0."""
+        return [spec.name for spec in self.specs(module, rank)] if rank else []
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:

@@ -39,10 +39,9 @@ TASK_TYPES = {
 class LoraAdapter(Adapter):
     name = "lora"
     peft_type = "LORA"
+    experts = True
 
     def specs(self, module: LinearModule, rank: int) -> list[TensorSpec]:
-        if not rank:
-            return []
         name_a, name_b = _names(self.stack_of(module))
         expert = module.expert
         if expert is not None:
@@ -56,7 +55,7 @@ class LoraAdapter(Adapter):
     def file_specs(self, modules: Ranks) -> list[TensorSpec]:
         found: dict[str, TensorSpec] = {}
         for module, rank in modules:
-            for spec, side in zip(self.specs(module, rank), (0, 1), strict=False):
+            for spec, side in zip(self.specs(module, rank) if rank else (), (0, 1), strict=False):
                 if module.expert is None:
                     found[spec.name] = spec
                     continue
@@ -87,9 +86,7 @@ class LoraAdapter(Adapter):
         self, module: LinearModule, low_rank: LowRank | None, rank: int, scale: float, seed: int
     ) -> dict[str, torch.Tensor]:
         """As `Adapter.encode`; PEFT's own start is A Kaiming-uniform and B zero."""
-        if not rank:
-            return {}
-        name_a, name_b = self.names(module, rank)
+        name_a, name_b = self.names(module)
         if low_rank is None:
             bound = 1 / math.sqrt(module.in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT's reset_lora_parameters
             generator = torch.Generator().manual_seed(seed)
@@ -100,9 +97,7 @@ class LoraAdapter(Adapter):
         return {name_a: A.cpu() / root, name_b: B.cpu() / root}
 
     def decode(self, module: LinearModule, tensors: Mapping[str, torch.Tensor], scale: float) -> LowRank:
-        name_a, name_b = self.names(module, 1)
-        if name_a not in tensors:
-            return LowRank(torch.zeros(module.out_features, 0), torch.zeros(0, module.in_features))
+        name_a, name_b = self.names(module)
         root = math.sqrt(scale)
         A, B = tensors[name_a] * root, tensors[name_b] * root
         return LowRank(A.T, B.T) if _swapped(module) else LowRank(B, A)
@@ -172,7 +167,7 @@ class LoraAdapter(Adapter):
         return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
     def is_neutral(self, module: LinearModule, tensors: Mapping[str, torch.Tensor]) -> bool:
-        return not bool(tensors[self.names(module, 1)[1]].any())
+        return not bool(tensors[self.names(module)[1]].any())
 
 
 def _plain(number: float) -> int | float:

@@ -129,7 +129,7 @@ class Strand(StoredTensor):
         return self.whole.numel // self.numel
 
     def read(self) -> torch.Tensor:
-        return self.whole.read().flatten()[self.first :: self.step].reshape(self.shape)
+        return self.whole.read().flatten()[self.first :: self.step].contiguous().reshape(self.shape)
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
         yield from self.read().flatten().view(torch.uint8).split(size)

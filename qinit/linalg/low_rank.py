@@ -20,6 +20,11 @@ class LowRank:
     B: torch.Tensor
     A: torch.Tensor
 
+    @classmethod
+    def none(cls, rows: int, columns: int) -> LowRank:
+        """Return an L of rank 0 for matrices [rows, columns]."""
+        return cls(torch.zeros(rows, 0), torch.zeros(0, columns))
+
     def to(self, device: torch.device) -> LowRank:
         """Return it on a device."""
         return LowRank(self.B.to(device), self.A.to(device))

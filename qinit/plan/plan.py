@@ -252,9 +252,10 @@ class Plan:
             )
         bare = [layer for layer in self.quantized if layer.target.module.expert is not None and not layer.rank]
         if bare:
+            why = "PEFT adapts all experts of a block together, and not all are chosen here"
+            why = why if self.adapter.experts else f"adapter {self.adapter.name} has none for them"
             notes.append(
-                f"{len(bare)} matrices of experts get no adapter: PEFT adapts all experts of a block together, and not "
-                "all are chosen here; what their quantization loses is not repaired"
+                f"{len(bare)} matrices of experts get no adapter ({why}): what their quantization loses is not repaired"
             )
         return notes
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qinit.adapters import ADAPTERS
 from qinit.errors import RecipeError, TargetError
 from qinit.files.tensors import TensorSpec
 from qinit.formats import FORMATS, DenseFormat
@@ -39,7 +40,7 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
         plan = replace(plan, recipe=recipe.model_copy(update={"format": DenseFormat.name}), format_reason=reason)
     holds_experts = FORMATS[plan.recipe.format].holds_experts
     held = [target for target in targets if target.module.expert is None or holds_experts]
-    experts = _adapted(held, architecture)
+    experts = _adapted(held, architecture) if ADAPTERS[recipe.row.adapter].experts else set()
     layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
     remarks = tuple(left_alone(architecture, names, known, targets))
     plan = settled(replace(plan, layers=layers, remarks=remarks))

@@ -50,7 +50,8 @@ def solve_layer(
         encoded = FORMATS[recipe.format].encode(target, solution.quantized, GRIDS[spec.method.grid])
         tensors = {name: tensor.cpu() for name, tensor in encoded.items()}
     low_rank = solution.low_rank if solution else None
-    tensors |= plan.adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed)
+    if layer.rank:
+        tensors |= plan.adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed)
     row = LayerRow(
         name=target.name,
         shape=(target.module.out_features, target.module.in_features),

@@ -32,7 +32,9 @@ class Held:
         """Keep a layer, its weight W [out, in] and what it was solved to; return Q + L as its trainer would have it."""
         recipe, name = self.plan.recipe, layer.target.name
         quantized = FORMATS[recipe.format].decode(layer.target, tensors, layer.bits, layer.group_size)
-        low_rank = self.plan.adapter.decode(layer.target.module, tensors, recipe.lora_scale)
+        low_rank = LowRank.none(*weight.shape)
+        if layer.rank:
+            low_rank = self.plan.adapter.decode(layer.target.module, tensors, recipe.lora_scale)
         self.layers[name] = Repaired(layer, quantized, low_rank)
         self.weights[name], self.tensors[name], self.rows[name] = weight, tensors, row
         return quantized.addmm(low_rank.B, low_rank.A)

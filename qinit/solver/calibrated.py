@@ -46,7 +46,7 @@ def alternate(
     approximation: Approximation | None = None
     roundings = max(2, spec.iterations - 1)
     if not spec.rank:  # Q alone
-        nothing = LowRank(weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1]))
+        nothing = LowRank.none(*weight.shape).to(weight.device)
         approximation, roundings = Approximation(nothing, basis, captured=0.0), 1
     if method.low_rank_first(spec.bits, spec.rank, weight.shape):
         approximation = output_subspace(target, hessian, spec.rank, basis, COLD_STEPS, statistics.output_metric)

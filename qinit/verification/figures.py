@@ -59,8 +59,8 @@ def check_totals(report: Report, recipe: Recipe) -> Iterator[Finding]:
     """Compare the report's totals with its rows, which must be sound."""
     adapter = ADAPTERS[recipe.row.adapter]
     quantized = [row for row in report.layers if row.kept is None]
-    whole = report.totals.get("whole_bytes", 0)
-    factors = sum(spec.nbytes for row in report.layers for spec in adapter.specs(_module(row), row.rank))
+    whole, rows = report.totals.get("whole_bytes", 0), [row for row in report.layers if row.rank]
+    factors = sum(spec.nbytes for row in rows for spec in adapter.specs(_module(row), row.rank))
     weights = sum(row.shape[0] * row.shape[1] for row in quantized)
     expected: dict[str, float] = {
         "layers": len(quantized),

@@ -45,7 +45,7 @@ def check_values(written: Written, factors: dict[str, StoredTensor], source: Che
         yield from _guarded(written, _check_finite(written, factors[name], factors[name].chunks()))
     for layer in written.layers:
         names = written.adapter.names(layer.target.module, layer.row.rank)
-        if layer.row.kept is not None and factors.keys() >= set(names):
+        if layer.row.kept is not None and names and factors.keys() >= set(names):
             yield from _guarded(written, _check_plain_start(written, layer, [factors[name] for name in names]))
 
 
@@ -106,7 +106,7 @@ def _check_layer(written: Written, layer: Layer, pair: list[StoredTensor], origi
     if original is None or not sound:
         return
     Q = fmt.decode(layer.target, tensors, row.bits, row.group_size)
-    low_rank = written.adapter.decode(layer.target.module, tensors, written.recipe.lora_scale)
+    low_rank = written.adapter.decode(layer.target.module, tensors, written.recipe.lora_scale) if row.rank else None
     raw = torch.cat([tensor.read().float() for tensor in original.tensors], dim=original.outputs_side)
     W = raw.T if original.module.transposed else raw
     norm, residual = residual_norm(W, None), Q.neg_().add_(W)

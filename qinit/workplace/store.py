@@ -158,7 +158,9 @@ class Store:
     def low_rank(self, layer: LayerPlan) -> LowRank:
         """Return L = B A of a finished layer, as PEFT computes it."""
         module, adapter = layer.target.module, self.plan.adapter
-        tensors = {name: self.factors.read(name) for name in adapter.names(module, layer.rank)}
+        if not layer.rank:
+            return LowRank.none(module.out_features, module.in_features)
+        tensors = {name: self.factors.read(name) for name in adapter.names(module)}
         return adapter.decode(module, tensors, self.plan.recipe.lora_scale)
 
     @counted("writing")

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ import torch
 from qinit.adapters import ADAPTERS, write_config
 from qinit.linalg.low_rank import LowRank
 from qinit.recipe import make_recipe
-from qinit.source.targets import Architecture, LinearModule
+from qinit.source.experts import Stack
+from qinit.source.targets import Architecture, Expert, LinearModule
 
 # The fields of PEFT 0.18's LoraConfig and its base classes. LLaMA-Factory 0.9.5 pins peft 0.18, which
 # answers any other key in adapter_config.json with a TypeError.
@@ -56,7 +58,7 @@ def test_scale_times_b_a_is_the_low_rank_and_both_factors_weigh_the_same(options
     assert recipe.lora_scale == pytest.approx(scale)
     factors = low_rank(UP, 8)
     stored = LORA.encode(UP, factors, 8, recipe.lora_scale, seed=0)
-    A, B = (stored[name] for name in LORA.names(UP, 8))
+    A, B = (stored[name] for name in LORA.names(UP))
     torch.testing.assert_close(scale * B @ A, factors.B @ factors.A, rtol=0, atol=1e-5)
     torch.testing.assert_close(B.T @ B, A @ A.T, rtol=0, atol=1e-4)
 
@@ -70,14 +72,14 @@ def test_what_is_stored_is_what_was_announced():
 
 
 def test_names_are_those_of_peft():
-    assert tuple(LORA.names(UP, 8)) == (
+    assert tuple(LORA.names(UP)) == (
         "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
         "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight",
     )
 
 
 def test_without_a_low_rank_the_adapter_starts_as_peft_s_own_does():
-    name_a, name_b = LORA.names(UP, 8)
+    name_a, name_b = LORA.names(UP)
     start = LORA.encode(UP, None, 16, 1.0, seed=5)
     assert not start[name_b].any()
     bound = 1 / math.sqrt(UP.in_features)
@@ -156,6 +158,51 @@ def test_the_config_file_is_what_peft_reads_back(tmp_path):
 def test_short_names_are_taken_where_they_are_those_of_no_other_module(others, expected):
     merger = LinearModule("merger.mlp.0", 64, 64, transposed=False)
     names = dict.fromkeys(("merger.mlp.0", "model.layers.0.mlp.down_proj", *others), object)
-    architecture = Architecture("LlavaForConditionalGeneration", "model", (merger, DOWN), modules=names)
+    architecture = Architecture("LlavaForConditionalGeneration", (merger, DOWN), classes=names)
     found = config_for((merger, 16), (DOWN, 16), architecture=architecture)["target_modules"]
     assert found == expected
+
+
+GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def expert(index: int, *, transposed=False, told=False) -> LinearModule:
+    place = Expert(index, count=3, behind=1, told=told)
+    return LinearModule(f"{GATE_UP}[{index}]", 96, 64, transposed=transposed, expert=place)
+
+
+@pytest.mark.parametrize(("transposed", "told"), [(False, False), (True, True), (True, False)])
+def test_experts_of_one_parameter_share_two_tensors_as_peft_has_them(transposed, told):
+    modules = [(expert(i, transposed=transposed, told=told), 4) for i in range(3)]
+    sides = (96, 64) if transposed and not told else (64, 96)  # PEFT takes the inputs for outputs
+    A, B = LORA.file_specs(modules)
+    assert (A.name, A.shape) == ("base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight", (12, sides[0]))
+    assert (B.name, B.shape) == ("base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight", (sides[1], 12))
+    whole, changes = {"A": torch.zeros(A.shape), "B": torch.zeros(B.shape)}, []
+    for index, (module, rank) in enumerate(modules):
+        factors = low_rank(module, rank)
+        stored = LORA.encode(module, factors, rank, 3.0, seed=0)
+        name_a, name_b = LORA.names(module, rank)
+        assert (name_a, name_b) == (f"{A.name}[{index}]", f"{B.name}[{index}]")
+        whole["A"].unflatten(0, (3, -1))[index] = stored[name_a]
+        whole["B"].unflatten(1, (-1, 3))[..., index] = stored[name_b]
+        back = LORA.decode(module, stored, 3.0)
+        torch.testing.assert_close(back.B @ back.A, factors.B @ factors.A)
+        changes.append((factors.B @ factors.A).T if transposed else factors.B @ factors.A)
+    found = LORA.change_of_stack(modules[0][0], whole, {"lora_alpha": 12, "r": 4})
+    torch.testing.assert_close(found, torch.stack(changes), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_targets_by_their_parameters_and_without_a_rank_no_targets():
+    stack = Stack(GATE_UP, 3, 96, 64, transposed=False, place=0, sources=((f"{GATE_UP}[0]",),))
+    architecture = replace(LLAMA, stacks=(stack,))
+    config = config_for((UP, 8), (DOWN, 0), *((expert(i), 4) for i in range(3)), architecture=architecture, rank=8)
+    assert config["target_modules"] == ["up_proj"]
+    assert config["target_parameters"] == ["experts.gate_up_proj"]
+    assert config["rank_pattern"] == {GATE_UP: 4}
+    assert set(config) <= PEFT_0_18_KEYS
+    assert LORA.names(DOWN, 0) == LORA.file_specs([(DOWN, 0)]) == []
+    other = replace(stack, name=GATE_UP.replace("0", "1"))
+    config = config_for((UP, 8), (expert(0), 8), architecture=replace(LLAMA, stacks=(stack, other)), rank=8)
+    assert config["target_parameters"] == [GATE_UP]
+    assert "target_parameters" not in config_for((UP, 8), (DOWN, 8), rank=8)

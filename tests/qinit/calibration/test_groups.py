@@ -1,9 +1,12 @@
+from dataclasses import replace
+
+import pytest
 import torch
 
 from qinit.calibration.groups import Group, Groups
 from qinit.files.tensors import StoredTensor
 from qinit.plan.plan import LayerPlan
-from qinit.source.targets import LinearModule, Target
+from qinit.source.targets import Expert, LinearModule, Target
 
 X, Y = torch.zeros(2), torch.ones(2)
 
@@ -56,3 +59,20 @@ def test_a_group_is_at_the_end_if_all_of_its_layers_are():
     assert Group("a", [], {"a": "output", "b": "output"}).at_end
     assert not Group("a", [], {"a": "output", "b": None}).at_end
     assert not Group("a", []).at_end
+
+
+def test_experts_of_a_parameter_are_one_group_from_the_first_of_them_on(monkeypatch):
+    experts = {f"experts.up[{i}]": expert(f"blocks.0.experts.up[{i}]", i) for i in range(3)}
+    found = Groups({"q": layer("blocks.0.q"), **experts}, lambda inner: pytest.fail(inner) if "up" in inner else None)
+    found.add({"q": X, "experts.up[1]": Y})
+    found.add({"experts.up[0]": X})
+    assert inner_of(found) == [["q"], ["experts.up[0]", "experts.up[1]", "experts.up[2]"]]
+    assert [group.stack for group in found.found] == [None, "experts.up"]
+    assert not found.found[1].at_end
+    assert not found.unreached
+
+
+def expert(name, index):
+    made = layer(name)
+    module = replace(made.target.module, expert=Expert(index, count=3, behind=0, told=False))
+    return replace(made, target=replace(made.target, module=module))

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from qinit.files.tensors import INDEX_NAME, TensorSpec, read_header
 from qinit.files.writer import SafetensorsWriter
@@ -136,3 +137,25 @@ def test_a_tensor_may_come_slice_by_slice_and_in_any_order(tmp_path, max_bytes):
     assert files[0] == files[1]
     for name in files[0]:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_a_tensor_may_come_in_blocks_of_rows_and_in_strands_of_a_row(tmp_path):
+    specs = [TensorSpec("A", torch.float32, (6, 4)), TensorSpec("B", torch.float32, (5, 6))]
+
+    def split(tensors):
+        parts = [*tensors["A"].blocks(3), *tensors["B"].strands(3)]
+        return {part.name: part for part in parts}
+
+    writer = SafetensorsWriter(tmp_path, specs, split=split)
+    A, B = torch.randn(3, 2, 4), torch.randn(5, 2, 3)
+    for index in (2, 0, 1):
+        assert writer.write(f"A[{index}]", A[index]) == writer.checksum(f"A[{index}]")
+        sum_of = writer.write(f"B[{index}]", B[..., index])
+        assert sum_of == writer.checksum(f"B[{index}]")
+        assert torch.equal(writer.read(f"B[{index}]"), B[..., index])
+    with pytest.raises(ValueError, match=r"B\[0\]: announced as 40 bytes, got 8"):
+        writer.write_chunks("B[0]", [torch.zeros(8, dtype=torch.uint8)])
+    writer.close()
+    found = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(found["A"], A.reshape(6, 4))
+    assert torch.equal(found["B"], B.reshape(5, 6))

@@ -53,3 +53,20 @@ def test_it_holds_every_grid_and_shape_and_needs_no_configuration():
 def test_it_has_no_codes():
     target = make_target()
     assert DENSE.codes(target, DENSE.encode(target, quantized(), INT), 2, 16) is None
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_expert_may_lie_in_several_tensors_one_after_the_other_along_its_outputs(transposed):
+    def stored(name, outputs):
+        shape = (40, outputs) if transposed else (outputs, 40)
+        return StoredTensor(name, torch.bfloat16, shape, Path("model.safetensors"), 0)
+
+    target = Target(LinearModule("experts[0]", 24, 40, transposed), stored("w1", 16), (stored("w3", 8),))
+    tensors = DENSE.encode(target, quantized(), INT)
+    assert [(spec.name, spec.shape) for spec in DENSE.specs(target, 2, 16)] == [
+        (name, tuple(tensor.shape)) for name, tensor in tensors.items()
+    ]
+    decoded = DENSE.decode(target, tensors, 2, 16)
+    assert torch.equal(decoded, INT.dequantize(quantized()).bfloat16().float())
+    w1 = tensors["w1"].T if transposed else tensors["w1"]
+    assert torch.equal(w1.float(), decoded[:16])

@@ -90,7 +90,7 @@ def test_a_layer_that_was_never_reached_is_solved_as_without_calibration(llama, 
 def test_a_layer_that_is_kept_gets_an_adapter_that_changes_nothing(llama, tmp_path):
     plan, layer, _, _ = arguments("kept", llama, tmp_path)
     tensors, row = solve_layer(plan, layer, None, None)
-    assert tensors.keys() == set(plan.adapter.names(layer.target.module, layer.rank))
+    assert tensors.keys() == set(plan.adapter.names(layer.target.module))
     assert plan.adapter.is_neutral(layer.target.module, tensors)
     assert (row.bits, row.group_size, row.error, row.kept) == (None, None, None, layer.kept)
 

@@ -79,3 +79,24 @@ def test_the_output_error_of_a_tall_layer_is_close_though_not_of_all_its_rows():
 def test_a_row_that_needs_statistics_says_so():
     with pytest.raises(ValueError, match="needs statistics"):
         solve(gauss(16, 64, scale=0.02), calibrated(rank=2))
+
+
+def test_at_rank_0_q_alone_is_as_close_as_it_can_be():
+    weight, layer_spec = of_kind("heavy-tailed"), spec(bits=3, rank=0, storage=torch.bfloat16)
+    solution = solve(weight, layer_spec)
+    assert solution.low_rank is None
+    assert solution.error == solution.quantized_error == pytest.approx(true_error(weight, solution, layer_spec))
+    assert solution.error <= solve(weight, replace(layer_spec, rank=8)).quantized_error
+
+
+def test_at_rank_0_inputs_are_looked_at_too():
+    weight, statistics = of_kind("heavy-tailed"), measured(128)
+    layer_spec = replace(calibrated(bits=3), rank=0)
+    solution = solve(weight, layer_spec, 0, statistics)
+    plain = solve(weight, replace(spec(bits=3, rank=0), group_size=layer_spec.group_size))
+    assert solution.low_rank.B.shape == (len(weight), 0)
+    assert solution.output_error == solution.quantized_output_error
+    H = statistics.hessian.double()
+    errors = [weight.double() - as_loaded(each.quantized, layer_spec).double() for each in (solution, plain)]
+    found, without = (float(((E @ H) * E).sum()) for E in errors)
+    assert found < 0.8 * without

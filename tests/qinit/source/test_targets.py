@@ -1,5 +1,6 @@
 import json
 import math
+from collections import Counter
 
 import pytest
 import safetensors.torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from qinit.errors import CheckpointError, TargetError
 from qinit.source.checkpoint import Checkpoint
-from qinit.source.targets import ALL_LINEAR, read_architecture, resolve_targets, select
+from qinit.source.targets import ALL_LINEAR, quantizable, read_architecture, resolve_targets, select
 from qinit.source.vocabulary import Facts
 from tests.fuzz import examples, json_values, numbers, only_qinit_errors, with_value
 from tests.helpers import edit_config
@@ -119,6 +120,30 @@ def test_selection_keeps_the_models_order_and_can_name_one_module(tiny_llama):
     targets = targets_of(tiny_llama)
     assert select(targets, "v_proj,q_proj") == tuple(t for t in targets if t.name.endswith(("q_proj", "v_proj")))
     assert [t.name for t in select(targets, "model.layers.1.mlp.up_proj")] == ["model.layers.1.mlp.up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "exclude", "expected"),
+    [
+        ("experts", None, {"gate_up_proj": 8, "down_proj": 8}),
+        ("experts.down_proj,q_proj", None, {"q_proj": 2, "down_proj": 8}),
+        ("gate_up_proj", r".*\[[0-2]\]", {"gate_up_proj": 2}),
+        (r"model\.layers\.0\.mlp\.experts\.down_proj\[3\]", None, {"down_proj": 1}),
+        (ALL_LINEAR, "experts,k_proj,v_proj,o_proj", {"q_proj": 2}),
+    ],
+)
+def test_experts_go_by_their_parameter_its_module_and_their_number(tmp_path, wanted, exclude, expected):
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", "qwen3_moe"))
+    chosen = select(quantizable(checkpoint, read_architecture(checkpoint)), wanted, exclude)
+    assert Counter(target.name.rsplit(".", 1)[-1].split("[")[0] for target in chosen) == expected
+
+
+def test_routers_are_no_targets(tmp_path):
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", "llama4"))
+    targets = quantizable(checkpoint, read_architecture(checkpoint))
+    assert not any("router" in target.name for target in targets)
+    with pytest.raises(TargetError, match=r"no linear module is named 'router'.*experts.gate_up_proj \(8x\)"):
+        select(targets, "router")
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ class TestCodes:
     def test_factors_are_replaced_too(self, mixed):
         job, tensors = mixed
         layer = job.plan.quantized[0]
-        name = job.plan.adapter.names(layer.target.module, layer.rank)[0]
+        name = job.plan.adapter.names(layer.target.module)[0]
         other = tensors[layer.target.name][name] + 1
         assert job.store.replace(name, other) == job.store.factors.checksum(name)
         assert torch.equal(job.store.factors.read(name), other)
@@ -132,7 +132,7 @@ def test_a_layer_with_another_byte_is_done_again_and_no_other(llama, tmp_path, p
         writer, name = (
             (job.store.base, layer.specs[0].name)
             if part == "base"
-            else (job.store.factors, plan.adapter.names(layer.target.module, layer.rank)[0])
+            else (job.store.factors, plan.adapter.names(layer.target.module)[0])
         )
         writer.write(name, writer.read(name) + 1)
     with job_at(plan, tmp_path / "out") as job:
