@@ -127,7 +127,9 @@ def _blocks(trial: Trial, adapted: Any, class_name: str) -> Iterator[Answer]:
         yield Answer("base", f"{class_name} was not compared block by block: {error}", False)
     done = f"loaded by {class_name} and PEFT without weights"
     if count:
-        done += f"; {count} blocks, filled from the files, are {farthest:.0e} from Q + s B A and have gradients; how the "
+        done += (
+            f"; {count} blocks, filled from the files, are {farthest:.0e} from Q + s B A and have gradients; how the "
+        )
         done += "loaders read values, and what lies outside the blocks, was not compared"
     yield Answer("base", done, kind="done")
 

@@ -87,7 +87,9 @@ def test_one_of_another_base_and_a_directory_without_a_run_are_refused(run, trai
         tensors["base_model.model.h.0.lora_A.weight"] = torch.ones(4, 64)
 
     edit_tensors(other / "adapter_model.safetensors", rename)
-    with pytest.raises(CheckpointError, match=f"^{other}: does not fit the base of {run}: h.0 is no module of the base"):
+    with pytest.raises(
+        CheckpointError, match=f"^{other}: does not fit the base of {run}: h.0 is no module of the base"
+    ):
         prepare(run, REPO, other)
     with pytest.raises(ReportError, match="give the run that it was trained on, and this directory with --adapter"):
         prepare(trained, REPO)

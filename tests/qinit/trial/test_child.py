@@ -1,6 +1,5 @@
 import json
 import signal
-import sys
 
 import pytest
 
@@ -35,7 +34,11 @@ def test_a_process_that_dies_is_a_finding(code, said, asked, monkeypatch):
 
 
 def test_an_interrupt_ends_the_process(asked, monkeypatch):
-    monkeypatch.setattr(child, "CHILD", "import json, time; print(json.dumps({'part': 'base', 'what': 'x'}), flush=True); time.sleep(600)")
+    monkeypatch.setattr(
+        child,
+        "CHILD",
+        "import json, time; print(json.dumps({'part': 'base', 'what': 'x'}), flush=True); time.sleep(600)",
+    )
     started = []
     real = child.subprocess.Popen
 

@@ -1,4 +1,4 @@
-"""In the process of the tests, so that each case costs no import of its own; tests/qinit/trial/test_child.py starts one."""
+"""In the process of the tests, so that no case costs imports of its own; tests/qinit/trial/test_child.py starts one."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,9 @@ def answers(run, adapter=None, **options):
     """What is answered: problems, notes and what was done."""
     report = Report.read(run)
     trusted = bool(report.recipe["trust_remote_code"])
-    found = [*tried(Asked(str(run), str(adapter or run / "eqft_init"), report.loader, **options, trust_remote_code=trusted))]
+    found = [
+        *tried(Asked(str(run), str(adapter or run / "eqft_init"), report.loader, **options, trust_remote_code=trusted))
+    ]
     problems = [each.what for each in found if each.kind == "finding" and each.grave]
     notes = [each.what for each in found if each.kind == "finding" and not each.grave]
     return problems, notes, next((each.what for each in found if each.kind == "done"), None)
