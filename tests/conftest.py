@@ -87,12 +87,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Llama whose class is code in its directory; what transformers copies of it goes to a place of the test's."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", [*sys.path])
-    return make_own_code(tmp_path / "own")
+
+    def forget() -> None:  # the package that transformers makes of that place
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
+    yield make_own_code(tmp_path / "own")
+    forget()
 
 
 @pytest.fixture
@@ -132,8 +139,9 @@ def _no_check(job: Any) -> Generator[Any, None, None]:
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return a function that runs `qinit ARGUMENTS` in an empty directory: (exit code, stdout, stderr).
 
-    Calibration `auto` is none there, and fast, and no run is measured at its end; `qinit.planner.make.choose` and
-    `qinit.runner.run.check` are what a test may put back.
+    Calibration `auto` is none there, and fast, no run is measured at its end, and `qinit verify` loads none, for which
+    it would start a process; `qinit.planner.make.choose`, `qinit.runner.run.check` and
+    `qinit.verification.loading.check_loading` are what a test may put back.
     """
     from qinit_cli import main
 
@@ -144,6 +152,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(directory)
     monkeypatch.setattr("qinit.planner.make.choose", lambda plan, device: Choice("none", ""))
     monkeypatch.setattr("qinit.runner.run.check", _no_check)
+    monkeypatch.setattr("qinit.verification.loading.check_loading", lambda *_, **__: iter(()))
 
     def call(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["qinit", *map(str, arguments)])

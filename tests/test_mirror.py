@@ -20,6 +20,7 @@ ELSEWHERE = {
     "qinit/grids/integer/block.py": "data alone",
     "qinit/plan/limits.py": "data alone",
     "qinit/solver/statistics.py": "data alone",
+    "qinit/trial/asked.py": "data alone",
     "qinit/stages/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
     **{
         f"qinit/trainers/{name}.py": "tests/docs/test_trainers.py reads what it writes, tests/compat/trainers runs it"

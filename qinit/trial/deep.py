@@ -78,6 +78,7 @@ class Stock:
 
 
 def _as(empty: torch.Tensor, value: torch.Tensor | None) -> Any:
+    """Return a value as the kind of tensor that it takes the place of."""
     if value is None or not isinstance(empty, nn.Parameter):
         return value
     return nn.Parameter(value, requires_grad=empty.requires_grad)

@@ -8,6 +8,7 @@ from qinit_cli.eqft import typed
 from qinit.files.tensors import StoredTensor
 from qinit.source import demo
 from tests.helpers import weights_of
+from tests.hub_stand_in import WRITER
 from tests.models import make_checkpoint
 
 QUICK = ("--rank", 4, "--iter", 1)
@@ -216,6 +217,17 @@ class TestHub:
         assert {token for _, token in hub.requests} == {"Bearer hf_secret"}
         written = texts_below(Path("out"))
         assert "hf_secret" not in written + out + err
+
+
+def test_a_run_that_stock_loaders_would_lose_a_part_of_is_3_and_is_not_pushed(command, hub, tiny_llama, monkeypatch):
+    monkeypatch.setattr("qinit.runner.loadable.lost_names", lambda *_, **__: ["PEFT drops x"])
+    target = ("--push-to-hub", "me/tiny", "--token", WRITER)
+    code, out, _ = command("eqft", tiny_llama, "--format", "dense", "--rank", 4, "--out", "out", *target)
+    assert code == 3
+    assert "note: check: stock loaders would lose a part of it: PEFT drops x" in out
+    assert "not pushed to me/tiny, as stock loaders would lose a part of it" in out
+    assert Path("out/qinit.json").is_file()
+    assert hub.files("me/tiny").keys() <= {".gitattributes"}
 
 
 def test_the_command_is_quoted_and_without_the_token():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 
 from qinit.files.manifest import MANIFEST_NAME, listed, write_manifest
+from qinit.verification.findings import Checked, Finding
 from tests.cli.test_main import process
 from tests.helpers import edit_json, edit_tensors, quantize
+from tests.mixed import gptq_only
 from tests.models import make_checkpoint
 
 CONFIG = "eqft_init/adapter_config.json"
@@ -30,12 +33,16 @@ def run(made, tmp_path):
 
 
 def test_a_sound_run_is_said_to_be_sound_and_by_what(made, tmp_path):
+    gptq_only()
     source, run = made
     result = process("verify", run, "--source", source, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     count = len(listed(run))
     looked = f"{count} files by their hashes, 91 tensors by their values, 14 layers by their errors against {source}"
-    assert result.stdout == f"{run}: sound ({looked})\n"
+    first, second = result.stdout.splitlines()
+    assert first == f"{run}: sound ({looked})"
+    assert second.startswith("loaded by LlamaForCausalLM and PEFT, ")
+    assert second.endswith(" from Q + s B A of the files, gradients at 14 adapted modules")
 
 
 def test_quiet_says_nothing(command, made, run):
@@ -120,6 +127,58 @@ def test_what_is_no_run_and_what_is_no_source_is_bad_input(command, run, argumen
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert err.startswith("error: ")
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """What `qinit verify` asks to be loaded, and finds: a problem."""
+    found = []
+
+    def check_loading(*arguments, **options):
+        found.append((*arguments, options))
+        yield Finding("config.json", "LlamaForCausalLM passes over x")
+        yield Checked("loaded", "loaded by LlamaForCausalLM", 0)
+
+    monkeypatch.setattr("qinit.verification.loading.check_loading", check_loading)
+    return found
+
+
+def test_what_loading_finds_is_3_and_in_the_json(command, made, tried):
+    source, run = made
+    code, out, _ = command("verify", run, "--source", source, "--deep", "--json")
+    value = json.loads(out)
+    assert (code, value["sound"], value["loaded"]) == (3, False, "loaded by LlamaForCausalLM")
+    assert [problem["what"] for problem in value["problems"]] == ["LlamaForCausalLM passes over x"]
+    assert tried == [(run, None, source, {"deep": True, "trust_remote_code": False})]
+
+
+def test_a_damaged_run_is_not_loaded(command, run, tried):
+    (run / "README.md").unlink()
+    assert command("verify", run)[0] == 3
+    assert tried == []
+
+
+def test_a_trained_adapter_is_checked_and_loaded_if_it_fits(command, made, run, tried, tmp_path):
+    trained = Path(shutil.copytree(run / "eqft_init", tmp_path / "trained"))
+    code, out, _ = command("verify", run, "--adapter", trained)
+    assert (code, tried[0][1]) == (3, trained)  # for what loading finds
+    assert f"{trained}" not in out
+    tried.clear()
+    edit_tensors(trained / "adapter_model.safetensors", lambda tensors: tensors.popitem())
+    code, out, _ = command("verify", run, "--adapter", trained)
+    assert (code, tried) == (3, [])
+    assert f"\n{trained / 'adapter_model.safetensors'}: model.layers." in out
+    code, _, err = command("verify", run, "--adapter", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "adapter_config.json: not found; an adapter's directory has one, as trained below it has" in err
+
+
+def test_code_that_lies_in_the_run_is_run_where_that_is_asked_for(command, own_code, tmp_path):
+    quantize(own_code, tmp_path / "own-run", format="dense", trust_remote_code=True)
+    code, out, _ = command("verify", tmp_path / "own-run")
+    assert code == 3
+    assert "read it, then pass --trust-remote-code to run it" in out
+    assert command("verify", tmp_path / "own-run", "--trust-remote-code", "--source", own_code)[0] == 0
 
 
 def test_a_source_on_the_hub_is_read_at_the_run_s_revision(command, made, run, hub):

@@ -1,6 +1,5 @@
 import json
 import signal
-import sys
 
 import pytest
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from qinit.loading import load_base
-from qinit.trial.names import on_meta, put_on
-from qinit.trial.deep import compare_blocks
-from qinit.trial.twin import weights_of
 from qinit.stream.blocks import NotStreamable
+from qinit.trial.deep import compare_blocks
+from qinit.trial.names import on_meta, put_on
+from qinit.trial.twin import weights_of
 from tests.helpers import quantize
 from tests.mixed import gptq_only
 from tests.models import make_checkpoint

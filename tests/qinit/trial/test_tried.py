@@ -1,4 +1,4 @@
-"""In the process of the tests, so that each case costs no import of its own; tests/qinit/trial/test_child.py starts one."""
+"""In the process of the tests, so that no case costs imports of its own; tests/qinit/trial/test_child.py starts one."""
 
 import shutil
 from pathlib import Path
