@@ -55,7 +55,7 @@ def _adapt(skeleton: Skeleton, config: str, tensors: Shapes) -> Adapted:
             warnings.simplefilter("ignore")
             lora: Any = PeftConfig.from_peft_type(**settings)
             lora.inference_mode = False  # as for training
-            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(settings["task_type"], PeftModel)
+            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(settings.get("task_type"), PeftModel)
             adapted = kind(model, lora, "default", low_cpu_mem_usage=True)
             saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
             shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}

@@ -109,7 +109,8 @@ def _refused(
     """Return the modules of those kinds that PEFT refuses alone, tried on one of each, with what it says."""
     kinds: dict[tuple[str, type | None], list[tuple[LinearModule, int]]] = {}
     for module, rank in ranks:
-        kinds.setdefault((_last(module.parameter), architecture.classes.get(module.name)), []).append((module, rank))
+        name = module.name if module.expert is None else module.parameter
+        kinds.setdefault((_last(name), architecture.classes.get(module.name)), []).append((module, rank))
     found = {}
     for alike in kinds.values():
         try:

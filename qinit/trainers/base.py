@@ -86,7 +86,10 @@ class Trainer(ABC):
         """Return why this trainer cannot take a run, and what can be done, or None. The default is that of trainers of
         causal language models that load with stock transformers."""
         if not run.causal:
-            return f"trains causal language models, and the run's model is {run.class_name}; use --trainer transformers"
+            return (
+                f"trains causal language models, and the run's model is {run.class_name}; --trainer transformers takes "
+                "masked ones too, and others need a script of their own around the lines in the run's README.md"
+            )
         if run.packed_mixed:
             return (
                 "loads packed weights of one width only, and the run has several; use --trainer trl or transformers, "

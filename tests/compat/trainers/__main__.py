@@ -14,7 +14,7 @@ from tests.compat.trainers.environment import environment
 from tests.compat.trainers.merged import check_merge
 from tests.compat.trainers.table import ROWS, Row
 
-LIMIT = 900  # seconds for one call of a trainer; on two busy cores the slowest takes 100
+LIMIT = 900  # seconds for one call of a trainer
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 # gptqmodel would compile each layer's dequantize, which takes a minute of compiler; Axolotl reports its use.
 QUIET |= {"TORCHDYNAMO_DISABLE": "1", "WANDB_MODE": "disabled", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
