@@ -134,7 +134,7 @@ OPTIONS: dict[str, Any] = {
     ],
     "exclude": Annotated[
         str | None,
-        typer.Option(help="Names or a regular expression to leave out.", rich_help_panel=METHOD_PANEL),
+        typer.Option(help="Names (experts) or a regular expression to leave out.", rich_help_panel=METHOD_PANEL),
     ],
     "lora_alpha": Annotated[float | None, typer.Option(show_default="the rank", rich_help_panel=METHOD_PANEL)],
     "use_rslora": Annotated[
