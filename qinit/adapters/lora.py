@@ -116,7 +116,7 @@ class LoraAdapter(Adapter):
         root = math.sqrt if recipe.use_rslora else float
         return {
             "peft_type": self.peft_type,
-            "task_type": next((t for end, t in TASK_TYPES.items() if architecture.class_name.endswith(end)), None),
+            "task_type": _task_type(architecture),
             "base_model_name_or_path": base,
             "revision": None,
             "r": recipe.rank,
@@ -168,6 +168,13 @@ class LoraAdapter(Adapter):
 
     def is_neutral(self, module: LinearModule, tensors: Mapping[str, torch.Tensor]) -> bool:
         return not bool(tensors[self.names(module)[1]].any())
+
+
+def _task_type(architecture: Architecture) -> str | None:
+    """Return what PEFT calls the model's task; a decoder beside what sees or hears is no encoder-decoder."""
+    if architecture.language:
+        return TASK_TYPES["ForCausalLM"]
+    return next((task for end, task in TASK_TYPES.items() if architecture.class_name.endswith(end)), None)
 
 
 def _plain(number: float) -> int | float:

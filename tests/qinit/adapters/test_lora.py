@@ -134,6 +134,13 @@ def test_an_unknown_kind_of_model_has_no_task_type():
     assert config_for((UP, 16), architecture=Architecture("LlamaModel", LLAMA.linear))["task_type"] is None
 
 
+def test_a_decoder_that_also_sees_is_no_encoder_decoder():
+    seeing = Architecture("LlavaForConditionalGeneration", LLAMA.linear, language="model.language_model")
+    encoder_decoder = Architecture("T5ForConditionalGeneration", LLAMA.linear)
+    found = [config_for((UP, 16), architecture=each)["task_type"] for each in (seeing, encoder_decoder)]
+    assert found == ["CAUSAL_LM", "SEQ_2_SEQ_LM"]
+
+
 def test_the_config_file_is_what_peft_reads_back(tmp_path):
     from peft import LoraConfig
 
