@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
-from qinit.adapters.trained import WEIGHTS_NAME, misfits
 from qinit.errors import CheckpointError, ReportError
 from qinit.files.manifest import refresh
 from qinit.files.tensors import StoredTensor, read_header
 from qinit.report.report import Report
-from qinit.source.checkpoint import count_nonfinite, read_json, weight_files
-from qinit.verification.findings import Checked, Event, Finding, from_error
+from qinit.source.checkpoint import read_json
+from qinit.verification.findings import Finding, from_error
 from qinit.verification.written import Written, compare, differing
 
 CONFIG_FILE = f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}"
@@ -46,21 +45,6 @@ def check_adapter(written: Written) -> Generator[Finding, None, dict[str, Stored
     for name in sorted(found.keys() - specs.keys()):
         yield Finding(WEIGHTS_FILE, f"tensor '{name}' belongs to no layer of the report")
     return {name: tensor for name, tensor in found.items() if name in specs and not problems[name]}
-
-
-def check_trained(directory: Path, adapter: Path) -> Iterator[Event]:
-    """Check an adapter that was trained on a run: that it fits its base, and that its values are finite.
-
-    Raises CheckpointError for what is no saved adapter, ReportError for what is no run.
-    """
-    layers = {row.name: row.shape for row in Report.read(directory).layers}
-    base = [name for file, _ in weight_files(directory) for name in read_header(file)]
-    file = str(adapter / WEIGHTS_NAME)
-    yield from (Finding(file, problem) for problem in misfits(adapter, layers, base))
-    for name, tensor in read_header(adapter / WEIGHTS_NAME).items():
-        if bad := sum(count_nonfinite(chunk.view(tensor.dtype)) for chunk in tensor.chunks()):
-            yield Finding(file, f"tensor '{name}' holds {bad} NaN or Inf among {tensor.numel} values")
-        yield Checked("tensor", name, tensor.nbytes)
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
