@@ -130,9 +130,9 @@ def _tried(
     directory: Path, adapter: Path | None, source: Path | None, *, deep: bool, trust_remote_code: bool
 ) -> Iterator[Event]:
     """Load the run, with another adapter than its own where there is one and it fits."""
-    from qinit.verification.factors import check_trained
     from qinit.verification.findings import Finding
     from qinit.verification.loading import check_loading
+    from qinit.verification.trained import check_trained
 
     fits = True
     for event in check_trained(directory, adapter) if adapter is not None else ():

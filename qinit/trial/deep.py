@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from qinit.adapters import WEIGHTS_STEM
 from qinit.adapters.base import PREFIX
 from qinit.errors import CheckpointError
 from qinit.files.tensors import read_header
-from qinit.source.checkpoint import read_finite
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
 from qinit.stream.weights import ModelWeights
@@ -34,8 +34,15 @@ class Stock:
     """The model that stock classes have built on the meta device, with an adapter on it, filled a block at a time."""
 
     def __init__(self, adapted: Any, weights: ModelWeights, adapter: Path) -> None:
-        self.model, self.weights = adapted.get_base_model(), weights
+        self.model, self.directory = adapted.get_base_model(), weights.checkpoint.directory
         self.factors = read_header(adapter / f"{WEIGHTS_STEM}.safetensors")
+        self.base = copy(weights)
+        self.base.adapter = None
+        self.parts = {
+            f"{name.removesuffix('weight')}{part}": tensor
+            for name, parts in weights.packed().items()
+            for part, tensor in parts.items()
+        }
 
     def fill(self, path: str, like: nn.Module) -> nn.Module:
         """Return the block at `path` with its values in memory; buffers that no file has are those of `like`."""
@@ -61,20 +68,19 @@ class Stock:
 
     def _value(self, name: str, empty: torch.Tensor, like: nn.Module, within: str) -> torch.Tensor | None:
         """Return a tensor of the block by its name in the model; None for what its module makes for itself."""
-        stored = self._read(name)
+        stored = self._stored(name)
         if stored is not None:
             return stored.to(empty.dtype)
         bare = re.sub(r"(\.base_layer)+(?=\.)", "", within)
         known = dict(like.named_buffers()) | dict(like.named_parameters())
         if isinstance(empty, nn.Parameter) and bare not in known:
-            raise CheckpointError(f"{self.weights.checkpoint.directory}: no tensor for the parameter {name}")
+            raise CheckpointError(f"{self.directory}: no tensor for the parameter {name}")
         return known[bare].to(empty.dtype) if bare in known else None
 
-    def _read(self, name: str) -> torch.Tensor | None:
-        """Return what the files have for a tensor of the model's; None where they have nothing."""
+    def _stored(self, name: str) -> torch.Tensor | None:
         own = re.sub(r"(\.base_layer)+(?=\.)", "", name)
-        stored = self.factors.get(f"{PREFIX}{name.replace('.default.', '.')}") or self.weights.names.find(own)
-        return self.weights.names.make(own, read_finite) if stored is None else stored.read()
+        tensor = self.factors.get(f"{PREFIX}{name.replace('.default.', '.')}") or self.parts.get(own)
+        return tensor.read() if tensor is not None else self.base.read(own, CPU)
 
 
 def _as(empty: torch.Tensor, value: torch.Tensor | None) -> Any:

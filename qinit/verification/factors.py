@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
-from qinit.adapters.trained import WEIGHTS_NAME, misfits
 from qinit.errors import CheckpointError, ReportError
 from qinit.files.manifest import refresh
 from qinit.files.tensors import StoredTensor, TensorSpec, read_header
 from qinit.report.report import REPORT_NAME, Report
-from qinit.source.checkpoint import Checkpoint, count_nonfinite, read_json, weight_files
+from qinit.source.checkpoint import Checkpoint, read_json
 from qinit.source.targets import LinearModule
 from qinit.stock.settle import whole_parameters
 from qinit.stock.skeleton import Skeleton
-from qinit.verification.findings import Checked, Event, Finding, from_error
+from qinit.verification.findings import Finding, from_error
 from qinit.verification.written import Written, compare, differing
 
 CONFIG_FILE = f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}"
@@ -77,21 +76,6 @@ def _check_whole(written: Written, whole: dict[str, StoredTensor], found: dict[s
         same = (found[name].dtype, found[name].shape) == (whole[name].dtype, whole[name].shape)
         if same and not all(map(torch.equal, found[name].chunks(), whole[name].chunks())):
             yield Finding(WEIGHTS_FILE, f"tensor '{name}' is not what the base has")
-
-
-def check_trained(directory: Path, adapter: Path) -> Iterator[Event]:
-    """Check an adapter that was trained on a run: that it fits its base, and that its values are finite.
-
-    Raises CheckpointError for what is no saved adapter, ReportError for what is no run.
-    """
-    layers = {row.name: row.shape for row in Report.read(directory).layers}
-    base = [name for file, _ in weight_files(directory) for name in read_header(file)]
-    file = str(adapter / WEIGHTS_NAME)
-    yield from (Finding(file, problem) for problem in misfits(adapter, layers, base))
-    for name, tensor in read_header(adapter / WEIGHTS_NAME).items():
-        if bad := sum(count_nonfinite(chunk.view(tensor.dtype)) for chunk in tensor.chunks()):
-            yield Finding(file, f"tensor '{name}' holds {bad} NaN or Inf among {tensor.numel} values")
-        yield Checked("tensor", name, tensor.nbytes)
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import torch
 
 from qinit.errors import CheckpointError, ReportError
 from qinit.files.manifest import MANIFEST_NAME, bytes_sum, read_manifest
+from qinit.hub.push import _staged as staged
 from qinit.hub.push import prepare, push
 from tests.helpers import contents, edit_tensors
 from tests.hub_stand_in import WRITER
+from tests.stock import load_base, logits
 from tests.trained import train
 
 REPO = "me/tiny"
@@ -55,6 +57,15 @@ def test_the_card_says_that_it_was_trained_and_its_lines_load_it(run, trained):
         'model = PeftModel.from_pretrained(base, "me/tiny", revision="v2", subfolder="adapter")'
     )
     assert {"optimizer.pt", "training_args.bin"} <= {Path(name).name for name in prepared.left_out}
+
+
+def test_what_is_pushed_is_loaded_by_the_lines_that_are_said(run, trained):
+    from peft import PeftModel
+
+    prepared, names = prepare(run, REPO, trained), {}
+    with staged(prepared) as folder:  # a directory in the place of the repository's id
+        exec("\n".join(prepared.snippet()).replace(json.dumps(REPO), json.dumps(str(folder))), names)
+    assert torch.equal(logits(names["model"]), logits(PeftModel.from_pretrained(load_base(run, dtype="auto"), trained)))
 
 
 def test_a_card_that_was_written_anew_gets_the_lines_too(run, trained):
