@@ -206,7 +206,8 @@ class _Model:
         self.blocks: dict[str, list[LinearModule]] = {}
         for module in plan.architecture.linear:
             self.blocks.setdefault(block_of(module.name), []).append(module)
-        self.experts = [module for module in plan.architecture.modules.values() if module.expert is not None]
+        experts = [module for module in plan.architecture.modules.values() if module.expert is not None]
+        self.experts = Counter((module.in_features, module.out_features) for module in experts)
         every = plan.architecture.modules.values()
         self.weights = sum(module.in_features * module.out_features for module in every)
         self.width = self._size("hidden_size", "n_embd", "d_model") or min(
@@ -232,8 +233,8 @@ class _Model:
         each = [times] * len(modules) if isinstance(times, int | float) else times
         for module, count in zip(modules, each, strict=True):
             shapes[module.in_features, module.out_features] += count * self.share(module)
-        for module in self.experts:
-            shapes[module.in_features, module.out_features] += max(each, default=1.0) * self.share(module)
+        for shape, experts in self.experts.items():
+            shapes[shape] += max(each, default=1.0) * experts * self.plan.routed
         for (inputs, outputs), count in shapes.items():
             yield Work(part, "product", (rows, inputs, outputs), count * tokens / rows)
 
@@ -287,9 +288,9 @@ class _Model:
         yield from self.around(part, tokens, rows, self.length, attention, inner)
         for block in self.blocks.values():
             yield from self._statistics(part, block, rows)
-        inputs = Counter(module.in_features for module in self.experts if module.name in self.chosen)
-        for size, count in inputs.items():  # of each expert, and of all of a parameter's together
-            yield Work(part, "moment", (rows, size), 2 * count * self.share(self.experts[0]) * tokens / rows)
+        measured = self.experts if any(layer.target.module.expert for layer in self.plan.quantized) else Counter()
+        for (size, _), count in measured.items():  # of each expert, and of all of a parameter's together
+            yield Work(part, "moment", (rows, size), 2 * count * self.plan.routed * tokens / rows)
 
     def passes(self, block: Sequence[LinearModule]) -> list[int]:
         """Return how often the text runs through each layer of a block: the original once, the repaired one as far as
