@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from qinit.adapters import ADAPTERS, Adapter
 from qinit.files.tensors import StoredTensor, TensorSpec
@@ -20,8 +19,8 @@ from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, LinearModule, Target
 from qinit.source.vocabulary import Facts
 
-if TYPE_CHECKING:
-    pass
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call them,
+CHOSEN_COUNTS = ("num_experts_per_tok", "top_k_experts")  # and those that a token goes to
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,16 @@ class Plan:
         grid = GRIDS[self.recipe.row.grid]
         bits = sum(layer.weights * grid.bits_per_weight(layer.bits, layer.group_size) for layer in self.quantized)
         return bits / sum(layer.weights for layer in self.quantized)
+
+    @cached_property
+    def routed(self) -> float:
+        """The share of the tokens that an expert gets."""
+        config = {**self.checkpoint.config, **(self.checkpoint.config.get("text_config") or {})}
+        experts, chosen = (
+            next((value for key in keys if isinstance(value := config.get(key), int) and value > 0), None)
+            for keys in (EXPERT_COUNTS, CHOSEN_COUNTS)
+        )
+        return min(1.0, chosen / experts) if experts and chosen else 1.0
 
     @cached_property
     def facts(self) -> Facts:

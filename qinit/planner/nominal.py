@@ -7,8 +7,6 @@ this machine is just now, so that a busy one writes the same bytes as an idle on
 
 from __future__ import annotations
 
-from typing import Any
-
 from qinit.machine import pick_device
 from qinit.plan.limits import AUTO_SOURCE, GRADIENT_LENGTH, GRADIENT_PASSES, GRADIENT_SAMPLES
 from qinit.plan.plan import Plan
@@ -47,11 +45,8 @@ def calibrating_seconds(plan: Plan, source: str, samples: int) -> float:
 
 def share(plan: Plan, module: LinearModule) -> float:
     """Return the share of the tokens that reach a layer: of experts, what each gets."""
-    config = {**plan.checkpoint.config, **(plan.checkpoint.config.get("text_config") or {})}
-    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
-    chosen = _first(config, "num_experts_per_tok", "top_k_experts", "moe_top_k")
     routed = module.expert is not None or ("experts" in module.name.split(".") and "shared" not in module.name)
-    return min(1.0, chosen / experts) if experts and chosen and routed else 1.0
+    return plan.routed if routed else 1.0
 
 
 def active_parameters(plan: Plan) -> float:
@@ -59,11 +54,6 @@ def active_parameters(plan: Plan) -> float:
     experts = (module for module in plan.architecture.modules.values() if module.expert is not None)
     idle = sum(m.in_features * m.out_features * (1 - share(plan, m)) for m in experts)
     return plan.checkpoint.parameters - idle
-
-
-def _first(config: dict[str, Any], *keys: str) -> int | None:
-    found = (config.get(key) for key in keys)
-    return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
 def solving_seconds(plan: Plan, calibrated: bool) -> float:

@@ -208,7 +208,7 @@ class _Model:
         for module in self.linear:
             self.blocks.setdefault(block_of(module.name), []).append(module)
         reading = [m for m in plan.architecture.modules.values() if plan.architecture.in_language(m.name)]
-        self.experts = [module for module in reading if module.expert is not None]
+        self.experts = Counter((m.in_features, m.out_features) for m in reading if m.expert is not None)
         self.weights = sum(module.in_features * module.out_features for module in reading)
         self.width = self._size("hidden_size", "n_embd", "d_model") or min(m.in_features for m in self.linear)
         self.heads = self._size("num_attention_heads", "n_head", "num_heads") or 1
@@ -231,8 +231,8 @@ class _Model:
         each = [times] * len(modules) if isinstance(times, int | float) else times
         for module, count in zip(modules, each, strict=True):
             shapes[module.in_features, module.out_features] += count * self.share(module)
-        for module in self.experts:
-            shapes[module.in_features, module.out_features] += max(each, default=1.0) * self.share(module)
+        for shape, experts in self.experts.items():
+            shapes[shape] += max(each, default=1.0) * experts * self.plan.routed
         for (inputs, outputs), count in shapes.items():
             yield Work(part, "product", (rows, inputs, outputs), count * tokens / rows)
 
@@ -286,9 +286,9 @@ class _Model:
         yield from self.around(part, tokens, rows, self.length, attention, inner)
         for block in self.blocks.values():
             yield from self._statistics(part, block, rows)
-        inputs = Counter(module.in_features for module in self.experts if module.name in self.chosen)
-        for size, count in inputs.items():  # of each expert, and of all of a parameter's together
-            yield Work(part, "moment", (rows, size), 2 * count * self.share(self.experts[0]) * tokens / rows)
+        measured = self.experts if any(layer.target.module.expert for layer in self.plan.quantized) else Counter()
+        for (size, _), count in measured.items():  # of each expert, and of all of a parameter's together
+            yield Work(part, "moment", (rows, size), 2 * count * self.plan.routed * tokens / rows)
 
     def passes(self, block: Sequence[LinearModule]) -> list[int]:
         """Return how often the text runs through each layer of a block: the original once, the repaired one as far as

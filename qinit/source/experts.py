@@ -186,7 +186,8 @@ def _sourced(stack: Stack, model: Any, checkpoint: Checkpoint, converter: Any, k
         whole = _converted(stack.name, model, converter, given)
     except Exception as error:  # an operation can ask for anything of its tensors
         return replace(stack, unknown=f"transformers converts them in another way ({type(error).__name__})")
-    sources = [_sources(piece, list(zip(stored, parts, strict=True)), stack.transposed) for piece in whole]
+    named = list(zip(stored, parts, strict=True))
+    sources = [_sources(piece, named, stack.transposed) for piece in whole]
     if len(sources) != stack.count or not all(
         names and _fits(stack, [stored[name] for name in names]) for names in sources
     ):
@@ -209,7 +210,7 @@ def _converted(name: str, model: Any, converter: Any, sources: list[tuple[str, s
 def _sources(piece: torch.Tensor, parts: list[tuple[str, torch.Tensor]], transposed: bool) -> list[str]:
     """Return the names of the parts that a slice consists of, one after the other; none where it is more than that."""
     size = TINY[0] * TINY[1]
-    found = [parts[int(value) // size] for value in piece.flatten() if int(value) % size == 0]
+    found = [parts[value // size] for value in piece.flatten().tolist() if value % size == 0]
     same = bool(found) and torch.equal(torch.cat([part for _, part in found], dim=1 if transposed else 0), piece)
     return [name for name, _ in found] if same else []
 

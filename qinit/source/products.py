@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ class _View:
     parameter: str
     index: int | None
     turned: bool
-    tensor: torch.Tensor  # held, so that its id stays its own
+    tensor: weakref.ref[torch.Tensor]
 
 
 def _nothing(_product: Product) -> None:
@@ -77,7 +78,7 @@ class Products(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.seen, self.given, self.unknown = seen, given, dict[str, str]()
-        self.views = {id(tensor): _View(name, None, False, tensor) for name, tensor in parameters.items()}
+        self.views = {id(t): _View(name, None, False, weakref.ref(t)) for name, t in parameters.items()}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -100,9 +101,9 @@ class Products(TorchFunctionMode):
         elif func in UNBINDING and view.index is None and not args[1:] and not kwargs:
             for index, part in enumerate(result):
                 self._follow(part, replace(view, index=index))
-        elif func in TURNING and result.shape[-2:] == view.tensor.shape[-2:][::-1]:
+        elif func in TURNING and result.shape[-2:] == args[0].shape[-2:][::-1]:
             self._follow(result, replace(view, turned=not view.turned))
-        elif func in ALIKE and result.shape == view.tensor.shape:
+        elif func in ALIKE and result.shape == args[0].shape:
             self._follow(result, view)
         else:
             self.unknown.setdefault(view.parameter, getattr(func, "__name__", str(func)))
@@ -110,14 +111,18 @@ class Products(TorchFunctionMode):
 
     def _first(self, args: Any, kwargs: Any) -> _View | None:
         """Return the first argument that is followed."""
-        return next((self.views[id(arg)] for arg in (*args, *kwargs.values()) if id(arg) in self.views), None)
+        return next(filter(None, map(self._view, (*args, *kwargs.values()))), None)
+
+    def _view(self, arg: Any) -> _View | None:
+        view = self.views.get(id(arg))
+        return view if view is not None and view.tensor() is arg else None
 
     def _follow(self, tensor: torch.Tensor, view: _View) -> None:
-        self.views[id(tensor)] = replace(view, tensor=tensor)
+        self.views[id(tensor)] = replace(view, tensor=weakref.ref(tensor))
 
     def _product(self, func: Any, args: Any, kwargs: Any) -> Any:
         operands = args[1:3] if func in ADDING else args[:2]
-        view = self.views.get(id(operands[1])) if len(operands) == 2 else None
+        view = self._view(operands[1]) if len(operands) == 2 else None
         if view is None:
             other = self._first(args, kwargs)
             assert other is not None
