@@ -145,7 +145,7 @@ def _through_the_end(
 
     def end(batch: Batch, ends: list[torch.Tensor | None] | None = None) -> Any:
         ends = ends_of(batch, states, probe.device) if ends is None else ends
-        return blocks.after(probe.samples.tokens[batch.rows], batch.long_mask, ends)
+        return blocks.after(batch.of(probe.samples.tokens), batch.long_mask, ends)
 
     with blocks.surroundings(head=True):
         modules = {layer.target.name: blocks.model.get_submodule(layer.target.name) for layer in probe.outside}
@@ -241,7 +241,7 @@ class _Pass:
         with self.blocks.surroundings():
             for batch in self.probe.batches:
                 ends = ends_of(batch, [one.end for one in before], device)
-                start = self.row.start(self.probe.samples.tokens[batch.rows], batch.long_mask, ends)
+                start = self.row.start(batch.of(self.probe.samples.tokens), batch.long_mask, ends)
                 assert start is not None
                 pairs = [(start.hidden, gradient), *zip(start.made, made, strict=True)]
                 pairs = [(value, states) for value, states in pairs if value.requires_grad]
@@ -273,7 +273,7 @@ def _whole(probe: Probe) -> Iterator[Measuring]:
 
     def run(batch: Batch) -> Any:
         mask = None if batch.mask is None else batch.mask.to(device)
-        return read_tokens(model, samples.tokens[batch.rows].to(device), mask, plan)
+        return read_tokens(model, batch.of(samples.tokens).to(device), mask, plan)
 
     with torch.no_grad():
         probe.prepare(list(probe.layers.values()), modules, run)

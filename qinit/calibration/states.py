@@ -78,7 +78,7 @@ def in_front_of(
             repaired = original.twin(f"repaired-{first}")
     probe = next(batches_of(samples, 1))
     with blocks.surroundings():
-        start = row.start(tokens[probe.rows], probe.long_mask, ends_of(probe, originals, blocks.device))
+        start = row.start(probe.of(tokens), probe.long_mask, ends_of(probe, originals, blocks.device))
     row.unload(0)
     assert start is not None
     probe_calls = [call.filled([value.detach() for value in start.made]) for call in start.calls]

@@ -39,11 +39,11 @@ def in_front(
     calls, hidden = Calls(blocks.device), None
 
     def store(value: torch.Tensor, name: str) -> Carried:
-        return Carried((len(tokens), *value.shape[1:]), file.with_name(name), streams)
+        return Carried((*tokens.shape, *value.shape[2:]), file.with_name(name), streams)
 
     with blocks.surroundings():
         for batch in batches:
-            start = row.start(tokens[batch.rows], batch.long_mask, ends_of(batch, ends, blocks.device))
+            start = row.start(batch.of(tokens), batch.long_mask, ends_of(batch, ends, blocks.device))
             if start is None:
                 return None
             calls.add(batch, start.calls)
