@@ -2,9 +2,9 @@
 
     python benchmarks/embeddings.py --model DIR --text FILE [--sentences 500] [--rows RUN,...]
 
-Every RUN is options of `qinit eqft` as a user gives them, as "--calibration none" or "--calibration text --polish 100";
-a start is written to disk and loaded with stock transformers + peft. An embedding is the mean of the last hidden states
-of a sentence's tokens. `text` is none that the runs were calibrated on. benchmarks/minilm.py makes a model.
+Every RUN is options of `qinit eqft` as a user gives them, e.g. "--calibration none" or "--polish 100", or nothing; a
+start is written to disk and loaded with stock transformers + peft. An embedding is the mean of the last hidden states
+of a sentence's tokens. The text is none that the runs were calibrated on. benchmarks/minilm.py makes a model.
 """
 
 from __future__ import annotations

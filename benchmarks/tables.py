@@ -241,6 +241,21 @@ def gpu(result: Result) -> list[Table]:
     return [Table(f"{result['model']} on {result['machine']['gpu'] or result['device']}", ["part", "what", ""], rows)]
 
 
+def embeddings(result: Result) -> list[Table]:
+    """What is left of sentence embeddings."""
+    rows = [
+        [
+            *(f"`{row['options']}`" if row["options"] else "as it is", row["text"] or "-"),
+            *(f"{row['bits_per_weight']:.3f}", f"{row['cosine']:.4f}", f"{row['least']:.3f}"),
+            f"{row['seconds'] / 60:.1f}",
+        ]
+        for row in result["rows"]
+    ]
+    title = f"{result['model']}, {result['bits']} bits, rank {result['rank']}, {result['sentences']} sentences"
+    header = ["options", "calibrated on", "bits/weight", "cosine to full precision", "least", "minutes"]
+    return [Table(title, header, rows)]
+
+
 def families(result: Result) -> list[Table]:
     """Which families of models load, by head and format; heads of a family that are alike share a row."""
     cells = {(c["family"], c["head"], c["format"], c["calibration"]): c for c in result["cells"]}
@@ -271,7 +286,7 @@ def _state(cell: Result) -> str:
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
-    **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families},
+    **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

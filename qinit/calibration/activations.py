@@ -44,13 +44,13 @@ def rows_of(activation: torch.Tensor) -> torch.Tensor:
 
 def require_finite_input(activation: torch.Tensor, name: str, first: int, samples: Samples) -> None:
     """Raise CalibrationError, naming layer and sample, when an activation [batch, ...] holds NaN or Inf; `first` is
-    the number of the batch's first sample."""
+    the place of the batch's first sample."""
     if torch.isfinite(activation.sum()) or bool(torch.isfinite(activation).all()):
         return
     where = ""
     if activation.dim() > 2:
         bad = (~torch.isfinite(activation)).flatten(1).any(1).nonzero()[0]
-        where = f" in sample {first + int(bad)}"
+        where = f" in sample {samples.number(first + int(bad))}"
     raise CalibrationError(
         f"{name}: NaN or Inf at its input{where} of the calibration text ({samples.origin}); the model overflows "
         "there: try other text, or --calibration none"

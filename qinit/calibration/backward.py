@@ -206,7 +206,7 @@ def _through_the_end(
 
     def end(batch: Batch, ends: list[torch.Tensor | None] | None = None) -> Any:
         ends = ends_of(batch, states, probe.device) if ends is None else ends
-        return blocks.after(probe.samples.tokens[batch.rows], batch.long_mask, ends)
+        return blocks.after(batch.of(probe.samples.tokens), batch.long_mask, ends)
 
     with blocks.surroundings(head=True):
         part = Part(blocks.model, "", probe.outside)
@@ -302,7 +302,7 @@ class _Pass:
         with self.blocks.surroundings():
             for batch in self.probe.batches:
                 ends = ends_of(batch, [one.end for one in before], device)
-                start = self.row.start(self.probe.samples.tokens[batch.rows], batch.long_mask, ends)
+                start = self.row.start(batch.of(self.probe.samples.tokens), batch.long_mask, ends)
                 assert start is not None
                 pairs = [(start.hidden, gradient), *zip(start.made, made, strict=True)]
                 pairs = [(value, states) for value, states in pairs if value.requires_grad]
@@ -334,7 +334,7 @@ def _whole(probe: Probe) -> Iterator[Measuring]:
 
     def run(batch: Batch) -> Any:
         mask = None if batch.mask is None else batch.mask.to(device)
-        return read_tokens(model, samples.tokens[batch.rows].to(device), mask, plan)
+        return read_tokens(model, batch.of(samples.tokens).to(device), mask, plan)
 
     with torch.no_grad():
         probe.prepare(part, run)

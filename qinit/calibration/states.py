@@ -10,7 +10,7 @@ from qinit.clock import counted
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import Call
 from qinit.stream.carried import Batch, Calls, Carried, batches_of
-from qinit.stream.front import ends_of, in_front
+from qinit.stream.front import Front, in_front
 from qinit.stream.rows import Row
 from qinit.text.samples import Samples
 
@@ -58,28 +58,21 @@ def in_front_of(
     tokens, batches = samples.tokens, list(batches_of(samples, batch))
     streams = (3 if sequential else 1) * (2 * len(blocks.rows) - 1)
 
-    def front(name: str, behind: Sequence[Carried | None]) -> tuple[Carried, Calls] | None:
-        found = in_front(blocks, row, tokens, batches, directory / f"{name}-{first}", streams, behind)
-        return None if found is None else (found.hidden, found.calls)
+    def front(name: str, behind: Sequence[Carried | None], probe: Batch | None = None) -> Front | None:
+        return in_front(blocks, row, tokens, batches, directory / f"{name}-{first}", streams, behind, probe)
 
-    originals = [one.original for one in ends]
-    found = front("original", originals)
+    probe = next(batches_of(samples, 1))
+    found = front("original", [one.original for one in ends], probe)
     if found is None:
         return None
-    original, calls = repaired, repaired_calls = found
-    ahead = original
+    original = repaired = ahead = found.hidden
+    calls = repaired_calls = found.calls
     if sequential:
         ahead = original.twin(f"ahead-{first}")
         if any(one.repaired is not None for one in ends):
             again = front("repaired", [one.repaired for one in ends])
             assert again is not None
-            repaired, repaired_calls = again
+            repaired, repaired_calls = again.hidden, again.calls
         else:
             repaired = original.twin(f"repaired-{first}")
-    probe = next(batches_of(samples, 1))
-    with blocks.surroundings():
-        start = row.start(tokens[probe.rows], probe.long_mask, ends_of(probe, originals, blocks.device))
-    row.unload(0)
-    assert start is not None
-    probe_calls = [call.filled([value.detach() for value in start.made]) for call in start.calls]
-    return States(row, first, batches, calls, repaired_calls, original, repaired, ahead, probe, probe_calls)
+    return States(row, first, batches, calls, repaired_calls, original, repaired, ahead, probe, found.probe)

@@ -76,7 +76,7 @@ class Walk:
         weight_of: Callable[[LayerPlan], torch.Tensor] | None = None,
         whole_blocks: bool = False,
     ):
-        self.plan, self.samples, self.device = plan, samples, device
+        self.plan, self.samples, self.device = plan, samples.shortest_first(), device
         self.sequential = mode == "sequential"
         self.blocks = Blocks.of(plan, device)
         self.rows = self.blocks.rows

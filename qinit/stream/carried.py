@@ -19,7 +19,8 @@ CARRIED_SHARE = 0.25  # of the free memory; more hidden states than that are kep
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples from `start` to `stop`; `mask` [batch, length] is False where they are padded, None: nowhere."""
+    """The samples from `start` to `stop`; `mask` [batch, length] is False where they are padded, None: nowhere. Its
+    length is that of the longest of them, which may be less than all samples are padded to."""
 
     start: int
     stop: int
@@ -28,6 +29,10 @@ class Batch:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the batch's part of values [samples, length, ...]."""
+        return values[self.rows] if self.mask is None else values[self.rows, : self.mask.shape[1]]
 
     @property
     def long_mask(self) -> torch.Tensor | None:
@@ -39,7 +44,10 @@ def batches_of(samples: Samples, size: int) -> Iterator[Batch]:
     """Cut the samples into batches of `size`, the last one smaller."""
     for start in range(0, len(samples.tokens), size):
         stop = min(start + size, len(samples.tokens))
-        yield Batch(start, stop, None if samples.mask is None else samples.mask[start:stop])
+        mask = None if samples.mask is None else samples.mask[start:stop]
+        if mask is not None:
+            mask = mask[:, : int(mask.any(0).nonzero().max()) + 1]
+        yield Batch(start, stop, mask)
 
 
 class Calls:
@@ -94,10 +102,10 @@ class Carried:
         return other
 
     def read(self, batch: Batch) -> torch.Tensor:
-        return self.states[batch.rows]
+        return batch.of(self.states)
 
     def write(self, batch: Batch, hidden: torch.Tensor) -> None:
-        self.states[batch.rows].copy_(hidden.detach())
+        batch.of(self.states).copy_(hidden.detach())
 
 
 def fits_in_memory(size: int) -> bool:

@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 
 from qinit.stream.blocks import Blocks
+from qinit.stream.calls import Call
 from qinit.stream.carried import Batch, Calls, Carried
 from qinit.stream.rows import Row
 
 
 @dataclass(frozen=True)
 class Front:
-    """The hidden states in front of a row's first block, and how each of its blocks is called."""
+    """The hidden states in front of a row's first block, and how each of its blocks is called; and how with one sample,
+    the `probe`, where one was given."""
 
     hidden: Carried
     calls: Calls
+    probe: list[Call]
 
 
 @torch.no_grad()
@@ -30,6 +33,7 @@ def in_front(
     file: Path,
     streams: int,
     ends: Sequence[Carried | None] = (),
+    probe: Batch | None = None,
 ) -> Front | None:
     """Take `tokens` [samples, length] as far as a row of blocks; `ends` has the hidden states behind each row before,
     None for one that the text never reaches. Returns None where it never reaches this one.
@@ -39,11 +43,11 @@ def in_front(
     calls, hidden = Calls(blocks.device), None
 
     def store(value: torch.Tensor, name: str) -> Carried:
-        return Carried((len(tokens), *value.shape[1:]), file.with_name(name), streams)
+        return Carried((*tokens.shape, *value.shape[2:]), file.with_name(name), streams)
 
     with blocks.surroundings():
         for batch in batches:
-            start = row.start(tokens[batch.rows], batch.long_mask, ends_of(batch, ends, blocks.device))
+            start = row.start(batch.of(tokens), batch.long_mask, ends_of(batch, ends, blocks.device))
             if start is None:
                 return None
             calls.add(batch, start.calls)
@@ -53,9 +57,15 @@ def in_front(
             hidden.write(batch, start.hidden)
             for states, value in zip(calls.made, start.made, strict=True):
                 states.write(batch, value)
+        probes = []
+        if probe is not None:
+            start = row.start(probe.of(tokens), probe.long_mask, ends_of(probe, ends, blocks.device))
+            assert start is not None
+            made = [value.detach() for value in start.made]
+            probes = [call.filled(made) for call in start.calls]
     row.unload(0)  # it may have been run
     assert hidden is not None
-    return Front(hidden, calls)
+    return Front(hidden, calls, probes)
 
 
 def ends_of(batch: Batch, ends: Sequence[Carried | None], device: torch.device) -> list[torch.Tensor | None]:

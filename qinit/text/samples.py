@@ -15,8 +15,20 @@ class Samples:
     tokens: torch.Tensor
     mask: torch.Tensor | None
     origin: str
+    numbers: tuple[int, ...] | None = None  # of the samples, where they are in another order than the text's
 
     @property
     def count(self) -> int:
         """Tokens that are no padding."""
         return self.tokens.numel() if self.mask is None else int(self.mask.sum())
+
+    def shortest_first(self) -> Samples:
+        """Return the same samples in the order of their lengths, so that batches have little padding."""
+        if self.mask is None:
+            return self
+        order = self.mask.sum(1).argsort(stable=True)
+        return Samples(self.tokens[order], self.mask[order], self.origin, tuple(order.tolist()))
+
+    def number(self, place: int) -> int:
+        """Return the number that a sample has in the text."""
+        return place if self.numbers is None else self.numbers[place]

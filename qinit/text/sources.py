@@ -14,6 +14,7 @@ from qinit.source.vocabulary import Facts
 from qinit.text.bundled import calibration_documents
 from qinit.text.documents import is_jsonl, read_file, read_text
 from qinit.text.hub_documents import HUB_SOURCE, parse_hub, read_hub, require_datasets
+from qinit.text.passages import passages
 from qinit.text.samples import Samples
 from qinit.text.self_text import write_text
 from qinit.text.tokens import characters_for, draw_documents, draw_windows, load_tokenizer
@@ -43,7 +44,8 @@ def load_samples(
     """Return up to `samples` samples of up to `length` tokens, on the CPU, for the model in `directory`.
 
     `length` is cut to what the model takes. Causal models get windows of the text as one stream, others each document
-    (a plain text's paragraphs) on its own, padded. `text_field` (default "text") names the text in JSONL and data
+    (a plain text's paragraphs) on its own, padded; of the text that qinit brings, as many passages of all lengths as
+    make `samples` x `length` tokens. `text_field` (default "text") names the text in JSONL and data
     sets, `token` opens private data sets, `device` runs the model for `self`. The same seed gives the same samples.
     Raises CalibrationError for a source that cannot be used, HubError for what the Hub answers.
     """
@@ -82,6 +84,9 @@ def load_samples(
         text = "\n\n".join(documents)
         tokens = draw_windows(tokenizer, text, source, facts, samples=samples, length=length, seed=seed)
         return Samples(tokens, None, f"{_windows(tokens)} from {name}, seed {seed}")
+    if kind == "text":
+        documents = passages(documents, length, samples * length, seed)
+        samples = len(documents)
     if kind == "file" and not is_jsonl(Path(source)):
         documents = [part for part in re.split(r"\n\s*\n", documents[0]) if part.strip()]
     tokens, mask = draw_documents(tokenizer, documents, source, facts, samples=samples, length=length, seed=seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch.nn.functional import pad
 
 from qinit.calibration.activations import batch_size
 from qinit.errors import CalibrationError
@@ -105,7 +106,7 @@ def _streamed(
         keep = _Keeper(directory, samples)
         with blocks.surroundings(head=True), torch.no_grad():
             for batch in batches:
-                run = partial(blocks.after, samples.tokens[batch.rows], batch.long_mask, ends_of(batch, ends, device))
+                run = partial(blocks.after, batch.of(samples.tokens), batch.long_mask, ends_of(batch, ends, device))
                 keep.add(batch, *observed(blocks.model, run))
         keep.close()
 
@@ -116,7 +117,7 @@ def _whole(plan: Plan, samples: Samples, batches: list[Batch], device: torch.dev
     with torch.no_grad():
         for batch in batches:
             mask = None if batch.mask is None else batch.mask.to(device)
-            tokens = samples.tokens[batch.rows].to(device)
+            tokens = batch.of(samples.tokens).to(device)
             keep.add(batch, *observed(model, partial(read_tokens, model, tokens, mask, plan)))
     keep.close()
 
@@ -138,8 +139,9 @@ class _Keeper:
                 f"the source's outputs for samples {batch.start + 1} to {batch.stop} of the text "
                 f"({self.samples.origin}) are NaN or Inf; its weights are damaged, or overflow there: try other text"
             )
+        count, length = self.samples.tokens.shape
+        tensors = {part: pad(value, (0, 0, 0, length - value.shape[1])) for part, value in tensors.items()}
         if self.writer is None:
-            count = len(self.samples.tokens)
             specs = [
                 TensorSpec(f"{row}.{part}", value.dtype, tuple(value.shape[1:]))
                 for row in range(count)

@@ -29,8 +29,8 @@ def test_the_states_behind_the_last_block_are_those_of_the_whole_model(family, m
     wanted = stock_states(plan, samples)[-1]  # of the first row, which the second one reads
     kept = torch.ones_like(samples.tokens, dtype=torch.bool) if samples.mask is None else samples.mask
     for batch in batches:
-        rows = kept[batch.rows]
-        assert_close(ends[0].read(batch)[rows], wanted[batch.rows][rows], 1e-4)
+        rows = batch.of(kept)
+        assert_close(ends[0].read(batch)[rows], batch.of(wanted)[rows], 1e-4)
 
 
 def test_one_block_at_a_time_is_in_memory(tmp_path):
@@ -68,5 +68,5 @@ def test_an_encoder_hands_its_output_to_the_decoder(family, tmp_path):
     wanted = read_tokens(load_whole(plan), samples.tokens, samples.mask, plan).logits
     with blocks.surroundings(head=True):
         for batch in batches:
-            found = blocks.after(samples.tokens[batch.rows], batch.long_mask, ends_of(batch, ends, CPU)).logits
-            assert_close(found[batch.mask], wanted[batch.rows][batch.mask], 1e-4)
+            found = blocks.after(batch.of(samples.tokens), batch.long_mask, ends_of(batch, ends, CPU)).logits
+            assert_close(found[batch.mask], batch.of(wanted)[batch.mask], 1e-4)
