@@ -88,9 +88,10 @@ class Format(ABC):
         """
         return None
 
-    def replaced(self, config: dict[str, Any], architecture: Architecture) -> set[str]:
-        """Return the names of the modules that the loader replaces by packed ones for this config.json."""
-        return set()
+    def replaced(self, config: dict[str, Any], architecture: Architecture) -> set[str] | None:
+        """Return the names of the modules that the loader replaces by packed ones for this config.json, None where
+        nothing is known of that."""
+        return None
 
     def recognises(self, config: dict[str, Any]) -> bool:
         """Whether a base with this config.json is stored in this format, by qinit or another program."""

@@ -64,7 +64,7 @@ def require_packed(plan: Plan) -> None:
     if "quantization_config" not in config:
         return
     packed = FORMATS[plan.recipe.format].replaced(config, plan.architecture)
-    wrong = packed ^ {layer.target.name for layer in plan.quantized}
+    wrong = set() if packed is None else packed ^ {layer.target.name for layer in plan.quantized}
     if wrong:
         raise TargetError(
             f"format {plan.recipe.format}: its loader would pack other modules than were chosen ({sorted(wrong)[0]}); "

@@ -108,7 +108,15 @@ class TestLeftOut:
         report = quantize(llama, tmp_path / "out", check=True)
         assert report.notes == ("check: left out (the model/config.json: no vocab_size)",)
 
-    @pytest.mark.parametrize("error", [QinitError("NaN or Inf\nin it"), torch.OutOfMemoryError("full")])
+    @pytest.mark.parametrize(
+        "error",
+        [
+            QinitError("NaN or Inf\nin it"),
+            torch.OutOfMemoryError("full"),
+            RuntimeError("size 512 must match 128"),
+            IndexError("index out of range in self"),
+        ],
+    )
     def test_where_it_fails_the_run_is_whole_all_the_same(self, source, tmp_path, monkeypatch, error):
         monkeypatch.setattr(module, "streamed", _raises(error))
         report = quantize(source, tmp_path / "out", check=True)

@@ -86,6 +86,9 @@ class TestSizes:
         assert (found.vocabulary, found.positions) == (None, None)
         assert found.clip(10**6) == 10**6
 
+    def test_mpt_s_longest_text_has_a_name_of_its_own(self, tmp_path):
+        assert facts(tmp_path, max_position_embeddings=None, max_seq_len=64).positions == 64
+
     def test_a_length_is_cut_to_the_positions(self, tmp_path):
         assert [facts(tmp_path).clip(length) for length in (5, 6, 7)] == [5, 6, 6]
 
