@@ -148,14 +148,14 @@ def _other_source(plan: Plan) -> tuple[str | None, str]:
 
 
 def _reads_tokens(plan: Plan) -> bool:
-    """Whether the model runs on token ids and nothing else: tried on its skeleton. What fails there for want of values
-    (RuntimeError, NotImplementedError) says nothing, and is taken for a yes."""
+    """Whether the model runs on token ids and nothing else: tried on its skeleton. What fails there otherwise than for
+    want of another input, as for want of values, is taken for a yes."""
     assert plan.architecture.naming is not None
     try:
         with torch.no_grad():
             read_tokens(plan.architecture.naming.model, torch.zeros(1, 4, dtype=torch.int64, device="meta"), None, plan)
     except CalibrationError as error:
-        return isinstance(error.__cause__, RuntimeError)
+        return not isinstance(error.__cause__, TypeError | AttributeError | ValueError)
     return True
 
 

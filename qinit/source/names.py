@@ -58,6 +58,7 @@ class Naming:
         self.model = model
         self.parameters = frozenset(model.state_dict())
         self.linear = frozenset(name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+        self._last: Names | None = None
 
     def get(self, name: str) -> bool | None:
         """Return True for the name of a parameter, or of a part of a packed layer, None for any other."""
@@ -67,15 +68,17 @@ class Naming:
         return self.get(name) is not None
 
     def names_in(self, tensors: Mapping[str, StoredTensor]) -> Names:
-        """Find out what becomes of each of a checkpoint's tensors."""
-        return Names(self, tensors)
+        """Find out what becomes of each of a checkpoint's tensors; of the same ones once."""
+        if self._last is None or self._last.tensors is not tensors:
+            self._last = Names(self, tensors)
+        return self._last
 
 
 class Names:
     """What becomes of a checkpoint's tensors. Of several tensors for one parameter the loader takes the first."""
 
     def __init__(self, naming: Naming, tensors: Mapping[str, StoredTensor]) -> None:
-        self.naming = naming
+        self.naming, self.tensors = naming, tensors
         self._rename, order, converters = _loader(naming)
         self._stored: dict[str, StoredTensor] = {}
         self._made: dict[str, Made] = {}
