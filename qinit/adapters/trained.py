@@ -19,7 +19,7 @@ WEIGHTS_NAME = f"{WEIGHTS_STEM}.safetensors"
 
 def read_trained(adapter: Path) -> dict[str, Any]:
     """Return the configuration of a saved adapter. Raises CheckpointError for a directory that holds none whole, with
-    what there is instead."""
+    what there is instead, and for one with which PEFT would run code."""
     below = sorted(path.parent.name for path in adapter.glob(f"*/{CONFIG_NAME}"))
     hint = f"an adapter's directory has one{f', as {below[-1]} below it has' if below else ''}"
     config = read_json(adapter / CONFIG_NAME, hint)
@@ -27,6 +27,8 @@ def read_trained(adapter: Path) -> dict[str, Any]:
         pickled = (adapter / f"{WEIGHTS_STEM}.bin").is_file()
         advice = "save it again as safetensors: the pickle there can run code when read" if pickled else hint
         raise CheckpointError(f"{adapter / WEIGHTS_NAME}: not found; {advice}")
+    if config.get("megatron_config"):
+        raise CheckpointError(f"{adapter / CONFIG_NAME}: has a megatron_config, and PEFT would import what that names")
     return config
 
 

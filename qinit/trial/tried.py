@@ -93,10 +93,8 @@ def _keys(trial: Trial, model: Any, info: LoadingInfo) -> Iterator[Answer]:
     if not info:
         return
     asked, class_name = trial.asked, type(model).__name__
-    if trial.source is not None:
-        theirs = on_meta(trial.source, asked.class_name, trust_remote_code=asked.trust_remote_code)[1]
-        info = info.beyond(theirs)
-        yield from (Answer("base", problem) for problem in info.problems(class_name))
+    if (theirs := _source_info(trial)) is not None:
+        yield from (Answer("base", problem) for problem in info.beyond(theirs).problems(class_name))
         return
     checkpoint = Checkpoint.open(trial.run, quantized=True)
     weights = ModelWeights(checkpoint, read_architecture(checkpoint, asked.trust_remote_code))
@@ -130,6 +128,16 @@ def _blocks(trial: Trial, adapted: Any, class_name: str) -> Iterator[Answer]:
         done += f"; {count} blocks, filled from the files, are {farthest:.0e} from Q + s B A and have gradients; "
         done += "how the loaders read values, and what lies outside the blocks, was not compared"
     yield Answer("base", done, kind="done")
+
+
+def _source_info(trial: Trial) -> LoadingInfo | None:
+    """Return what transformers says of the source, None where that is not known or cannot be loaded any more."""
+    if trial.source is None:
+        return None
+    try:
+        return on_meta(trial.source, trial.asked.class_name, trust_remote_code=trial.asked.trust_remote_code)[1]
+    except CheckpointError:
+        return None
 
 
 def _passes(trial: Trial, adapted: Any, class_name: str) -> Iterator[Answer]:

@@ -8,7 +8,7 @@ from qinit.adapters.trained import misfits, read_trained
 from qinit.errors import CheckpointError
 from qinit.files.tensors import read_header
 from qinit.report.report import Report
-from tests.helpers import edit_tensors
+from tests.helpers import edit_json, edit_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 UP = "base_model.model.model.layers.1.mlp.up_proj"
@@ -53,6 +53,9 @@ def test_a_directory_that_holds_none_says_what_there_is(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "out/checkpoint-30")
     with pytest.raises(CheckpointError, match=r"not found; an adapter's directory has one, as checkpoint-30 below it"):
         read_trained(tmp_path / "out")
+    edit_json(adapter / "adapter_config.json", lambda config: config.update(megatron_config={"a": 1}))
+    with pytest.raises(CheckpointError, match="PEFT would import what that names"):
+        read_trained(adapter)
     (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="save it again as safetensors: the pickle there can run code"):
         read_trained(adapter)

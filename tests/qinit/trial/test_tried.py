@@ -103,7 +103,7 @@ def test_what_the_source_lacked_too_is_a_note_where_there_is_no_source(run):
         tensors["stray"] = torch.ones(2)
 
     edit_tensors(run / "model.safetensors", change)
-    problems, (note,), _ = answers(run, how="meta")
+    problems, (note,), _ = answers(run, how="meta", source=str(run.parent))  # which is no model
     assert problems == []
     assert note == (
         "LlamaForCausalLM passes over stray; so it was in the source, as far as can be seen (--source compares)"
