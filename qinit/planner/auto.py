@@ -135,7 +135,7 @@ def _other_source(plan: Plan) -> tuple[str | None, str]:
     """Return the source beside the model's own text, None for a model that reads no tokens, and why it is not text."""
     facts, checkpoint = plan.facts, plan.checkpoint
     if facts.vocabulary is None or not _reads_tokens(plan):
-        return None, "the model does not run on tokens alone; give --calibration FILE where it can read text"
+        return None, "the model does not run on tokens alone"
     try:
         tokenizer = load_tokenizer(checkpoint.directory, plan.recipe.trust_remote_code)
     except CalibrationError:

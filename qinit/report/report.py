@@ -11,7 +11,6 @@ from pydantic import Field
 
 from qinit.errors import ReportError
 from qinit.files.reading import read_regular
-from qinit.recipe import BUDGETS
 
 REPORT_NAME = "qinit.json"
 REPORT_BYTES = 64 << 20  # a model of 70,000 experts has half of that
@@ -60,7 +59,7 @@ class Report:
     @property
     def method(self) -> str:
         """The method's name, as the command is called."""
-        mixed = any(self.recipe.get(key) is not None for key in BUDGETS)
+        mixed = any(self.recipe.get(key) is not None for key in ("ratio", "target_bits", "target_size"))
         return "meqft" if mixed else str(self.recipe.get("method", ""))
 
     @property

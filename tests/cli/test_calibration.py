@@ -44,7 +44,7 @@ class TestSources:
         assert found["recipe"]["calibration"] == "random"
         assert found["totals"]["calibration"] == {"text": "6 samples of 16 random tokens, seed 0", "tokens": 96}
         assert {row["tokens"] for row in found["layers"]} == {96}
-        assert " calibrated on    6 samples of 16 random tokens, seed 0" in out
+        assert "calibrated on 6 samples of 16 random tokens, seed 0" in " ".join(out.split())
         start, end = found["totals"]["output_error_start"], found["totals"]["output_error"]
         assert f" of the outputs   {start:.4f} base alone -> {end:.4f} with the adapter" in out
         assert end < start
@@ -55,30 +55,30 @@ class TestSources:
     def test_the_models_own_text(self, command, strong_reader):
         code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "self")
         assert (code, err) == (0, "")
-        assert "calibrated on    6 texts of 16 tokens that the model wrote itself, seed 0" in out
+        assert "calibrated on 6 texts of 16 tokens that the model wrote itself, seed 0" in " ".join(out.split())
         assert report()["totals"]["calibration"]["tokens"] == 96
 
     def test_text_that_qinit_brings(self, command, strong_reader):
         Path("text").write_text(TEXT)  # a file of that name is given as ./text
         code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "text")
         assert (code, err) == (0, "")
-        assert "calibrated on    6 windows of 16 tokens from the text that qinit brings, seed 0" in out
+        assert "calibrated on 6 windows of 16 tokens from the text that qinit brings, seed 0" in " ".join(out.split())
         assert report()["recipe"]["calibration"] == "text"
         _, out, _ = command("eqft", strong_reader, *QUICK, "--calibration", "./text", "--overwrite")
-        assert "calibrated on    6 windows of 16 tokens from text, seed 0" in out
+        assert "calibrated on 6 windows of 16 tokens from text, seed 0" in " ".join(out.split())
 
     def test_a_text_file(self, command, strong_reader):
         Path("corpus.txt").write_text(TEXT)
         code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "corpus.txt")
         assert (code, err) == (0, "")
-        assert "calibrated on    6 windows of 16 tokens from corpus.txt, seed 0" in out
+        assert "calibrated on 6 windows of 16 tokens from corpus.txt, seed 0" in " ".join(out.split())
 
     def test_jsonl_with_a_field_of_another_name(self, command, strong_reader):
         rows = [{"body": TEXT[i : i + 60], "text": "w4"} for i in range(0, 1200, 60)]
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         code, out, err = command("eqft", strong_reader, *QUICK, "--calibration", "rows.jsonl", "--text-field", "body")
         assert (code, err) == (0, "")
-        assert "calibrated on    6 windows of 16 tokens from rows.jsonl, seed 0" in out
+        assert "calibrated on 6 windows of 16 tokens from rows.jsonl, seed 0" in " ".join(out.split())
         with_body = weights_of(Path("out"))
         assert command("eqft", strong_reader, *QUICK, "--calibration", "rows.jsonl", "--overwrite")[0] == 0
         assert weights_of(Path("out")) != with_body  # a text of w4 alone
@@ -88,7 +88,7 @@ class TestSources:
         Path("corpus.txt").write_text("\n\n".join(words(*range(4 + i, 8 + 3 * i)) for i in range(6)))
         code, out, err = command("eqft", bert, *QUICK, "--calibration", "corpus.txt")
         assert (code, err) == (0, "")
-        assert "calibrated on    6 texts of up to 16 tokens from corpus.txt, seed 0" in out
+        assert "calibrated on 6 texts of up to 16 tokens from corpus.txt, seed 0" in " ".join(out.split())
         assert report()["totals"]["calibration"]["tokens"] < 96  # padding does not count
 
     def test_every_option_reaches_the_recipe_and_the_recipe_repeats_the_run(self, command, strong_reader):
@@ -143,7 +143,7 @@ class TestPolish:
         before, after = f"{found['held_out_before']:.4f}", f"{found['held_out_after']:.4f}"
         assert f"polish, step 0: loss {before}, held out {before}\n" in out
         assert f", held out {after}\n" in out
-        assert f" polish           5 steps, held-out loss {before} -> {after}" in out
+        assert f" polish 5 steps, held-out loss {before} -> {after}" in " ".join(out.split())
         assert f"| polish | 5 steps, held-out loss {before} -> {after} |\n" in Path("out/README.md").read_text()
 
 

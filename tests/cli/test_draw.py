@@ -65,7 +65,7 @@ def test_kept_layers_and_lowered_ranks_are_said_before_and_during_the_run(tmp_pa
     plan = plan_of(make_checkpoint(tmp_path / "m", intermediate_size=80), rank=48, iter=1)
     Screen().follow(plan, run(plan, tmp_path / "out"), plan.notes)
     text = capsys.readouterr().out
-    assert "note: model.layers.0.mlp.up_proj stays as it is: 80 x 64 is not divisible by 32\n" in text
+    assert "note: 4 modules named gate_proj and up_proj stay as they are: 80 x 64 is not divisible by 32\n" in text
     assert "note: model.layers.0.self_attn.k_proj: rank lowered from 48 to 32" in text
     assert "model.layers.0.mlp.up_proj.weight: kept, " in text
     assert "8 (+ 6 kept)" in text

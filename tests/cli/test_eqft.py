@@ -18,6 +18,7 @@ UNCALIBRATED = {
     **{"calibration_mode": "sequential", "rounding": None, "act_order": False, "polish": 0},
     **dict.fromkeys(("ratio", "bits_low", "bits_high", "target_bits", "bits_choices", "sensitivity", "rank_budget")),
     **{"allocation": "sensitivity", "tie": "none", "calibration_budget": "10m", "check": True, "quality": "balanced"},
+    **{"count_adapter": False, "target_size": None},
 }
 
 

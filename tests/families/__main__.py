@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -42,7 +43,9 @@ def main() -> None:
                 if cell.state == "wrong":
                     print(f"    {cell.format} {cell.calibration}: {'; '.join(cell.found)[:400]}", flush=True)
     if given.json is not None:
-        result = {"kind": "families", "command": COMMAND, "versions": versions(), "machine": ran_on(), "seeds": [0]}
+        part = "" if given.families == parser.get_default("families") else given.families
+        command = f"python -m tests.families --families {shlex.quote(part)}" if part else COMMAND
+        result = {"kind": "families", "command": command, "versions": versions(), "machine": ran_on(), "seeds": [0]}
         given.json.write_text(json.dumps({**result, "cells": cells}, indent=2) + "\n", encoding="utf-8")
     sys.exit(any(cell["state"] == "wrong" for cell in cells))
 

@@ -131,7 +131,8 @@ def _differing(original: Any, base: Any, quantized: set[str]) -> Iterator[str]:
 def _factors(model: Any, run: Path) -> Iterator[str]:
     with safe_open(run / ADAPTER / "adapter_model.safetensors", "pt") as file:
         saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no dict
-    loaded = {name.replace(".default", ""): p for name, p in model.named_parameters() if "lora_" in name}
+    trained = ((name, p) for name, p in model.named_parameters() if "lora_" in name or ".modules_to_save." in name)
+    loaded = {name.replace(".modules_to_save", "").replace(".default", ""): p for name, p in trained}
     if saved.keys() != loaded.keys():
         yield f"factors in the file and in the model differ: {sorted(saved.keys() ^ loaded.keys())[:3]}"
     yield from (

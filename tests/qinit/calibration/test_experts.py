@@ -6,7 +6,7 @@ from torch import nn
 
 from qinit.calibration import experts as module
 from qinit.calibration.experts import ExpertMeters, caught_by_experts, listening, parameters_of, portions
-from qinit.stream.blocks import Call
+from qinit.stream.calls import Call
 from tests.helpers import gauss, plan_of
 from tests.models import make_float32
 

@@ -22,8 +22,9 @@ def test_a_run_of_which_they_would_lose_a_part_says_so_in_a_note_and_in_its_repo
     def config(*arguments):
         return {**real(*arguments), "target_modules": ["q_proj"]}
 
+    plan = plan_of(llama, format="dense")
     monkeypatch.setattr(LoraAdapter, "config", config)
-    events = [*run(plan_of(llama, format="dense"), tmp_path / "run")]
+    events = [*run(plan, tmp_path / "run")]
     (note,) = [each.text for each in events if isinstance(each, Noted)]
     assert note.startswith(f"{LOST}PEFT drops base_model.model.model.layers.0.mlp.down_proj.lora_A.weight, ")
     assert note in json.loads((tmp_path / "run/qinit.json").read_text())["notes"]
@@ -36,7 +37,8 @@ def test_what_peft_refuses_is_said_without_this_machine_s_directories(llama, tmp
     def config(*arguments):
         return {**real(*arguments), "target_modules": ["nothing"]}
 
+    plan = plan_of(llama, format="dense")
     monkeypatch.setattr(LoraAdapter, "config", config)
-    (note,) = [each.text for each in run(plan_of(llama, format="dense"), tmp_path / "run") if isinstance(each, Noted)]
+    (note,) = [each.text for each in run(plan, tmp_path / "run") if isinstance(each, Noted)]
     assert note.startswith(f"{LOST}the run/eqft_init: PEFT cannot load it (")
     assert str(tmp_path) not in note

@@ -133,7 +133,7 @@ def test_of_what_sees_only_the_parameter_that_tells_the_model_s_place_is_loaded(
         assert beside == [next(name for name, _ in blocks.model.named_parameters())]
         assert blocks.model.device == CPU
     blocks = Blocks.of(calibrated_plan(source, target_modules=".*"), CPU)  # asked for, they are there to be solved
-    assert blocks.row.path == "model.language_model.layers"
+    assert [row.path for row in blocks.rows] == ["model.language_model.layers"]
     with blocks.surroundings():
         assert not blocks.model.get_parameter("model.vision_tower.encoder.layers.1.mlp.fc1.weight").is_meta
 

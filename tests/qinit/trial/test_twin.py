@@ -19,7 +19,7 @@ def test_it_predicts_what_the_loaded_model_does_with_tied_embeddings_too(options
 def test_a_parameter_without_a_tensor_is_an_error_unless_it_is_given(llama, tmp_path):
     quantize(llama, tmp_path / "run", format="dense")
     weights = weights_of(tmp_path / "run", tmp_path / "run/eqft_init")
-    head = weights.checkpoint.tensors.pop("lm_head.weight").read()
+    head = weights.names._stored.pop("lm_head.weight").read()
     with pytest.raises(CheckpointError, match=r"no tensor for the parameter lm_head\.weight"):
         build_twin(weights, {})
     assert torch.equal(build_twin(weights, {"lm_head.weight": head}).lm_head.weight, head.float())

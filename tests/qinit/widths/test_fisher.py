@@ -193,8 +193,8 @@ class TestBlockByBlock:
         name = "model.layers.1.mlp.down_proj"
         solved = fisher._Errors.listening
 
-        def deaf(self, modules):  # as the walk: a module that is never called
-            return solved(self, {key: value for key, value in modules.items() if key != name})
+        def deaf(self, part):  # as the walk: a module that is never called
+            return solved(self, replace(part, layers=[layer for layer in part.layers if layer.target.name != name]))
 
         monkeypatch.setattr(fisher._Errors, "listening", deaf)
         nats = measured(made, random_samples(5))[0].nats

@@ -14,4 +14,4 @@ def test_a_kernel_works_where_numba_finds_no_place_for_its_cache(places, monkeyp
 
     kernel = compiled(double, fastmath=True)
     assert kernel(3) == 6
-    assert (len(kernel.stats.cache_misses) == 1) == bool(places)
+    assert (kernel.stats.cache_path is not None) == bool(places)
