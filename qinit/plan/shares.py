@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qinit.files.tensors import StoredTensor
-from qinit.source.checkpoint import Checkpoint
-from qinit.source.targets import Architecture
+if TYPE_CHECKING:  # reports are drawn without torch
+    from qinit.files.tensors import StoredTensor
+    from qinit.source.checkpoint import Checkpoint
+    from qinit.source.targets import Architecture
 
 EXPERTS, EMBEDDINGS, LINEAR, OTHERS = "experts", "embeddings and head", "linear layers", "all else"
 

@@ -46,7 +46,7 @@ class TestSources:
         assert {row["tokens"] for row in found["layers"]} == {96}
         assert "calibrated on 6 samples of 16 random tokens, seed 0" in " ".join(out.split())
         start, end = found["totals"]["output_error_start"], found["totals"]["output_error"]
-        assert f" of the outputs   {start:.4f} base alone -> {end:.4f} with the adapter" in out
+        assert f" of the outputs {start:.4f} base alone -> {end:.4f} with the adapter" in " ".join(out.split())
         assert end < start
         row = found["layers"][0]
         shown = f", of the output {row['output_error_start']:.4f} -> {row['output_error']:.4f}, "

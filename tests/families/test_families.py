@@ -17,7 +17,7 @@ CELLS = [
     ("ModernBERT", "masked", "gptq"),  # the parent initializes packed children
     ("Falcon", "language model", "gptq"),  # a subclass of nn.Linear
     ("Mamba", "language model", "dense"),  # a weight that is read, not called
-    ("DeepSeek-V3", "language model", "dense"),  # experts beside dense layers of the same names
+    ("DeepSeek-V3", "language model", "gptq"),  # experts beside dense layers of the same names
     ("BART", "generation", "gptq"),
     ("T5", "generation", "dense"),
     ("LLaVA", "generation", "gptq"),  # names of the file are not those of the modules

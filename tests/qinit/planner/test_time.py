@@ -1,5 +1,5 @@
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -112,9 +112,10 @@ class TestCalibrating:
         assert part == pytest.approx(64 * 64 * 2 * 64**2)
 
     def test_experts_see_a_part_of_the_tokens(self, plan):
-        model = module._Model(plan())
-        model.config |= {"num_local_experts": 8, "num_experts_per_tok": 2}
-        layer = plan().architecture.linear[0]
+        made = plan()
+        config = {**made.checkpoint.config, "num_local_experts": 8, "num_experts_per_tok": 2}
+        model = module._Model(replace(made, checkpoint=replace(made.checkpoint, config=config)))
+        layer = made.architecture.linear[0]
         expert = type(layer)("model.layers.0.mlp.experts.3.up_proj", 64, 64, False)
         assert (model.share(layer), model.share(expert)) == (1.0, 0.25)
 
