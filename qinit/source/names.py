@@ -60,6 +60,10 @@ class Naming:
         self.linear = frozenset(name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
         self._last: Names | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is given: what has been found out is found out anew there."""
+        return {**self.__dict__, "_last": None}
+
     def get(self, name: str) -> bool | None:
         """Return True for the name of a parameter, or of a part of a packed layer, None for any other."""
         return True if name in self.parameters or name.rpartition(".")[0] in self.linear else None
