@@ -51,7 +51,7 @@ def _adapt(skeleton: Skeleton, config: str, tensors: Shapes) -> Adapted:
     own = {f"{PREFIX}{name}": name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     settings = json.loads(config)
     try:
-        with warnings.catch_warnings(), _unpacked():
+        with warnings.catch_warnings(), without_packers():
             warnings.simplefilter("ignore")
             lora: Any = PeftConfig.from_peft_type(**settings)
             lora.inference_mode = False  # as for training
@@ -71,7 +71,7 @@ def _adapt(skeleton: Skeleton, config: str, tensors: Shapes) -> Adapted:
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
+def without_packers() -> Iterator[None]:
     """Keep PEFT from importing what packs layers, seconds each, to see whether a layer is one of theirs: none is."""
     from peft.tuners.lora import model
 

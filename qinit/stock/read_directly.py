@@ -88,11 +88,11 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = _answered(func, args, kwargs)
-        if any(True for _ in _tensors(result)):  # else a shape, a type or a device was asked for
+        if any(True for _ in tensors_in(result)):  # else a shape, a type or a device was asked for
             name = getattr(func, "__name__", "")
             given = args[:1] if name in TAKE_NO_VALUES and not name.endswith("_like") else args
             given = () if name.endswith("_like") else (given, kwargs)
-            found = {self.names[id(tensor)] for tensor in _tensors(given) if id(tensor) in self.names}
+            found = {self.names[id(tensor)] for tensor in tensors_in(given) if id(tensor) in self.names}
             self.used |= found.difference(self.running)
         return result
 
@@ -138,15 +138,16 @@ class _Hooks:
         self.watch.running.remove(name)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a value: itself, or those in its lists, tuples and dictionaries, all the way down."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for each in value.values():
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
 def _inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,12 @@ from qinit.files.reading import printable
 from qinit.formats import FORMATS
 from qinit.report.card import packed_mixed, snippet_of
 from qinit.report.report import REPORT_NAME, Report
+from qinit.source.vocabulary import CAUSAL_ENDINGS
 
-CAUSAL = ("ForCausalLM", "LMHeadModel")  # how the names of causal language models end
+
+def quoted(text: str) -> str:
+    """Return a string as Python and JSON read it."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class TrainableRun:
 
     @property
     def causal(self) -> bool:
-        return self.class_name.endswith(CAUSAL)
+        return self.class_name.endswith(CAUSAL_ENDINGS)
 
     @property
     def packed(self) -> bool:
@@ -63,10 +69,16 @@ class TrainableRun:
     def own_code(self) -> bool:
         return bool(self.report.recipe.get("trust_remote_code"))
 
-    def loading(self) -> tuple[list[str], list[str]]:
-        """Return the imports and the lines that load base and adapter as `model`, those of the run's model card."""
+    def loading(self, imports: Sequence[str]) -> dict[str, str]:
+        """Return the parts of a script that loads base and adapter as `model`: these `imports` and those that the lines
+        of the run's model card need, the lines, and how the base is named to `from_pretrained`."""
         first, *lines = snippet_of(self.report, str(self.directory))
-        return first.split("; "), lines
+        return {
+            "imports": "\n".join([*imports, *first.split("; ")]),
+            "loading": "\n".join(lines),
+            "base": quoted(str(self.directory)),
+            "trusted": ", trust_remote_code=True" if self.own_code else "",
+        }
 
 
 class Trainer(ABC):
@@ -107,6 +119,10 @@ class Trainer(ABC):
             "head": f"Fine-tunes {printable(str(run.directory))} with {self.title}.",
             "origin": f"Written by `qinit trainer-config`; {self.seen}.",
         }
+
+    def parts(self, run: TrainableRun, data: Path) -> dict[str, str]:
+        """Return what every script has: the head, and its data and output quoted as Python reads them."""
+        return {**self.head(run), "data": quoted(str(data)), "output": quoted(self.output(run))}
 
     def output(self, run: TrainableRun) -> str:
         """Return the directory, below the current one, that the trained adapter goes to."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from qinit.trainers.base import TrainableRun, Trainer
@@ -73,22 +72,15 @@ class TransformersTrainer(Trainer):
         return None
 
     def config(self, run: TrainableRun, data: Path) -> str:
-        imports, loading = run.loading()
         imports = [
             "import torch",
             "from datasets import load_dataset",
             "from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments",
-            *imports,
         ]
         return TEMPLATE.format(
-            **self.head(run),
-            imports="\n".join(imports),
-            base=json.dumps(str(run.directory), ensure_ascii=False),
-            trusted=", trust_remote_code=True" if run.own_code else "",
-            data=json.dumps(str(data), ensure_ascii=False),
-            loading="\n".join(loading),
+            **self.parts(run, data),
+            **run.loading(imports),
             labels=self._labels(run),
-            output=json.dumps(self.output(run), ensure_ascii=False),
             checkpointing=CHECKPOINTING if run.packed else "",
         )
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from qinit.trainers.base import TrainableRun, Trainer
+from qinit.trainers.base import TrainableRun, Trainer, quoted
 
 TEMPLATE = """\
 # {head}
@@ -70,9 +69,7 @@ class UnslothTrainer(Trainer):
 
     def config(self, run: TrainableRun, data: Path) -> str:
         return TEMPLATE.format(
-            **self.head(run),
-            data=json.dumps(str(data), ensure_ascii=False),
-            start=json.dumps(run.start, ensure_ascii=False),
+            **self.parts(run, data),
+            start=quoted(run.start),
             trusted="\n    trust_remote_code=True," if run.own_code else "",
-            output=json.dumps(self.output(run), ensure_ascii=False),
         )

@@ -17,6 +17,7 @@ from qinit.formats import format_of
 from qinit.source.checkpoint import read_json
 from qinit.source.quiet import no_progress_bar
 from qinit.source.skeleton import loader
+from qinit.stock.adapting import without_packers
 
 SHOWN = 5  # names in a sentence
 
@@ -84,7 +85,7 @@ def lost_names(
     problems = [*found.problems(type(model).__name__)]
     if len(unpacked) != len(stems):
         problems.append(f"{type(model).__name__} has {len(unpacked)} layers for {len(stems)} that are packed")
-    with _unpacked():
+    with without_packers():
         adapted, said = put_on(model, adapter)
     return [*problems, *said, *lost_factors(adapted, adapter)]
 
@@ -152,23 +153,6 @@ def lost_factors(model: Any, adapter: Path) -> Iterator[str]:
     frozen = {name for name, parameter in model.named_parameters() if "lora_" in name and not parameter.requires_grad}
     if frozen:
         yield f"PEFT does not train {shown(frozen)}"
-
-
-@contextmanager
-def _unpacked() -> Iterator[None]:
-    """Keep PEFT from importing what packs layers, seconds each, to see whether a layer is one of theirs: none is."""
-    from peft.tuners.lora import model
-
-    def nothing(*_: Any, **__: Any) -> None:
-        return None
-
-    others = [name for name in vars(model) if name.startswith(("dispatch_", "is_bnb")) and name != "dispatch_default"]
-    before = {name: getattr(model, name) for name in others}
-    vars(model).update(dict.fromkeys(others, nothing))
-    try:
-        yield
-    finally:
-        vars(model).update(before)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qinit.stock.read_directly import tensors_in
 from qinit.trial.inputs import possible_inputs
 from qinit.trial.names import reason, shown
 
@@ -39,15 +40,7 @@ def first_run(model: Any, directory: Path) -> tuple[dict[str, torch.Tensor], lis
 
 
 def _floating(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point() and value.numel():
-            yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _floating(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _floating(each)
+    return (tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.numel())
 
 
 def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
