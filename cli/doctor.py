@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from qinit.doctor.examine import Row
     from qinit.doctor.hardware import Hardware
+    from qinit.doctor.trainers import Misfit
     from qinit.requirements import Package
 
 BROKEN = 1  # the exit code when qinit itself does not work
@@ -33,14 +34,13 @@ def doctor(
 
     from qinit.doctor.hardware import hardware
     from qinit.doctor.probes import PROBES
-    from qinit.doctor.trainers import misfits
     from qinit.requirements import packages, pip_command
 
     screen = Screen(quiet=quiet or json_output)
     here = hardware()
     installed = packages(need for probe in PROBES.values() for need in probe.needs)
     _draw(screen, here, installed)
-    trainers = misfits()
+    trainers = _misfits(installed)
     for each in trainers:
         screen.say(f"{each.trainer} {each.version} {'; '.join(each.problems)}")
         screen.say(f"  it trains from a run in an environment of its own: {'; '.join(each.commands)}")
@@ -61,6 +61,15 @@ def doctor(
         sys.stdout.write(json.dumps(value) + "\n")
     if not works:
         raise typer.Exit(BROKEN)
+
+
+def _misfits(installed: list[Package]) -> list[Misfit]:
+    """Return the trainers that do not fit what is here; none where qinit, which knows them, cannot be imported."""
+    if any(package.installed is None for package in installed if package.extra == ""):
+        return []
+    from qinit.doctor.trainers import misfits
+
+    return misfits()
 
 
 def _draw(screen: Screen, here: Hardware, installed: list[Package]) -> None:
