@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import tempfile
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from qinit.errors import QinitError
 from qinit.events import Finished
+from qinit.formats import FORMATS
 from qinit.plan.plan import Plan
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
@@ -24,10 +24,8 @@ from tests.families.checker import findings
 from tests.families.family import Family
 from tests.families.table import FAMILIES
 
-FORMATS = ("dense", "gptq")
 CALIBRATIONS = ("none", "auto")
 SMALL_RUN = {"bits": 2, "rank": 4, "group_size": 32, "device": "cpu", "calibration_samples": 4}
-LEFT = re.compile(r"^[\w.\[\]-]+ (?:stays as it is|is left as it is|: left as it is): (?P<reason>.+)$")
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ def try_cell(family: Family, head: str, fmt: str, calibration: str, directory: P
     except Exception as error:  # a fault of qinit's
         return Cell(*cell, "wrong", (f"the run ends with {type(error).__name__}: {str(error)[:200]}",))
     wrong = findings(source, out, family.reads)
-    left = {m["reason"] for note in report.notes if (m := LEFT.match(note))}
-    left |= {row.kept for row in report.layers if row.kept}
-    return Cell(*cell, "wrong" if wrong else "yes", tuple(wrong), tuple(sorted(left)), _how(plan, report))
+    return Cell(*cell, "wrong" if wrong else "yes", tuple(wrong), tuple(sorted(_left(plan, report))), _how(plan, report))
 
 
 def try_all(name: str, head: str) -> tuple[list[Cell], float]:
@@ -76,7 +72,7 @@ def try_all(name: str, head: str) -> tuple[list[Cell], float]:
     with tempfile.TemporaryDirectory() as directory, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         cells = [
             try_cell(FAMILIES[name], head, fmt, calibration, Path(directory))
-            for fmt in FORMATS
+            for fmt in ("dense", "gptq")
             for calibration in CALIBRATIONS
         ]
     return cells, time.perf_counter() - started
@@ -88,6 +84,16 @@ def _quantized(source: Path, out: Path, fmt: str, calibration: str) -> tuple[Pla
     *_, last = run(plan, out)
     assert isinstance(last, Finished)
     return plan, last.report
+
+
+def _left(plan: Plan, report: Report) -> set[str]:
+    """Return the reasons for which layers or experts stay as they are."""
+    stacks = plan.architecture.stacks
+    left = {each.reason for each in plan.left} | {row.kept for row in report.layers if row.kept}
+    left |= {f"experts: {stack.unknown}" for stack in stacks if stack.unknown}
+    if any(stack.sources for stack in stacks) and not FORMATS[plan.recipe.format].holds_experts:
+        left.add(f"experts: {FORMATS[plan.recipe.format].experts_note}")
+    return left
 
 
 def _how(plan: Plan, report: Report) -> str:

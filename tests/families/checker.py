@@ -21,18 +21,19 @@ from torch import nn
 from qinit.report.card import snippet_of
 from qinit.report.report import Report
 from tests.families.inputs import answers, inputs_of, loss_of
-from tests.stock import ADAPTER, dense_weight, relative
+from tests.stock import ADAPTER, dense_weight, delta, relative
 
 # Packed weights are dequantized in float16, and some models compute parts in it.
 TOLERANCE = 2e-3
 WRAPPED = re.compile(r"\.(base_layer|original_module)\b")  # what PEFT puts into a name
+SLICE = re.compile(r"\[\d+\]$")  # of a 3-D parameter: one expert's matrix
 ERRORS = 2e-3  # relative, between an error as reported and as found
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A run as the printed snippet loads it, its twin (the source with Q + s B A in the layers' place), the layers that
-    PEFT has adapted, and something to feed both."""
+    """A run as the printed snippet loads it, its twin (the source with Q + s B A in the layers' place), the layers and
+    the parameters of experts that PEFT has adapted, and something to feed both."""
 
     model: Any
     twin: Any
@@ -68,14 +69,15 @@ def _found(source: Path, run: Path, report: Report, reads: str) -> Iterator[str]
     for key, names in missing.items():
         if more := sorted(names - lacking.get(key, set())):
             yield f"loading info: {key} {more[:3]}"
-    yield from _differing(original, base, {name for name, row in rows.items() if row.kept is None})
-    adapted = {name: module for name, module in base.named_modules() if hasattr(module, "lora_A")}
-    if adapted.keys() != rows.keys():
-        stray, lost = sorted(adapted.keys() - rows.keys()), sorted(rows.keys() - adapted.keys())
+    yield from _differing(original, base, {SLICE.sub("", name) for name, row in rows.items() if row.kept is None})
+    adapted = _adapted(base)
+    reported = {SLICE.sub("", name) for name, row in rows.items() if row.rank}
+    if adapted.keys() != reported:
+        stray, lost = sorted(adapted.keys() - reported), sorted(reported - adapted.keys())
         yield f"adapted, not in the report: {stray[:3]}; in the report, not adapted: {lost[:3]}"
     yield from _factors(model, run)
-    for name in sorted(adapted.keys() & rows.keys()):
-        yield from _errors(name, original, adapted[name], rows[name])
+    for name, row in rows.items():
+        yield from _errors(row, *_matrices(name, original, base, adapted))
     loaded = Loaded(model, _twin(original, adapted), adapted, inputs_of(original, reads))
     yield from _outputs(loaded)
     yield from _training(loaded)
@@ -121,7 +123,7 @@ def _differing(original: Any, base: Any, quantized: set[str]) -> Iterator[str]:
     parameters = {WRAPPED.sub("", name): value for name, value in stored}
     for name, parameter in original.named_parameters(remove_duplicate=False):
         layer, _, part = name.rpartition(".")
-        if layer in quantized and part == "weight":
+        if name in quantized or layer in quantized and part == "weight":
             continue
         found, rounded = parameters.get(name), parameter.half().float() if layer in quantized else parameter
         if found is None or not any(torch.equal(found.float(), value) for value in (parameter, rounded)):
@@ -143,23 +145,49 @@ def _factors(model: Any, run: Path) -> Iterator[str]:
     yield from (f"{name} is not trained" for name, parameter in loaded.items() if not parameter.requires_grad)
 
 
-def _delta(module: Any) -> torch.Tensor:
-    """s B A [out, in], with PEFT's own scale."""
-    A, B = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
-    return module.scaling["default"] * (B.double() @ A.double()).float()
+def _adapted(base: Any) -> dict[str, Any]:
+    """Return PEFT's wrappers by the name of what each adapts: a module, or a parameter (target_parameters)."""
+    found = {}
+    for path, module in base.named_modules():
+        if hasattr(module, "lora_A"):
+            parameter = getattr(module, "parameter_name", None)
+            found[WRAPPED.sub("", path) + (f".{parameter}" if parameter else "")] = module
+    return found
 
 
-def _errors(name: str, original: Any, module: Any, row: Any) -> Iterator[str]:
-    weight = dense_weight(original.get_submodule(name))
-    rest, delta = weight - dense_weight(module.get_base_layer()), _delta(module)
+def _change(module: Any) -> torch.Tensor:
+    """s B A in the shape of what is adapted, with PEFT's own scale."""
+    if hasattr(module, "parameter_name"):
+        return module.get_delta_weight("default").detach().float()
+    return delta(module)
+
+
+def _matrices(name: str, original: Any, base: Any, adapted: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Return a layer's weight in the source, in the run's base, and what the adapter adds: matrices, as they lie."""
+    whole = SLICE.sub("", name)
+    wrapper = adapted.get(whole)
+    if whole != name:
+        at = int(name[len(whole) + 1 : -1])
+        parameter = base.get_parameter(whole) if wrapper is None else wrapper.get_param()
+        stacks = original.get_parameter(whole), parameter, None if wrapper is None else _change(wrapper)
+        weight, found, change = (None if stack is None else stack.detach()[at].float() for stack in stacks)
+    else:
+        weight = dense_weight(original.get_submodule(name))
+        found = dense_weight(base.get_submodule(name) if wrapper is None else wrapper.get_base_layer())
+        change = None if wrapper is None else _change(wrapper)
+    return weight, found, torch.zeros_like(weight) if change is None else change
+
+
+def _errors(row: Any, weight: torch.Tensor, found: torch.Tensor, change: torch.Tensor) -> Iterator[str]:
+    rest = weight - found
     if row.kept:
-        if rest.any() or delta.any():
-            yield f"{name} was to be kept as it is ({row.kept}), and is changed"
+        if rest.any() or change.any():
+            yield f"{row.name} was to be kept as it is ({row.kept}), and is changed"
         return
-    for what, left, said in (("without", rest, row.error_start), ("with", rest - delta, row.error)):
-        found = float(left.norm() / weight.norm())
-        if abs(found - said) > ERRORS * max(said, 0.05):
-            yield f"{name}: error {what} the adapter is {found:.4f}, reported {said:.4f}"
+    for what, left, said in (("without", rest, row.error_start), ("with", rest - change, row.error)):
+        is_left = float(left.norm() / weight.norm())
+        if abs(is_left - said) > ERRORS * max(said, 0.05):
+            yield f"{row.name}: error {what} the adapter is {is_left:.4f}, reported {said:.4f}"
 
 
 def _twin(original: Any, adapted: dict[str, Any]) -> Any:
@@ -168,7 +196,11 @@ def _twin(original: Any, adapted: dict[str, Any]) -> Any:
 
     twin = copy.deepcopy(original)
     for name, module in adapted.items():
-        weight = dense_weight(module.get_base_layer()) + _delta(module)
+        if hasattr(module, "parameter_name"):
+            path, _, parameter = name.rpartition(".")
+            setattr(twin.get_submodule(path), parameter, nn.Parameter(module.get_param().detach() + _change(module)))
+            continue
+        weight = dense_weight(module.get_base_layer()) + _change(module)
         linear = twin.get_submodule(name)
         linear.weight = nn.Parameter(weight.T.contiguous() if isinstance(linear, Conv1D) else weight)
     return twin.eval()
@@ -198,7 +230,8 @@ def _training(loaded: Loaded) -> Iterator[str]:
         yield f"adapted and never called: {idle[:3]}"
     trained = [p for p in model.parameters() if p.requires_grad]
     for name in sorted(called):
-        factors = [p for part, p in loaded.adapted[name].named_parameters() if "lora_" in part]
+        module = loaded.adapted[name]
+        factors = [*module.lora_A.parameters(), *module.lora_B.parameters()]
         if not any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in factors):
             yield f"no gradient reaches {name}"
     length = sum(float(p.grad.square().sum()) for p in trained if p.grad is not None)
