@@ -58,7 +58,7 @@ class Recipe(BaseModel):
     act_order: bool = False
     polish: int | None = Field(None, ge=0, le=LARGEST)  # steps; None: as many as the quality and their cost allow
     quality: Literal["fast", "balanced", "best"] = "balanced"
-    check: bool = True  # measure the run at its end; changes no weight
+    check: bool = True  # look at the run at its end, and measure it; changes no weight
     max_shard_size: str = "5GB"
     device: str = "auto"
     seed: int = Field(0, ge=0, lt=2**63)  # what torch takes

@@ -26,8 +26,8 @@ ADAPTER = "eqft_init"
 
 
 def quantize(source: Path, out: Path, **options: Any) -> tuple[Plan, Report]:
-    """Run qinit on a checkpoint; small ranks and groups fit the tiny models; no calibration by default."""
-    options = {"calibration": "none", "rank": 8, "group_size": 32, "device": "cpu", **options}
+    """Run qinit on a checkpoint; small ranks and groups fit the tiny models; no calibration and no check by default."""
+    options = {"calibration": "none", "rank": 8, "group_size": 32, "device": "cpu", "check": False, **options}
     plan = make_plan(make_recipe(model=str(source), **options), source, source.name)
     *_, last = run(plan, out)
     assert isinstance(last, Finished)

@@ -20,7 +20,8 @@ class Facts:
     """`vocabulary` is the number of ids, `positions` the longest input in tokens (None: not said, or no limit).
 
     `causal`: the model predicts the next token, so that it reads windows of a stream and can write text itself.
-    `start` is the id in front of a text: bos, else eos. `special` holds the ids of bos, eos,
+    `start` is the id in front of a text: bos, else eos. `end` is the one behind a text that an encoder reads for a
+    decoder (None: there is no such pair, or no eos): sequence heads look for it. `special` holds the ids of bos, eos,
     padding and whatever else the configuration names, e.g. what stands for an image.
     """
 
@@ -30,6 +31,7 @@ class Facts:
     vocabulary: int | None
     positions: int | None
     start: int | None
+    end: int | None
     pad: int | None
     special: frozenset[int]
 
@@ -48,6 +50,7 @@ class Facts:
             vocabulary=_size(directory, config, trust_remote_code, "vocab_size"),
             positions=_size(directory, config, trust_remote_code, *POSITIONS),
             start=next(iter(bos + eos), None),
+            end=next(iter(eos), None) if config.get("is_encoder_decoder") is True else None,
             pad=next(iter(pad), None),
             special=frozenset([*bos, *eos, *pad, *_named_ids(config)]),
         )

@@ -161,7 +161,10 @@ def _ids_to_draw(facts: Facts) -> torch.Tensor:
 
 def _random_tokens(facts: Facts, samples: int, length: int, seed: int) -> torch.Tensor:
     ids = _ids_to_draw(facts)
-    return ids[torch.randint(len(ids), (samples, length), generator=torch.Generator().manual_seed(seed))]
+    tokens = ids[torch.randint(len(ids), (samples, length), generator=torch.Generator().manual_seed(seed))]
+    if facts.end is not None:
+        tokens[:, -1] = facts.end
+    return tokens
 
 
 def _windows(tokens: torch.Tensor) -> str:

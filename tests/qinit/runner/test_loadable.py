@@ -12,7 +12,7 @@ from tests.models import make_checkpoint
 
 @pytest.mark.parametrize(("family", "form"), [("llama", "gptq"), ("bert", "dense"), ("t5", "dense")])
 def test_a_run_that_stock_loaders_find_whole_has_no_such_note(family, form, tmp_path):
-    report = quantize(make_checkpoint(tmp_path / "source", family), tmp_path / "run", format=form)
+    report = quantize(make_checkpoint(tmp_path / "source", family), tmp_path / "run", format=form, check=True)
     assert not is_lost(report.notes)
 
 
@@ -22,7 +22,7 @@ def test_a_run_of_which_they_would_lose_a_part_says_so_in_a_note_and_in_its_repo
     def config(*arguments):
         return {**real(*arguments), "target_modules": ["q_proj"]}
 
-    plan = plan_of(llama, format="dense")
+    plan = plan_of(llama, format="dense", check=True)
     monkeypatch.setattr(LoraAdapter, "config", config)
     events = [*run(plan, tmp_path / "run")]
     (note,) = [each.text for each in events if isinstance(each, Noted)]
@@ -37,8 +37,14 @@ def test_what_peft_refuses_is_said_without_this_machine_s_directories(llama, tmp
     def config(*arguments):
         return {**real(*arguments), "target_modules": ["nothing"]}
 
-    plan = plan_of(llama, format="dense")
+    plan = plan_of(llama, format="dense", check=True)
     monkeypatch.setattr(LoraAdapter, "config", config)
     (note,) = [each.text for each in run(plan, tmp_path / "run") if isinstance(each, Noted)]
     assert note.startswith(f"{LOST}the run/eqft_init: PEFT cannot load it (")
     assert str(tmp_path) not in note
+
+
+def test_without_a_check_nobody_looks(llama, tmp_path, monkeypatch):
+    plan = plan_of(llama, format="dense")
+    monkeypatch.setattr("qinit.runner.loadable.lost_names", lambda *_, **__: ["all of it"])
+    assert not [event for event in run(plan, tmp_path / "run") if isinstance(event, Noted)]

@@ -52,6 +52,11 @@ class TestIds:
         assert facts(tmp_path, **none).start == 4
         assert facts(tmp_path).start == 1  # config.json comes first
 
+    def test_an_encoders_text_ends_with_eos_where_a_decoder_follows(self, tmp_path):
+        assert facts(tmp_path, eos_token_id=2).end is None
+        assert facts(tmp_path, eos_token_id=[5, 2], is_encoder_decoder=True).end == 5
+        assert facts(tmp_path, is_encoder_decoder=True).end is None
+
     def test_special_are_all_ids_that_have_a_name(self, tmp_path):
         found = facts(
             tmp_path,

@@ -21,6 +21,10 @@ class TestRandom:
         assert found.mask is None
         assert found.origin == "200 samples of 100 random tokens, seed 0"
 
+    def test_what_an_encoder_reads_for_a_decoder_ends_with_eos_as_sequence_heads_want_it(self, tmp_path):
+        tokens = load("random", make_checkpoint(tmp_path / "model", "bart"), samples=9, length=7).tokens
+        assert (tokens == 2).nonzero().tolist() == [[row, 6] for row in range(9)]
+
     def test_the_seed_decides_and_the_global_generator_is_left_alone(self, tiny_llama):
         state = torch.get_rng_state()
         first, again, other = (load("random", tiny_llama, seed=seed).tokens for seed in (3, 3, 4))
