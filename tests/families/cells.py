@@ -62,7 +62,8 @@ def try_cell(family: Family, head: str, fmt: str, calibration: str, directory: P
     except Exception as error:  # a fault of qinit's
         return Cell(*cell, "wrong", (f"the run ends with {type(error).__name__}: {str(error)[:200]}",))
     wrong = findings(source, out, family.reads)
-    return Cell(*cell, "wrong" if wrong else "yes", tuple(wrong), tuple(sorted(_left(plan, report))), _how(plan, report))
+    left = tuple(sorted(_left(plan, report)))
+    return Cell(*cell, "wrong" if wrong else "yes", tuple(wrong), left, _how(plan, report))
 
 
 def try_all(name: str, head: str) -> tuple[list[Cell], float]:

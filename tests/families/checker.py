@@ -21,7 +21,7 @@ from torch import nn
 from qinit.report.card import snippet_of
 from qinit.report.report import Report
 from tests.families.inputs import answers, inputs_of, loss_of
-from tests.stock import ADAPTER, dense_weight, delta, relative
+from tests.stock import ADAPTER, delta, dense_weight, relative
 
 # Packed weights are dequantized in float16, and some models compute parts in it.
 TOLERANCE = 2e-3
@@ -123,7 +123,7 @@ def _differing(original: Any, base: Any, quantized: set[str]) -> Iterator[str]:
     parameters = {WRAPPED.sub("", name): value for name, value in stored}
     for name, parameter in original.named_parameters(remove_duplicate=False):
         layer, _, part = name.rpartition(".")
-        if name in quantized or layer in quantized and part == "weight":
+        if name in quantized or (layer in quantized and part == "weight"):
             continue
         found, rounded = parameters.get(name), parameter.half().float() if layer in quantized else parameter
         if found is None or not any(torch.equal(found.float(), value) for value in (parameter, rounded)):
