@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from qinit.errors import CheckpointError, RecipeError, ReportError
@@ -8,12 +10,20 @@ from tests.helpers import edit_json, plan_of, quantize
 from tests.models import make_checkpoint
 
 
+FEW = {"calibration": "random", "calibration_samples": 8, "calibration_length": 32}
+
+
+@pytest.fixture(scope="module")
+def made(llama, tmp_path_factory):
+    """A run of several widths and ranks; not to be changed."""
+    out = tmp_path_factory.mktemp("made") / "run"
+    quantize(llama, out, **FEW, target_bits=3.0, rank_budget="24KB", seed=3, format="gptq")
+    return out
+
+
 @pytest.fixture
-def run(tiny_llama, place):
-    quantize(
-        tiny_llama, place / "run", target_bits=3.0, rank_budget="24KB", calibration="random", seed=3, format="gptq"
-    )
-    return place / "run"
+def run(made, place):
+    return shutil.copytree(made, place / "run")
 
 
 def again(run, source, **options):
