@@ -34,9 +34,10 @@ def plan_of(source: Path, name: str = "tiny", **options: Any) -> Plan:
 
 
 def calibrated_plan(source: Path, **options: Any) -> Plan:
-    """Plan a run whose layers see a text: dense, so that every shape is quantized, in groups that are not filled up."""
-    options = {"calibration": "random", "format": "dense", "group_size": 32, "device": "cpu", **options}
-    return plan_of(source, source.name, **options)
+    """Plan a run whose layers see a little text: dense, so that every shape is quantized, in groups that are not filled
+    up."""
+    text = {"calibration": "random", "calibration_samples": 8, "calibration_length": 32}
+    return plan_of(source, source.name, **{**text, "format": "dense", "group_size": 32, "device": "cpu", **options})
 
 
 def random_samples(count: int = 7, length: int = 12, seed: int = 0) -> Samples:

@@ -107,7 +107,7 @@ def polish(
 
     `student` comes from `student_of`, `lessons` from `teach` with the same samples. `learning_rate` is relative to the
     size of the factors' entries and `stretch_rate` to each scale, so that they mean the same for every layer;
-    `batch_size` counts samples (default: BATCH_TOKENS tokens). One in HELD_OUT samples, at most HELD_OUT_TOKENS tokens,
+    `batch_size` counts samples (default: as many as have BATCH_TOKENS tokens on average). One in HELD_OUT samples, at most HELD_OUT_TOKENS tokens,
     is held out and chooses the iterate: of those whose numbers are in `unseen`, where there are any, as calibration has
     fitted the layers to all others. `seed` draws these and the batches, and the same seed gives the same bytes on a
     CPU, be it broken off or not: what it needs to go on is kept in the file `state`, anew at every evaluation.
@@ -134,9 +134,10 @@ def polish(
     length = samples.tokens.shape[1]
     if _kept_bytes(layers, text.size * length, student.dtype) > KEPT_SHARE * free_memory(student.device):
         enable_checkpointing(student)
-    batch_size = batch_size or max(1, BATCH_TOKENS // length)
+    tokens = length if samples.mask is None else max(1, round(int(samples.mask.sum()) / len(samples.tokens)))
+    batch_size = batch_size or max(1, BATCH_TOKENS // tokens)
     order = torch.randperm(len(samples.tokens), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = max(1, min(len(order) // HELD_OUT, HELD_OUT_TOKENS // length))
+    count = max(1, min(len(order) // HELD_OUT, HELD_OUT_TOKENS // tokens))
     order.sort(key=lambda row: row not in unseen)  # stable
     count = min(count, len(unseen)) if unseen else count
     held_out, learned = order[:count], order[count:]

@@ -24,7 +24,7 @@ from qinit.formats.base import Format
 from qinit.formats.gptq.loading import PACKAGES, loader_options
 from qinit.formats.gptq.packing import pack_rows, unpack_rows
 from qinit.formats.gptq.reading import GRID, PARTS, dequantized, read_layer
-from qinit.formats.gptq.selection import block_to_name, is_replaced, packed, selectors
+from qinit.formats.gptq.selection import block_to_name, is_reached, is_replaced, packed, selectors
 from qinit.grids import Grid, Quantized
 from qinit.source.targets import Architecture, LinearModule, Target
 
@@ -68,6 +68,8 @@ class GptqFormat(Format):
     def cannot_hold_shape(self, module: LinearModule, group_size: int) -> str | None:
         if module.subclass:
             return f"class {module.subclass} is not nn.Linear itself, and the loader packs no subclass of it"
+        if not is_reached(module.name):
+            return "the loader finds modules by dir(), which passes over those whose own name begins with a digit"
         if module.set_by_parent:  # transformers 5.23 writes to its `weight` at load, which packed modules lack
             return "transformers sets this weight from its parent module while loading, so it cannot be packed"
         if module.in_features % WORD or module.out_features % WORD:

@@ -31,6 +31,12 @@ def is_replaced(kind: type) -> bool:
     return kind is nn.Linear or issubclass(kind, (Conv1D, nn.Conv2d))
 
 
+def is_reached(name: str) -> bool:
+    """Whether the loader comes by a module of this name: it goes through dir(parent), and nn.Module's leaves out names
+    that begin with a digit, as those of linear layers that stand in a list or a sequence themselves."""
+    return not name.rpartition(".")[2][:1].isdigit()
+
+
 def packed(modules: Mapping[str, type], config: Mapping[str, Any]) -> set[str]:
     """Return the names of the modules, of a model's classes by name, that the loader packs for a
     `quantization_config`."""
@@ -40,7 +46,8 @@ def packed(modules: Mapping[str, type], config: Mapping[str, Any]) -> set[str]:
     endings = tuple(ending for group in config["modules_in_block_to_quantize"] for ending in group)
     if block is None:
         return set()
-    return {n for n, kind in modules.items() if n.startswith(block) and n.endswith(endings) and is_replaced(kind)}
+    chosen = {name: kind for name, kind in modules.items() if name.startswith(block) and name.endswith(endings)}
+    return {name for name, kind in chosen.items() if is_replaced(kind) and is_reached(name)}
 
 
 def block_to_name(quantized: Collection[str], modules: Iterable[str]) -> str | None:

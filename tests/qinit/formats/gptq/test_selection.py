@@ -37,8 +37,8 @@ MODULES = {
             {"modules_in_block_to_quantize": [[".mlp.up", ".mlp.down"]]},
             {"model.layers.0.mlp.up", "model.layers.1.mlp.up"},
         ),
-        ({"modules_in_block_to_quantize": [["0", ".conv"]]}, {"model.layers.1.mlp.0", "model.layers.1.conv"}),
-        ({"modules_in_block_to_quantize": [["0"]], "block_name_to_quantize": "merger"}, {"merger.0"}),
+        ({"modules_in_block_to_quantize": [["0", ".conv"]]}, {"model.layers.1.conv"}),
+        ({"modules_in_block_to_quantize": [["0"]], "block_name_to_quantize": "merger"}, set()),
         ({"modules_in_block_to_quantize": [["head"]], "block_name_to_quantize": ""}, {"lm_head"}),
     ],
 )
@@ -73,14 +73,19 @@ def test_it_is_the_rule_of_optimum():
     pytest.importorskip("optimum")
     pytest.importorskip("gptqmodel")
     import transformers
-    from optimum.gptq.utils import get_block_name_with_pattern, get_layers
+    from optimum.gptq import GPTQQuantizer
 
     config = transformers.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     falcon = transformers.FalconForCausalLM(config)
-    falcon.transformer.h[1].mlp.dense_4h_to_h = nn.Linear(128, 32)
-    falcon.transformer.h[1].conv = nn.Conv2d(1, 1, 1)
+    block = falcon.transformer.h[1]
+    block.mlp.dense_4h_to_h = nn.Linear(128, 32)
+    block.conv = nn.Conv2d(32, 32, 1)
+    block.row = nn.ModuleList([nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 32))])
+    block.two = nn.ModuleDict({"2nd": nn.Linear(32, 32), "other": nn.Linear(32, 32)})
     modules = {name: type(module) for name, module in falcon.named_modules() if name}
-    chosen = {"modules_in_block_to_quantize": [[".dense_4h_to_h", ".dense", ".conv"]]}
-    theirs = get_layers(falcon, prefix=get_block_name_with_pattern(falcon))
-    expected = {name for name in theirs if name.endswith(tuple(chosen["modules_in_block_to_quantize"][0]))}
-    assert packed(modules, chosen) == expected == {"transformer.h.1.mlp.dense_4h_to_h", "transformer.h.1.conv"}
+    chosen = {"modules_in_block_to_quantize": [[".dense_4h_to_h", ".dense", ".conv", "0", "2nd", "other"]]}
+    loader = GPTQQuantizer(bits=4, group_size=32, desc_act=False, sym=False, **chosen)
+    loader.convert_model(falcon)
+    theirs = {name for name, module in falcon.named_modules() if hasattr(module, "qweight")}
+    assert packed(modules, chosen) == theirs
+    assert {name.removeprefix("transformer.h.1.") for name in theirs} == {"mlp.dense_4h_to_h", "conv", "two.other"}
