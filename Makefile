@@ -44,7 +44,7 @@ lint: $(STAMP)  ## Style, formatting, types, and the order of the pipeline
 # The workers share the cores.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## The tests
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Half an hour; docs/families.md is written from what it keeps.
 test-families: export OMP_NUM_THREADS = 1

@@ -30,7 +30,7 @@ from tests.qinit.runner.test_calibrated import FEW, source_weights
 from tests.stock import delta, dense_weight, load, lora_modules, relative
 
 TEXT = {"calibration": "random", "calibration_samples": 32, "calibration_length": 32}
-KILLS = 4
+KILLS = 2
 SHORT = {**TEXT, "steps": 5, "check": False}
 KINDS = {
     "packed": {**FEW},
