@@ -171,7 +171,10 @@ class LoraAdapter(Adapter):
 
 
 def _task_type(architecture: Architecture) -> str | None:
-    """Return what PEFT calls the model's task; a decoder beside what sees or hears is no encoder-decoder."""
+    """Return what PEFT calls the model's task; a decoder beside what sees or hears is no encoder-decoder. PEFT's models
+    of a task hand `input_ids` on, so one that reads sound or pictures has none: it is called as it is."""
+    if architecture.main_input != "input_ids":
+        return None
     if architecture.language:
         return TASK_TYPES["ForCausalLM"]
     return next((task for end, task in TASK_TYPES.items() if architecture.class_name.endswith(end)), None)

@@ -137,8 +137,9 @@ def test_an_unknown_kind_of_model_has_no_task_type():
 def test_a_decoder_that_also_sees_is_no_encoder_decoder():
     seeing = Architecture("LlavaForConditionalGeneration", LLAMA.linear, language="model.language_model")
     encoder_decoder = Architecture("T5ForConditionalGeneration", LLAMA.linear)
-    found = [config_for((UP, 16), architecture=each)["task_type"] for each in (seeing, encoder_decoder)]
-    assert found == ["CAUSAL_LM", "SEQ_2_SEQ_LM"]
+    hearing = Architecture("WhisperForConditionalGeneration", LLAMA.linear, main_input="input_features")
+    found = [config_for((UP, 16), architecture=each)["task_type"] for each in (seeing, encoder_decoder, hearing)]
+    assert found == ["CAUSAL_LM", "SEQ_2_SEQ_LM", None]  # the last is called as it is: PEFT would pass input_ids
 
 
 def test_the_config_file_is_what_peft_reads_back(tmp_path):
