@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-TOKENS = 16  # of the probe's text
+Inputs = Mapping[str, torch.Tensor]
 EXPERTS = (None, "batched_mm")  # those of the configuration route by values, which meta tensors have not
 SMALL_BYTES = 256 << 20  # of a model that is run for real, on zeros, where no pass without values gets through
 # What is asked of a tensor that has no values.
@@ -18,26 +18,30 @@ ANSWERS = {"__bool__": True, "item": 1, "__int__": 1, "__index__": 1, "__float__
 TAKE_NO_VALUES = {"to", "type_as", "view_as", "reshape_as", "expand_as", "zeros_like", "ones_like", "empty_like"}
 
 
-def read_directly(model: Any, linear: Mapping[str, nn.Module], rebuilt: Callable[[], Any]) -> set[str]:
+def read_directly(
+    model: Any, linear: Mapping[str, nn.Module], trials: Sequence[Inputs], rebuilt: Callable[[], Any]
+) -> set[str]:
     """Return the names of those `linear` modules of a model on the meta device whose weight is used in a forward pass
-    while their own forward is never called: what an adapter adds to that would have no effect.
+    while their own forward is never called: what an adapter adds to that would have no effect. `trials` are what the
+    model may take, the likeliest first.
 
     Modules that a pass on a few tokens does not reach are not among them. None are found where no pass gets to its
     end; a small model is then `rebuilt`, with its buffers, and run on zeros.
     """
-    for inputs in _inputs(model):
+    for inputs in trials:
+        nothing = {name: value.to("meta") for name, value in inputs.items()}
         for experts in EXPERTS:
             if experts is not None and not _set_experts(model, experts):
                 continue
-            found = _probed(model, linear, inputs)
+            found = _probed(model, linear, nothing)
             if found is not None:
                 return found
     if sum(parameter.nbytes for parameter in model.parameters()) > SMALL_BYTES:
         return set()
-    return _on_zeros(rebuilt(), list(linear))
+    return _on_zeros(rebuilt(), list(linear), trials)
 
 
-def _on_zeros(model: Any, names: list[str]) -> set[str]:
+def _on_zeros(model: Any, names: list[str], trials: Sequence[Inputs]) -> set[str]:
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
@@ -45,8 +49,7 @@ def _on_zeros(model: Any, names: list[str]) -> set[str]:
     model.tie_weights()
     linear = {name: model.get_submodule(name) for name in names}
     found = (
-        _probed(model, linear, {name: torch.zeros_like(x, device="cpu") for name, x in inputs.items()})
-        for inputs in _inputs(model)
+        _probed(model, linear, {name: torch.zeros_like(value) for name, value in inputs.items()}) for inputs in trials
     )
     return next((names for names in found if names is not None), set())
 
@@ -59,7 +62,7 @@ def _set_experts(model: Any, name: str) -> bool:
     return True
 
 
-def _probed(model: Any, linear: Mapping[str, nn.Module], inputs: dict[str, torch.Tensor]) -> set[str] | None:
+def _probed(model: Any, linear: Mapping[str, nn.Module], inputs: Inputs) -> set[str] | None:
     """Return what one pass finds, None where it does not get to its end."""
     watch = _Watch(linear)
     training = model.training
@@ -148,30 +151,3 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for each in value:
             yield from tensors_in(each)
-
-
-def _inputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield small inputs to try, by name, on the meta device: what the class calls its main input, and where that is
-    text with a picture too."""
-    config, main = model.config, getattr(model, "main_input_name", "input_ids")
-    text = {"input_ids": torch.zeros(1, TOKENS, dtype=torch.long, device="meta")}
-    decoder = {"decoder_input_ids": text["input_ids"]} if getattr(config, "is_encoder_decoder", False) else {}
-    if main == "input_ids":
-        yield text | decoder
-        yield text | decoder | _picture(config)
-    elif main == "pixel_values":
-        yield _picture(config)
-    elif main == "input_features":
-        bins: Any = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 80)
-        length = 2 * getattr(config, "max_source_positions", TOKENS)
-        yield {main: torch.zeros(1, bins, length, device="meta")} | decoder
-    elif main == "input_values":
-        yield {main: torch.zeros(1, 16000, device="meta")} | decoder
-
-
-def _picture(config: Any) -> dict[str, torch.Tensor]:
-    vision: Any = getattr(config, "vision_config", None) or config
-    size: Any = getattr(vision, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    channels = getattr(vision, "num_channels", None) or 3
-    return {"pixel_values": torch.zeros(1, int(channels), int(height), int(width), device="meta")}

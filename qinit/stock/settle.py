@@ -11,6 +11,7 @@ from qinit.errors import TargetError
 from qinit.recipe import Recipe
 from qinit.source.targets import Architecture, LinearModule
 from qinit.stock.adapting import Adapted, Refused, adapt
+from qinit.stock.inputs import possible_inputs
 from qinit.stock.read_directly import read_directly
 from qinit.stock.skeleton import Skeleton
 
@@ -71,7 +72,8 @@ def whole_parameters(
 def _read_directly(skeleton: Skeleton, names: tuple[str, ...]) -> set[str]:
     model = skeleton.build()
     linear = {name: model.get_submodule(name) for name in names}
-    return read_directly(model, linear, lambda: skeleton.build(include_buffers=False))
+    trials = list(possible_inputs(model, skeleton.checkpoint.directory))
+    return read_directly(model, linear, trials, lambda: skeleton.build(include_buffers=False))
 
 
 def _adapted(skeleton: Skeleton, recipe: Recipe, adapter: Adapter, architecture: Architecture, ranks: Ranks) -> Adapted:

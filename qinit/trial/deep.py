@@ -21,10 +21,10 @@ from qinit.adapters import WEIGHTS_STEM
 from qinit.adapters.base import PREFIX
 from qinit.errors import CheckpointError
 from qinit.files.tensors import read_header
+from qinit.stock.inputs import possible_inputs
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
 from qinit.stream.weights import ModelWeights
-from qinit.trial.inputs import possible_inputs
 from qinit.trial.passes import Reached, distance, learn
 
 CPU = torch.device("cpu")

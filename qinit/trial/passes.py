@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from qinit.stock.inputs import possible_inputs
 from qinit.stock.read_directly import tensors_in
-from qinit.trial.inputs import possible_inputs
 from qinit.trial.names import reason, shown
 
 PARTS = ("lora_A", "lora_B")

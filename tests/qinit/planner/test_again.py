@@ -9,7 +9,6 @@ from qinit.report.report import Report
 from tests.helpers import edit_json, plan_of, quantize
 from tests.models import make_checkpoint
 
-
 FEW = {"calibration": "random", "calibration_samples": 8, "calibration_length": 32}
 
 

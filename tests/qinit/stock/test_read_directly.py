@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from qinit.stock.inputs import possible_inputs
 from qinit.stock.read_directly import read_directly
 
 
@@ -18,18 +19,12 @@ def test_a_weight_that_no_forward_uses_is_found(family, expected, skeleton):
     built = skeleton(family)
     model = built.build()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert read_directly(model, linear, lambda: built.build(include_buffers=False)) == expected
-
-
-class Config:
-    is_encoder_decoder = False
+    trials = list(possible_inputs(model, built.checkpoint.directory))
+    assert read_directly(model, linear, trials, lambda: built.build(include_buffers=False)) == expected
 
 
 class Model(nn.Module):
     """A model as far as the probe knows one; `use` is what it does with its three layers."""
-
-    main_input_name = "input_ids"
-    config = Config()
 
     def __init__(self, use):
         super().__init__()
@@ -79,6 +74,7 @@ def loud(model, x):
 def test_only_what_is_used_for_its_values_and_never_called_counts(use, expected):
     model = Model(use)
     linear = {name: getattr(model, name) for name in "abc"}
-    assert read_directly(model, linear, lambda: Model(use)) == expected
+    trials = [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}]
+    assert read_directly(model, linear, trials, lambda: Model(use)) == expected
     assert all(module.weight.is_meta for module in linear.values())
     assert not any(module._forward_pre_hooks for module in linear.values())

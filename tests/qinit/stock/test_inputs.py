@@ -1,7 +1,7 @@
 import torch
 import transformers
 
-from qinit.trial.inputs import TOKENS, possible_inputs
+from qinit.stock.inputs import TOKENS, possible_inputs
 from tests.models import make_checkpoint
 
 
