@@ -108,10 +108,10 @@ def polish(
     `student` comes from `student_of`, `lessons` from `teach` with the same samples. `learning_rate` is relative to the
     size of the factors' entries and `stretch_rate` to each scale, so that they mean the same for every layer;
     `batch_size` counts samples (default: as many as have BATCH_TOKENS tokens on average). One in HELD_OUT samples, at
-    most HELD_OUT_TOKENS tokens, is held out and chooses the iterate: of those whose numbers are in `unseen`, where there
-    are any, as calibration has fitted the layers to all others. `seed` draws these and the batches, and the same seed
-    gives the same bytes on a CPU, be it broken off or not: what it needs to go on is kept in the file `state`, anew at
-    every evaluation.
+    most HELD_OUT_TOKENS tokens, is held out and chooses the iterate: of those whose numbers are in `unseen`, where
+    there are any, as calibration has fitted the layers to all others. `seed` draws these and the batches, and the same
+    seed gives the same bytes on a CPU, be it broken off or not: what it needs to go on is kept in the file `state`,
+    anew at every evaluation.
 
     Memory beside the student's: four times what is trained, for as many samples as have logits of MICRO_BYTES the
     activations at the borders of the blocks and those of one block, those of all where there is plenty of memory for

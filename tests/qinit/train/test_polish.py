@@ -134,6 +134,15 @@ class TestLoss:
         assert same(*results)
         assert results[0].before != polished(*start, steps=10)[1].before
 
+    def test_a_batch_has_its_tokens_without_the_padding(self, start, monkeypatch):
+        monkeypatch.setattr("qinit.train.polish.BATCH_TOKENS", 32)
+        seen = []
+        real = qinit.train.polish.batches
+        monkeypatch.setattr("qinit.train.polish.batches", lambda *given: seen.append(given[1].batch) or real(*given))
+        polished(*start, padded(text(), [4] * 9), steps=1)
+        polished(*start, steps=1)
+        assert seen == [8, 2]
+
 
 class TestDivergence:
     def outputs(self, top):
