@@ -139,8 +139,8 @@ class TestLoss:
         seen = []
         real = qinit.train.polish.batches
         monkeypatch.setattr("qinit.train.polish.batches", lambda *given: seen.append(given[1].batch) or real(*given))
-        polished(*start, padded(text(), [4] * 9), steps=1)
-        polished(*start, steps=1)
+        polished(*start, padded(text(), [4] * 9), steps=1, batch_size=None)
+        polished(*start, steps=1, batch_size=None)
         assert seen == [8, 2]
 
 
