@@ -68,14 +68,6 @@ def test_every_family_computes_with_q_plus_the_adapter(family, fmt):
     assert relative(logits(model), logits(dense_twin(source, model))) < 1e-4
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_every_family_is_close_to_full_precision_at_eight_bits(family, fmt):
-    _, source, directory = family
-    out = directory / f"{fmt}-8bit"
-    quantize(source, out, bits=8, format=fmt)
-    assert relative(logits(load(out)), logits(load_base(source))) < 0.03
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_at_every_width_is_q_to_the_last_bit_before_float16(llama, tmp_path, bits):
     plan, report = quantize(llama, tmp_path / "out", bits=bits, format="gptq")
