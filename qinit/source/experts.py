@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from qinit.files.tensors import StoredTensor, slice_name
-from qinit.source.checkpoint import Checkpoint
+from qinit.source.names import Names
 from qinit.source.products import Product, Products, one_by_one, stacked_parameters
 
 TINY = (4, 6)  # the shape of a matrix that stands for an expert's where only the order of things is asked
@@ -47,8 +46,9 @@ class Stack:
         return [slice_name(self.name, index) for index in range(self.count)]
 
 
-def read_stacks(model: Any, checkpoint: Checkpoint, is_linear: Any) -> tuple[Stack, ...]:
-    """Find the stacked experts of a model on the meta device, and where the checkpoint has them.
+def read_stacks(model: Any, names: Names, is_linear: Any) -> tuple[Stack, ...]:
+    """Find the stacked experts of a model on the meta device, and where the checkpoint, whose `names` these are, has
+    them.
 
     A module's 3-D parameters are experts where its forward multiplies with their slices (see `Products`): it is tried
     on one token, without computing anything. `is_linear` says which modules are linear layers of their own.
@@ -73,8 +73,8 @@ def read_stacks(model: Any, checkpoint: Checkpoint, is_linear: Any) -> tuple[Sta
                 stack = replace(stack, unknown=turned)
             elif turned:
                 stack = replace(stack, out_features=columns, in_features=rows, transposed=True)
-            found.append(stack)
-    return _placed(model, checkpoint, found) if found else ()
+            found.append(stack if stack.unknown else _sourced(stack, names))
+    return tuple(found)
 
 
 def _turned(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, bool | str]:
@@ -125,86 +125,34 @@ def _arguments(module: nn.Module, experts: int, widths: Sequence[int]) -> Iterat
             yield (torch.zeros(experts, width),)
 
 
-def _placed(model: Any, checkpoint: Checkpoint, stacks: list[Stack]) -> tuple[Stack, ...]:
-    """Give every stack its sources."""
-    by_name = {stack.name: stack for stack in stacks}
-    for name, (converter, keys) in _conversions(model, checkpoint, by_name).items():
-        stack = by_name[name]
-        if stack.unknown is None:
-            by_name[name] = _sourced(stack, model, checkpoint, converter, keys)
-    missing = "the checkpoint does not hold them in a way that transformers converts"
-    return tuple(s if s.sources or s.unknown else replace(s, unknown=missing) for s in by_name.values())
-
-
-def _conversions(
-    model: Any, checkpoint: Checkpoint, wanted: Mapping[str, Stack]
-) -> dict[str, tuple[Any, list[tuple[str, str]]]]:
-    """Return for each wanted parameter how transformers makes it: its converter (None: it takes the tensor as it is),
-    and the checkpoint's tensors, each with the pattern that it is known by, in the converter's order."""
-    found: dict[str, tuple[Any, list[tuple[str, str]]]] = {}
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
-    except ImportError:  # before transformers 5 experts were modules
-        return {name: (None, [(name, name)]) for name in wanted if name in checkpoint.tensors}
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    state = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
-    prefix = model.base_model_prefix
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
-        if name in wanted:
-            converter = by_pattern[pattern] if pattern is not None else None
-            found.setdefault(name, (converter, []))[1].append((key, pattern or key))
-    return found
-
-
-def _sourced(stack: Stack, model: Any, checkpoint: Checkpoint, converter: Any, keys: list[tuple[str, str]]) -> Stack:
-    """Give a stack its sources, found by converting small tensors in the place of the checkpoint's."""
+def _sourced(stack: Stack, names: Names) -> Stack:
+    """Give a stack its sources, found by making the parameter of small tensors in the place of the checkpoint's."""
+    tensors = names.parts_of(stack.name)
+    if not tensors:
+        return replace(stack, unknown="the checkpoint does not hold them in a way that transformers converts")
     stored: dict[str, StoredTensor] = {}  # what a slice may consist of
     parts: list[torch.Tensor] = []  # and what stands for it
-    given = []
-    for key, pattern in keys:
-        tensor = checkpoint.tensors[key]
+    stand_ins: dict[str, torch.Tensor] = {}
+    for tensor in tensors:
         stacked = len(tensor.shape) == 3
         pieces = tensor.slices() if stacked else [tensor]
         first = len(parts) * TINY[0] * TINY[1]
         stand_in = torch.arange(first, first + len(pieces) * TINY[0] * TINY[1]).reshape(-1, *TINY)
         stored |= {piece.name: piece for piece in pieces}
         parts += stand_in
-        given.append((key, pattern, stand_in if stacked else stand_in[0]))
+        stand_ins[tensor.name] = stand_in if stacked else stand_in[0]
     try:
-        whole = _converted(stack.name, model, converter, given)
+        whole = names.make(stack.name, lambda tensor: stand_ins[tensor.name])
     except Exception as error:  # an operation can ask for anything of its tensors
         return replace(stack, unknown=f"transformers converts them in another way ({type(error).__name__})")
+    whole = stand_ins[tensors[0].name] if whole is None else whole
     named = list(zip(stored, parts, strict=True))
     sources = [_sources(piece, named, stack.transposed) for piece in whole]
     if len(sources) != stack.count or not all(
-        names and _fits(stack, [stored[name] for name in names]) for names in sources
+        found and _fits(stack, [stored[name] for name in found]) for found in sources
     ):
         return replace(stack, unknown="the checkpoint stores them in another layout than the model has")
-    return replace(stack, sources=tuple(tuple(names) for names in sources))
-
-
-def _converted(name: str, model: Any, converter: Any, sources: list[tuple[str, str, torch.Tensor]]) -> torch.Tensor:
-    if converter is None:
-        ((_, _, only),) = sources
-        return only
-    converter = deepcopy(converter)
-    for key, pattern, tensor in sources:
-        converter.add_tensor(name, key, pattern, tensor)
-    found = converter.convert(name, model=model, config=model.config)[name]
-    whole: torch.Tensor = found[0] if isinstance(found, list) else found
-    return whole
+    return replace(stack, sources=tuple(tuple(found) for found in sources))
 
 
 def _sources(piece: torch.Tensor, parts: list[tuple[str, torch.Tensor]], transposed: bool) -> list[str]:

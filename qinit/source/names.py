@@ -17,17 +17,6 @@ from qinit.files.tensors import StoredTensor
 
 Read = Callable[[StoredTensor], torch.Tensor]
 Rename = Callable[[str], tuple[str, str | None]]  # a checkpoint's name -> the loader's, and what of a converter it fits
-PROBE = (2, 3)  # rows and columns of what stands for a matrix while it is found out where it goes
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A place in a parameter [experts, rows, columns]: rows `start` to `stop` of one expert."""
-
-    parameter: str
-    expert: int
-    start: int
-    stop: int
 
 
 @dataclass
@@ -106,40 +95,21 @@ class Names:
         """Return the tensor that is the parameter as it stands, None if there is none."""
         return self._stored.get(parameter)
 
+    def parts_of(self, parameter: str) -> list[StoredTensor]:
+        """Return the tensors that become a parameter: the one that it is, or those that the loader makes it of."""
+        if parameter in self._stored:
+            return [self._stored[parameter]]
+        made = self._made.get(parameter)
+        return [] if made is None else [tensor for tensors in made.tensors.values() for tensor in tensors]
+
     def made_of(self, parameter: str) -> list[str]:
         """Return the names of the tensors that the loader makes a parameter of, where no single one is it."""
-        made = None if parameter in self._stored else self._made.get(parameter)
-        return [] if made is None else [tensor.name for tensors in made.tensors.values() for tensor in tensors]
+        return [] if parameter in self._stored else [tensor.name for tensor in self.parts_of(parameter)]
 
     def make(self, parameter: str, read: Read) -> torch.Tensor | None:
         """Make a parameter of its tensors, in the dtype that `read` gives them; None where one tensor or none is it."""
         made = self._made.get(parameter) if self.made_of(parameter) else None
         return None if made is None else made.convert(self.naming.model, read).get(parameter)
-
-    def slices(self, parameter: str) -> dict[str, Slice]:
-        """Return where each matrix that a parameter of three dimensions is made of lies in it, by the tensors' names.
-
-        Found by making it of small matrices of known numbers. Nothing is returned for a parameter that is stored as it
-        is, or whose matrices are changed on the way (transposed, interleaved).
-        """
-        made = self._made.get(parameter) if self.made_of(parameter) else None
-        if made is None or any(len(tensor.shape) != 2 for each in made.tensors.values() for tensor in each):
-            return {}
-        tensors = [tensor for each in made.tensors.values() for tensor in each]
-        size = PROBE[0] * PROBE[1]
-        probes = {t.name: size * i + torch.arange(size).view(PROBE) for i, t in enumerate(tensors)}
-        found: dict[str, Slice] = {}
-        with _unfit():
-            value = made.convert(self.naming.model, lambda tensor: probes[tensor.name])[parameter]
-            for expert, matrix in enumerate(value if value.dim() == 3 else ()):
-                inside = [tensors[int(row[0]) // size] for row in matrix[:: PROBE[0]]]
-                if not torch.equal(torch.cat([probes[tensor.name] for tensor in inside]), matrix):
-                    return {}
-                start = 0
-                for tensor in inside:
-                    found[tensor.name] = Slice(parameter, expert, start, start + tensor.shape[0])
-                    start += tensor.shape[0]
-        return found if len(found) == len(tensors) else {}
 
     def prefix(self, module: str, parts: Sequence[str] = ()) -> str:
         """Return what a checkpoint calls a module, with a dot at its end: by its weight, or by the `parts` of a packed

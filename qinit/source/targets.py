@@ -172,7 +172,8 @@ def architecture_of(model: Any, checkpoint: Checkpoint) -> Architecture:
         linear.append(LinearModule(name, out_features, in_features, transposed, by_parent, plain, subclass))
     shapes = {f"{name}.weight": tuple(weight.shape) for name, weight in tables.items()}
     own = {id(module) for module in found.values()}
-    stacks = read_stacks(model, checkpoint, lambda module: id(module) in own)
+    naming = Naming(model)
+    stacks = read_stacks(model, naming.names_in(checkpoint.tensors), lambda module: id(module) in own)
     return Architecture(
         class_name=type(model).__name__,
         linear=tuple(linear),
@@ -180,7 +181,7 @@ def architecture_of(model: Any, checkpoint: Checkpoint) -> Architecture:
         classes={name: type(module) for name, module in modules.items()},
         main_input=getattr(model, "main_input_name", "input_ids"),
         language=language_part(model),
-        naming=Naming(model),
+        naming=naming,
         head=next((f"{name}.weight" for name, module in modules.items() if module is head), None),
         stacks=stacks,
         routers=_routers(linear, stacks),

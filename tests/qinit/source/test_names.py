@@ -5,7 +5,6 @@ import torch
 
 from qinit.files.tensors import StoredTensor
 from qinit.source.checkpoint import Checkpoint
-from qinit.source.names import Slice
 from qinit.source.skeleton import loader
 from qinit.source.targets import read_architecture
 from tests.helpers import edit_config, edit_tensors
@@ -59,17 +58,17 @@ def test_of_two_tensors_for_one_parameter_the_loader_s_is_taken(tmp_path):
     assert torch.equal(names_of(directory).find(full).read(), loaded(directory)[full])
 
 
-def test_the_place_of_each_expert_s_matrix(tmp_path):
+def test_what_experts_are_made_of(tmp_path):
     directory = make_float32(tmp_path, "mixtral")
     names, parameters = names_of(directory), loaded(directory)
-    up, down = (names.slices(f"{EXPERTS}.{which}") for which in ("gate_up_proj", "down_proj"))
-    assert len(up) == 2 * len(down) == 8
-    assert down["model.layers.1.block_sparse_moe.experts.3.w2.weight"] == Slice(f"{EXPERTS}.down_proj", 3, 0, 64)
-    for name, place in {**up, **down}.items():
-        stored = Checkpoint.open(directory).tensors[name].read()
-        assert torch.equal(parameters[place.parameter][place.expert, place.start : place.stop], stored)
-        assert names.parameter_of[name] == place.parameter
-    assert names.slices("model.embed_tokens.weight") == {}
+    for which, count in (("gate_up_proj", 8), ("down_proj", 4)):
+        parameter = f"{EXPERTS}.{which}"
+        parts = names.parts_of(parameter)
+        assert len(parts) == count
+        assert {names.parameter_of[part.name] for part in parts} == {parameter}
+        assert torch.equal(names.make(parameter, StoredTensor.read), parameters[parameter])
+    assert [part.name for part in names.parts_of("model.embed_tokens.weight")] == ["model.embed_tokens.weight"]
+    assert names.parts_of("nothing") == []
 
 
 def test_what_is_cut_out_of_a_tensor_has_no_tensor_of_its_own(tmp_path):
