@@ -28,7 +28,7 @@ from qinit.events import Finished
 from qinit.machine import ran_on, versions
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
-from qinit.report.report import Report
+from qinit.report.report import REPORT_NAME, Report
 from qinit.runner.run import run
 from qinit.solver.methods import METHODS
 
@@ -98,9 +98,21 @@ def measure_start(
         out = Path(temporary) / "run"
         started = time.perf_counter()
         report = quantize(model, out, method, **options)
-        seconds = time.perf_counter() - started
-        found = figures_of(load_for_training(out, torch.float32), tokens, window, reference=reference)
-    return Start(method, report, found, seconds)
+        return measure_run(out, report, tokens, window, reference, time.perf_counter() - started)
+
+
+def measure_kept(
+    run: Path, model: Path, tokens: torch.Tensor, window: int, method: str, *, reference: Any, **options: Any
+) -> Start:
+    """Do the same with a run that stays, and is not made again where it is there; its seconds are those of its report.
+    One that was broken off goes on."""
+    report = Report.read(run) if (run / REPORT_NAME).is_file() else quantize(model, run, method, **options)
+    return measure_run(run, report, tokens, window, reference, report.totals["seconds"])
+
+
+def measure_run(run: Path, report: Report, tokens: torch.Tensor, window: int, reference: Any, seconds: float) -> Start:
+    figures = figures_of(load_for_training(run, torch.float32), tokens, window, reference=reference)
+    return Start(report.recipe["method"], report, figures, seconds)
 
 
 def full_precision(model: Path) -> Any:

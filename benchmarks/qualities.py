@@ -1,9 +1,13 @@
-"""What `--quality fast|balanced|best` gives on a real model: where fine-tuning would start, and what it took.
+"""What `--quality fast|balanced|best` gives on a real model, and what other methods do: where fine-tuning would start,
+and what it took.
 
-    python benchmarks/qualities.py --model DIR --text FILE [--windows 12] [--bits 2] [--qualities fast,...]
+    python benchmarks/qualities.py --model DIR --text FILE --runs DIR [--windows 12] [--bits 2,3,4]
+                                   [--qualities fast,...] [--methods loftq,...] [--measure-only]
 
-`--rows METHOD,...` adds methods with their own defaults, on the same text and rank. Every start is written to disk and
-loaded with stock transformers + peft. benchmarks/smollm2.py makes the model.
+Every run stays in `--runs`, so that what was broken off goes on, and what is finished is measured only. Methods have
+their own defaults; those that need a text take what `--calibration auto` gives. All are loaded with stock transformers
++ peft, on the same text, at one rank. `--measure-only` measures what is in `--runs` already and makes nothing.
+benchmarks/smollm2.py makes the model.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import conclude, full_precision, load_tokens, measure_start
+from common import conclude, full_precision, load_tokens, measure_kept
 
 from qinit.evaluate.figures import perplexity
 from qinit.recipe import QUALITIES
+from qinit.solver.methods import METHODS
 
 
 def main() -> None:
@@ -27,7 +32,9 @@ def main() -> None:
     parser.add_argument("--bits", default="2")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--qualities", default=",".join(QUALITIES))
-    parser.add_argument("--rows", default="", help="other methods, e.g. loftq,qpissa")
+    parser.add_argument("--methods", default="", help="other methods, e.g. loftq,qpissa")
+    parser.add_argument("--runs", type=Path, required=True, help="where they stay")
+    parser.add_argument("--measure-only", action="store_true", help="leave out those that are not there yet")
     parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
     options = parser.parse_args()
 
@@ -35,13 +42,19 @@ def main() -> None:
     tokens = tokens[: options.windows * options.window]
     full = full_precision(options.model)
     reference = perplexity(full, tokens, options.window)
-    chosen: list[tuple[str, dict[str, Any]]] = [("eqft", {"quality": name}) for name in options.qualities.split(",")]
-    chosen += [(name, {"calibration": "none"}) for name in filter(None, options.rows.split(","))]
+    chosen: list[tuple[str, dict[str, Any]]] = [
+        ("eqft", {"quality": q}) for q in filter(None, options.qualities.split(","))
+    ]
+    chosen += [(name, text_for(name)) for name in filter(None, options.methods.split(","))]
     rows = []
     for bits in map(int, options.bits.split(",")):
         for method, extra in chosen:
-            start = measure_start(
-                options.model, tokens, options.window, method, reference=full, bits=bits, rank=options.rank, **extra
+            run = options.runs / "-".join(filter(None, (method, extra.get("quality"), f"{bits}bit")))
+            if options.measure_only and not run.is_dir():
+                continue
+            start = measure_kept(
+                *(run, options.model, tokens, options.window, method),
+                **{"reference": full, "bits": bits, "rank": options.rank, **extra},
             )
             totals, found = start.report.totals, start.figures
             calibration = totals.get("calibration", {})
@@ -57,6 +70,11 @@ def main() -> None:
             print(f"{bits} bits, {method}, {extra}: KL {found.kl:.3f}, {start.seconds:.0f} s", flush=True)
     result = {"model": options.model.name, "rank": options.rank, "tokens": len(tokens), "full_precision": reference}
     conclude("qualities", {**result, "rows": rows}, options.json, seeds=[0])
+
+
+def text_for(method: str) -> dict[str, Any]:
+    """Return the options by which a method reads a text if it needs one, and only then."""
+    return {} if METHODS[method].needs else {"calibration": "none"}
 
 
 if __name__ == "__main__":
