@@ -46,7 +46,7 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)  ## The tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# Half an hour; docs/families.md is written from what it keeps.
+# Nine minutes on two cores; docs/families.md is written from what it keeps.
 test-families: export OMP_NUM_THREADS = 1
 test-families: $(STAMP)  ## Every family of models, head and format, through the stock loaders
 	$(BIN)/python -m tests.families --jobs $(WORKERS) --json model_zoo/results/families.json
