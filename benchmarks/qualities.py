@@ -1,7 +1,7 @@
 """What `--quality fast|balanced|best` gives on a real model, and what other methods do: where fine-tuning would start,
 and what it took.
 
-    python benchmarks/qualities.py --model DIR --text FILE --runs DIR [--windows 12] [--bits 2,3,4]
+    python benchmarks/qualities.py --model DIR --text FILE [--runs DIR] [--windows 12] [--bits 2,3,4]
                                    [--qualities fast,...] [--methods loftq,...] [--measure-only]
 
 Every run stays in `--runs`, so that what was broken off goes on, and what is finished is measured only. Methods have
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--qualities", default=",".join(QUALITIES))
     parser.add_argument("--methods", default="", help="other methods, e.g. loftq,qpissa")
-    parser.add_argument("--runs", type=Path, required=True, help="where they stay")
+    parser.add_argument("--runs", type=Path, default=Path("build/qualities"), help="where they stay")
     parser.add_argument("--measure-only", action="store_true", help="leave out those that are not there yet")
     parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
     options = parser.parse_args()

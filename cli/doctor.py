@@ -40,7 +40,7 @@ def doctor(
     here = hardware()
     installed = packages(need for probe in PROBES.values() for need in probe.needs)
     _draw(screen, here, installed)
-    trainers = _misfits(installed)
+    trainers = _misfits()
     for each in trainers:
         screen.say(f"{each.trainer} {each.version} {'; '.join(each.problems)}")
         screen.say(f"  it trains from a run in an environment of its own: {'; '.join(each.commands)}")
@@ -63,9 +63,11 @@ def doctor(
         raise typer.Exit(BROKEN)
 
 
-def _misfits(installed: list[Package]) -> list[Misfit]:
+def _misfits() -> list[Misfit]:
     """Return the trainers that do not fit what is here; none where qinit, which knows them, cannot be imported."""
-    if any(package.installed is None for package in installed if package.extra == ""):
+    from qinit.requirements import core, package
+
+    if any(package(name).installed is None for name in core()):
         return []
     from qinit.doctor.trainers import misfits
 

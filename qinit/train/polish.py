@@ -135,7 +135,7 @@ def polish(
     length = samples.tokens.shape[1]
     if _kept_bytes(layers, text.size * length, student.dtype) > KEPT_SHARE * free_memory(student.device):
         enable_checkpointing(student)
-    tokens = length if samples.mask is None else max(1, round(int(samples.mask.sum()) / len(samples.tokens)))
+    tokens = max(1, round(samples.count / len(samples.tokens)))
     batch_size = batch_size or max(1, BATCH_TOKENS // tokens)
     order = torch.randperm(len(samples.tokens), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, min(len(order) // HELD_OUT, HELD_OUT_TOKENS // tokens))

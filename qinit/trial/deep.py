@@ -71,16 +71,21 @@ class Stock:
         stored = self._stored(name)
         if stored is not None:
             return stored.to(empty.dtype)
-        bare = re.sub(r"(\.base_layer)+(?=\.)", "", within)
+        bare = _unwrapped(within)
         known = dict(like.named_buffers()) | dict(like.named_parameters())
         if isinstance(empty, nn.Parameter) and bare not in known:
             raise CheckpointError(f"{self.directory}: no tensor for the parameter {name}")
         return known[bare].to(empty.dtype) if bare in known else None
 
     def _stored(self, name: str) -> torch.Tensor | None:
-        own = re.sub(r"(\.base_layer)+(?=\.)", "", name)
+        own = _unwrapped(name)
         tensor = self.factors.get(f"{PREFIX}{name.replace('.default.', '.')}") or self.parts.get(own)
         return tensor.read() if tensor is not None else self.base.read(own, CPU)
+
+
+def _unwrapped(name: str) -> str:
+    """Return a tensor's name without what PEFT's wrappers put into it."""
+    return re.sub(r"(\.base_layer)+(?=\.)", "", name)
 
 
 def _as(empty: torch.Tensor, value: torch.Tensor | None) -> Any:

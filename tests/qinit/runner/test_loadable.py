@@ -16,14 +16,20 @@ def test_a_run_that_stock_loaders_find_whole_has_no_such_note(family, form, tmp_
     assert not is_lost(report.notes)
 
 
-def test_a_run_of_which_they_would_lose_a_part_says_so_in_a_note_and_in_its_report(llama, tmp_path, monkeypatch):
+@pytest.fixture
+def spoil(monkeypatch):
+    """Let the adapter's configuration name other modules than the plan has."""
     real = LoraAdapter.config
 
-    def config(*arguments):
-        return {**real(*arguments), "target_modules": ["q_proj"]}
+    def name(*modules):
+        monkeypatch.setattr(LoraAdapter, "config", lambda *given: {**real(*given), "target_modules": [*modules]})
 
+    return name
+
+
+def test_a_run_of_which_they_would_lose_a_part_says_so_in_a_note_and_in_its_report(llama, tmp_path, spoil):
     plan = plan_of(llama, format="dense", check=True)
-    monkeypatch.setattr(LoraAdapter, "config", config)
+    spoil("q_proj")
     events = [*run(plan, tmp_path / "run")]
     (note,) = [each.text for each in events if isinstance(each, Noted)]
     assert note.startswith(f"{LOST}PEFT drops base_model.model.model.layers.0.mlp.down_proj.lora_A.weight, ")
@@ -31,14 +37,9 @@ def test_a_run_of_which_they_would_lose_a_part_says_so_in_a_note_and_in_its_repo
     assert is_lost([note])
 
 
-def test_what_peft_refuses_is_said_without_this_machine_s_directories(llama, tmp_path, monkeypatch):
-    real = LoraAdapter.config
-
-    def config(*arguments):
-        return {**real(*arguments), "target_modules": ["nothing"]}
-
+def test_what_peft_refuses_is_said_without_this_machine_s_directories(llama, tmp_path, spoil):
     plan = plan_of(llama, format="dense", check=True)
-    monkeypatch.setattr(LoraAdapter, "config", config)
+    spoil("nothing")
     (note,) = [each.text for each in run(plan, tmp_path / "run") if isinstance(each, Noted)]
     assert note.startswith(f"{LOST}the run/eqft_init: PEFT cannot load it (")
     assert str(tmp_path) not in note
