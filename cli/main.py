@@ -12,6 +12,7 @@ from qinit_cli.compare import compare
 from qinit_cli.doctor import doctor
 from qinit_cli.eqft import eqft, meqft, plan
 from qinit_cli.eval import evaluate
+from qinit_cli.export import export
 from qinit_cli.hide_token import hide_token
 from qinit_cli.methods import methods
 from qinit_cli.polish import polish
@@ -40,6 +41,7 @@ app.command()(push)
 app.command("eval")(evaluate)
 app.command()(verify)
 app.command("trainer-config")(trainer_config)
+app.command()(export)
 app.command()(doctor)
 app.command()(compare)
 

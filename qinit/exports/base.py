@@ -23,6 +23,10 @@ class Export(ABC):
         return None
 
     @abstractmethod
+    def nbytes(self, run: FinishedRun) -> int:
+        """Return how many bytes `write` writes, at least."""
+
+    @abstractmethod
     def write(self, run: FinishedRun, directory: Path, out: Path) -> None:
         """Write base and adapter into a directory that is empty, one tensor in memory at a time; `out` is the place
         that the directory is moved to."""

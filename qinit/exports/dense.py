@@ -28,21 +28,11 @@ class DenseExport(Export):
             return None
         return f"packed weights have float16's digits, and become {str(dtype).removeprefix('torch.')}, as the rest is"
 
+    def nbytes(self, run: FinishedRun) -> int:
+        return sum(spec.nbytes for spec in _specs(run)[0].values()) + run.adapter_bytes
+
     def write(self, run: FinishedRun, directory: Path, out: Path) -> None:
-        modules = {f"{module.name}.weight": module for module in run.architecture.linear}
-        parameters, unpacked = {}, {}  # what the model has for a part of a packed layer, and for its unpacked weight
-        for parameter, parts in run.weights.packed().items():
-            for part, tensor in parts.items():
-                parameters[tensor.name] = parameter
-                unpacked[parameter] = tensor.name.removesuffix(part) + "weight"
-        specs: dict[str, TensorSpec] = {}
-        for name, tensor in run.checkpoint.tensors.items():
-            if name not in parameters:
-                specs[name] = TensorSpec(name, tensor.dtype, tensor.shape)
-                continue
-            module, weight = modules[parameters[name]], unpacked[parameters[name]]
-            shape = (module.out_features, module.in_features)
-            specs[weight] = TensorSpec(weight, _dtype(run), shape[::-1] if module.transposed else shape)
+        specs, unpacked = _specs(run)
         writer = SafetensorsWriter(directory, specs.values())
         for name in specs.keys() & run.checkpoint.tensors.keys():
             writer.write_chunks(name, run.checkpoint.tensors[name].chunks())
@@ -60,6 +50,26 @@ class DenseExport(Export):
         adapter.mkdir()
         shutil.copyfile(run.adapter_directory / f"{WEIGHTS_STEM}.safetensors", adapter / f"{WEIGHTS_STEM}.safetensors")
         write_config(adapter, {**run.adapter.settings, "base_model_name_or_path": str(out)})
+
+
+def _specs(run: FinishedRun) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """Return what is written, by name, and the name that each packed layer's weight has there, by the model's for it."""
+    modules = {f"{module.name}.weight": module for module in run.architecture.linear}
+    parameters: dict[str, str] = {}
+    unpacked: dict[str, str] = {}
+    for parameter, parts in run.weights.packed().items():
+        for part, tensor in parts.items():
+            parameters[tensor.name] = parameter
+            unpacked[parameter] = tensor.name.removesuffix(part) + "weight"
+    specs: dict[str, TensorSpec] = {}
+    for name, tensor in run.checkpoint.tensors.items():
+        if name not in parameters:
+            specs[name] = TensorSpec(name, tensor.dtype, tensor.shape)
+            continue
+        module, weight = modules[parameters[name]], unpacked[parameters[name]]
+        shape = (module.out_features, module.in_features)
+        specs[weight] = TensorSpec(weight, _dtype(run), shape[::-1] if module.transposed else shape)
+    return specs, unpacked
 
 
 def _dtype(run: FinishedRun) -> torch.dtype:

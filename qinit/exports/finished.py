@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qinit.adapters import ADAPTER_DIRECTORY
+from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
 from qinit.formats import format_of
@@ -27,6 +27,11 @@ class FinishedRun:
     weights: ModelWeights
     adapter_directory: Path
     adapter: SavedAdapter
+
+    @property
+    def adapter_bytes(self) -> int:
+        """What the adapter's file takes."""
+        return (self.adapter_directory / f"{WEIGHTS_STEM}.safetensors").stat().st_size
 
     @classmethod
     def open(cls, directory: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> FinishedRun:

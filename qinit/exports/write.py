@@ -7,19 +7,29 @@ from pathlib import Path
 
 from qinit.errors import OutputError, RecipeError, did_you_mean
 from qinit.exports import EXPORTS
+from qinit.exports.base import Export
 from qinit.exports.finished import FinishedRun
 
 
-def export(run: FinishedRun, to: str, out: Path) -> None:
-    """Write a finished run at `out` in the form `to`; nothing is there before it is whole.
+def export_named(name: str) -> Export:
+    """Return an export by its name. Raises RecipeError for one that there is not."""
+    if name not in EXPORTS:
+        raise RecipeError(f"--to: no '{name}'{did_you_mean(name, EXPORTS)}; known are {', '.join(EXPORTS)}")
+    return EXPORTS[name]
 
-    Raises RecipeError for a form that there is not, or that cannot hold the run, and OutputError for a place that is
-    taken or cannot be written to.
+
+def export(run: FinishedRun, to: str, out: Path, *, requantize: bool = False) -> str | None:
+    """Write a finished run at `out` in the form `to`; nothing is there before it is whole. Returns what of the run's Q
+    that form does not hold to the last bit, None where it holds all.
+
+    Raises RecipeError for a form that there is not, that cannot hold the run, or that loses something where
+    `requantize` does not allow it, and OutputError for a place that is taken, too small or cannot be written to.
     """
-    if to not in EXPORTS:
-        raise RecipeError(f"--to: no '{to}'{did_you_mean(to, EXPORTS)}; known are {', '.join(EXPORTS)}")
-    if problem := EXPORTS[to].cannot_hold(run):
+    form = export_named(to)
+    if problem := form.cannot_hold(run):
         raise RecipeError(f"--to {to}: {problem}")
+    if (lost := form.loses(run)) and not requantize:
+        raise RecipeError(f"--to {to}: {lost}; --requantize writes it all the same")
     final = out.resolve()
     partial = final.with_name(f".{final.name}.partial")
     if out.exists():
@@ -27,9 +37,13 @@ def export(run: FinishedRun, to: str, out: Path) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        EXPORTS[to].write(run, partial, final)
+        needed, free = form.nbytes(run), shutil.disk_usage(partial).free
+        if needed > free:
+            raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
+        form.write(run, partial, final)
         partial.rename(final)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror}); nothing was left there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return lost

@@ -117,6 +117,11 @@ class Format(ABC):
         `parts`. Raises CheckpointError for tensors that do not fit config.json, and for NaN and Inf."""
         raise NotImplementedError(f"format {self.name} packs no layers")  # pragma: no cover - it has no parts
 
+    def read_codes(self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> Quantized:
+        """Return a packed layer as codes, zero points and scales, on the CPU, from all its `parts`. Raises
+        CheckpointError as `read` does, and for what no `Quantized` holds."""
+        raise NotImplementedError(f"format {self.name} packs no layers")  # pragma: no cover - it has no parts
+
     def missing_packages(self) -> list[str]:
         """Return which of the packages that loading needs are not installed."""
         return [package for package in self.packages if find_spec(package) is None]

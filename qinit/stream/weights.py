@@ -9,8 +9,9 @@ import torch
 from qinit.adapters.reading import SavedAdapter
 from qinit.files.tensors import StoredTensor
 from qinit.formats import format_of
+from qinit.grids import Quantized
 from qinit.source.checkpoint import Checkpoint, read_finite
-from qinit.source.targets import Architecture, Target, stacked_targets
+from qinit.source.targets import Architecture, LinearModule, Target, stacked_targets
 
 
 class ModelWeights:
@@ -66,6 +67,15 @@ class ModelWeights:
             if added is not None:
                 value += added.T if module.transposed else added
         return value
+
+    def codes(self, module: LinearModule) -> Quantized | None:
+        """Return a packed layer as codes, zero points and scales, without the adapter; None for one that is not packed.
+        Raises CheckpointError for tensors that do not fit config.json."""
+        parts = self._packed(f"{module.name}.weight")
+        if parts is None:
+            return None
+        assert self.format is not None
+        return self.format.read_codes(module, parts, self.checkpoint.config)
 
     def same(self, one: str, other: str) -> bool:
         """Whether two parameters that are both there hold the same."""

@@ -11,6 +11,7 @@ import torch
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor
 from qinit.formats.gptq.packing import unpack_rows
+from qinit.grids import Quantized
 from qinit.linalg.chunks import row_chunks
 from qinit.source.checkpoint import read_finite
 from qinit.source.targets import LinearModule
@@ -48,11 +49,31 @@ def read_layer(
 
     Raises CheckpointError for NaN and Inf, and for tensors that are not of the width that `quantization` says.
     """
-    (bits, _), packed = grid_of(module.name, quantization), parts["qweight"]
+    _, bits = _grid(module, parts, quantization)
+    return dequantized(*(read_finite(parts[part]).to(device) for part in PARTS), bits=bits).half().float()
+
+
+def read_codes(module: LinearModule, parts: Mapping[str, StoredTensor], quantization: dict[str, Any]) -> Quantized:
+    """Return a layer's codes, zero points and scales, on the CPU. Raises CheckpointError as `read_layer` does, and for
+    groups that are not runs of inputs (`desc_act`)."""
+    group_size, bits = _grid(module, parts, quantization)
+    qweight, qzeros, scales, g_idx = (read_finite(parts[part]) for part in PARTS)
+    if not torch.equal(g_idx.int(), torch.arange(module.in_features, dtype=torch.int32) // group_size):
+        raise CheckpointError(
+            f"{parts['g_idx'].file}: tensor '{parts['g_idx'].name}' orders the inputs of its groups by size "
+            "(desc_act), expected groups of inputs that lie side by side"
+        )
+    codes, zeros = unpack_rows(qweight.T.contiguous(), bits), unpack_rows(qzeros, bits).T.contiguous()
+    return Quantized(bits, group_size, codes, scales.T.float().contiguous(), zeros)
+
+
+def _grid(module: LinearModule, parts: Mapping[str, StoredTensor], quantization: dict[str, Any]) -> tuple[int, int]:
+    """Return group size and bits of a layer, held against the shape of its codes."""
+    (bits, group_size), packed = grid_of(module.name, quantization), parts["qweight"]
     expected = (module.in_features * bits // 32, module.out_features)
     if packed.shape != expected:
         raise CheckpointError(
             f"{packed.file}: tensor '{packed.name}' has shape {list(packed.shape)}, but config.json says "
             f"{bits} bits, so {list(expected)}; config and weights belong to different models"
         )
-    return dequantized(*(read_finite(parts[part]).to(device) for part in PARTS), bits=bits).half().float()
+    return group_size, bits

@@ -1,0 +1,61 @@
+"""`qinit export`: a finished run in the form that another program reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="The form: dense.", show_default=False)],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="An adapter that was trained on the run, as PEFT saved it: it takes the place of the run's own.",
+            show_default="the run's own",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write it.", show_default="DIR-FORMAT")
+    ] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Write it although FORMAT does not hold Q to the last bit.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that lies in DIR; it can do anything that you can.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="The result as JSON on stdout, all else on stderr.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the exit code.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Write base and adapter of a finished run in the form that another program reads."""
+    from qinit_cli.draw import Screen
+    from qinit_cli.hush import hush
+
+    hush()
+    from qinit.exports import FinishedRun
+    from qinit.exports.write import export as write
+    from qinit.exports.write import export_named
+
+    screen = Screen(quiet=quiet, to_stderr=json_output)
+    form = export_named(to)
+    place = out or Path(f"{directory.resolve()}-{to}")
+    run = FinishedRun.open(directory, adapter, trust_remote_code=trust_remote_code)
+    lost = write(run, to, place, requantize=requantize)
+    if lost:
+        screen.say(f"note: {lost}")
+    screen.say(f"wrote {place}, for {form.reader}")
+    if json_output:
+        files = {
+            str(file.relative_to(place)): file.stat().st_size for file in sorted(place.rglob("*")) if file.is_file()
+        }
+        result = {"directory": str(place.resolve()), "to": to, "lost": lost}
+        sys.stdout.write(json.dumps({**result, "files": files}) + "\n")
