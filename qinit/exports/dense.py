@@ -53,7 +53,7 @@ class DenseExport(Export):
 
 
 def _specs(run: FinishedRun) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Return what is written, by name, and the name that each packed layer's weight has there, by the model's for it."""
+    """Return what is written, by name, and each packed layer's name there, by the model's for it."""
     modules = {f"{module.name}.weight": module for module in run.architecture.linear}
     parameters: dict[str, str] = {}
     unpacked: dict[str, str] = {}
