@@ -55,6 +55,15 @@ OPTIONS: dict[str, Any] = {
     "group_size": Annotated[
         int | None, typer.Option(help="Weights that share a scale.", show_default="64", rich_help_panel=METHOD_PANEL)
     ],
+    "symmetric": Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric",
+            help="Zero points in the middle of the grid alone: what formats without zero points hold too.",
+            show_default=False,
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ],
     "calibration": Annotated[
         str | None,
         typer.Option(
@@ -279,7 +288,7 @@ OPTIONS: dict[str, Any] = {
     ],
 }
 READING = ("model", "recipe", "revision", "token", "trust_remote_code")
-QUANTIZING = ("rank", "iter", "group_size")
+QUANTIZING = ("rank", "iter", "group_size", "symmetric")
 MIXING = (
     "ratio",
     "bits_low",

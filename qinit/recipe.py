@@ -43,6 +43,7 @@ class Recipe(BaseModel):
     rank: int = Field(16, ge=1, le=LARGEST)
     iter: int | None = Field(None, ge=1, le=100)  # None: as many as the method's row says
     group_size: int = Field(64, ge=8)
+    symmetric: bool = False  # zero points about the middle alone, which forms without zero points hold too
     format: str = "gptq"
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)  # None: the rank
     use_rslora: bool = False
@@ -156,12 +157,14 @@ class Recipe(BaseModel):
         self._check_widths(method)
         self._check_mixed(method)
         self._check_calibration(method)
-        problem = FORMATS[self.format].cannot_hold(method.grid, self.widths[0], self.group_size)
+        problem = FORMATS[self.format].cannot_hold(self.row.grid, self.widths[0], self.group_size)
         if problem:
             raise ValueError(f"format: {self.format} {problem}")
         return self
 
     def _check_widths(self, method: Method) -> None:
+        if self.symmetric and method.grid != "int":
+            raise ValueError(f"symmetric: is about integer grids, and method {self.method} has grid {method.grid}")
         offered = GRIDS[method.grid].bits
         for option in ("bits", "bits_low", "bits_high", "bits_choices"):
             given = getattr(self, option)
@@ -281,8 +284,9 @@ class Recipe(BaseModel):
 
     @property
     def row(self) -> Method:
-        """The method's row, with the recipe's own choice of rounding."""
+        """The method's row, with the recipe's own choice of grid and rounding."""
         row = get_method(self.method, calibrated=self.calibrated)
+        row = replace(row, grid="sym") if self.symmetric else row
         if not row.adjustable or not self.calibrated:
             return row
         return replace(row, rounding=self.rounding or row.rounding, act_order=self.act_order)

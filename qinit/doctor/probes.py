@@ -51,13 +51,13 @@ def _kernel() -> str:
     """The numba kernel against plain torch: the same codes but where two are equally good."""
     import torch
 
-    from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios
+    from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios, zero_points
     from qinit.grids.integer.search_cpu import quantize_cpu
     from qinit.grids.integer.search_torch import quantize_torch
 
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     for bits in (2, 3, 4, 8):
-        arguments = (weight, weight, bits, 32, clip_ratios(bits), REFINEMENTS, None)
+        arguments = (weight, weight, bits, 32, clip_ratios(bits), REFINEMENTS, None, zero_points(bits, False))
         errors = [float(quantize(*arguments)[1].norm()) for quantize in (quantize_cpu, quantize_torch)]
         alike = 1e-3 if bits < 8 else 1e-2  # at 8 bits float32 hardly tells which candidate is closer
         if abs(errors[0] - errors[1]) > alike * errors[1]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from qinit.grids.base import Grid, Quantized
 from qinit.grids.exact import ExactGrid
-from qinit.grids.integer.grid import IntegerGrid
+from qinit.grids.integer.grid import IntegerGrid, SymmetricGrid
 from qinit.grids.normal_float import NormalFloatGrid
 
-GRIDS: dict[str, Grid] = {grid.name: grid for grid in (IntegerGrid(), NormalFloatGrid(), ExactGrid())}
+GRIDS: dict[str, Grid] = {grid.name: grid for grid in (IntegerGrid(), SymmetricGrid(), NormalFloatGrid(), ExactGrid())}
 
-__all__ = ["GRIDS", "ExactGrid", "Grid", "IntegerGrid", "NormalFloatGrid", "Quantized"]
+__all__ = ["GRIDS", "ExactGrid", "Grid", "IntegerGrid", "NormalFloatGrid", "Quantized", "SymmetricGrid"]

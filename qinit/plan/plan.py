@@ -13,7 +13,7 @@ from qinit.grids import GRIDS
 from qinit.plan.allocation import Allocation, Option
 from qinit.plan.shares import EXPERTS, Share, shares_of
 from qinit.recipe import Recipe, parse_size
-from qinit.solver.methods import CALIBRATED, UNREACHED
+from qinit.solver.methods import CALIBRATED, UNREACHED, Method
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, LinearModule, Target
@@ -288,12 +288,16 @@ class Plan:
         storage = FORMATS[self.recipe.format].storage(layer.target)
         method, iterations = self.recipe.row, self.recipe.iterations
         if not layer.rank and method.solver == "published":  # these are about the low rank
-            method, iterations = UNREACHED, UNREACHED.iterations
+            method, iterations = self._unreached, UNREACHED.iterations
         return LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
 
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return the same for a layer that the calibration text never reaches."""
-        return replace(self.layer_spec(layer), method=UNREACHED, iterations=UNREACHED.iterations)
+        return replace(self.layer_spec(layer), method=self._unreached, iterations=UNREACHED.iterations)
+
+    @property
+    def _unreached(self) -> Method:
+        return replace(UNREACHED, grid="sym") if self.recipe.symmetric else UNREACHED
 
 
 def _by_reason(reasons: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:

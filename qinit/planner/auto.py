@@ -45,7 +45,8 @@ def choose(plan: Plan, device: torch.device) -> Choice:
     """Decide `auto` for this plan: the model's own text within the budget, with fewer samples where it must be; else
     text that qinit brings; else random tokens. `none` is for methods and models that take none, and for 4 bits or more
     where even a little of it is beyond the budget."""
-    if plan.recipe.method not in CALIBRATED:
+    needed = bool(plan.recipe.row.needs)
+    if plan.recipe.method not in CALIBRATED and not needed:
         return Choice("none", f"method {plan.recipe.method} takes none")
     costs = _Costs(plan)
     unable = _cannot_write(plan, device)
@@ -60,7 +61,7 @@ def choose(plan: Plan, device: torch.device) -> Choice:
         return costs.choice(AUTO_SOURCE, own)
     notes = (unable or costs.too_long(AUTO_SOURCE, costs.counts[0]), without_text)
     source, least = other or AUTO_SOURCE, costs.counts[-1]
-    if most is None and min(plan.recipe.widths) >= SAVED_BY_MANY_BITS:
+    if most is None and min(plan.recipe.widths) >= SAVED_BY_MANY_BITS and not needed:
         return Choice("none", _joined(*notes, costs.too_long(source, least), f"give --calibration {source} to have it"))
     return costs.choice(source, most or least, *notes)
 

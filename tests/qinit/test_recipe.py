@@ -368,3 +368,10 @@ class TestQuality:
             make_recipe(polish="many")
         with pytest.raises(RecipeError, match=r"quality: .*'fine'"):
             make_recipe(quality="fine")
+
+
+def test_symmetric_is_another_grid_of_every_row_that_has_the_integer_one():
+    assert make_recipe(symmetric=True).row.grid == "sym"
+    assert make_recipe(symmetric=True, method="cloq", calibration="random").row.grid == "sym"
+    with pytest.raises(RecipeError, match="symmetric: is about integer grids, and method loftq has grid nf"):
+        make_recipe(symmetric=True, method="loftq", format="dense")

@@ -51,7 +51,7 @@ class GptqFormat(Format):
     parts = PARTS
 
     def cannot_hold(self, grid: str, bits: int, group_size: int) -> str | None:
-        if grid != "int":
+        if grid not in ("int", "sym"):
             return f"holds integer grids only, not '{grid}'; use --format dense"
         if group_size not in GROUP_SIZES:
             return f"needs a group size of {', '.join(map(str, GROUP_SIZES))}, found {group_size}"

@@ -16,3 +16,4 @@ class Block:
     group_size: int
     ratios: torch.Tensor
     refinements: int
+    zero_range: tuple[int, int] = (0, 0)  # least and largest zero point; not looked at where scales are given

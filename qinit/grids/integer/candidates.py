@@ -13,5 +13,12 @@ F16_MAX = 65504.0
 TINY = 1e-30
 
 
+def zero_points(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Return the least and the largest zero point that is searched. With the two about the middle, a group is
+    {-2^(b-1), ..., 2^(b-1) - 1} s with a scale of either sign: z = 2^(b-1) - 1 is the other one mirrored."""
+    half = 2 ** (bits - 1)
+    return (half - 1, half) if symmetric else (0, 2 * half - 1)
+
+
 def clip_ratios(bits: int) -> torch.Tensor:
     return torch.linspace(LEAST_RATIO[bits], 1.0, CANDIDATES)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qinit.grids.base import Grid, Quantized
-from qinit.grids.integer.candidates import NEARBY, REFINEMENTS, clip_ratios
+from qinit.grids.integer.candidates import NEARBY, REFINEMENTS, clip_ratios, zero_points
 from qinit.grids.integer.rounding import descend, round_gptq
 from qinit.grids.integer.search_torch import quantize_torch
 from qinit.linalg.chunks import grouped, row_chunks
@@ -18,6 +18,7 @@ class IntegerGrid(Grid):
     bits: tuple[int, ...] = (2, 3, 4, 8)
     searches: tuple[str, ...] = ("minmax", "mse")
     feeds_back = True
+    symmetric = False
 
     def quantize(
         self,
@@ -33,7 +34,7 @@ class IntegerGrid(Grid):
             ratios, refinements, previous = torch.tensor([1.0]), 0, None
         else:
             ratios, refinements = clip_ratios(bits) if previous is None else torch.tensor(NEARBY), REFINEMENTS
-        arguments = (target, weight, bits, group_size, ratios, refinements, previous)
+        arguments = (target, weight, bits, group_size, ratios, refinements, previous, zero_points(bits, self.symmetric))
         if weight.device.type == "cpu":
             from qinit.grids.integer.search_cpu import quantize_cpu  # late: numba takes half a second to import
 
@@ -53,7 +54,15 @@ class IntegerGrid(Grid):
         return bits + (16 + bits) / group_size
 
     def round_gptq(self, target: torch.Tensor, hessian: torch.Tensor, **options: Any) -> tuple[Quantized, torch.Tensor]:
-        return round_gptq(target, hessian, **options)
+        return round_gptq(target, hessian, symmetric=self.symmetric, **options)
 
     def descend(self, quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:
         descend(quantized, residual, hessian, passes)
+
+
+class SymmetricGrid(IntegerGrid):
+    """The same with one of two zero points, 2^(b-1) - 1 and 2^(b-1): what forms without zero points hold too, with a
+    scale of either sign."""
+
+    name = "sym"
+    symmetric = True

@@ -12,7 +12,7 @@ import torch
 
 from qinit.grids.base import DAMPING, Quantized
 from qinit.grids.integer.block import Block
-from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios
+from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios, zero_points
 from qinit.grids.integer.rounding_torch import descend_block_torch, feed_back_block_torch, fit_weighted
 from qinit.linalg.chunks import row_chunks
 from qinit.linalg.hessian import damped_cholesky
@@ -30,6 +30,7 @@ def round_gptq(
     damp: float = DAMPING,
     act_order: bool = False,
     factor: torch.Tensor | None = None,
+    symmetric: bool = False,
 ) -> tuple[Quantized, torch.Tensor]:
     """Round `target` X [out, in] with error feedback under `hessian` [in, in]; return Q and the residual X - Q.
 
@@ -38,16 +39,17 @@ def round_gptq(
     sum_k D_k |(E L)_k|^2; so, from the last column to the first, Q_k = round(X_k + sum_{j>k} E_j L_jk).
     A group's scale is found when the group is reached, for what the feedback has made of it, weighted by D. With
     `act_order` columns are taken by falling H_kk, and scales are found beforehand, weighted by the diagonal of H.
-    `factor` [in, in] is `damped_cholesky` of the same, where it is at hand: overwritten, or not used with `act_order`.
+    With `symmetric`, zero points are the two about the middle. `factor` [in, in] is `damped_cholesky` of the same,
+    where it is at hand: overwritten, or not used with `act_order`.
     Raises QinitError if no damping makes H positive definite.
     """
     columns = target.shape[1]
     ratios, refinements = (clip_ratios(bits), REFINEMENTS) if search == "mse" else (torch.ones(1), 0)
-    quantized = _empty(target, bits, group_size)
+    quantized, zero_range = _empty(target, bits, group_size), zero_points(bits, symmetric)
     order = torch.argsort(hessian.diagonal(), stable=True) if act_order else None  # the last is taken first
     x, group_of = target, torch.arange(columns, device=target.device) // group_size
     if order is not None:
-        _find_scales(target, hessian.diagonal(), quantized, ratios, refinements)
+        _find_scales(target, hessian.diagonal(), quantized, ratios, refinements, zero_range)
         ratios = ratios[:0]
         hessian, x, group_of = hessian[order][:, order], target[:, order].contiguous(), group_of[order]
     feedback = damped_cholesky(hessian, damp) if factor is None or order is not None else factor
@@ -59,7 +61,7 @@ def round_gptq(
         moved = x[:, part].clone(memory_format=torch.contiguous_format)  # a view of it all would be x itself
         if part.stop < columns:
             moved = torch.addmm(moved, residual[:, part.stop :], feedback[part.stop :, part])
-        block = Block(part, 2**bits - 1, group_size, ratios, refinements)
+        block = Block(part, 2**bits - 1, group_size, ratios, refinements, zero_range)
         weights, own = conditional[part] / conditional[part].mean(), feedback[part, part].contiguous()
         step(block, quantized, x, moved, residual, own, weights, group_of[part])
     if order is not None:
@@ -109,7 +111,12 @@ def _steps(tensor: torch.Tensor) -> tuple:
 
 
 def _find_scales(
-    target: torch.Tensor, weights: torch.Tensor, quantized: Quantized, ratios: torch.Tensor, refinements: int
+    target: torch.Tensor,
+    weights: torch.Tensor,
+    quantized: Quantized,
+    ratios: torch.Tensor,
+    refinements: int,
+    zero_range: tuple[int, int],
 ) -> None:
     """Write the scales and zeros of all groups at once, without feedback."""
     assert quantized.zeros is not None
@@ -117,6 +124,7 @@ def _find_scales(
     for group, first in enumerate(range(0, target.shape[1], size)):
         for rows in row_chunks(len(target), size):
             part = slice(first, first + size)
-            scale, zero = fit_weighted(target[rows, part], weights[part], 2**quantized.bits - 1, ratios, refinements)
+            search = 2**quantized.bits - 1, ratios, refinements, zero_range
+            scale, zero = fit_weighted(target[rows, part], weights[part], *search)
             quantized.scales[rows, group] = scale
             quantized.zeros[rows, group] = zero.to(torch.uint8)

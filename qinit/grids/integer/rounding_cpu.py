@@ -11,7 +11,7 @@ import torch
 from qinit.grids.base import Quantized
 from qinit.grids.integer.block import Block
 from qinit.grids.integer.compiled import compiled
-from qinit.grids.integer.search_cpu import HALF, TINY, to_f16, use_as_many_threads_as_torch
+from qinit.grids.integer.search_cpu import HALF, TINY, range_of, to_f16, use_as_many_threads_as_torch
 
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
@@ -36,6 +36,8 @@ def feed_back_block(
         block.group_size,
         block.ratios.numpy(),
         block.refinements,
+        np.float32(block.zero_range[0]),
+        np.float32(block.zero_range[1]),
         quantized.codes.numpy(),
         quantized.scales.numpy(),
         quantized.zeros.numpy(),
@@ -85,14 +87,13 @@ def _sums(x, h, n, inverse, z, levels):
 
 
 @numba.njit(fastmath=True)
-def _fit(x, h, n, levels, ratios, refinements):
+def _fit(x, h, n, levels, ratios, refinements, least, most):
     low = ZERO
     high = ZERO
     for k in range(n):
         low = min(low, x[k])
         high = max(high, x[k])
-    base = (high - low) / levels
-    centre = np.floor(-low / max(base, TINY) + HALF)
+    base, centre = range_of(low, high, levels, least, most)
     gain = ZERO
     scale = base
     zero = centre
@@ -101,7 +102,7 @@ def _fit(x, h, n, levels, ratios, refinements):
             inverse = ONE / max(base * ratios[t], TINY)
             for shift in range(-1, 2):
                 z = centre + np.float32(shift)
-                if z < ZERO or z > levels:
+                if z < least or z > most:
                     continue
                 xc, cc = _sums(x, h, n, inverse, z, levels)
                 if cc > ZERO and xc > ZERO and xc * xc > gain * cc:
@@ -120,7 +121,22 @@ def _fit(x, h, n, levels, ratios, refinements):
 
 @partial(compiled, parallel=True, fastmath=True)
 def _feed_back(
-    first, levels, group_size, ratios, refinements, codes, scales, zeros, x, moved, residual, feedback, weights, groups
+    first,
+    levels,
+    group_size,
+    ratios,
+    refinements,
+    least,
+    most,
+    codes,
+    scales,
+    zeros,
+    x,
+    moved,
+    residual,
+    feedback,
+    weights,
+    groups,
 ):
     rows, width = moved.shape
     for i in numba.prange(rows):
@@ -129,7 +145,7 @@ def _feed_back(
             g = groups[k]
             if ratios.shape[0] > 0 and (k == width - 1 or groups[k + 1] != g):
                 start = k - (k % group_size)
-                scale, zero = _fit(m[start:], weights[start:], k + 1 - start, levels, ratios, refinements)
+                scale, zero = _fit(m[start:], weights[start:], k + 1 - start, levels, ratios, refinements, least, most)
                 scales[i, g] = scale
                 zeros[i, g] = np.uint8(zero)
             scale = scales[i, g]

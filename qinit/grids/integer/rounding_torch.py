@@ -7,22 +7,28 @@ import torch
 from qinit.grids.base import Quantized
 from qinit.grids.integer.block import Block
 from qinit.grids.integer.candidates import F16_MAX, TINY
+from qinit.grids.integer.search_torch import range_of
 
 
 def fit_weighted(
-    x: torch.Tensor, weights: torch.Tensor, levels: int, ratios: torch.Tensor, refinements: int
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    levels: int,
+    ratios: torch.Tensor,
+    refinements: int,
+    zero_range: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find scales [rows] (float16 values) and zero points [rows] for x [rows, n] under column weights [n]."""
-    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
-    base = (high - low) / levels
-    centre = torch.floor(-low / base.clamp(min=TINY) + 0.5)
+    base, centre = range_of(x, levels, zero_range)
     scale, zero, gain = base, centre, torch.zeros_like(base)
     if len(ratios) > 1:
         for ratio in ratios.tolist():
             for shift in (-1.0, 0.0, 1.0):
                 tried = centre + shift
                 xc, cc = _weighted_sums(x, weights, base * ratio, tried, levels)
-                better = (tried >= 0) & (tried <= levels) & (cc > 0) & (xc > 0) & (xc * xc > gain * cc)
+                better = (
+                    (tried >= zero_range[0]) & (tried <= zero_range[1]) & (cc > 0) & (xc > 0) & (xc * xc > gain * cc)
+                )
                 gain = torch.where(better, xc * xc / cc, gain)
                 scale, zero = torch.where(better, xc / cc, scale), torch.where(better, tried, zero)
     for _ in range(refinements):
@@ -61,9 +67,9 @@ def feed_back_block_torch(
         group = groups[k]
         if len(block.ratios) and (k + 1 == len(groups) or groups[k + 1] != group):
             start = max(k + 1 - block.group_size, groups.index(group))
-            scale, zero = fit_weighted(
-                moved[:, start : k + 1], weights[start : k + 1], block.levels, block.ratios, block.refinements
-            )
+            part = slice(start, k + 1)
+            search = block.levels, block.ratios, block.refinements, block.zero_range
+            scale, zero = fit_weighted(moved[:, part], weights[part], *search)
             quantized.scales[:, group] = scale
             quantized.zeros[:, group] = zero.to(torch.uint8)
         scale, zero = quantized.scales[:, group], quantized.zeros[:, group].float()

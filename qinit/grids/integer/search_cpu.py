@@ -29,6 +29,7 @@ def quantize_cpu(
     ratios: torch.Tensor,
     refinements: int,
     previous: Quantized | None,
+    zero_range: tuple[int, int],
 ) -> tuple[Quantized, torch.Tensor]:
     """As `quantize_torch`, in about a tenth of its time."""
     rows, columns = weight.shape
@@ -49,6 +50,8 @@ def quantize_cpu(
         ratios.numpy(),
         refinements,
         previous is not None,
+        np.float32(zero_range[0]),
+        np.float32(zero_range[1]),
         codes.numpy(),
         scales.numpy(),
         zeros.numpy(),
@@ -72,6 +75,17 @@ def to_f16(value):
     exponent = max(exponent, -13)
     step = math.ldexp(1.0, exponent - 11)
     return np.float32(min(np.rint(np.float64(value) / step) * step, F16_MAX))
+
+
+@numba.njit(fastmath=True, inline="always")
+def range_of(low, high, levels, least, most):
+    """Return the scale that holds a group from `low` to `high`, and its zero point."""
+    base = (high - low) / levels
+    nearest = np.floor(-low / max(base, TINY) + HALF)
+    centre = min(max(nearest, least), most)
+    if centre != nearest:
+        base = max(-low / max(centre, HALF), high / max(levels - centre, HALF))
+    return base, centre
 
 
 @numba.njit(fastmath=True, inline="always")
@@ -112,7 +126,7 @@ def _sums3(x, n, inverse, z, levels):
 
 
 @partial(compiled, parallel=True, fastmath=True)
-def _kernel(target, weight, group_size, levels, ratios, refinements, warm, codes, scales, zeros, residual):
+def _kernel(target, weight, group_size, levels, ratios, refinements, warm, least, most, codes, scales, zeros, residual):
     rows, columns = weight.shape
     one = np.float32(1.0)
     for i in numba.prange(rows):
@@ -131,8 +145,7 @@ def _kernel(target, weight, group_size, levels, ratios, refinements, warm, codes
                 for k in range(n):
                     low = min(low, x[k])
                     high = max(high, x[k])
-                base = (high - low) / levels
-                centre = np.floor(-low / max(base, TINY) + HALF)
+                base, centre = range_of(low, high, levels, least, most)
             scale = base
             zero = centre
             if ratios.shape[0] > 1:
@@ -140,7 +153,7 @@ def _kernel(target, weight, group_size, levels, ratios, refinements, warm, codes
                 for t in range(ratios.shape[0]):
                     inverse = one / max(base * ratios[t], TINY)
                     a, aa, b, bb, d, dd = _sums3(x, n, inverse, centre, levels)
-                    if centre >= one and a * a > best * max(aa, one):
+                    if centre - one >= least and a * a > best * max(aa, one):
                         best = a * a / max(aa, one)
                         scale = a / max(aa, one)
                         zero = centre - one
@@ -148,7 +161,7 @@ def _kernel(target, weight, group_size, levels, ratios, refinements, warm, codes
                         best = b * b / max(bb, one)
                         scale = b / max(bb, one)
                         zero = centre
-                    if centre + one <= levels and d * d > best * max(dd, one):
+                    if centre + one <= most and d * d > best * max(dd, one):
                         best = d * d / max(dd, one)
                         scale = d / max(dd, one)
                         zero = centre + one

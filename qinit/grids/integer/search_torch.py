@@ -27,8 +27,10 @@ def quantize_torch(
     ratios: torch.Tensor,
     refinements: int,
     previous: Quantized | None,
+    zero_range: tuple[int, int],
 ) -> tuple[Quantized, torch.Tensor]:
-    """Round `target` [out, in] to the grid; `ratios` clip each group's range, or the scales of `previous`."""
+    """Round `target` [out, in] to the grid; `ratios` clip each group's range, or the scales of `previous`; `zero_range`
+    holds the least and the largest zero point."""
     rows, columns = weight.shape
     groups = -(-columns // group_size)
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
@@ -41,7 +43,7 @@ def quantize_torch(
         if previous is not None:
             assert previous.zeros is not None
             start = (previous.scales[part], previous.zeros[part].float())
-        c, z, s = fit_groups(x, 2**bits - 1, ratios.tolist(), refinements, start)
+        c, z, s = fit_groups(x, 2**bits - 1, ratios.tolist(), refinements, start, zero_range)
         scales[part], zeros[part] = s, z.to(torch.uint8)
         codes[part] = (c + z[..., None]).to(torch.uint8).flatten(1)[:, :columns]
         residual[part] = weight[part] - (c * s[..., None]).flatten(1)[:, :columns]
@@ -54,6 +56,7 @@ def fit_groups(
     ratios: list[float],
     refinements: int,
     start: tuple[torch.Tensor, torch.Tensor] | None,
+    zero_range: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fit codes c [..., g], zero points z and scales s [...] to groups x [..., g]; `levels` is the top code.
 
@@ -61,21 +64,29 @@ def fit_groups(
     """
     consider, refine = (_compiled(_consider), _compiled(_refine)) if x.is_cuda else (_consider, _refine)
     if start is None:
-        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-        base = (high - low) / levels
-        centre = torch.floor(-low / base.clamp(min=TINY) + 0.5)
+        base, centre = range_of(x, levels, zero_range)
     else:
         base, centre = start
     scale, zero = base, centre
     if len(ratios) > 1:
         gain = torch.full_like(base, -1.0)
         for ratio in ratios:
-            gain, scale, zero = consider(x, base * ratio, centre, levels, gain, scale, zero)
+            gain, scale, zero = consider(x, base * ratio, centre, levels, zero_range, gain, scale, zero)
     for _ in range(refinements):
         scale = refine(x, scale, zero, levels)
     scale = scale.clamp(max=F16_MAX).half().float()
     scale = torch.where(scale > 0, scale, 1.0)
     return _round_to(x, scale, zero, levels), zero, scale
+
+
+def range_of(x: torch.Tensor, levels: int, zero_range: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales [...] that hold groups x [..., g], and their zero points."""
+    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    base = (high - low) / levels
+    nearest = torch.floor(-low / base.clamp(min=TINY) + 0.5)
+    centre = nearest.clamp(*zero_range)
+    wider = torch.maximum(-low / centre.clamp(min=0.5), high / (levels - centre).clamp(min=0.5))
+    return torch.where(centre == nearest, base, wider), centre
 
 
 def _round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
@@ -88,13 +99,14 @@ def _consider(
     tried: torch.Tensor,
     centre: torch.Tensor,
     levels: int,
+    zero_range: tuple[int, int],
     gain: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Try one scale with three zero points; keep per group what gains most over the error of all zeros."""
     for shift in (-1.0, 0.0, 1.0):
-        z = (centre + shift).clamp(0, levels)
+        z = (centre + shift).clamp(*zero_range)
         c = _round_to(x, tried, z, levels)
         xc, cc = (x * c).sum(-1), (c * c).sum(-1).clamp(min=1.0)
         better = xc * xc / cc > gain

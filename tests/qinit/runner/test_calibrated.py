@@ -34,7 +34,7 @@ def source_weights(directory):
 
 class TestLoading:
     @pytest.mark.parametrize("format", ["gptq", "dense"])
-    @pytest.mark.parametrize("scaling", [{}, {"use_rslora": True, "lora_alpha": 7.0}])
+    @pytest.mark.parametrize("scaling", [{"symmetric": True}, {"use_rslora": True, "lora_alpha": 7.0}])
     def test_stock_loaders_get_the_errors_that_the_report_states(self, strong_llama, tmp_path, format, scaling):
         report = quantize(strong_llama, tmp_path / "out", format=format, **FEW, **scaling)
         modules, weights = lora_modules(load(tmp_path / "out")), source_weights(strong_llama)

@@ -201,3 +201,30 @@ def test_weights_that_are_not_contiguous_give_the_same(view):
     expected, quantized = quantize(weight)[0], quantize(other)[0]
     assert torch.equal(expected.codes, quantized.codes)
     assert torch.equal(expected.scales, quantized.scales)
+
+
+@pytest.mark.parametrize("kind", ["normal", "one-sided", "shifted", "outlier"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("search", ["mse", "minmax"])
+def test_the_symmetric_grid_searches_the_two_zero_points_in_the_middle(kind, bits, search):
+    """Each group is at least as good as with either zero point and the scale that holds all of it."""
+    weight = of_kind(kind, 9, 100, seed=bits)
+    quantized, residual = GRIDS["sym"].quantize(weight, weight, bits=bits, group_size=32, search=search)
+    half = 2 ** (bits - 1)
+    assert set(quantized.zeros.unique().tolist()) <= {half - 1, half}
+    torch.testing.assert_close(weight - INT.dequantize(quantized), residual, rtol=0, atol=1e-6)
+    groups = grouped(weight, 32)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    widest = torch.maximum(-low / (half - 1), high / (half - 1))
+    assert (group_errors(residual, 32) <= 32 * (0.51 * widest.double()) ** 2 + 1e-12).all()
+
+
+def test_the_symmetric_grid_costs_little_where_groups_are_symmetric_and_much_where_not():
+    for kind, most in (("normal", 1.001), ("one-sided", 4.0)):
+        weight = of_kind(kind, 64, 256)
+        errors = [
+            GRIDS[name].quantize(weight, weight, bits=2, group_size=64, search="mse")[1].norm()
+            for name in GRIDS
+            if name in ("int", "sym")
+        ]
+        assert 1 <= errors[1] / errors[0] <= most

@@ -80,7 +80,7 @@ def test_the_number_of_threads_changes_no_bit(bits):
             quantized = rounding._empty(target, bits, 32)
             residual, moved = torch.empty_like(target), target.clone()
             ratios = rounding.clip_ratios(bits)
-            block = rounding.Block(slice(0, 96), 2**bits - 1, 32, ratios, rounding.REFINEMENTS)
+            block = rounding.Block(slice(0, 96), 2**bits - 1, 32, ratios, rounding.REFINEMENTS, (0, 2**bits - 1))
             feed, sweep = rounding._steps(target)
             feed(block, quantized, target, moved, residual, feedback, torch.ones(96), torch.arange(96) // 32)
             swept = rounding.replace(start, codes=start.codes.clone(), scales=start.scales.clone())

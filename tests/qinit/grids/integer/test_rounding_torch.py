@@ -20,7 +20,7 @@ def test_scales_are_found_for_the_inputs_that_matter():
     """A column with nearly all of the weight is hit exactly; plain least squares would compromise."""
     x = torch.tensor([[0.9, -0.31, 0.17, 0.55], [0.1, 0.2, -0.7, 0.33]])
     weights = torch.tensor([1e-4, 4.0, 1e-4, 1e-4])
-    scale, zero = fit_weighted(x, weights, 3, rounding.clip_ratios(2), rounding.REFINEMENTS)
+    scale, zero = fit_weighted(x, weights, 3, rounding.clip_ratios(2), rounding.REFINEMENTS, (0, 3))
     code = torch.floor(x / scale[:, None] + 0.5).clamp(min=-zero[:, None], max=3 - zero[:, None])
     assert ((x - scale[:, None] * code)[:, 1].abs() < 2e-3 * x[:, 1].abs()).all()
 
@@ -28,8 +28,8 @@ def test_scales_are_found_for_the_inputs_that_matter():
 def test_weights_that_are_alike_change_nothing():
     x = gauss(16, 32, scale=0.02)
     ratios = rounding.clip_ratios(3)
-    plain = fit_weighted(x, torch.ones(32), 7, ratios, 2)
-    weighted = fit_weighted(x, torch.full((32,), 7.5), 7, ratios, 2)
+    plain = fit_weighted(x, torch.ones(32), 7, ratios, 2, (0, 7))
+    weighted = fit_weighted(x, torch.full((32,), 7.5), 7, ratios, 2, (0, 7))
     assert all(torch.equal(one, other) for one, other in zip(plain, weighted, strict=True))
 
 
@@ -37,7 +37,7 @@ def test_weights_that_are_alike_change_nothing():
 def test_the_weighted_scale_is_close_to_the_best_of_a_dense_sweep(bits):
     levels = 2**bits - 1
     x, weights = gauss(6, 16, scale=0.02), gauss(1, 16, seed=1)[0].square() + 0.05
-    scale, zero = fit_weighted(x, weights, levels, rounding.clip_ratios(bits), rounding.REFINEMENTS)
+    scale, zero = fit_weighted(x, weights, levels, rounding.clip_ratios(bits), rounding.REFINEMENTS, (0, levels))
     code = torch.floor(x / scale[:, None] + 0.5).clamp(min=-zero[:, None], max=levels - zero[:, None])
     found = (weights * (x - scale[:, None] * code).square()).sum(1)
     for row, error_found in zip(x.double().numpy(), found.tolist(), strict=True):

@@ -20,10 +20,10 @@ def heavy_tailed(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def reference(monkeypatch):
     """The same call through plain torch: whatever the grid passes to its kernel goes to the reference."""
 
-    def quantize(*arguments, **options):
+    def quantize(*arguments, grid="int", **options):
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "quantize_cpu", quantize_torch)
-            return INT.quantize(*arguments, **options)
+            return GRIDS[grid].quantize(*arguments, **options)
 
     return quantize
 
@@ -40,13 +40,14 @@ def assert_the_same_quantization(found, expected):
 
 
 @pytest.mark.parametrize("search", ["mse", "minmax"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("grid", "bits"), [("int", bits) for bits in BITS] + [("sym", bits) for bits in BITS[:3]])
 @pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
-def test_the_kernel_finds_what_the_torch_reference_finds(rows, columns, group_size, bits, search, reference):
+def test_the_kernel_finds_what_the_torch_reference_finds(rows, columns, group_size, bits, search, grid, reference):
     target, weight = heavy_tailed(rows, columns), heavy_tailed(rows, columns, seed=1)
     options = {"bits": bits, "group_size": group_size, "search": search}
     for arguments in ((target, target), (target, weight)):
-        assert_the_same_quantization(INT.quantize(*arguments, **options), reference(*arguments, **options))
+        found = GRIDS[grid].quantize(*arguments, **options)
+        assert_the_same_quantization(found, reference(*arguments, grid=grid, **options))
 
 
 @pytest.mark.parametrize("bits", BITS)
