@@ -13,6 +13,7 @@ from qinit_cli.doctor import doctor
 from qinit_cli.eqft import eqft, meqft, plan
 from qinit_cli.eval import evaluate
 from qinit_cli.hide_token import hide_token
+from qinit_cli.merge import merge
 from qinit_cli.methods import methods
 from qinit_cli.polish import polish
 from qinit_cli.push import push
@@ -40,6 +41,7 @@ app.command()(push)
 app.command("eval")(evaluate)
 app.command()(verify)
 app.command("trainer-config")(trainer_config)
+app.command()(merge)
 app.command()(doctor)
 app.command()(compare)
 

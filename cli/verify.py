@@ -25,7 +25,8 @@ def verify(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="What the run was made from, a directory or a Hub id: every layer's errors are measured anew.",
+            help="What the run was made from, a directory or a Hub id: every layer's errors are measured anew. Of a merge "
+            "the run's directory: every value is made anew.",
             show_default=False,
         ),
     ] = None,
@@ -68,18 +69,21 @@ def verify(
     from qinit_cli.hush import hush
 
     from qinit.adapters.trained import read_trained
+    from qinit.report.merged import is_merge
     from qinit.verification.factors import point_to
     from qinit.verification.verify import verify as verified
 
     hush()
     screen = Screen(quiet=quiet or json_output)
-    original = _source(directory, source, revision, token)
     options = {"trust_remote_code": trust_remote_code}
-    found, counts, _ = _followed(screen, verified(directory, original, **options))
+    merged = is_merge(directory)
+    original = None if merged else _source(directory, source, revision, token)
+    events = _merged(directory, source, adapter, **options) if merged else verified(directory, original, **options)
+    found, counts, _ = _followed(screen, events)
     if adapter is not None:
         read_trained(adapter)
     loaded = ""
-    if not any(each.grave for each in found):
+    if not merged and not any(each.grave for each in found):
         more, _, loaded = _followed(screen, _tried(directory, adapter, original, deep=deep, **options))
         found += more
     fixed = fix and any(each.moved for each in found) and all(each.moved or not each.grave for each in found)
@@ -124,6 +128,17 @@ def _source(directory: Path, model: str | None, revision: str | None, token: str
             made_from = {}  # it will be found wanting
         revision = made_from.get("revision") if made_from.get("model") == model else None
     return local_directory(model, revision, token)
+
+
+def _merged(directory: Path, run: str | None, adapter: Path | None, *, trust_remote_code: bool) -> Iterator[Event]:
+    """Check a merge; what it was made from is a run, and an adapter where that was not the run's own."""
+    from qinit.errors import RecipeError
+    from qinit.verification.merged import verify_merged
+
+    if adapter is not None and run is None:
+        raise RecipeError(f"--adapter: {directory} is a merge; give the run that it was made from too, with --source RUN")
+    place = None if run is None else Path(run)
+    return verify_merged(directory, place, adapter, trust_remote_code=trust_remote_code)
 
 
 def _tried(

@@ -14,19 +14,20 @@ from qinit.adapters.reading import kind_of
 from qinit.adapters.trained import WEIGHTS_NAME
 from qinit.errors import RecipeError, ReportError, did_you_mean
 from qinit.exports.finished import open_base
-from qinit.files.manifest import MANIFEST_NAME, file_sum
+from qinit.files.manifest import MANIFEST_NAME, file_sum, read_manifest
 from qinit.files.tensors import read_header
 from qinit.merge.fitting import open_adapter, require_made_for, require_names
 from qinit.merge.steps import Laying, Layout
 from qinit.merge.ties import ties, untied
 from qinit.recipe import parse_size
 from qinit.report.report import Report
+from qinit.runner.before import PICTURES
 from qinit.stock.skeleton import Skeleton
 from qinit.stream.weights import ModelWeights
 from qinit.workplace.place import kept
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHARD_SIZE = "5GB"  # as the Hub and transformers have it
+SHARD_SIZE = "5GB"  # as a run writes it
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,14 @@ class MergePlan:
     @property
     def nbytes(self) -> int:
         """What the output takes on the disk, but for the card and the like."""
-        return self.weight_bytes + self.weights.checkpoint.companion_bytes()
+        return self.weight_bytes + sum((self.run / name).stat().st_size for name in self.companions)
+
+    @property
+    def companions(self) -> list[Path]:
+        """The files to carry along, relative: of the run's own, where it has a list of these."""
+        listed = read_manifest(self.run) if (self.run / MANIFEST_NAME).is_file() else None
+        found = [name for name in self.weights.checkpoint.companions() if name.as_posix() not in PICTURES]
+        return found if listed is None else [name for name in found if name.as_posix() in listed]
 
     def identity(self) -> dict[str, str]:
         """Return the sums that tell the run's base and the adapter from any others."""

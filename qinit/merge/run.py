@@ -211,7 +211,7 @@ def _average(values: list[float], weights: list[int]) -> float:
 def _complete(plan: MergePlan, report: MergeReport, directory: Path) -> None:
     """Write all that stands beside the tensors; the last file is the list of all with their sums."""
     checkpoint = plan.weights.checkpoint
-    for relative in checkpoint.companions():
+    for relative in plan.companions:
         (directory / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.directory / relative, directory / relative)
     (directory / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")

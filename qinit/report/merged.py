@@ -12,6 +12,7 @@ from pydantic import Field
 
 from qinit.errors import ReportError
 from qinit.files.reading import read_regular
+from qinit.formats import FORMATS
 from qinit.report.card import CARD_NAME, is_hub_id
 from qinit.report.report import REPORT_BYTES, REPORT_NAME, Measure, Size, kind_of_report
 
@@ -21,18 +22,18 @@ TEMPLATE = """\
 
 # {title}
 
-`{model}`, quantized by qinit and trained on that base, as one ordinary model: each weight is W' = Q + s·B·A, with Q
-as the quantized base has it ({bits:g} bits) and s·B·A {adapter}. {stored}
+`{model}` as one ordinary model, merged by qinit: W' = Q + s·B·A, where Q is the base that qinit quantized to {bits:g} bits
+and s·B·A the adapter that {adapter}. {stored}
 
 ## Load
 ```python
 {snippet}
 ```
-
+{requires}
 ## Merged
 | | |
 |---|---|
-| parameters that the adapter changes | {changed} of {tensors} tensors |
+| parameters that the adapter changes | {changed} |
 | how | {how} |
 | change, relative to Q | {change:.4f} |
 | lost by rounding to {dtype}, relative to W' | {rounding:.2e} |
@@ -45,8 +46,8 @@ Command:
 Every merged parameter, the sums of the run's base and of the adapter, and versions are in `qinit.json`.
 """
 KINDS = {
-    "merge": "Nothing of the 16-bit original is in it beyond what was never quantized.",
-    "requantized": "It was then quantized anew, without an adapter.",
+    "merge": "What was never quantized and not trained is the original's.",
+    "requantized": "These weights were then quantized anew, without an adapter.",
 }
 
 
@@ -79,6 +80,11 @@ class MergeReport:
     notes: tuple[str, ...]
     merged: Annotated[tuple[MergedRow, ...], Field(min_length=1)]
     requantized: dict[str, Any] | None = None
+
+    @property
+    def method(self) -> str:
+        """What made it, in a word."""
+        return "requantize" if self.requantized else "merge"
 
     @property
     def loader(self) -> str:
@@ -127,8 +133,14 @@ def write_merged_card(directory: Path, report: MergeReport, source: dict[str, An
     (directory / CARD_NAME).write_text(merged_card(report, source), encoding="utf-8")
 
 
-def merged_card(report: MergeReport, source: dict[str, Any], place: str = ".") -> str:
-    """Return what README.md of a merge says where it is loaded from `place`."""
+def on_hub(card: str, report: MergeReport, repo_id: str) -> str:
+    """Return the card of a merge as it stands on the Hub: it loads from `repo_id`; all else is kept."""
+    own, there = ("\n".join(merged_snippet(report, place)) for place in (".", repo_id))
+    return card.replace(own, there)
+
+
+def merged_card(report: MergeReport, source: dict[str, Any]) -> str:
+    """Return what README.md of a merge says."""
     front: dict[str, Any] = {}
     if is_hub_id(report.model):
         front |= {"base_model": report.model, "base_model_relation": "finetune"}
@@ -140,16 +152,17 @@ def merged_card(report: MergeReport, source: dict[str, Any], place: str = ".") -
     hows = list(dict.fromkeys(row.how for row in report.merged))
     how = "; ".join(hows[:3]) + (f" and {len(hows) - 3} more" if len(hows) > 3 else "")
     notes = "".join(f"\n- {note}" for note in report.notes)
+    packages = FORMATS[report.requantized["format"]].packages if report.requantized else ()
     return TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=f"{name}, merged",
         model=report.model,
         bits=report.run["bits"],
-        adapter="as it was when the run was made" if report.adapter["own"] else "as it was trained",
+        adapter="qinit made with it" if report.adapter["own"] else "was trained on it",
         stored=KINDS["requantized" if report.requantized else "merge"],
-        snippet="\n".join(merged_snippet(report, place)),
+        snippet="\n".join(merged_snippet(report, ".")),
+        requires=f"Needs `pip install {' '.join(packages)}` beside transformers.\n" if packages else "",
         changed=len(report.merged),
-        tensors=totals["tensors"],
         how=how,
         change=totals["change"],
         dtype=", ".join(totals["dtypes"]),
