@@ -24,7 +24,9 @@ def merge(
     adapter: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="An adapter that was trained on the run, as PEFT saved it.", show_default="the run's own"
+            metavar="DIR",
+            help="An adapter that was trained on the run, as PEFT saved it.",
+            show_default="the run's own",
         ),
     ] = None,
     dtype: Annotated[
@@ -109,9 +111,11 @@ def _follow(screen: Screen, progress: Any, task: Any, event: Any) -> None:
 
 
 def _requantized(screen: Screen, plan: MergePlan, recipe: Any, out: Path, command: str) -> MergeReport | None:
-    from qinit.events import Allotted, Checking, Done, Measuring, Noted, Passing, Resumed, Sampling, Working
-    from qinit.merge.requantize import requantize
+    from qinit.errors import StoppedError
+    from qinit.events import Checking, Done, Measuring, Noted, Passing, Resumed, Sampling, Working
+    from qinit.merge.requantize import merged_place, requantize
     from qinit.merge.run import Merged
+    from qinit.workplace.place import kept
 
     with interruptible(out), screen.progress() as progress:
         task = progress.add_task("merging", total=plan.weight_bytes)
@@ -119,22 +123,26 @@ def _requantized(screen: Screen, plan: MergePlan, recipe: Any, out: Path, comman
         def told(made: Any) -> None:
             progress.reset(task, total=made.bytes_before, description="quantizing anew")
 
-        for event in requantize(plan, recipe, out, command=command, told=told):
-            match event:
-                case Merged(report, _):
-                    return report
-                case Noted(text):
-                    screen.say(f"note: {text}")
-                case Measuring(block, blocks, _) | Passing(block, blocks):
-                    progress.update(task, description=f"block {block + 1} of {blocks}")
-                case Checking(step, at, total):
-                    progress.update(task, description=f"check: {step}, {at} of {total}")
-                case Sampling(source):
-                    progress.update(task, description=f"calibration text: {source}")
-                case Resumed() | Working() | Done():
-                    _follow(screen, progress, task, event)
-                case Allotted():  # pragma: no cover - one width for all
-                    pass
+        try:
+            for event in requantize(plan, recipe, out, command=command, told=told):
+                match event:
+                    case Merged(report, _):
+                        return report
+                    case Noted(text):
+                        screen.say(f"note: {text}")
+                    case Measuring(block, blocks, _) | Passing(block, blocks):
+                        progress.update(task, description=f"block {block + 1} of {blocks}")
+                    case Checking(step, at, total):
+                        progress.update(task, description=f"check: {step}, {at} of {total}")
+                    case Sampling(source):
+                        progress.update(task, description=f"calibration text: {source}")
+                    case Resumed() | Working() | Done():
+                        _follow(screen, progress, task, event)
+        except KeyboardInterrupt:
+            place = merged_place(out)
+            if place.exists() or kept(place):
+                raise StoppedError(f"interrupted; {place} keeps what was merged, the same command goes on") from None
+            raise
     return None
 
 

@@ -25,8 +25,8 @@ def verify(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="What the run was made from, a directory or a Hub id: every layer's errors are measured anew. Of a merge "
-            "the run's directory: every value is made anew.",
+            help="What the run was made from, a directory or a Hub id: every layer's errors are measured anew. Of a "
+            "merge the run's directory: every value is made anew.",
             show_default=False,
         ),
     ] = None,
@@ -136,7 +136,9 @@ def _merged(directory: Path, run: str | None, adapter: Path | None, *, trust_rem
     from qinit.verification.merged import verify_merged
 
     if adapter is not None and run is None:
-        raise RecipeError(f"--adapter: {directory} is a merge; give the run that it was made from too, with --source RUN")
+        raise RecipeError(
+            f"--adapter: {directory} is a merge; give the run that it was made from too, with --source RUN"
+        )
     place = None if run is None else Path(run)
     return verify_merged(directory, place, adapter, trust_remote_code=trust_remote_code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,14 @@ class Adapter(ABC):
         modules = {module.name: module for module in architecture.linear}
         if others := sorted(parts.keys() - modules.keys()):
             raise CheckpointError(f"{directory}: cannot be merged: {others[0]} is no linear layer of the model")
-        return {
-            f"{name}.weight": [Added(self, name, found, config, modules[name].transposed)]
-            for name, found in parts.items()
-        }
+        changes: Changes = {}
+        for name, found in parts.items():
+            added = partial(self._read_change, name, found, config)
+            changes[f"{name}.weight"] = [Added(self.name, added, modules[name].transposed)]
+        return changes
+
+    def _read_change(self, module: str, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> torch.Tensor:
+        return self.change(module, {part: tensor.read() for part, tensor in parts.items()}, config)
 
     @abstractmethod
     def is_neutral(self, module: LinearModule, tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qinit.files.tensors import StoredTensor
-
-if TYPE_CHECKING:
-    from qinit.adapters.base import Adapter
 
 # By the names that the model has for its parameters, and for experts by PARAMETER[i]; in the order of application.
 Changes = dict[str, list["Change"]]
@@ -55,20 +51,15 @@ class Rows(Change):
 
 @dataclass(frozen=True)
 class Added(Change):
-    """W + what the kind of adapter adds to a module's weight."""
+    """W + what a kind of adapter adds to a module's weight [out, in]: `added` computes it. `transposed`: the parameter is
+    W^T."""
 
-    kind: Adapter
-    module: str
-    parts: Mapping[str, StoredTensor]
-    settings: dict[str, Any]
+    words: str
+    added: Callable[[], torch.Tensor]
     transposed: bool
 
-    @property
-    def words(self) -> str:  # type: ignore[override]
-        return self.kind.name
-
     def made(self, value: torch.Tensor) -> torch.Tensor:
-        added = self.kind.change(self.module, {part: tensor.read() for part, tensor in self.parts.items()}, self.settings)
+        added = self.added()
         return value.add_(added.T if self.transposed else added)
 
 

@@ -25,7 +25,15 @@ from qinit.source.targets import Architecture
 
 # Options of PEFT that a merge knows, or that are about the training alone; any other that is set is refused.
 KNOWN = {
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"),
+    *(
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "inference_mode",
+        "peft_version",
+    ),
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "lora_bias"),
     *("use_dora", "lora_dropout", "modules_to_save", "trainable_token_indices", "target_modules", "exclude_modules"),
     *("target_parameters", "layers_to_transform", "layers_pattern", "init_lora_weights", "ensure_weight_tying"),
@@ -113,15 +121,16 @@ class SavedLora:
         for module, parts in self._parts.items():
             if module in self._stacked:
                 continue
-            kind = self.architecture.classes.get(module, type(None))
+            if (kind := self.architecture.classes.get(module)) is None:
+                raise UnmergeableError(f"{module} is no module of the base; give the run that it was trained on")
             if "rows" in parts:
                 yield self._parameter(f"{module}.weight"), Rows(self._rows(module), parts["rows"])
                 continue
-            if not issubclass(kind, (nn.Linear, nn.Embedding, Conv1D)) or len(parts["A"].shape) != 2:
+            pair = self._pair(module, parts)
+            if not issubclass(kind, (nn.Linear, nn.Embedding, Conv1D)) or len(pair[0].shape) != 2:
                 raise UnmergeableError(
                     f"{module} is {kind.__name__}; a merge takes linear layers, embeddings and stacked experts"
                 )
-            pair = self._pair(module, parts)
             scale = self.scale(self._key(module), pair[0].shape[0], self.settings)
             turned = issubclass(kind, (nn.Embedding, Conv1D))
             weight = self._parameter(f"{module}.weight")

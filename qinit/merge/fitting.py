@@ -33,7 +33,8 @@ def require_names(
     if other:
         have, want = (list(each[other[0]]) for each in (shapes, found.tensors))
         raise CheckpointError(
-            f"{adapter}: '{other[0]}' is {have}, and on this base PEFT wants {want} ({len(other)} such tensors); {_ADVICE}"
+            f"{adapter}: '{other[0]}' is {have}, and on this base PEFT wants {want} ({len(other)} such tensors); "
+            f"{_ADVICE}"
         )
     if found.lost:
         raise CheckpointError(f"{adapter}: PEFT finds no place on this base for {shown(found.lost)}; {_ADVICE}")
@@ -43,7 +44,9 @@ def require_names(
         )
 
 
-def require_made_for(adapter: Path, settings: dict[str, Any], run: Path, report: Report, base: Checkpoint) -> str | None:
+def require_made_for(
+    adapter: Path, settings: dict[str, Any], run: Path, report: Report, base: Checkpoint
+) -> str | None:
     """Compare the base that an adapter names with a run's; returns what is to be known where neither the directory nor
     the name can be compared. Raises CheckpointError for another one.
 
@@ -65,8 +68,8 @@ def require_made_for(adapter: Path, settings: dict[str, Any], run: Path, report:
     if not PurePath(named).is_absolute() and _ends_with(str(own), named):
         return None  # as it was given, from the directory where the trainer ran
     return (
-        f"the adapter names the base '{named}', which is not here and is not what the run's own adapter names; names and "
-        "shapes fit, and nothing else could be compared"
+        f"the adapter names the base '{named}', which is not here and is not what the run's own adapter names; names "
+        "and shapes fit, and nothing else could be compared"
     )
 
 
@@ -91,8 +94,8 @@ def _ends_with(path: str, end: str) -> bool:
 
 def _other(adapter: Path, named: str, run: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{adapter / CONFIG_NAME}: {BASE_KEY} is '{named}', {what}; merge it onto the base that it was trained on, or if "
-        f"that is {run}, say so there"
+        f"{adapter / CONFIG_NAME}: {BASE_KEY} is '{named}', {what}; merge it onto the base that it was trained on, or "
+        f"if that is {run}, say so there"
     )
 
 

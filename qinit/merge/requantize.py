@@ -16,7 +16,7 @@ from typing import Any
 
 from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.clock import section
-from qinit.errors import OutputError, ReportError
+from qinit.errors import OutputError, QinitError, ReportError
 from qinit.events import Event as RunEvent
 from qinit.files.manifest import write_manifest
 from qinit.machine import pick_device
@@ -53,36 +53,54 @@ def recipe_for(plan: MergePlan, bits: int, **options: Any) -> Recipe:
 def requantize(
     plan: MergePlan, recipe: Recipe, out: Path, *, command: str = "", told: Told = lambda plan: None
 ) -> Generator[Event | RunEvent, None, None]:
-    """Merge, quantize what came of it by `recipe` (of `recipe_for`) and put that at `out`; yields events, the last one is
-    Merged. `told` is given the plan of the second step before it starts.
+    """Merge, quantize what came of it by `recipe` (of `recipe_for`) and put that at `out`; yields events, the last one
+    is Merged. `told` is given the plan of the second step before it starts.
 
     Raises what `merge` and a run raise; then nothing is at `out`.
     """
     check_free(out, plan.run, plan.adapter)
     require_space(plan.nbytes + _requantized_bytes(plan, recipe.bits), out)
-    final = out.resolve()
-    whole = final.with_name(f".{final.name}.merged")
+    whole = merged_place(out)
     if not _is_there(plan, whole):
         if whole.exists():
             raise OutputError(f"{whole}: is not the merge of these; remove it, or choose another place with --out")
         yield from (event for event in merge(plan, whole, command=command) if not isinstance(event, Merged))
+    try:
+        report = yield from _quantized(plan, recipe, whole, out, command, told)
+    except QinitError as error:
+        if not isinstance(error, OutputError):  # the same command would end in it again
+            shutil.rmtree(whole)
+        raise
+    shutil.rmtree(whole)
+    yield Merged(report, out)
+
+
+def merged_place(out: Path) -> Path:
+    """Return where the merged weights lie until they are quantized."""
+    final = out.resolve()
+    return final.with_name(f".{final.name}.merged")
+
+
+def _quantized(
+    plan: MergePlan, recipe: Recipe, whole: Path, out: Path, command: str, told: Told
+) -> Generator[RunEvent, None, MergeReport]:
     made = without_adapters(make_plan(recipe, whole, MERGED_NAME))
     told(made)
     check_space(made, out)
+    device = pick_device(recipe.device)
     with working(made, out, command) as place:
         check_free(out, whole)
-        job_plan, journal = yield from opened(made, place, pick_device(recipe.device), overwrite=False)
+        made, journal = yield from opened(made, place, device, overwrite=False)
         with closing(journal):
-            job = Job(job_plan, pick_device(recipe.device), place, journal, None)
+            job = Job(made, device, place, journal, None)
             yield from carried_out(job)
             (place.run / "config.json").write_text(json.dumps(base_config(job.plan), indent=2) + "\n", encoding="utf-8")
             with section("check"):
                 checked = yield from check(job)
-            report = _report(plan, job, MergeReport.read(whole), checked, command)
+            report = _report(job, MergeReport.read(whole), checked, command)
             _complete(plan, report, place)
             place.finish()
-    shutil.rmtree(whole)
-    yield Merged(report, out)
+    return report
 
 
 def without_adapters(plan: Plan) -> Plan:
@@ -109,9 +127,7 @@ def _is_there(plan: MergePlan, whole: Path) -> bool:
     return same and found.dtype == plan.dtype
 
 
-def _report(
-    plan: MergePlan, job: Job, whole: MergeReport, checked: dict[str, Any] | None, command: str
-) -> MergeReport:
+def _report(job: Job, whole: MergeReport, checked: dict[str, Any] | None, command: str) -> MergeReport:
     made, rows = job.plan, tuple(job.store.rows[layer.target.name] for layer in job.plan.layers)
     found: dict[str, Any] = {
         "bits": made.recipe.bits,
@@ -139,4 +155,3 @@ def _complete(plan: MergePlan, report: MergeReport, place: Workplace) -> None:
     report.write(place.run)
     write_merged_card(place.run, report, plan.weights.checkpoint.card_metadata())
     write_manifest(place.run)
-

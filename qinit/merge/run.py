@@ -96,7 +96,8 @@ def _opened(plan: MergePlan, place: Workplace) -> Generator[Event, None, Journal
         if left:
             raise OutputError(
                 f"{place.out}: an unfinished run or merge of something else lies there, started {since} ({left}): "
-                f"{'; '.join(changed)}; ask for the same again, remove {place.partial}, or choose another place with --out"
+                f"{'; '.join(changed)}; ask for the same again, remove {place.partial}, or choose another place with "
+                "--out"
             )
     place.clear()
     place.run.mkdir()
@@ -135,7 +136,9 @@ def _written(plan: MergePlan, place: Workplace, journal: Journal) -> Iterator[Ev
 
 
 def _holds(writer: SafetensorsWriter, names: list[str], sums: list[int]) -> bool:
-    return len(names) == len(sums) and all(writer.checksum(name) == value for name, value in zip(names, sums, strict=True))
+    return len(names) == len(sums) and all(
+        writer.checksum(name) == value for name, value in zip(names, sums, strict=True)
+    )
 
 
 def _merged(plan: MergePlan, step: Step, writer: SafetensorsWriter) -> tuple[list[int], MergedRow | None]:
@@ -145,9 +148,9 @@ def _merged(plan: MergePlan, step: Step, writer: SafetensorsWriter) -> tuple[lis
     for place, part in zip(step.places, parts, strict=True):
         if bad := count_nonfinite(part):
             raise CheckpointError(
-                f"{plan.run}: '{place.name}' merged has {bad} values that {str(place.dtype).removeprefix('torch.')} does not "
-                "hold, or that are no numbers; --dtype float32 or bfloat16 hold more, and `qinit verify --adapter` looks "
-                "at the adapter"
+                f"{plan.run}: '{place.name}' merged has {bad} values that "
+                f"{str(place.dtype).removeprefix('torch.')} does not hold, or that are no numbers; --dtype float32 or "
+                "bfloat16 hold more, and `qinit verify --adapter` looks at the adapter"
             )
     written = [writer.write(place.name, part) for place, part in zip(step.places, parts, strict=True)]
     if not step.changes:

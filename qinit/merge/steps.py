@@ -77,7 +77,12 @@ class Laying:
     `dtype` or the type that the model that the run was made from has."""
 
     def __init__(
-        self, weights: ModelWeights, architecture: Architecture, report: Report, changes: Changes, dtype: torch.dtype | None
+        self,
+        weights: ModelWeights,
+        architecture: Architecture,
+        report: Report,
+        changes: Changes,
+        dtype: torch.dtype | None,
     ) -> None:
         self._weights, self._architecture, self._report, self._dtype = weights, architecture, report, dtype
         self._changes = dict(changes)
@@ -137,8 +142,8 @@ class Laying:
         return Step(name, (place,), packed=parameter, changes=self._taken(parameter))
 
     def _source_type(self, module: str) -> torch.dtype:
-        """Return the type of a packed layer's weight in the model that it was made from: float32 by its size there, else
-        the 16-bit type of the rest."""
+        """Return the type of a packed layer's weight in the model that it was made from: float32 by its size there,
+        else the 16-bit type of the rest."""
         row = next((row for row in self._report.layers if row.name == module), None)
         if row is not None and row.bytes_before == 4 * row.shape[0] * row.shape[1]:
             return torch.float32
@@ -174,7 +179,8 @@ class Laying:
 
 
 def common_type(weights: ModelWeights) -> torch.dtype:
-    """Return the 16-bit type that config.json names or most of the base's numbers have, bfloat16 where there is none."""
+    """Return the 16-bit type that config.json names, or that most of the base's numbers have; bfloat16 where there is
+    none."""
     packed = {part.name for parts in weights.packed().values() for part in parts.values()}
     halves = (torch.bfloat16, torch.float16)
     counts = dict.fromkeys(halves, 0)

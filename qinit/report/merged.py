@@ -22,8 +22,8 @@ TEMPLATE = """\
 
 # {title}
 
-`{model}` as one ordinary model, merged by qinit: W' = Q + s·B·A, where Q is the base that qinit quantized to {bits:g} bits
-and s·B·A the adapter that {adapter}. {stored}
+`{model}` as one ordinary model, merged by qinit: W' = Q + s·B·A, where Q is the base that qinit quantized to
+{bits:g} bits and s·B·A the adapter that {adapter}. {stored}
 
 ## Load
 ```python
@@ -53,8 +53,8 @@ KINDS = {
 
 @dataclass(frozen=True)
 class MergedRow:
-    """A parameter, or an expert, that the adapter changes: `change` is |W' - Q| / |Q| (Frobenius norms), `rounding` what
-    storing it loses, relative to |W'|."""
+    """A parameter, or an expert, that the adapter changes: `change` is |W' - Q| / |Q| (Frobenius norms), `rounding`
+    what storing it loses, relative to |W'|."""
 
     name: str
     shape: tuple[Size, ...]
@@ -180,8 +180,8 @@ def requantized_words(report: MergeReport) -> dict[str, str]:
     if found is None:
         return {}
     rows = {
-        "quantized anew": f"{found['bits']} bits, {found['format']}, {found['bits_per_weight']:.3f} bits per weight, no "
-        "adapter",
+        "quantized anew": f"{found['bits']} bits, {found['format']}, {found['bits_per_weight']:.3f} bits per weight, "
+        "no adapter",
         "relative weight error against the merged weights": f"{found['error']:.4f}",
     }
     if (check := found.get("check")) is not None:

@@ -104,7 +104,9 @@ def _check_values(directory: Path, plan: MergePlan, tensors: dict[str, StoredTen
         if name not in specs:
             sound = False
             yield Finding(relative(directory, tensors[name].file), f"tensor '{name}' is none of the run's")
-        elif problem := compare(directory, tensors[name].file if name in tensors else file, specs[name], tensors.get(name)):
+        elif problem := compare(
+            directory, tensors[name].file if name in tensors else file, specs[name], tensors.get(name)
+        ):
             sound = False
             yield problem
     if not sound:

@@ -73,7 +73,9 @@ def check_free(out: Path, *sources: Path) -> None:
         place = out.resolve()
         for source in (each.resolve() for each in sources):
             if place == source or place in source.parents or source in place.parents:
-                raise OutputError(f"{out}: is, holds or lies in {source}, which is read; choose another place with --out")
+                raise OutputError(
+                    f"{out}: is, holds or lies in {source}, which is read; choose another place with --out"
+                )
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise OutputError(f"{out}: exists; remove it, or choose another place with --out")
     except (OSError, RuntimeError) as error:
