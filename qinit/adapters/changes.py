@@ -51,8 +51,8 @@ class Rows(Change):
 
 @dataclass(frozen=True)
 class Added(Change):
-    """W + what a kind of adapter adds to a module's weight [out, in]: `added` computes it. `transposed`: the parameter is
-    W^T."""
+    """W + what a kind of adapter adds to a module's weight [out, in]: `added` computes it. `transposed`: the parameter
+    is W^T."""
 
     words: str
     added: Callable[[], torch.Tensor]
