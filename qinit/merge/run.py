@@ -19,6 +19,7 @@ import torch
 from qinit.errors import CheckpointError, OutputError
 from qinit.events import Discarded, Done, Resumed, Working
 from qinit.files.manifest import write_manifest
+from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.files.writer import SafetensorsWriter
 from qinit.machine import processor, versions
 from qinit.merge.plan import MergePlan
@@ -123,9 +124,9 @@ def _written(plan: MergePlan, place: Workplace, journal: Journal) -> Iterator[Ev
             continue
         yield Working(step.name, step.nbytes)
         record: Record = {"kind": "merged", "name": step.name}
-        if step.is_copy:
-            pairs = zip(names, step.tensors, strict=True)
-            written = [writer.write_chunks(name, _checked(tensor)) for name, tensor in pairs]
+        if step.is_plain:
+            pairs = zip(step.places, step.tensors, strict=True)
+            written = [writer.write_chunks(place.name, _chunks(plan, tensor, place)) for place, tensor in pairs]
         else:
             written, row = _merged(plan, step, writer)
             record["row"] = None if row is None else asdict(row)
@@ -146,12 +147,7 @@ def _merged(plan: MergePlan, step: Step, writer: SafetensorsWriter) -> tuple[lis
     value = merged_value(plan, step)
     parts = step.split(value)
     for place, part in zip(step.places, parts, strict=True):
-        if bad := count_nonfinite(part):
-            raise CheckpointError(
-                f"{plan.run}: '{place.name}' merged has {bad} values that "
-                f"{str(place.dtype).removeprefix('torch.')} does not hold, or that are no numbers; --dtype float32 or "
-                "bfloat16 hold more, and `qinit verify --adapter` looks at the adapter"
-            )
+        _require_held(plan, place, count_nonfinite(part))
     written = [writer.write(place.name, part) for place, part in zip(step.places, parts, strict=True)]
     if not step.changes:
         return written, None
@@ -173,12 +169,24 @@ def merged_value(plan: MergePlan, step: Step) -> torch.Tensor:
     return value
 
 
-def _checked(tensor: Any) -> Iterator[torch.Tensor]:
-    bad = 0
+def _chunks(plan: MergePlan, tensor: StoredTensor, place: TensorSpec) -> Iterator[torch.Tensor]:
+    """Yield a tensor's bytes in the type of its place."""
     for chunk in tensor.chunks():
-        bad += count_nonfinite(chunk.view(tensor.dtype))
-        yield chunk
-    require_finite(tensor, bad)
+        values = chunk.view(tensor.dtype)
+        require_finite(tensor, count_nonfinite(values))
+        found = values.to(place.dtype)
+        _require_held(plan, place, count_nonfinite(found))
+        yield found.view(torch.uint8)
+
+
+def _require_held(plan: MergePlan, place: TensorSpec, bad: int) -> None:
+    """Raise CheckpointError where `bad` of a place's values are no finite ones in its type."""
+    if bad:
+        dtype = str(place.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{plan.run}: '{place.name}' merged has {bad} values that {dtype} does not hold, or that are no numbers; "
+            "--dtype float32 or bfloat16 hold more, and `qinit verify --adapter` looks at the adapter"
+        )
 
 
 def _report(plan: MergePlan, journal: Journal, command: str) -> MergeReport:

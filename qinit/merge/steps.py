@@ -36,9 +36,9 @@ class Step:
         return sum(place.nbytes for place in self.places)
 
     @property
-    def is_copy(self) -> bool:
-        same = [tensor.dtype for tensor in self.tensors] == [place.dtype for place in self.places]
-        return same and not self.changes
+    def is_plain(self) -> bool:
+        """Whether the values are those of the run's tensors, in whatever type."""
+        return self.packed is None and not self.changes
 
     def value(self, weights: ModelWeights) -> torch.Tensor:
         """Return what the run's base has, in float32. Raises CheckpointError for NaN and Inf."""

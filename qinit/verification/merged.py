@@ -114,6 +114,10 @@ def _check_values(directory: Path, plan: MergePlan, tensors: dict[str, StoredTen
     pieces = plan.layout.split(tensors)
     for step in plan.layout.steps:
         parts = [pieces[place.name] for place in step.places]
+        if step.is_plain and [part.dtype for part in parts] == [tensor.dtype for tensor in step.tensors]:
+            for part, tensor in zip(parts, step.tensors, strict=True):
+                yield from _check_copied(directory, part, tensor)
+            continue
         for part in parts:
             yield from _check_finite(directory, part)
         expected = step.split(merged_value(plan, step))
@@ -127,6 +131,18 @@ def _check_values(directory: Path, plan: MergePlan, tensors: dict[str, StoredTen
                 yield Finding(relative(directory, part.file), f"tensor '{part.name}' is not Q + s B A: {far}")
         if step.changes:
             yield Checked("layer", step.name, 0)
+
+
+def _check_copied(directory: Path, part: StoredTensor, tensor: StoredTensor) -> Iterator[Event]:
+    yield from _check_finite(directory, part)
+    try:
+        same = all(torch.equal(a, b) for a, b in zip(part.chunks(), tensor.chunks(), strict=True))
+    except CheckpointError as error:
+        if not part.file.is_relative_to(directory) or str(part.file) not in str(error):
+            raise
+        return  # it was named
+    if not same:
+        yield Finding(relative(directory, part.file), f"tensor '{part.name}' is not the run's")
 
 
 def _distance(stored: torch.Tensor, value: torch.Tensor) -> str:

@@ -20,7 +20,7 @@ def test_every_tensor_has_one_step_and_what_is_as_it_was_is_copied(tmp_path):
     assert {name.rsplit(".", 2)[1] for name in changed} == {
         *("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     }
-    assert all(step.is_copy for step in layout.steps if step.name not in changed)
+    assert all(step.is_plain for step in layout.steps if step.name not in changed)
     assert (layout.sliced, layout.untied) == (frozenset(), ())
 
 

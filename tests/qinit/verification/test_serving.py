@@ -44,7 +44,11 @@ def test_a_dense_run_is_loaded_by_what_reads_safetensors_and_peft(run):
     [
         ({"r": 20}, "a rank of 20, and vllm 0.32.0 takes 16 by default; start it with --max-lora-rank 32", True),
         ({"rank_pattern": {"q_proj": 600}}, "a rank of 600, .* at most 512: `qinit merge", True),
-        ({"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 8}}, "r is 4 and rank_pattern goes up to 8", False),
+        (
+            {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 8}},
+            "r is 4 and rank_pattern goes up to 8",
+            False,
+        ),
         ({"alpha_pattern": {"q_proj": 8}}, "the scales of the layers are not one: .* `qinit merge", False),
         ({"use_dora": True}, "use_dora, which vllm 0.32.0 does not know; `qinit merge", True),
         ({"modules_to_save": ["lm_head", "score"]}, r"modules_to_save \['lm_head'\], which vllm", True),
@@ -72,7 +76,11 @@ def test_one_scale_with_other_ranks_is_fine_and_so_is_rslora(run):
 @pytest.mark.parametrize(
     ("server", "config", "words"),
     [
-        ("vllm", {"quant_method": "gptq", "bits": 2, "group_size": 64, "sym": True}, "loads gptq with bits 4, 8, found [2]"),
+        (
+            "vllm",
+            {"quant_method": "gptq", "bits": 2, "group_size": 64, "sym": True},
+            "loads gptq with bits 4, 8, found [2]",
+        ),
         ("vllm", {"quant_method": "gptq", "bits": 4, "group_size": 64}, "without zero points alone (sym: true)"),
         ("vllm", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "loads no bitsandbytes bases"),
         ("mlx", {"quant_method": "gptq", "bits": 4, "group_size": 64}, "loads no gptq bases"),
