@@ -22,7 +22,7 @@ class Change(ABC):
 
     @abstractmethod
     def made(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the parameter in the layout in which it comes, float32; `value` may be used up."""
+        """Return the parameter in the layout in which it comes, float32; `value` stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Added(Change):
 
     def made(self, value: torch.Tensor) -> torch.Tensor:
         added = self.added()
-        return value.add_(added.T if self.transposed else added)
+        return value + (added.T if self.transposed else added)
 
 
 @dataclass(frozen=True)
@@ -96,4 +96,4 @@ class BiasAdded(Change):
     words: str = "LoRA's bias"
 
     def made(self, value: torch.Tensor) -> torch.Tensor:
-        return value.add_(self.tensor.read().float().mul_(self.scale))
+        return value + self.tensor.read().float().mul_(self.scale)

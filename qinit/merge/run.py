@@ -144,7 +144,8 @@ def _holds(writer: SafetensorsWriter, names: list[str], sums: list[int]) -> bool
 
 def _merged(plan: MergePlan, step: Step, writer: SafetensorsWriter) -> tuple[list[int], MergedRow | None]:
     """Write one value; returns the checksums, and the row where the adapter changes it."""
-    value = merged_value(plan, step)
+    before = step.value(plan.weights)
+    value = _changed(before, step)
     parts = step.split(value)
     for place, part in zip(step.places, parts, strict=True):
         _require_held(plan, place, count_nonfinite(part))
@@ -152,18 +153,20 @@ def _merged(plan: MergePlan, step: Step, writer: SafetensorsWriter) -> tuple[lis
     if not step.changes:
         return written, None
     stored = torch.cat([part.float() for part in parts], dim=step.side)
-    length = float(value.norm()) or 1.0
-    rounding = float((stored - value).norm()) / length
+    rounding = float(stored.sub_(value).norm()) / (float(value.norm()) or 1.0)
     del stored
-    before = step.value(plan.weights)
-    change = float((value - before).norm()) / (float(before.norm()) or 1.0)
+    length = float(before.norm()) or 1.0
+    change = float(before.sub_(value).norm()) / length
     how = "; ".join(each.words for each in step.changes)
     return written, MergedRow(step.name, tuple(value.shape), how, change, rounding)
 
 
 def merged_value(plan: MergePlan, step: Step) -> torch.Tensor:
     """Return W' of a step, float32, in the layout of its places."""
-    value = step.value(plan.weights)
+    return _changed(step.value(plan.weights), step)
+
+
+def _changed(value: torch.Tensor, step: Step) -> torch.Tensor:
     for change in step.changes:
         value = change.made(value)
     return value

@@ -63,7 +63,8 @@ def _form(form: str) -> str:
 def _check_base(directory: Path, server: Server, rule: BaseRule, stored: StoredBase) -> Iterator[Finding]:
     title = _title(server)
     for key, allowed, index in (("bits", rule.bits, 0), ("group size", rule.group_sizes, 1)):
-        found = sorted({grid[index] for grid in stored.grids if grid[index] is not None} - set(allowed or ()))
+        there = {grid[index] for grid in stored.grids}
+        found = sorted(value for value in there if value is not None and value not in (allowed or ()))
         if allowed is not None and found:
             words = ", ".join(map(str, allowed))
             yield Finding(CONFIG, f"{title} loads {stored.form} with {key} {words}, found {found}; {server.instead}")
