@@ -37,6 +37,7 @@ def test_it_is_packed_has_no_adapter_and_says_what_it_costs(run, tmp_path):
     kinds = {name.rpartition(".")[2] for name in Checkpoint.open(tmp_path / "out", quantized=True).tensors}
     assert {"qweight", "qzeros", "scales", "g_idx"} <= kinds
     pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
     list(merge(plan, tmp_path / "whole"))
     with torch.no_grad():
         dense, packed = (load_base(tmp_path / name)(input_ids=IDS).logits for name in ("whole", "out"))
