@@ -11,7 +11,7 @@ from qinit.adapters.trained import read_trained
 from qinit.errors import CheckpointError, ReportError
 from qinit.files.tensors import StoredTensor
 from qinit.report.report import Report
-from qinit.source.checkpoint import Checkpoint, read_json
+from qinit.source.checkpoint import read_json
 from qinit.stock.adapting import Refused, adapt
 from qinit.stock.skeleton import Skeleton
 from qinit.trial.names import shown
@@ -44,19 +44,21 @@ def require_names(
         )
 
 
-def require_made_for(
-    adapter: Path, settings: dict[str, Any], run: Path, report: Report, base: Checkpoint
-) -> str | None:
+def require_made_for(adapter: Path, settings: dict[str, Any], run: Path, report: Report) -> str | None:
     """Compare the base that an adapter names with a run's; returns what is to be known where neither the directory nor
     the name can be compared. Raises CheckpointError for another one.
 
     The run itself, wherever it lies now: the directory that is named is it, or holds the same layers with the same
-    errors; or the name is the one that the run's own adapter has, as it was when the run was made or pushed.
+    errors; or the name is the one that the run's own adapter has, as it was when the run was made or pushed. What lies
+    in the run's directory belongs to it.
     """
+    if run.resolve() in adapter.resolve().parents:
+        return None
     named = settings.get(BASE_KEY)
     if not isinstance(named, str) or not named:
         return f"the adapter names no base, so that it was compared by names and shapes alone: {adapter}"
-    own = read_json(run / ADAPTER_DIRECTORY / CONFIG_NAME, "the run is incomplete; run qinit again").get(BASE_KEY)
+    start = run / ADAPTER_DIRECTORY / CONFIG_NAME
+    own = read_json(start, "").get(BASE_KEY) if start.is_file() else None  # pushed with a trained one, it has none
     if named == own or Path(named).resolve() == run.resolve():
         return None
     if Path(named).is_dir():

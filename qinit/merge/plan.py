@@ -20,6 +20,7 @@ from qinit.merge.fitting import open_adapter, require_made_for, require_names
 from qinit.merge.steps import Laying, Layout
 from qinit.merge.ties import ties, untied
 from qinit.recipe import parse_size
+from qinit.report.card import TRAINED_DIRECTORY
 from qinit.report.report import Report
 from qinit.runner.before import PICTURES
 from qinit.stock.skeleton import Skeleton
@@ -97,13 +98,13 @@ def plan_merge(
         raise ReportError(f"{run}: an unfinished run ({left}); finish it first")
     report = Report.read(run)
     weights, architecture = open_base(run, trust_remote_code=trust_remote_code)
-    place = run / ADAPTER_DIRECTORY if adapter is None else adapter
+    place = adapter or _own_adapter(run)
     settings = open_adapter(place)
     tensors = read_header(place / f"{WEIGHTS_STEM}.safetensors")
     kind = kind_of(place, settings)
     changes = kind.changes(place, settings, tensors, architecture)
     require_names(place, settings, tensors, Skeleton.of(weights.checkpoint, trust_remote_code))
-    note = None if adapter is None else require_made_for(place, settings, run, report, weights.checkpoint)
+    note = require_made_for(place, settings, run, report)
     layout = Laying(weights, architecture, report, changes, DTYPES.get(dtype or "")).laid_out(ties(weights))
     return MergePlan(
         run,
@@ -117,6 +118,12 @@ def plan_merge(
         shard_bytes,
         (note,) if note else (),
     )
+
+
+def _own_adapter(run: Path) -> Path:
+    """Return the adapter that lies in a run: its own, or the one that it was pushed with."""
+    own, trained = run / ADAPTER_DIRECTORY, run / TRAINED_DIRECTORY
+    return trained if trained.is_dir() and not own.is_dir() else own
 
 
 def _config(config: dict[str, Any], layout: Layout, dtype: str | None) -> dict[str, Any]:

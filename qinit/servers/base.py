@@ -32,7 +32,6 @@ class AdapterRule:
     most_rank: int | None = None  # by default; `rank_option` raises it, to one of `rank_choices`
     rank_option: str = ""
     rank_choices: tuple[int, ...] = ()
-    one_rank: bool = False  # the same for every layer, and one scale
     rslora: bool = True
     dora: bool = False
     whole: Collection[str] = ()  # what may stand in modules_to_save

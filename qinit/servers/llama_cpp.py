@@ -8,6 +8,6 @@ LLAMA_CPP = Server(
     "llama.cpp",
     "0b03ada",
     {GGUF: BaseRule()},
-    AdapterRule(GGUF),
+    AdapterRule(GGUF, rslora=False),
     "`qinit export DIR --to gguf` writes base and adapter as it loads them, the adapter's scales folded into B",
 )

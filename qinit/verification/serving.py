@@ -120,7 +120,7 @@ def _check_adapter(server: Server, place: Path) -> Iterator[Finding]:
         what = f"{differing}: {title} reads that, {rule.since}"
         yield Finding(file, f"{what}; with these, {MERGE}", grave=False)
     if config.get("use_rslora") and not rule.rslora:
-        yield Finding(file, f"use_rslora, which {title} does not know; {MERGE}")
+        yield Finding(file, f"use_rslora, which {title} does not know; {server.instead}")
     if config.get("use_dora") and not rule.dora:
         yield Finding(file, f"use_dora, which {title} does not know; {MERGE}")
     if others := [name for name in config.get("modules_to_save") or () if name not in rule.whole]:

@@ -49,6 +49,15 @@ def test_a_run_that_was_moved_or_pushed_is_known_by_the_name_that_its_own_adapte
     assert "names no base" in plan_merge(run, trained).notes[0]
 
 
+def test_one_that_was_pushed_with_its_base_belongs_to_it(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "eqft_init").rename(run / "adapter")
+    named(run / "adapter", "me/trained")
+    plan = plan_merge(run)
+    assert (plan.adapter, plan.notes, plan.own) == (run / "adapter", (), False)
+    assert plan_merge(run, run / "adapter").layout.steps
+
+
 def test_another_base_is_refused(finished, trained, tmp_path):
     quantize(make_checkpoint(tmp_path / "source"), tmp_path / "other", format="dense", bits=3)
     source = json.loads((finished / "qinit.json").read_text())["source"]["model"]

@@ -71,6 +71,7 @@ def test_one_scale_with_other_ranks_is_fine_and_so_is_rslora(run):
     assert said(run, "vllm") == []
     settings(run, use_rslora=True, r=16, lora_alpha=8, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 4})
     assert said(run, "vllm") == []
+    assert any("use_rslora, which llama.cpp" in text for _, text in said(run, "llama.cpp"))
 
 
 @pytest.mark.parametrize(
