@@ -1,5 +1,6 @@
 """mlx-lm, by the source of 0.32.2: utils.py and tuner/utils.py. GPTQ with g_idx, which qinit's has, is refused there; a
-pack-quantized base is read as 4 bits in groups of 32 whatever it is; an adapter has one rank and one scale, which the export sees to."""
+pack-quantized base is read as 4 bits in groups of 32 whatever it is; an adapter has one rank and one scale, which the
+export sees to."""
 
 from __future__ import annotations
 
