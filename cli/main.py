@@ -14,6 +14,7 @@ from qinit_cli.eqft import eqft, meqft, plan
 from qinit_cli.eval import evaluate
 from qinit_cli.export import export
 from qinit_cli.hide_token import hide_token
+from qinit_cli.merge import merge
 from qinit_cli.methods import methods
 from qinit_cli.polish import polish
 from qinit_cli.push import push
@@ -42,6 +43,7 @@ app.command("eval")(evaluate)
 app.command()(verify)
 app.command("trainer-config")(trainer_config)
 app.command()(export)
+app.command()(merge)
 app.command()(doctor)
 app.command()(compare)
 

@@ -25,7 +25,8 @@ def verify(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="What the run was made from, a directory or a Hub id: every layer's errors are measured anew.",
+            help="What the run was made from, a directory or a Hub id: every layer's errors are measured anew. Of a "
+            "merge the run's directory: every value is made anew.",
             show_default=False,
         ),
     ] = None,
@@ -47,6 +48,16 @@ def verify(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that lies in DIR; it can do anything that you can.")
     ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="SERVER",
+            help="Only hold base and adapter against what a server loads, by configurations alone: transformers, vllm, "
+            "llama.cpp or mlx. DIR may be an export too.",
+            show_default=False,
+        ),
+    ] = None,
     fix: Annotated[
         bool, typer.Option("--fix", help="Of a run that was moved: make the adapter name its base where it is now.")
     ] = False,
@@ -68,18 +79,24 @@ def verify(
     from qinit_cli.hush import hush
 
     from qinit.adapters.trained import read_trained
+    from qinit.report.merged import is_merge
     from qinit.verification.factors import point_to
     from qinit.verification.verify import verify as verified
 
     hush()
     screen = Screen(quiet=quiet or json_output)
-    original = _source(directory, source, revision, token)
     options = {"trust_remote_code": trust_remote_code}
-    found, counts, _ = _followed(screen, verified(directory, original, **options))
+    if server is not None:
+        _served(screen, directory, server, adapter, json_output)
+        return
+    merged = is_merge(directory)
+    original = None if merged else _source(directory, source, revision, token)
+    events = _merged(directory, source, adapter, **options) if merged else verified(directory, original, **options)
+    found, counts, _ = _followed(screen, events)
     if adapter is not None:
         read_trained(adapter)
     loaded = ""
-    if not any(each.grave for each in found):
+    if not merged and not any(each.grave for each in found):
         more, _, loaded = _followed(screen, _tried(directory, adapter, original, deep=deep, **options))
         found += more
     fixed = fix and any(each.moved for each in found) and all(each.moved or not each.grave for each in found)
@@ -124,6 +141,38 @@ def _source(directory: Path, model: str | None, revision: str | None, token: str
             made_from = {}  # it will be found wanting
         revision = made_from.get("revision") if made_from.get("model") == model else None
     return local_directory(model, revision, token)
+
+
+def _served(screen: Any, directory: Path, server: str, adapter: Path | None, json_output: bool) -> None:
+    """Say what a server does not load, one line for each finding."""
+    from qinit.verification.serving import check_serving
+
+    found = list(check_serving(directory, server, adapter))
+    problems = [each for each in found if each.grave]
+    for each in found:
+        screen.say(str(each) if each.grave else f"note: {each}")
+    many = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "nothing against it"
+    screen.say(f"{directory} for {server}: {many} (configurations alone were read)")
+    if json_output:
+        value = {"directory": str(directory.resolve()), "server": server, "sound": not problems}
+        value |= {"problems": [_described(each) for each in problems]}
+        value |= {"notes": [_described(each) for each in found if not each.grave]}
+        sys.stdout.write(json.dumps(value) + "\n")
+    if problems:
+        raise typer.Exit(WANTING)
+
+
+def _merged(directory: Path, run: str | None, adapter: Path | None, *, trust_remote_code: bool) -> Iterator[Event]:
+    """Check a merge; what it was made from is a run, and an adapter where that was not the run's own."""
+    from qinit.errors import RecipeError
+    from qinit.verification.merged import verify_merged
+
+    if adapter is not None and run is None:
+        raise RecipeError(
+            f"--adapter: {directory} is a merge; give the run that it was made from too, with --source RUN"
+        )
+    place = None if run is None else Path(run)
+    return verify_merged(directory, place, adapter, trust_remote_code=trust_remote_code)
 
 
 def _tried(

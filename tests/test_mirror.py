@@ -19,6 +19,10 @@ ELSEWHERE = {
     "qinit/exports/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
     "qinit/grids/integer/block.py": "data alone",
     "qinit/plan/limits.py": "data alone",
+    **{
+        f"qinit/servers/{name}.py": "data alone; tests/qinit/verification/test_serving.py holds directories against it"
+        for name in ("base", "llama_cpp", "mlx", "transformers", "vllm")
+    },
     "qinit/solver/statistics.py": "data alone",
     "qinit/trial/asked.py": "data alone",
     "qinit/stages/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qinit.adapters.changes import Added, Changes
+from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.linalg.low_rank import LowRank
 from qinit.recipe import Recipe
@@ -76,6 +79,30 @@ class Adapter(ABC):
     ) -> torch.Tensor:
         """Return the same for the whole 3-D parameter that an expert is a slice of, in the parameter's layout."""
         raise NotImplementedError(f"adapter {self.name} has none for experts")  # pragma: no cover - it says so
+
+    def changes(
+        self, directory: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor], architecture: Architecture
+    ) -> Changes:
+        """Return what the adapter in a directory makes of the parameters of a model. Raises CheckpointError for what a
+        merge does not take."""
+        parts: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in tensors.items():
+            if (place := self.part_of(name)) is None:
+                raise CheckpointError(f"{directory}: cannot be merged: '{name}' is no part of {self.peft_type}")
+            parts.setdefault(place[0], {})[place[1]] = tensor
+        if (more := self.beyond(config, parts)) is not None:
+            raise CheckpointError(f"{directory}: cannot be merged: more than what {self.peft_type} adds ({more})")
+        modules = {module.name: module for module in architecture.linear}
+        if others := sorted(parts.keys() - modules.keys()):
+            raise CheckpointError(f"{directory}: cannot be merged: {others[0]} is no linear layer of the model")
+        changes: Changes = {}
+        for name, found in parts.items():
+            added = partial(self._read_change, name, found, config)
+            changes[f"{name}.weight"] = [Added(self.name, added, modules[name].transposed)]
+        return changes
+
+    def _read_change(self, module: str, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> torch.Tensor:
+        return self.change(module, {part: tensor.read() for part, tensor in parts.items()}, config)
 
     @abstractmethod
     def is_neutral(self, module: LinearModule, tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -15,11 +15,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qinit.adapters.base import PREFIX, Adapter, Ranks
+from qinit.adapters.changes import Changes
+from qinit.adapters.lora_changes import SavedLora, UnmergeableError
+from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor, TensorSpec, slice_name
 from qinit.linalg.low_rank import LowRank
 from qinit.recipe import Recipe
@@ -158,6 +162,14 @@ class LoraAdapter(Adapter):
         B = parts["B"].float().unflatten(1, (-1, count)).permute(2, 0, 1)
         change = (B @ A).mul_(self.scale(expert.parameter, A.shape[1], config))
         return change.mT if expert.expert.told else change
+
+    def changes(
+        self, directory: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor], architecture: Architecture
+    ) -> Changes:
+        try:
+            return SavedLora(config, tensors, architecture, self.scale).changes()
+        except UnmergeableError as error:
+            raise CheckpointError(f"{directory}: cannot be merged: {error}") from None
 
     def scale(self, module: str, rank: int, config: dict[str, Any]) -> float:
         """Return what PEFT multiplies B A of a module with."""

@@ -13,6 +13,7 @@ from qinit.errors import CheckpointError, HubError
 from qinit.files.atomic import replace_text
 from qinit.files.manifest import refresh
 from qinit.hub.download import local_directory
+from qinit.report.merged import is_merge
 from qinit.report.report import REPORT_NAME
 from qinit.source.checkpoint import read_json
 from qinit.source.demo import DEMO_NAME, demo_directory
@@ -69,7 +70,7 @@ def find_subject(
         adapter = Path(directory)
     elif directory is not None:
         found = find_model(directory, revision, token)
-        if not (found / REPORT_NAME).is_file():
+        if not (found / REPORT_NAME).is_file() or is_merge(found):
             return Subject(directory, found)
         own = found / ADAPTER_DIRECTORY
         if not own.is_dir():

@@ -40,12 +40,18 @@ class FinishedRun:
         Raises ReportError for a directory that is no finished run, CheckpointError for what is missing or damaged.
         """
         report = Report.read(directory)
-        checkpoint = Checkpoint.open(directory, quantized=True)
-        fmt = format_of(checkpoint.config)
-        problem = "a form that is not qinit's" if fmt is None else fmt.cannot_read(checkpoint.config)
-        if problem:
-            raise CheckpointError(f"{directory}: its weights are packed as {problem}; qinit did not write it")
-        architecture = read_architecture(checkpoint, trust_remote_code)
+        weights, architecture = open_base(directory, trust_remote_code=trust_remote_code)
         place = directory / ADAPTER_DIRECTORY if adapter is None else adapter
-        weights = ModelWeights(checkpoint, architecture, trust_remote_code=trust_remote_code)
-        return cls(directory, report, checkpoint, architecture, weights, place, SavedAdapter.open(place, whole=True))
+        saved = SavedAdapter.open(place, whole=True)
+        return cls(directory, report, weights.checkpoint, architecture, weights, place, saved)
+
+
+def open_base(directory: Path, *, trust_remote_code: bool = False) -> tuple[ModelWeights, Architecture]:
+    """Open the base of a run. Raises CheckpointError for what is missing, damaged or packed by another program."""
+    checkpoint = Checkpoint.open(directory, quantized=True)
+    fmt = format_of(checkpoint.config)
+    problem = "a form that is not qinit's" if fmt is None else fmt.cannot_read(checkpoint.config)
+    if problem:
+        raise CheckpointError(f"{directory}: its weights are packed as {problem}; qinit did not write it")
+    architecture = read_architecture(checkpoint, trust_remote_code)
+    return ModelWeights(checkpoint, architecture, trust_remote_code=trust_remote_code), architecture

@@ -160,8 +160,8 @@ def _starts_with(file: Path, raw: bytes, size: int) -> bool:
 
 
 def _split(specs: list[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
-    """Fill shards in order; a tensor larger than a shard gets one of its own."""
-    shards: list[list[TensorSpec]] = [[]]
+    """Fill shards in order; a tensor larger than a shard gets one of its own. Without tensors there are none."""
+    shards: list[list[TensorSpec]] = [[]] if specs else []
     room = max_bytes
     for spec in specs:
         if spec.nbytes > room and shards[-1]:

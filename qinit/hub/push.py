@@ -28,6 +28,7 @@ from qinit.files.manifest import MANIFEST_NAME, bytes_sum, file_sum, listed, man
 from qinit.files.tensors import read_header
 from qinit.hub.errors import checked_token, hub_errors
 from qinit.report.card import TRAINED_DIRECTORY, hub_card, snippet_of
+from qinit.report.merged import MergeReport, is_merge, merged_snippet, on_hub
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import read_json, weight_files
 
@@ -61,7 +62,7 @@ class Prepared:
 
     directory: Path
     repo_id: str
-    report: Report
+    report: Report | MergeReport
     files: dict[str, int]
     rewritten: dict[str, bytes]
     changes: tuple[Change, ...]
@@ -73,7 +74,9 @@ class Prepared:
         return sum(self.files.values())
 
     def snippet(self, revision: str | None = None) -> list[str]:
-        """Return the lines of Python that load base and adapter from the Hub."""
+        """Return the lines of Python that load base and adapter, or the merged model, from the Hub."""
+        if isinstance(self.report, MergeReport):
+            return merged_snippet(self.report, self.repo_id, revision)
         return snippet_of(self.report, self.repo_id, on_hub=True, revision=revision, trained=self.trained is not None)
 
     def source(self, name: str) -> Path:
@@ -156,9 +159,11 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
     Only the card may have been changed by hand. `adapter`, the directory of an adapter that was trained on the run,
     takes the place of the run's own. Raises HubError for what is no OWNER/NAME, ReportError or CheckpointError for a
     directory that is no finished run, or one with a file that is missing or not what the run wrote, and for an adapter
-    that does not fit.
+    that does not fit. A merge, which has no adapter, is pushed as it is.
     """
     require_name(repo_id)
+    if is_merge(directory):
+        return _prepare_merge(directory, repo_id, adapter)
     report = Report.read(directory)
     weight_files(directory)
     there = listed(directory)
@@ -175,10 +180,7 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
     for name in (*names, *needed):
         if name not in there:
             raise ReportError(f"{directory / name}: missing, so this is no finished run; run `qinit eqft` again")
-    found = {name: _sum(directory / name) for name in names}
-    for name, value in sums.items():
-        if name in found and found[name] != value and name != CARD_NAME:
-            raise ReportError(_changed(directory, name))
+    found = _sums(directory, names, sums)
     place = TRAINED_DIRECTORY if adapter is not None else ADAPTER_DIRECTORY
     prepared = Prepared(directory, repo_id, report, {}, {}, (), (), adapter)
     configuration, weights = f"{place}/{CONFIG_NAME}", f"{place}/{WEIGHTS_NAME}"
@@ -205,6 +207,38 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
         changes=tuple(changes),
         left_out=tuple(left_out),
     )
+
+
+def _prepare_merge(directory: Path, repo_id: str, adapter: Path | None) -> Prepared:
+    if adapter is not None:
+        raise ReportError(f"{directory}: is a merge, so that an adapter is in it already; leave --adapter out")
+    report, sums, there = MergeReport.read(directory), read_manifest(directory), listed(directory)
+    for name in (*sums, "config.json"):
+        if name not in there:
+            raise ReportError(f"{directory / name}: missing, so this is no whole merge; run `qinit merge` again")
+    found = _sums(directory, sorted(sums), sums)
+    prepared = Prepared(directory, repo_id, report, {}, {}, (), tuple(name for name in there if name not in sums))
+    rewritten: dict[str, bytes] = {}
+    changes: list[Change] = []
+    if CARD_NAME in sums:
+        card = (directory / CARD_NAME).read_bytes().decode("utf-8", "replace")
+        rewritten[CARD_NAME] = on_hub(card, report, repo_id).encode()
+        changes = _changed_lines(CARD_NAME, card, rewritten[CARD_NAME].decode())
+    found |= {name: bytes_sum(content) for name, content in rewritten.items()}
+    rewritten[MANIFEST_NAME] = manifest_text(found).encode()
+    sizes = {name: (directory / name).stat().st_size for name in found.keys() - rewritten.keys()}
+    sizes |= {name: len(content) for name, content in rewritten.items()}
+    return replace(prepared, files=dict(sorted(sizes.items())), rewritten=rewritten, changes=tuple(changes))
+
+
+def _sums(directory: Path, names: list[str], sums: dict[str, str]) -> dict[str, str]:
+    """Return the sums of the files. Raises ReportError for one that is not as it was listed; the card may have been
+    changed by hand."""
+    found = {name: _sum(directory / name) for name in names}
+    for name, value in sums.items():
+        if name in found and found[name] != value and name != CARD_NAME:
+            raise ReportError(_changed(directory, name))
+    return found
 
 
 def _require_fit(adapter: Path, directory: Path, report: Report) -> None:

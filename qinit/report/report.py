@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from qinit.errors import ReportError
-from qinit.files.reading import read_regular
+from qinit.files.reading import parse_json, read_regular
 
 REPORT_NAME = "qinit.json"
 REPORT_BYTES = 64 << 20  # a model of 70,000 experts has half of that
@@ -90,6 +90,8 @@ class Report:
         except OSError as error:
             raise ReportError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
         except ValidationError as error:
+            if kind_of_report(directory) == "merge":
+                raise ReportError(f"{directory}: is a merge, not a run (it has no adapter); {remedy}") from None
             first = error.errors()[0]
             if first["type"] == "json_invalid":
                 raise ReportError(f"{path}: not JSON ({first['ctx']['error']}); run `qinit eqft` again") from None
@@ -102,3 +104,12 @@ class Report:
             if type(value) not in (int, float) or not 0 <= value <= 64:
                 raise ReportError(f"{path}: not a report of qinit (totals.{key} is {value!r}); {remedy}")
         return report
+
+
+def kind_of_report(directory: Path) -> str:
+    """Return what the report in a directory is of, by its own word: a run says nothing."""
+    try:
+        value = parse_json(read_regular(directory / REPORT_NAME, REPORT_BYTES))
+    except (OSError, ValueError):
+        return ""
+    return str(value.get("kind", "")) if isinstance(value, dict) else ""

@@ -80,7 +80,8 @@ def _figures(job: Job, windows: Windows) -> Generator[Event, None, tuple[Way, Fi
     """Measure block by block, whatever memory is free, so that the figures are the same everywhere; else in memory."""
     plan, trusted = job.plan, job.plan.recipe.trust_remote_code
     name, base = _short(plan.model_name), job.place.run
-    written = Subject("the run", base, base / ADAPTER_DIRECTORY, trust_remote_code=trusted)
+    adapter = base / ADAPTER_DIRECTORY if plan.adapter_specs else None
+    written = Subject("the run", base, adapter, trust_remote_code=trusted)
     original = Subject(name, plan.checkpoint.directory, trust_remote_code=trusted)
     try:
         way = Way(True, "as every check", "float32", batch_size=1)  # a run's memory is bounded by its blocks

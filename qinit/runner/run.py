@@ -53,7 +53,7 @@ def run(
         plan, journal = yield from opened(plan, place, device, overwrite=overwrite)
         with closing(journal):
             job = Job(plan, device, place, journal, token)
-            yield from _carried_out(job)
+            yield from carried_out(job)
             report = yield from completed(job, command)
             with section("writing"):
                 place.finish()
@@ -86,7 +86,7 @@ def completed(
     return report
 
 
-def _carried_out(job: Job) -> Generator[Event, None, None]:
+def carried_out(job: Job) -> Generator[Event, None, None]:
     """Write every tensor of base and adapter, but for what is finished already."""
     if (elsewhere := moved(job.journal)) is not None:
         yield job.note(elsewhere)

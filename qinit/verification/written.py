@@ -75,7 +75,7 @@ def open_written(directory: Path, *, trust_remote_code: bool = False) -> Generat
         yield from unsound or check_totals(report, recipe)
         file = CONFIG
         config = read_json(directory / CONFIG, "the directory is incomplete; run qinit again")
-        tensors, whole = yield from _read_headers(directory)
+        tensors, whole = yield from read_headers(directory)
         checkpoint = Checkpoint(directory, config, tensors)
         architecture = read_architecture(checkpoint, trust_remote_code)
     except QinitError as error:
@@ -135,7 +135,7 @@ def differing(file: str, prefix: str, expected: dict[str, Any], found: dict[str,
             yield Finding(file, f"{prefix}{key}", expected.get(key), found.get(key))
 
 
-def _read_headers(directory: Path) -> Generator[Finding, None, tuple[dict[str, StoredTensor], bool]]:
+def read_headers(directory: Path) -> Generator[Finding, None, tuple[dict[str, StoredTensor], bool]]:
     """Read the headers of all weight files against the index; returns the tensors, and whether all could be read."""
     single, index = (directory / SINGLE_NAME).is_file(), (directory / INDEX_NAME).is_file()
     if single and index:

@@ -26,6 +26,7 @@ SHAPES: dict[str, dict[str, type]] = {
     "note": {"text": str},
     "copied": {"name": str, "sums": list},
     "layer": {"row": dict, "sums": list},
+    "merged": {"name": str, "sums": list},
     "polish samples": {"origin": str, "written": bool, "sums": list},
     "lessons": {},
     "ended": {"run": str},
@@ -119,6 +120,8 @@ def kept_words(file: Path) -> str:
     layers = len(finished_layers(records))
     if layers:
         return f"{layers} of {records[0]['layers']} layers are kept"
+    if merged := sum(record["kind"] == "merged" for record in records):
+        return f"{merged} of {records[0]['layers']} tensors are kept"
     if any(record["kind"] == "sensitivity" for record in records):
         return "the measured sensitivities are kept"
     if any(record["kind"] == "samples" and record["written"] for record in records):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +66,32 @@ def _require_text(plan: Plan, out: Path) -> None:
             )
 
 
+def check_free(out: Path, *sources: Path) -> None:
+    """Raise OutputError if something is at `out` already, or if it is, holds or lies in one of the directories that are
+    read."""
+    try:
+        place = out.resolve()
+        for source in (each.resolve() for each in sources):
+            if place == source or place in source.parents or source in place.parents:
+                raise OutputError(
+                    f"{out}: is, holds or lies in {source}, which is read; choose another place with --out"
+                )
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise OutputError(f"{out}: exists; remove it, or choose another place with --out")
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", error)
+        raise OutputError(f"{out}: cannot be looked at ({reason}); choose another place with --out") from None
+
+
 def check_space(plan: Plan, out: Path) -> None:
     """Raise OutputError if the disk that holds `out` has no room for the result and for hidden states that memory does
     not hold. What an unfinished run has written there counts as room: it is gone on with, or removed."""
-    needed = _needed(plan)
+    require_space(_needed(plan), out)
+
+
+def require_space(needed: int, out: Path) -> None:
+    """Raise OutputError if the disk that holds `out` has no room for so many bytes; what an unfinished run has written
+    there counts as room."""
     free = shutil.disk_usage(_existing(out)).free + _occupied(partial_of(out))
     if needed > free:
         raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
@@ -126,10 +148,16 @@ class Workplace:
         _sync(final.parent)
 
 
+def working(plan: Plan, out: Path, command: str) -> AbstractContextManager[Workplace]:
+    """Give a run a place to work in beside `out`, as `working_on` does."""
+    return working_on(out, command, lambda: _needed(plan))
+
+
 @contextmanager
-def working(plan: Plan, out: Path, command: str) -> Iterator[Workplace]:
+def working_on(out: Path, command: str, needed: Callable[[], int]) -> Iterator[Workplace]:
     """Give a place to work in beside `out`, which no other run works in. It is removed at the end, but for what an
-    unfinished run can be gone on with; an error then says so in a note. Raises OutputError."""
+    unfinished run can be gone on with; an error then says so in a note. `needed` says what the result takes on the
+    disk, in bytes. Raises OutputError."""
     place = Workplace(out, partial_of(out))
     try:
         if place.partial.is_symlink():
@@ -148,7 +176,7 @@ def working(plan: Plan, out: Path, command: str) -> Iterator[Workplace]:
                 raise
             shutil.rmtree(place.partial, ignore_errors=True)
     except OSError as error:
-        raise OutputError(_words(plan, out, error)) from error
+        raise OutputError(_words(needed, out, error)) from error
 
 
 def _for_good(error: BaseException) -> bool:
@@ -158,14 +186,14 @@ def _for_good(error: BaseException) -> bool:
     )
 
 
-def _words(plan: Plan, out: Path, error: OSError) -> str:
+def _words(needed: Callable[[], int], out: Path, error: OSError) -> str:
     where = f": {Path(error.filename).name}" if error.filename else ""
     left = kept(out)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{out}: cannot be written ({error.strerror or error}{where}); {left or NOTHING}"
     place = _existing(out)
     disk = next(parent for parent in (place, *place.parents) if parent.is_mount())
-    missing = _needed(plan) - _occupied(partial_of(out))
+    missing = needed() - _occupied(partial_of(out))
     free = shutil.disk_usage(place).free
     return (
         f"{out}: cannot be written ({error.strerror}{where}); {left or NOTHING}; the disk at {disk} has "

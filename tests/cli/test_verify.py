@@ -193,3 +193,13 @@ def test_a_source_on_the_hub_is_read_at_the_run_s_revision(command, made, run, h
     code, _, err = command("verify", run, "--source", "owner/tiny", "--revision", "gone")
     assert code == 2
     assert "the Hub has no revision 'gone'" in err
+
+
+def test_for_a_server_reads_configurations_alone_and_says_what_to_do(command, finished):
+    code, out, err = command("verify", finished, "--for", "vllm")
+    assert (code, out, err) == (0, f"{finished} for vllm: nothing against it (configurations alone were read)\n", "")
+    code, out, _ = command("verify", finished, "--for", "llama.cpp", "--json")
+    value = json.loads(out)
+    assert (code, value["server"], value["sound"], len(value["problems"])) == (3, "llama.cpp", False, 2)
+    code, _, err = command("verify", finished, "--for", "vlm")
+    assert (code, "--for: no 'vlm' (did you mean 'vllm'?)" in err) == (2, True)

@@ -6,6 +6,8 @@ import pytest
 from qinit.errors import CheckpointError
 from qinit.evaluate.subject import Subject, find_model, find_subject, repair_base
 from qinit.files.manifest import file_sum, read_manifest, write_manifest
+from qinit.merge.plan import plan_merge
+from qinit.merge.run import merge
 from qinit.source.demo import demo_directory
 from tests.evaluated import make_run
 from tests.models import make_checkpoint
@@ -149,3 +151,8 @@ class TestMissing:
     def test_the_directory(self, tmp_path):
         with pytest.raises(CheckpointError, match="no such directory"):
             find_subject(str(tmp_path / "gone"), None, None)
+
+
+def test_a_merge_is_a_checkpoint_without_an_adapter(finished, tmp_path):
+    list(merge(plan_merge(finished), tmp_path / "out"))
+    assert find_subject(str(tmp_path / "out"), None, None) == Subject(str(tmp_path / "out"), tmp_path / "out")
