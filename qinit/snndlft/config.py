@@ -61,12 +61,13 @@ class SnnDlftConfig(BaseModel):
         room = steps - self.tinit - self.tfinal
         if room < 1:
             raise RecipeError(
-                f"tinit, tfinal: {self.tinit} and {self.tfinal} steps leave none to allocate ranks in a run of {steps}; "
-                "make them smaller or the run longer"
+                f"tinit, tfinal: {self.tinit} and {self.tfinal} steps leave none to allocate ranks in a run of "
+                f"{steps}; make them smaller or the run longer"
             )
         if self.deltaT > room:
             raise RecipeError(
-                f"deltaT: {self.deltaT} is beyond the {room} steps of this run between tinit and tfinal; make it smaller"
+                f"deltaT: {self.deltaT} is beyond the {room} steps of this run between tinit and tfinal; "
+                "make it smaller"
             )
 
 

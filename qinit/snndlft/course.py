@@ -87,18 +87,12 @@ class Course:
             trained=tuple(self.trained),
             ranks=ranks,
             trainable=sum(layer.size for layer in chosen),
-            kept=sum(self._kept(layer) for layer in chosen),
+            kept=sum(layer.size_in_use for layer in chosen),
             rates=self._rates(),
             state_bytes=state_bytes(self.optimizer),
         )
         self.moments.append(moment)
         return moment
-
-    def _kept(self, layer: Layer) -> int:
-        return sum(
-            int((p["lora_E"] != 0).sum()) * (p["lora_A"].shape[1] + 1 + p["lora_B"].shape[0])
-            for p in layer.modules.values()
-        )
 
     def _rates(self) -> dict[str, float]:
         """Return the mean spike rate of each layer's modules, and begin to count anew."""

@@ -36,9 +36,19 @@ class Layer:
         """How many values train when the layer does."""
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def size_at(self, rank: float) -> int:
+    @property
+    def size_in_use(self) -> int:
+        """How many of them are of triplets in use."""
+        return sum(int((parts["lora_E"] != 0).sum()) * triplet(parts) for parts in self.modules.values())
+
+    def size_at(self, rank: int) -> int:
         """How many values so many triplets in each module have."""
-        return round(sum(rank * (p["lora_A"].shape[1] + 1 + p["lora_B"].shape[0]) for p in self.modules.values()))
+        return sum(rank * triplet(parts) for parts in self.modules.values())
+
+
+def triplet(parts: dict[str, nn.Parameter]) -> int:
+    """Return how many values a triplet of a module has: a row of Q, one of Lambda, a column of P."""
+    return parts["lora_A"].shape[1] + 1 + parts["lora_B"].shape[0]
 
 
 def layers_of(model: nn.Module, adapter: str) -> list[Layer]:
@@ -49,7 +59,8 @@ def layers_of(model: nn.Module, adapter: str) -> list[Layer]:
         part = PART.match(name)
         if part is not None and part["adapter"] == adapter:
             block = BLOCK.match(part["module"])
-            layer = found.setdefault(block[0] if block else part["module"], Layer(block[0] if block else part["module"]))
+            layer_name = block[0] if block else part["module"]
+            layer = found.setdefault(layer_name, Layer(layer_name))
             layer.modules.setdefault(part["module"], {})[part["part"]] = parameter
     return list(found.values())
 

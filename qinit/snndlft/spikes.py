@@ -35,9 +35,9 @@ class SpikingBranch:
 
         y = base(x) + lora_alpha / init_r * P Lambda mean_t s_t,   s_t = LIF(Q x / rms(x)),   t = 1 .. time_steps
 
-    The same current Q x / rms(x) goes in at every step. Divided by the root mean square of x, a token, it has about unit
-    variance for a row of Q of unit norm, which AdaLoRA's regularizer pulls to, whatever the layer reads. Lambda comes
-    after the spikes: they are 0 or 1, P Lambda is one matrix, and a start with Lambda = 0 adds nothing yet has
+    The same current Q x / rms(x) goes in at every step. Divided by the root mean square of x, a token, it has about
+    unit variance for a row of Q of unit norm, which AdaLoRA's regularizer pulls to, whatever the layer reads. Lambda
+    comes after the spikes: they are 0 or 1, P Lambda is one matrix, and a start with Lambda = 0 adds nothing yet has
     gradients. `fired` counts the spikes of each triplet [r], `chances` how many there could have been of each.
     """
 
