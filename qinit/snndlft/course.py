@@ -10,7 +10,7 @@ import torch
 from qinit.snndlft.allocation import LayerwiseAllocator
 from qinit.snndlft.config import SnnDlftConfig
 from qinit.snndlft.importance import LayerGradients, choose
-from qinit.snndlft.layers import Layer, layers_of, state_bytes, train_only
+from qinit.snndlft.layers import layers_of, state_bytes, train_only
 from qinit.snndlft.spikes import spike_rates
 
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING as CHOSEN_BY_PEFT
 
-from qinit.adapters import CONFIG_NAME
+from qinit.adapters import CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import CheckpointError, TargetError
+from qinit.files.tensors import read_header
 from qinit.machine import pick_device
 from qinit.report.report import REPORT_NAME
 from qinit.snndlft.base import load_for_training
@@ -86,9 +87,16 @@ def load(directory: str | Path, base: Any = None, *, trainable: bool = False, de
         classes = read_json(place / REPORT_NAME, "without it the base is not known; pass a loaded one").get("classes")
         base, _ = load_for_training(Path(named), classes, pick_device(device))
     with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*rank_pattern keys.*"
+        )  # LoRA's of that name, which AdaLoRA's are not
         warnings.filterwarnings("error", message=".*adapter keys.*")  # what is missing would be random
         try:
-            return PeftModel.from_pretrained(base, str(place), is_trainable=trainable, torch_device=str(base.device))
+            model = PeftModel.from_pretrained(base, str(place), is_trainable=trainable, torch_device=str(base.device))
         except (ValueError, RuntimeError, OSError, KeyError, UserWarning) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{place}: the adapter cannot be loaded ({type(error).__name__}: {reason})") from None
+    lost = sorted(set(read_header(place / f"{WEIGHTS_STEM}.safetensors")) - set(get_peft_model_state_dict(model)))
+    if lost:
+        raise CheckpointError(f"{place}: the base has no place for {len(lost)} tensors of the adapter, as {lost[0]}")
+    return model

@@ -35,10 +35,10 @@ class SpikingBranch:
 
         y = base(x) + lora_alpha / init_r * P Lambda mean_t s_t,   s_t = LIF(Q x / rms(x)),   t = 1 .. time_steps
 
-    The same current Q x / rms(x) goes in at every step. Divided by the root mean square of x, a token, it has about
-    unit variance for a row of Q of unit norm, which AdaLoRA's regularizer pulls to, whatever the layer reads. Lambda
-    comes after the spikes: they are 0 or 1, P Lambda is one matrix, and a start with Lambda = 0 adds nothing yet has
-    gradients. `fired` counts the spikes of each triplet [r], `chances` how many there could have been of each.
+    The same current goes in at every step. It has about unit variance in every layer, as x, a token, is divided by its
+    root mean square, and a row of Q by its norm: Q's rows count as the unit vectors that AdaLoRA's regularizer makes of
+    them. Lambda comes after the spikes: these are 0 or 1, P Lambda is one matrix, and a start with Lambda = 0 adds
+    nothing yet has gradients. `fired` counts the spikes of each triplet [r], `chances` how many there could have been of each.
     """
 
     time_steps: int
@@ -58,7 +58,7 @@ class SpikingBranch:
     def _spiking(self: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
         A, B, E = self.lora_A[adapter], self.lora_B[adapter], self.lora_E[adapter]
         x = self.lora_dropout[adapter](x.to(A.dtype))
-        current = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) @ A.T
+        current = nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) @ nn.functional.normalize(A, dim=1).T
         potential, total = torch.zeros_like(current), torch.zeros_like(current)
         for _ in range(self.time_steps):
             spikes, potential = self.neuron(current, potential)
