@@ -38,7 +38,8 @@ class SpikingBranch:
     The same current goes in at every step. It has about unit variance in every layer, as x, a token, is divided by its
     root mean square, and a row of Q by its norm: Q's rows count as the unit vectors that AdaLoRA's regularizer makes of
     them. Lambda comes after the spikes: these are 0 or 1, P Lambda is one matrix, and a start with Lambda = 0 adds
-    nothing yet has gradients. `fired` counts the spikes of each triplet [r], `chances` how many there could have been of each.
+    nothing yet has gradients. `fired` counts the spikes of each triplet [r], `chances` how many there could have been of
+    each.
     """
 
     time_steps: int

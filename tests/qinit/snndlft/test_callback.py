@@ -60,7 +60,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_the_same(tmp_path):
     with pytest.raises(CheckpointError, match="was written with other options"):
         tiny.trained(tiny.config(layer_wise="half"), tmp_path / "run", resume=tmp_path / "run/checkpoint-3")
     (tmp_path / "run/checkpoint-3/snndlft.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="snndlft.safetensors: cannot be gone on from"):
+    with pytest.raises(CheckpointError, match=r"snndlft.safetensors: cannot be gone on from"):
         tiny.trained(options, tmp_path / "run", resume=tmp_path / "run/checkpoint-3")
 
 
