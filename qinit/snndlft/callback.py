@@ -32,7 +32,7 @@ class DynamicLayers(TrainerCallback):
         self.course: Course | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        tuner = getattr(objects["model"], "base_model", None)
+        tuner: Any = getattr(objects["model"], "base_model", None)
         if not hasattr(tuner, "rankallocator"):
             raise RecipeError("DynamicLayers: the Trainer's model has no AdaLoRA adapter; make it with adapt()")
         self.config.require_steps(state.max_steps)

@@ -35,8 +35,10 @@ class SpikingAdaLoraModel(AdaLoraModel):
     """PEFT's AdaLoraModel, each of whose layers spikes."""
 
     @staticmethod
-    def _create_new_module(lora_config: Any, adapter_name: str, target: Any, **options: Any) -> Any:
-        layer = AdaLoraModel._create_new_module(lora_config, adapter_name, target, **options)
+    def _create_new_module(
+        lora_config: Any, adapter_name: str, target: Any, device_map: Any = None, **options: Any
+    ) -> Any:
+        layer = AdaLoraModel._create_new_module(lora_config, adapter_name, target, device_map, **options)
         return add_spikes(layer, lora_config.time_steps, lora_config.decay, lora_config.threshold)
 
     def _check_merge_allowed(self) -> None:
@@ -45,6 +47,7 @@ class SpikingAdaLoraModel(AdaLoraModel):
 
 def register() -> None:
     """Tell PEFT of the method, as `register_peft_method` does for a type that its own list has."""
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SpikingAdaLoraConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SpikingAdaLoraModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = AdaLoraModel.prefix
+    name: Any = PEFT_TYPE
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = SpikingAdaLoraConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = SpikingAdaLoraModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = AdaLoraModel.prefix

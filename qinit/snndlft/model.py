@@ -62,7 +62,7 @@ def _peft_config(base: Any, config: SnnDlftConfig, task_type: str | None, new: S
 
 
 def _require_ranks(model: PeftModel, config: SnnDlftConfig) -> None:
-    tuner = model.base_model
+    tuner: Any = model.base_model
     for layer in layers_of(tuner.model, tuner.trainable_adapter_name):
         for name, parts in layer.modules.items():
             inputs, outputs = parts["lora_A"].shape[1], parts["lora_B"].shape[0]

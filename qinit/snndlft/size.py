@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel
 
@@ -23,7 +24,7 @@ class Sizes:
 def sizes(model: PeftModel, rank: int) -> Sizes:
     """Count the adapters of a model that `adapt` made, at a mean rank: target_r when ranks are allocated. At init_r it
     is what the optimizer sees: masked triplets are in it. A classifier's head, which trains too, is not counted."""
-    tuner = model.base_model
+    tuner: Any = model.base_model
     found = sorted(
         (layer.size_at(rank) for layer in layers_of(tuner.model, tuner.trainable_adapter_name)), reverse=True
     )

@@ -38,8 +38,8 @@ class SpikingBranch:
     The same current goes in at every step. It has about unit variance in every layer, as x, a token, is divided by its
     root mean square, and a row of Q by its norm: Q's rows count as the unit vectors that AdaLoRA's regularizer makes of
     them. Lambda comes after the spikes: these are 0 or 1, P Lambda is one matrix, and a start with Lambda = 0 adds
-    nothing yet has gradients. `fired` counts the spikes of each triplet [r], `chances` how many there could have been of
-    each.
+    nothing yet has gradients. `fired` counts the spikes of each triplet [r], `chances` how many there could have
+    been of each.
     """
 
     time_steps: int
@@ -88,7 +88,8 @@ def add_spikes(layer: Any, time_steps: int, decay: float, threshold: float) -> A
     convolution, whose rank space is an image."""
     if isinstance(layer, SVDConv2d):
         raise TargetError("target_modules: a spiking adapter goes on linear layers, found a convolution; leave it out")
-    layer.__class__ = _spiking_class(type(layer))
+    kind: type = type(layer)
+    layer.__class__ = _spiking_class(kind)
     layer.neuron, layer.time_steps = leaky(decay, threshold), time_steps
     layer.fired, layer.chances = torch.zeros(0, dtype=torch.float64), 0
     return layer

@@ -129,8 +129,12 @@ def _train(
     training = {**{key: value for key, value in asked.to_json().items() if key != "config"}, "model": asked.model}
     report = make_report(
         course,
-        **{"model": asked.model, "command": command, "training": training, "classes": task.classes},
-        **{"measured": measured, "notes": notes},
+        model=asked.model,
+        command=command,
+        training=training,
+        classes=task.classes,
+        measured=measured,
+        notes=notes,
     )
     return report, model
 
@@ -138,14 +142,14 @@ def _train(
 def _trainer(
     asked: Asked, task: Task, model: Any, place: Place, device: torch.device, callback: DynamicLayers
 ) -> Trainer:
-    arguments = TrainingArguments(
-        str(place.checkpoints),
+    options: dict[str, Any] = {
         **{"max_steps": asked.steps, "per_device_train_batch_size": asked.batch_size, "seed": asked.data.seed},
         **{"learning_rate": asked.learning_rate, "warmup_steps": int(WARM_UP * asked.steps)},
         **{"logging_steps": max(1, asked.steps // MOMENTS), "save_steps": max(1, asked.steps // CHECKPOINTS)},
         **{"save_total_limit": KEPT, "use_cpu": device.type == "cpu", "bf16": device.type == "cuda"},
         **{"report_to": [], "disable_tqdm": True, "remove_unused_columns": False, "dataloader_pin_memory": False},
-    )
+    }
+    arguments = TrainingArguments(str(place.checkpoints), **options)
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     trainer = Trainer(
         model,

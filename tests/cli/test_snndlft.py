@@ -60,7 +60,7 @@ def test_what_is_trained_is_said_and_written(command, reader, tmp_path):
 )
 def test_bad_input_is_one_line(command, reader, files, arguments, line):
     before = names(files)
-    code, out, err = command(
+    code, _, err = command(
         "snndlft", reader, "--no-spiking", *SMALL, "--steps", 4, "--out", "out", "--dataset", *arguments
     )
     last = err.splitlines()[-1]

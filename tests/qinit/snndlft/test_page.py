@@ -22,8 +22,8 @@ def report(**totals):
     values |= {"seconds_per_step": 0.1, "peak_memory_bytes": 10**6, **totals}
     rows = tuple(LayerRow(name, 1, 3, 1, 0.125) for name in names)
     return SnnReport(
-        "snndlft", "<tiny>", "qinit snndlft", {"spiking": True, "layer_wise": "single"}, {"steps": 2}, None, values, rows,
-        tuple(moments), ("a note",), {}, {},
+        "snndlft", "<tiny>", "qinit snndlft", {"spiking": True, "layer_wise": "single"}, {"steps": 2}, None, values,
+        rows, tuple(moments), ("a note",), {}, {},
     )  # fmt: skip
 
 

@@ -9,10 +9,14 @@ def test_an_unfinished_training_is_gone_on_with_if_it_was_asked_the_same(tmp_pat
     out = tmp_path / "out"
 
     def broken_off(asked):
-        with pytest.raises(QinitError, match="ended") as error, working(out, asked, "") as place:
-            found.append((place.differs, place.last))
-            (place.checkpoints / "checkpoint-5").mkdir(parents=True, exist_ok=True)
-            raise QinitError("ended")
+        def work():
+            with working(out, asked, "") as place:
+                found.append((place.differs, place.last))
+                (place.checkpoints / "checkpoint-5").mkdir(parents=True, exist_ok=True)
+                raise QinitError("ended")
+
+        with pytest.raises(QinitError, match="ended") as error:
+            work()
         assert error.value.__notes__ == ["checkpoint-5 is kept, the same command goes on from there"] == [kept(out)]
 
     found = []

@@ -41,7 +41,7 @@ def examples() -> list[dict[str, torch.Tensor]]:
 
 
 def trained(options: Any, place: Path, *, steps: int = 6, resume: Path | None = None, callbacks: Any = ()) -> Any:
-    """Train a model for some steps of 4 x 8 tokens with a checkpoint after half of them; returns it and the callback."""
+    """Train a model for some steps of 4 x 8 tokens, with a checkpoint halfway; returns it and the callback."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from qinit.snndlft import DynamicLayers
