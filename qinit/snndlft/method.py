@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import AdaLoraConfig, mapping
-from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora import AdaLoraModel, SVDQuantLinear
 
 from qinit.errors import QinitError
 from qinit.snndlft.spikes import NOT_LINEAR, add_spikes
@@ -38,7 +38,10 @@ class SpikingAdaLoraModel(AdaLoraModel):
     def _create_new_module(
         lora_config: Any, adapter_name: str, target: Any, device_map: Any = None, **options: Any
     ) -> Any:
-        layer = AdaLoraModel._create_new_module(lora_config, adapter_name, target, device_map, **options)
+        if hasattr(target, "qweight"):  # PEFT takes packed layers of the one kernel alone that it would choose itself
+            layer = SVDQuantLinear(target, adapter_name, config=lora_config, **options)
+        else:
+            layer = AdaLoraModel._create_new_module(lora_config, adapter_name, target, device_map, **options)
         return add_spikes(layer, lora_config.time_steps, lora_config.decay, lora_config.threshold)
 
     def _check_merge_allowed(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +82,9 @@ def run(
         elif place.last is not None:
             say(f"going on from {Path(place.last).name}")
         report, model = _train(asked, task, place, device, command, say, progress)
-        model.save_pretrained(place.run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a module whose triplets are all masked has an adapter of rank 0
+            model.save_pretrained(place.run)
         task.tokenizer.save_pretrained(place.run)
         files = {REPORT_NAME: report.to_json().encode()}
         try:
