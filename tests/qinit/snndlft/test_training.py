@@ -22,7 +22,7 @@ def test_a_classifier_is_trained_broken_off_gone_on_with_and_loaded(tmp_path):
     (tmp_path / "a.csv").write_text(f"text,kind\n{rows}")
     config = tiny.config(layer_wise="half", spiking=False, tinit=2, tfinal=5, deltaT=2)
     asked = Asked(
-        "bert", bert, Data(tmp_path / "a.csv", None, ("text",), "kind", "accuracy", 8, 0), config, 40, 8, 2e-2, "cpu"
+        "bert", bert, Data(tmp_path / "a.csv", None, ("text",), "kind", "accuracy", 8, 0), config, 20, 8, 2e-2, "cpu"
     )
 
     class BrokenOffError(Exception):
