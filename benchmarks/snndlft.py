@@ -107,7 +107,8 @@ def cell(asked: Asked, out: Path, variant: str) -> dict[str, Any]:
     )
     row = {"variant": variant, "seed": asked.data.seed, **{key: totals[key] for key in kept}}
     row["rank_in_use"] = totals["ranks"] / totals["modules"]
-    row["ever_trained"] = sum(each["steps"] > asked.config.tinit for each in rows)
+    first = (asked.config.tinit // asked.config.deltaT + 1) * asked.config.deltaT  # the step of the first choice
+    row["ever_trained"] = sum(each["steps"] > first for each in rows)
     row |= {"spike_rate": totals.get("spike_rate"), "energy": totals.get("energy_per_token")}
     if (out / NOISE_NAME).is_file():
         row["noise"] = json.loads((out / NOISE_NAME).read_text(encoding="utf-8"))

@@ -315,7 +315,7 @@ def snndlft(result: Result) -> list[Table]:
     title = f"{result['model']}, {result['steps']} steps of {result['batch']}, learning rate {result['rate']:g}, "
     title += f"{len(result['seeds'])} seeds, {result['threads']} thread(s); {metric} before: {before}"
     title += f"; head {head:,} values" if head else ""
-    header = ["variant", metric, *noises, "trainable", "mean rank", "layers ever trained", "optimizer MB", "ms / step"]
+    header = ["variant", metric, *noises, "trainable", "mean rank", "layers ever chosen", "optimizer MB", "ms / step"]
     return [Table(title, [*header, "peak MB", "spike rate", "nJ / token", "nJ without spikes"], rows)]
 
 
