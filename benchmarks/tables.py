@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import mean, stdev
 from typing import Any
 
 Result = dict[str, Any]
@@ -283,10 +284,50 @@ def _state(cell: Result) -> str:
     return "yes" if not cell["left"] else f"yes; left: {'; '.join(cell['left'])}"
 
 
+def snndlft(result: Result) -> list[Table]:
+    """AdaLoRA and its spiking versions: means over the seeds, with the standard deviation of the measure."""
+    noises = list(result["rows"][0].get("noise") or ())
+    rows = []
+    for variant in dict.fromkeys(row["variant"] for row in result["rows"]):
+        of = [row for row in result["rows"] if row["variant"] == variant]
+        spiking = of[0]["spike_rate"] is not None
+        rows.append(
+            [
+                *(variant, _spread([row["after"] for row in of])),
+                *(_spread([row["noise"][noise] for row in of]) for noise in noises),
+                *(f"{mean([row['trainable'] for row in of]):,.0f}", f"{mean([row['rank_in_use'] for row in of]):.1f}"),
+                *(
+                    f"{mean([row['ever_trained'] for row in of]):.1f}",
+                    f"{mean(r['optimizer_bytes'] for r in of) / 1e6:.2f}",
+                ),
+                f"{1000 * mean([row['seconds_per_step'] for row in of]):.0f}",
+                f"{mean([row['peak_memory_bytes'] for row in of]) / 1e6:.0f}",
+                f"{mean([row['spike_rate'] for row in of]):.3f}" if spiking else "-",
+                *(
+                    [f"{1e9 * mean([row['energy'][kind] for row in of]):.0f}" for kind in ("spiking", "dense")]
+                    if spiking
+                    else ["-", "-"]
+                ),
+            ]
+        )
+    metric, head = result["rows"][0]["metric"], result["rows"][0]["head"]
+    before = ", ".join(sorted({f"{row['before']:.3f}" for row in result["rows"]}))
+    title = f"{result['model']}, {result['steps']} steps of {result['batch']}, learning rate {result['rate']:g}, "
+    title += f"{len(result['seeds'])} seeds, {result['threads']} thread(s); {metric} before: {before}"
+    title += f"; head {head:,} values" if head else ""
+    header = ["variant", metric, *noises, "trainable", "mean rank", "layers ever chosen", "optimizer MB", "ms / step"]
+    return [Table(title, [*header, "peak MB", "spike rate", "nJ / token", "nJ without spikes"], rows)]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
     **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
+    "snndlft": snndlft,
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

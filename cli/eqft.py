@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,16 +144,17 @@ def _qualities(
 
 
 @contextmanager
-def interruptible(out: Path) -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, and say what is kept of it then."""
+def interruptible(out: Path, left: Callable[[Path], str] | None = None) -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, and say what is kept of it then: what `left` says of `out`."""
     from qinit.errors import StoppedError
     from qinit.workplace.place import kept
 
+    left = left or kept
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        raise StoppedError(f"interrupted; {kept(out) or 'nothing was left behind'}") from None
+        raise StoppedError(f"interrupted; {left(out) or 'nothing was left behind'}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

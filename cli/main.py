@@ -19,6 +19,7 @@ from qinit_cli.methods import methods
 from qinit_cli.polish import polish
 from qinit_cli.push import push
 from qinit_cli.report import report
+from qinit_cli.snndlft import snndlft
 from qinit_cli.trainer_config import trainer_config
 from qinit_cli.verify import verify
 
@@ -46,6 +47,7 @@ app.command()(export)
 app.command()(merge)
 app.command()(doctor)
 app.command()(compare)
+app.command()(snndlft)
 
 
 def _show_version(value: bool) -> None:

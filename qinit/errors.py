@@ -26,6 +26,10 @@ class CalibrationError(QinitError):
     """The calibration samples are missing, too few or do not fit the model."""
 
 
+class DatasetError(QinitError):
+    """The labelled data to train on has no such columns, or labels that are no classes."""
+
+
 class OutputError(QinitError):
     """The result cannot be written where it was asked for."""
 

@@ -88,9 +88,11 @@ def load_base(
     dtype: Any = "auto",
     device: Any = None,
     trust_remote_code: bool = False,
+    **values: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a base whose config.json is `config` by stock `from_pretrained` of its class; returns it and what
-    transformers says of its keys. `device` may be meta. Raises CheckpointError."""
+    """Load a base whose config.json is `config` by stock `from_pretrained` of its class, with other `values` for its
+    configuration if need be; returns it and what transformers says of its keys. `device` may be meta. Raises
+    CheckpointError."""
     import transformers
 
     own = "auto_map" in config
@@ -103,7 +105,7 @@ def load_base(
             f"{base}: transformers {transformers.__version__} has no {class_name}; install the version that "
             f"{REPORT_NAME} names under versions{code}"
         )
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **values}
     if device is not None:
         options["device_map"] = {"": device}
     if not isinstance(config.get("quantization_config"), dict | None):

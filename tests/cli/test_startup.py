@@ -11,7 +11,7 @@ from qinit_cli.main import app
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 HEAVY = {"torch", "transformers", "huggingface_hub", "numpy", "numba", "peft", "accelerate", "datasets", "scipy"}
-HEAVY |= {"matplotlib", "plotly", "gptqmodel", "optimum", "safetensors", "yaml", "packaging"}
+HEAVY |= {"matplotlib", "plotly", "gptqmodel", "optimum", "safetensors", "yaml", "packaging", "snntorch"}
 SCRIPT = """
 import contextlib, io, json, sys
 from qinit_cli import main
