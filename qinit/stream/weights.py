@@ -47,11 +47,11 @@ class ModelWeights:
     def read(self, name: str, device: torch.device) -> torch.Tensor | None:
         """Return a parameter in float32 on the device, None if there is none. Raises CheckpointError for NaN, Inf."""
         stored, module = self.names.find(name), self.modules.get(name)
-        if stored is not None:
-            value = read_finite(stored).to(device, torch.float32)
-        elif module is not None and self.format is not None and (parts := self._packed(name)) is not None:
+        if module is not None and self.format is not None and (parts := self._packed(name)) is not None:
             value = self.format.read(module, parts, self.checkpoint.config, device)
             value = value.T.contiguous() if module.transposed else value
+        elif stored is not None:
+            value = read_finite(stored).to(device, torch.float32)
         elif name in self.stacks:
             value = self._stacked(self.stacks[name], device)
         elif (made := self.names.make(name, read_finite)) is not None:
@@ -94,6 +94,6 @@ class ModelWeights:
         """Return the tensors that stand for a packed layer's weight, by what they are called in its place."""
         if self.format is None or not name.endswith(".weight"):
             return None
-        found = {part: self.names.find(name.removesuffix("weight") + part) for part in self.format.parts}
-        parts = {part: tensor for part, tensor in found.items() if tensor is not None}
-        return parts if parts and len(parts) == len(found) else None
+        stem, known = name.removesuffix("weight"), (*self.format.parts, *self.format.more_parts)
+        found = {part: tensor for part in known if (tensor := self.names.find(stem + part)) is not None}
+        return found if self.format.parts and found.keys() >= set(self.format.parts) else None
