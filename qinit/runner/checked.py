@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.errors import CalibrationError, QinitError
 from qinit.evaluate.figures import Figures
 from qinit.evaluate.job import Block, Loading, Read, Way, choose_way, in_memory, streamed
@@ -79,8 +78,9 @@ def _windows(plan: Plan) -> tuple[Text, Tokens, Windows]:
 def _figures(job: Job, windows: Windows) -> Generator[Event, None, tuple[Way, Figures]]:
     """Measure block by block, whatever memory is free, so that the figures are the same everywhere; else in memory."""
     plan, trusted = job.plan, job.plan.recipe.trust_remote_code
-    name, base = _short(plan.model_name), job.place.run
-    written = Subject("the run", base, base / ADAPTER_DIRECTORY, trust_remote_code=trusted)
+    name, run = _short(plan.model_name), job.place.run
+    base = run if plan.given is None else plan.given.checkpoint.directory
+    written = Subject("the run", base, plan.adapter_directory(run), trust_remote_code=trusted)
     original = Subject(name, plan.checkpoint.directory, trust_remote_code=trusted)
     try:
         way = Way(True, "as every check", "float32", batch_size=1)  # a run's memory is bounded by its blocks
