@@ -66,7 +66,7 @@ class Given:
 
     checkpoint: Checkpoint
     architecture: Architecture
-    form: str  # what it is stored as, for people
+    form: str  # the name of what reads it
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def open_given(recipe: Recipe, directory: Path, source: Path, architecture: Arch
         raise CheckpointError(f"{directory / 'config.json'}: {problem}; read are {titles}")
     found = read_architecture(checkpoint, recipe.trust_remote_code)
     _require_same_model(directory, source, architecture, found)
-    return Given(checkpoint, found, reader.title)
+    return Given(checkpoint, found, reader.name)
 
 
 def given_layers(plan: Plan, targets: tuple[Target, ...]) -> tuple[LayerPlan, ...]:

@@ -98,7 +98,7 @@ def make_report(
         "peak_memory_bytes": peak_memory_bytes,
     }
     if plan.given is not None:
-        totals["base_form"] = plan.given.form
+        totals["base"] = {"name": given_name(plan), "form": plan.given.form}
     if plan.whole:
         totals["whole_bytes"] = sum(each.tensor.nbytes for each in plan.whole)
     if any(row.output_error is not None for row in rows):
