@@ -9,6 +9,7 @@ from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
 from qinit.formats import format_of
+from qinit.report.adapter_card import require_base
 from qinit.report.report import Report
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, read_architecture
@@ -35,6 +36,7 @@ class FinishedRun:
         Raises ReportError for a directory that is no finished run, CheckpointError for what is missing or damaged.
         """
         report = Report.read(directory)
+        require_base(report, directory, "an export is of a run of its own")
         checkpoint = Checkpoint.open(directory, quantized=True)
         fmt = format_of(checkpoint.config)
         problem = "a form that is not qinit's" if fmt is None else fmt.cannot_read(checkpoint.config)

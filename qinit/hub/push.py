@@ -27,6 +27,7 @@ from qinit.errors import CheckpointError, HubError, ReportError
 from qinit.files.manifest import MANIFEST_NAME, bytes_sum, file_sum, listed, manifest_text, read_manifest
 from qinit.files.tensors import read_header
 from qinit.hub.errors import checked_token, hub_errors
+from qinit.report.adapter_card import require_base
 from qinit.report.card import TRAINED_DIRECTORY, hub_card, snippet_of
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import read_json, weight_files
@@ -160,6 +161,7 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
     """
     require_name(repo_id)
     report = Report.read(directory)
+    require_base(report, directory, "push it with `hf upload`, as the Hub has adapters")
     weight_files(directory)
     there = listed(directory)
     names = [name for name in there if not _is_state(name)]

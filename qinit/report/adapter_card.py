@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+from qinit.errors import ReportError
 from qinit.report.report import Report
 
 ADAPTER_TEMPLATE = """\
@@ -43,6 +45,12 @@ Per-layer figures, versions and the full recipe are in `qinit.json`.
 def is_adapter(report: Report) -> bool:
     """Whether a report is that of an adapter alone, for a base that was there."""
     return report.recipe.get("base") is not None
+
+
+def require_base(report: Report, directory: Path, advice: str) -> None:
+    """Raise ReportError for a directory that holds an adapter alone, with the `advice` on what to do with one."""
+    if is_adapter(report):
+        raise ReportError(f"{directory}: holds an adapter alone, for the base {report.recipe['base']}; {advice}")
 
 
 def adapter_snippet(report: Report, place: str) -> list[str]:
