@@ -1,5 +1,5 @@
-"""The exact grid: every value is on it, so no bit of a weight changes; for adapters on a 16-bit base. And the grid of one
-matrix, where Q is that of a base that exists and is not searched for."""
+"""The exact grid: every value is on it, so no bit of a weight changes; for adapters on a 16-bit base. And the grid of
+one matrix, where Q is that of a base that exists and is not searched for."""
 
 from __future__ import annotations
 

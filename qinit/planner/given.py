@@ -24,7 +24,9 @@ def open_given(recipe: Recipe, directory: Path, source: Path, architecture: Arch
     than the one in `source` that has this architecture."""
     checkpoint = Checkpoint.open(directory, quantized=True)
     reader = format_of(checkpoint.config)
-    problem = f"quantized as {method_of(checkpoint.config)}" if reader is None else reader.cannot_read(checkpoint.config)
+    problem = (
+        f"quantized as {method_of(checkpoint.config)}" if reader is None else reader.cannot_read(checkpoint.config)
+    )
     if reader is None or problem:
         titles = ", ".join(each.title for each in (*FORMATS.values(), *READERS))
         raise CheckpointError(f"{directory / 'config.json'}: {problem}; read are {titles}")
@@ -74,7 +76,9 @@ def _require_same_model(directory: Path, source: Path, expected: Architecture, f
 
     if found.class_name != expected.class_name:
         raise refuse(f"it is a {found.class_name}, and the source a {expected.class_name}")
-    shapes = [{module.name: (module.out_features, module.in_features) for module in a.linear} for a in (expected, found)]
+    shapes = [
+        {module.name: (module.out_features, module.in_features) for module in a.linear} for a in (expected, found)
+    ]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         here, there = (shape.get(name) for shape in shapes)
         if here != there:

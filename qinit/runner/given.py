@@ -51,8 +51,8 @@ def require_same_rest(plan: Plan) -> None:
             raise _another(plan, f"{parameter} is {list(other.shape)} there and {list(tensor.shape)} here")
         if (apart := _apart(tensor, other)) > SAME:
             raise CheckpointError(
-                f"{base.directory}: its {parameter} is not the source's ({100 * apart:.1f} % away): it belongs to another "
-                "model, or scales of its layers were moved there, as AWQ and SmoothQuant do, and that is not undone"
+                f"{base.directory}: its {parameter} is not the source's ({100 * apart:.1f} % away): it belongs to "
+                "another model, or scales of its layers were moved there, as AWQ and SmoothQuant do, and that is not undone"
             )
 
 

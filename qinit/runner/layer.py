@@ -35,8 +35,8 @@ def solve_layer(
     given: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], LayerRow]:
     """Solve a layer from its weight W [out, in], float32, and what it has seen (None: nothing); return its tensors, of
-    base and adapter by name, on the CPU, and its row. Without a weight the layer is kept, and only gets an adapter. With
-    `given`, Q [out, in] of a base that is there, no tensors of a base are made.
+    base and adapter by name, on the CPU, and its row. Without a weight the layer is kept, and only gets an adapter.
+    With `given`, Q [out, in] of a base that is there, no tensors of a base are made.
 
     It depends on its arguments alone and changes nothing, so it can be carried out by another process.
     Raises CheckpointError for a weight that cannot be decomposed.

@@ -142,10 +142,8 @@ def on_base(row: Method) -> Method | None:
         return None
     rounds = 2 if row.solver == "calibrated" else 1  # the second starts from where the first has come to
     start: Literal["none", "quantize"] = "none" if row.start == "none" else "quantize"
-    left_out = {"magr": False, "adjustable": False, "mixes_widths": False, "passes": 0, "act_order": False}
-    return replace(
-        row, grid="exact", search="none", start=start, rounding="nearest", iterations=rounds, stages=(), **left_out
-    )
+    method = replace(row, grid="exact", search="none", start=start, rounding="nearest", iterations=rounds, stages=())
+    return replace(method, magr=False, adjustable=False, mixes_widths=False, passes=0, act_order=False)
 
 
 def get_method(name: str, *, calibrated: bool = False) -> Method:

@@ -101,7 +101,9 @@ def _check_errors(
         given = value.T.contiguous() if layer.target.module.transposed else value
         change = adapter.change(row.name, cpu)
         weight, nothing = read_weight(layer, cpu), LowRank.none(*given.shape)
-        measured = [relative_errors(weight, each, nothing)[0] for each in (given, given if change is None else given + change)]
+        measured = [
+            relative_errors(weight, each, nothing)[0] for each in (given, given if change is None else given + change)
+        ]
         for key, expected, error in zip(("error_start", "error"), (row.error_start, row.error), measured, strict=True):
             if not same_error(error, expected):
                 yield Finding(WEIGHTS_FILE, f"{row.name}: {key} against base and source", expected, error)

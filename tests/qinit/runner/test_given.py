@@ -143,7 +143,9 @@ def test_a_base_whose_scales_were_moved_into_its_norms_is_refused(source, tmp_pa
 def test_a_base_with_the_weights_of_another_model_is_refused(source, tmp_path):
     base = packed_base(make_float32(tmp_path / "other", seed=1, initializer_range=0.1), tmp_path / "base", "gptq")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        edit_tensors(base / "model.safetensors", lambda tensors, name=name: tensors.update({name: tensor_of(source, name)}))
+        edit_tensors(
+            base / "model.safetensors", lambda tensors, name=name: tensors.update({name: tensor_of(source, name)})
+        )
     refused(source, base, tmp_path, "the cosine of .* in the two is -?0.0")
 
 
