@@ -21,7 +21,7 @@ def test_an_adapter_is_made_verified_and_no_run(command, llama, base):
     assert report["totals"]["error"] < report["totals"]["error_start"]
     assert contents(base) == before
     assert command("verify", "out", "--source", llama)[0] == 0
-    for name, more in (("polish", ()), ("push", ("a/b",)), ("trainer-config", ("--trainer", "trl"))):
+    for name, more in (("polish", ()), ("push", ("a/b", "--dry-run")), ("trainer-config", ("--trainer", "trl"))):
         code, _, err = command(name, "out", *more)
         assert (code, "holds an adapter alone" in err, err.count("\n")) == (2, True, 1), (name, err)
     code, _, err = command("adapter", *arguments)
