@@ -52,7 +52,7 @@ def require_same_rest(plan: Plan) -> None:
         if (apart := _apart(tensor, other)) > SAME:
             raise CheckpointError(
                 f"{base.directory}: its {parameter} is not the source's ({100 * apart:.1f} % away): it belongs to "
-                "another model, or scales of its layers were moved there, as AWQ and SmoothQuant do, which is not undone"
+                "another model, or scales of layers were moved there, as AWQ and SmoothQuant do, which is not undone"
             )
 
 
