@@ -189,6 +189,7 @@ class Screen:
         if totals["bits_per_weight"] != totals["grid_bits_per_weight"]:
             bits += f", {totals['grid_bits_per_weight']:.3f} on the grid"
         after = f"{size(totals['base_bytes'])} base + {size(totals['adapter_bytes'])} adapter"
+        disk = f"{size(totals['bytes_before'])} -> {after}" if "base" not in totals else after
         errors = f"{totals['error_start']:.4f} base alone -> {totals['error']:.4f} with the adapter"
         outputs = {}
         if "output_error" in totals:
@@ -202,7 +203,7 @@ class Screen:
                 "layers": f"{totals['layers']}{kept}",
                 **weight_words(totals["quantized_weights"], totals["weights"], totals["left"]),
                 "bits per weight": bits,
-                "weights on disk": f"{size(totals['bytes_before'])} -> {after}",
+                "weights on disk": disk,
                 **(check_words(totals["check"]) if "check" in totals else {}),
                 "relative error": errors,
                 **outputs,

@@ -8,6 +8,7 @@ import traceback
 from typing import Annotated
 
 import typer
+from qinit_cli.adapter import adapter
 from qinit_cli.compare import compare
 from qinit_cli.doctor import doctor
 from qinit_cli.eqft import eqft, meqft, plan
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(eqft)
 app.command()(meqft)
 app.command()(plan)
+app.command()(adapter)
 app.command()(polish)
 app.command()(methods)
 app.command()(report)

@@ -14,7 +14,7 @@ from qinit.errors import RecipeError, did_you_mean
 from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.solver.methods import CALIBRATED, METHODS, Method, get_method
+from qinit.solver.methods import CALIBRATED, METHODS, Method, get_method, on_base
 from qinit.source.targets import ALL_LINEAR
 
 MOST_TOKENS = 2**28
@@ -38,6 +38,7 @@ class Recipe(BaseModel):
 
     model: str | None = None  # None: the embedded demo model
     revision: str | None = None
+    base: str | None = None  # a base that exists and is repaired, a directory or a Hub id: only a low rank is fitted
     method: str = "eqft"
     bits: int = 2  # the method's grid says which there are
     rank: int = Field(16, ge=1, le=LARGEST)
@@ -98,6 +99,12 @@ class Recipe(BaseModel):
         mixed = isinstance(values, dict) and any(values.get(key) is not None for key in BUDGETS)
         return {"format": "dense", **values} if mixed else values  # no stock loader takes packed mixed widths
 
+    @model_validator(mode="before")
+    @classmethod
+    def _base_defaults(cls, values: Any) -> Any:
+        given = isinstance(values, dict) and values.get("base") is not None
+        return {"format": "dense", "bits": 16, **values} if given else values  # what there is says the base itself
+
     @field_validator("bits_choices", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
@@ -150,6 +157,8 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
         method = get_method(self.method)
+        if self.base is not None:
+            method = self._check_base(method)
         if self.format not in FORMATS:
             raise ValueError(
                 f"format: no '{self.format}'{did_you_mean(self.format, FORMATS)}; known are {', '.join(FORMATS)}"
@@ -161,6 +170,26 @@ class Recipe(BaseModel):
         if problem:
             raise ValueError(f"format: {self.format} {problem}")
         return self
+
+    def _check_base(self, method: Method) -> Method:
+        """Return what the method does where Q is there; raise ValueError for what a base that exists leaves no room
+        for."""
+        row = on_base(method)
+        if row is None:
+            those = ", ".join(name for name, each in METHODS.items() if on_base(each) is not None)
+            raise ValueError(f"method: {method.name} chooses Q itself; on a base that exists take one of {those}")
+        if self.mixed:
+            raise ValueError("base: has its widths, so there is no budget to give")
+        for option, what in (
+            ("bits", 16),
+            ("format", "dense"),
+            ("iter", None),
+            ("group_size", 64),
+            ("symmetric", False),
+        ):
+            if getattr(self, option) != what:
+                raise ValueError(f"{option}: the base that exists has its own; leave it out")
+        return row
 
     def _check_widths(self, method: Method) -> None:
         if self.symmetric and method.grid != "int":
@@ -287,6 +316,8 @@ class Recipe(BaseModel):
         """The method's row, with the recipe's own choice of grid and rounding."""
         row = get_method(self.method, calibrated=self.calibrated)
         row = replace(row, grid="sym") if self.symmetric else row
+        if self.base is not None and (row_on_base := on_base(row)) is not None:
+            return row_on_base
         if not row.adjustable or not self.calibrated:
             return row
         return replace(row, rounding=self.rounding or row.rounding, act_order=self.act_order)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 from qinit.events import Done, Finished
 from qinit.planner.make import make_plan
@@ -28,7 +29,8 @@ RUNS = {
 def start(source, out, *, overwrite=False, **options):
     """Return the events of a run, which goes as far as they are asked for."""
     recipe = make_recipe(**{"model": str(source), "rank": 4, "check": False, **options})
-    return run(make_plan(recipe, source, str(source)), out, overwrite=overwrite, command="qinit")
+    base = None if recipe.base is None else Path(recipe.base)
+    return run(make_plan(recipe, source, str(source), base), out, overwrite=overwrite, command="qinit")
 
 
 def break_off(source, out, layers, **options):

@@ -30,7 +30,7 @@ def plan_of(source: Path, name: str = "tiny", **options: Any) -> Plan:
     from qinit.recipe import make_recipe
 
     recipe = make_recipe(**{"model": str(source), "rank": 4, "calibration": "none", "check": False, **options})
-    return make_plan(recipe, source, name)
+    return make_plan(recipe, source, name, None if recipe.base is None else Path(recipe.base))
 
 
 def calibrated_plan(source: Path, **options: Any) -> Plan:
@@ -65,6 +65,17 @@ def quantize(source: Path, out: Path, *, overwrite: bool = False, **options: Any
     from qinit.runner.run import run
 
     *_, last = run(plan_of(source, str(source), **{"iter": 1, **options}), out, overwrite=overwrite)
+    assert isinstance(last, Finished)
+    return last.report
+
+
+def repair(source: Path, base: Path, out: Path, **options: Any) -> Any:
+    """Make an adapter of rank 4 for a base that exists, without calibration unless told otherwise; returns the
+    report."""
+    from qinit.events import Finished
+    from qinit.runner.run import run
+
+    *_, last = run(plan_of(source, str(source), base=str(base), **options), out)
     assert isinstance(last, Finished)
     return last.report
 

@@ -17,6 +17,10 @@ ELSEWHERE = {
     "qinit/doctor/probes.py": "each probe is a part of tests/qinit/doctor/test_examine.py",
     "qinit/events.py": "data alone",
     "qinit/exports/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
+    **{
+        f"qinit/formats/{name}.py": "tests/qinit/formats/test_reader.py reads every form"
+        for name in ("awq", "bitsandbytes", "compressed_tensors")
+    },
     "qinit/grids/integer/block.py": "data alone",
     "qinit/plan/limits.py": "data alone",
     **{

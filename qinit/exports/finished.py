@@ -9,6 +9,7 @@ from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
 from qinit.formats import format_of
+from qinit.report.adapter_card import require_base
 from qinit.report.report import Report
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, read_architecture
@@ -40,6 +41,7 @@ class FinishedRun:
         Raises ReportError for a directory that is no finished run, CheckpointError for what is missing or damaged.
         """
         report = Report.read(directory)
+        require_base(report, directory, "an export is of a run of its own")
         weights, architecture = open_base(directory, trust_remote_code=trust_remote_code)
         place = directory / ADAPTER_DIRECTORY if adapter is None else adapter
         saved = SavedAdapter.open(place, whole=True)

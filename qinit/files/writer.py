@@ -16,7 +16,8 @@ from qinit.files.tensors import DTYPE_NAMES, StoredTensor, Strand, TensorSpec, c
 
 
 class SafetensorsWriter:
-    """Writes tensors of known names and shapes, in any order, into one file or into shards with an index.
+    """Writes tensors of known names and shapes, in any order, into one file or into shards with an index; none of them
+    into no file.
 
     Headers are written at once; `write` puts a tensor at its place; `close` checks that all came and writes
     the index last. The files have their final names, so the directory itself should be a temporary one.
@@ -37,7 +38,7 @@ class SafetensorsWriter:
     ) -> None:
         self._directory = directory
         self._specs = list(specs)
-        self._shards = _split(self._specs, max_bytes)
+        self._shards = _split(self._specs, max_bytes) if self._specs else []
         self._stem = stem
         self._places: dict[str, StoredTensor] = {}
         self._unsynced: set[Path] = {directory}

@@ -1,34 +1,29 @@
-"""What every storage format offers."""
+"""What every format that qinit writes offers."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from qinit.files.tensors import StoredTensor, TensorSpec
+from qinit.files.tensors import TensorSpec
+from qinit.formats.reader import Reader
 from qinit.grids import Grid, Quantized
 from qinit.source.targets import Architecture, LinearModule, Target
 
 
-class Format(ABC):
+class Format(Reader):
     """A storage format: how it writes Q, how it is read back, and what loads it. Stateless. The defaults hold any grid,
     bits and shape, as codes, and are loaded by transformers alone."""
 
-    name: str
-    title: str  # its name among people
     mixed_bits: bool  # whether a stock loader reads different widths in one model
     mixed_loaders = ""  # else what does, in words,
     mixed_note = ""  # and what to say of a run that has them
     holds_experts = True  # whether a stock loader reads slices of 3-D parameters that are stored so
     experts_note = ""  # why not
-    packages: tuple[str, ...] = ()  # that loading needs, beside transformers and peft
-    parts: tuple[str, ...] = ()  # what a packed layer's tensors are called in the place of `weight`
 
     def cannot_hold(self, grid: str, bits: int, group_size: int) -> str | None:
         """Return why this format holds no such grid at all, or None."""
@@ -93,35 +88,12 @@ class Format(ABC):
         nothing is known of that."""
         return None
 
-    def recognises(self, config: dict[str, Any]) -> bool:
-        """Whether a base with this config.json is stored in this format, by qinit or another program."""
-        return False
-
-    def loader_options(self, base: Path, config: dict[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
-        """Return what `from_pretrained` of a base that is recognised needs to be told. Raises CheckpointError for a
-        damaged configuration and where a package is missing."""
-        return {}
-
-    def cannot_read(self, config: dict[str, Any]) -> str | None:
-        """Return why `read` does not read the weights of a base that is recognised, or None."""
-        return None
-
-    def read(
-        self,
-        module: LinearModule,
-        parts: Mapping[str, StoredTensor],
-        config: dict[str, Any],
-        device: torch.device,
-    ) -> torch.Tensor:
-        """Return a packed layer's weight [out, in] in float32, as the loader's kernels compute with it, from all its
-        `parts`. Raises CheckpointError for tensors that do not fit config.json, and for NaN and Inf."""
+    def read_grid(self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> Quantized:
+        """Return a packed layer's zero points and scales, on the CPU, without its codes, which are then [out, 0].
+        Raises CheckpointError as `read_codes` does."""
         raise NotImplementedError(f"format {self.name} packs no layers")  # pragma: no cover - it has no parts
 
     def read_codes(self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> Quantized:
         """Return a packed layer as codes, zero points and scales, on the CPU, from all its `parts`. Raises
         CheckpointError as `read` does, and for what no `Quantized` holds."""
         raise NotImplementedError(f"format {self.name} packs no layers")  # pragma: no cover - it has no parts
-
-    def missing_packages(self) -> list[str]:
-        """Return which of the packages that loading needs are not installed."""
-        return [package for package in self.packages if find_spec(package) is None]

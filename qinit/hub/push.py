@@ -27,6 +27,7 @@ from qinit.errors import CheckpointError, HubError, ReportError
 from qinit.files.manifest import MANIFEST_NAME, bytes_sum, file_sum, listed, manifest_text, read_manifest
 from qinit.files.tensors import read_header
 from qinit.hub.errors import checked_token, hub_errors
+from qinit.report.adapter_card import require_base
 from qinit.report.card import TRAINED_DIRECTORY, hub_card, snippet_of
 from qinit.report.merged import MergeReport, is_merge, merged_snippet, on_hub
 from qinit.report.report import REPORT_NAME, Report
@@ -165,6 +166,7 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
     if is_merge(directory):
         return _prepare_merge(directory, repo_id, adapter)
     report = Report.read(directory)
+    require_base(report, directory, "push it with `hf upload`, as the Hub has adapters")
     weight_files(directory)
     there = listed(directory)
     names = [name for name in there if not _is_state(name)]

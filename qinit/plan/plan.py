@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
-from qinit.adapters import ADAPTERS, Adapter
+from qinit.adapters import ADAPTER_DIRECTORY, ADAPTERS, Adapter
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan.allocation import Allocation, Option
 from qinit.plan.shares import EXPERTS, Share, shares_of
 from qinit.recipe import Recipe, parse_size
-from qinit.solver.methods import CALIBRATED, UNREACHED, Method
+from qinit.solver.methods import CALIBRATED, UNREACHED, Method, on_base
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, LinearModule, Target
@@ -60,6 +61,15 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Given:
+    """A base that exists, to be repaired and not written: its checkpoint, and its model as that describes it."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    form: str  # the name of what reads it
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will read and write."""
 
@@ -75,6 +85,7 @@ class Plan:
     whole: tuple[Whole, ...] = ()
     format_reason: str = ""  # why the recipe's format is another than was asked for
     remarks: tuple[str, ...] = ()  # what of the model nobody asked for, and how to ask
+    given: Given | None = None  # the base, where one is there already: then only an adapter is written
 
     @property
     def adapter(self) -> Adapter:
@@ -108,19 +119,26 @@ class Plan:
         return tuple(self.split_base(self.checkpoint.tensors).values())
 
     @cached_property
-    def copied(self) -> tuple[StoredTensor, ...]:
-        """The pieces that go into the base unchanged."""
+    def untouched(self) -> tuple[StoredTensor, ...]:
+        """The pieces that are not quantized."""
         replaced = {tensor.name for layer in self.quantized for tensor in layer.target.tensors}
         return tuple(piece for piece in self.pieces if piece.name not in replaced)
+
+    @property
+    def copied(self) -> tuple[StoredTensor, ...]:
+        """The pieces that go into the base unchanged."""
+        return self.untouched if self.given is None else ()
 
     @cached_property
     def shares(self) -> tuple[Share, ...]:
         """What is not quantized, by kind, the largest part first."""
-        return shares_of(self.checkpoint, self.architecture, self.copied)
+        return shares_of(self.checkpoint, self.architecture, self.untouched)
 
     @cached_property
     def base_specs(self) -> list[TensorSpec]:
-        """The base's tensors, in the checkpoint's order; those in `sliced` as a whole."""
+        """The tensors that are written for the base, in the checkpoint's order; those in `sliced` as a whole."""
+        if self.given is not None:
+            return []
         layers = {layer.target.tensor.name: layer for layer in self.quantized if layer.target.module.expert is None}
         specs: list[TensorSpec] = []
         for name, tensor in self.checkpoint.tensors.items():  # experts keep name, type and shape
@@ -157,7 +175,20 @@ class Plan:
 
     @property
     def base_bytes(self) -> int:
+        """The size of the base's tensors, be they written or there already."""
+        if self.given is not None:
+            return self.given.checkpoint.weight_bytes
         return sum(spec.nbytes for spec in self.base_specs)
+
+    @property
+    def written_bytes(self) -> int:
+        """The size of all that is written."""
+        files = 0 if self.given is not None else self.base_bytes + self.checkpoint.companion_bytes()
+        return files + self.adapter_bytes
+
+    def adapter_directory(self, run: Path) -> Path:
+        """Return where in a run's directory the adapter lies: it is all of one for a base that exists."""
+        return run / ADAPTER_DIRECTORY if self.given is None else run
 
     @property
     def adapter_bytes(self) -> int:
@@ -285,7 +316,7 @@ class Plan:
 
     def layer_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return what the solver is asked for this layer."""
-        storage = FORMATS[self.recipe.format].storage(layer.target)
+        storage = FORMATS[self.recipe.format].storage(layer.target) if self.given is None else None
         method, iterations = self.recipe.row, self.recipe.iterations
         if not layer.rank and method.solver == "published":  # these are about the low rank
             method, iterations = self._unreached, UNREACHED.iterations
@@ -293,11 +324,15 @@ class Plan:
 
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return the same for a layer that the calibration text never reaches."""
-        return replace(self.layer_spec(layer), method=self._unreached, iterations=UNREACHED.iterations)
+        return replace(self.layer_spec(layer), method=self._unreached, iterations=self._unreached.iterations)
 
     @property
     def _unreached(self) -> Method:
-        return replace(UNREACHED, grid="sym") if self.recipe.symmetric else UNREACHED
+        if self.given is None:
+            return replace(UNREACHED, grid="sym") if self.recipe.symmetric else UNREACHED
+        row = on_base(UNREACHED)
+        assert row is not None
+        return row
 
 
 def _by_reason(reasons: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:

@@ -13,6 +13,7 @@ from qinit.formats import FORMATS, DenseFormat
 from qinit.machine import pick_device
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.auto import choose
+from qinit.planner.given import given_layers, open_given
 from qinit.planner.left import left_alone
 from qinit.planner.polish import choose_polish
 from qinit.planner.settled import require_packed, settled
@@ -24,8 +25,9 @@ from qinit.text.sources import check_source
 from qinit.widths.budget import planned
 
 
-def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
-    """Open the checkpoint, choose its layers and lay out the output; reads headers and configuration only.
+def make_plan(recipe: Recipe, directory: Path, model_name: str, base: Path | None = None) -> Plan:
+    """Open the checkpoint, choose its layers and lay out the output; reads headers and configuration only. `base` is
+    where the base lies that the recipe names, if it names one.
 
     Raises CheckpointError and TargetError.
     """
@@ -40,8 +42,12 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
         plan = replace(plan, recipe=recipe.model_copy(update={"format": DenseFormat.name}), format_reason=reason)
     holds_experts = FORMATS[plan.recipe.format].holds_experts
     held = [target for target in targets if target.module.expert is None or holds_experts]
-    experts = _adapted(held, architecture) if ADAPTERS[recipe.row.adapter].experts else set()
-    layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
+    if base is not None:
+        plan = replace(plan, given=open_given(recipe, base, directory, architecture))
+        layers = given_layers(plan, targets)
+    else:
+        experts = _adapted(held, architecture) if ADAPTERS[recipe.row.adapter].experts else set()
+        layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
     remarks = tuple(left_alone(architecture, names, known, targets))
     plan = settled(replace(plan, layers=layers, remarks=remarks))
     if not plan.quantized:
@@ -50,7 +56,8 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
         raise TargetError(
             f"none of the chosen layers gets an adapter ({plan.notes[-1]}); choose more with --target-modules"
         )
-    require_packed(plan)
+    if plan.given is None:
+        require_packed(plan)
     plan = _with_polish(_with_calibration(plan))
     if recipe.mixed:
         plan = planned(plan)
@@ -59,6 +66,8 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str) -> Plan:
 
 def _nothing_left(plan: Plan, chosen: int) -> TargetError:
     reasons = "; ".join(plan.exceptions)
+    if plan.given is not None:
+        return TargetError(f"none of the {chosen} chosen layers is quantized in the base; choose others")
     if not plan.layers:
         return TargetError(f"none of the {chosen} chosen layers can be repaired ({reasons}); choose others")
     return TargetError(

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from qinit.adapters import ADAPTER_DIRECTORY
-from qinit.formats import FORMATS
+from qinit.formats import FORMATS, READERS
 from qinit.plan.shares import weight_words
+from qinit.report.adapter_card import ADAPTER_TEMPLATE, adapter_snippet, is_adapter
 from qinit.report.check import check_words
 from qinit.report.report import Report
 from qinit.source.demo import DEMO_NAME
@@ -109,6 +110,8 @@ def snippet_of(
     report: Report, place: str, *, on_hub: bool = False, revision: str | None = None, trained: bool = False
 ) -> list[str]:
     """Return `load_snippet` for what a run has written, or for its base with an adapter that was trained."""
+    if is_adapter(report):
+        return adapter_snippet(report, place)
     return load_snippet(
         report.loader,
         place,
@@ -204,13 +207,14 @@ def write_card(directory: Path, report: Report, source: dict[str, Any]) -> None:
 
 def card_text(report: Report, source: dict[str, Any]) -> str:
     """Return what README.md of a run says; `source` is the metadata of the source's own card."""
-    front: dict[str, Any] = {"base_model": report.model, "library_name": "peft"}
+    base = report.totals["base"] if is_adapter(report) else {"name": report.model, "form": report.recipe["format"]}
+    front: dict[str, Any] = {"base_model": base["name"], "library_name": "peft"}
     front["tags"] = [
         "qinit",
         report.method,
         "lora",
         f"{report.totals['nominal_bits']:g}-bit",
-        report.recipe["format"],
+        base["form"],
     ]
     for key in ("license", "license_name", "license_link", "language", "pipeline_tag"):
         if key in source:
@@ -218,9 +222,11 @@ def card_text(report: Report, source: dict[str, Any]) -> str:
     totals = report.totals
     title = f"{report.model.rstrip('/').split('/')[-1]}, {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}"
     notes = "".join(f"\n- {note}" for note in report.notes)
-    packages = FORMATS[report.recipe["format"]].packages
+    packages = next((each.packages for each in (*FORMATS.values(), *READERS) if each.name == base["form"]), ())
     requires = f"Needs `pip install {' '.join(packages)}` beside transformers and peft.\n" if packages else ""
-    text = TEMPLATE.format(
+    text = (ADAPTER_TEMPLATE if is_adapter(report) else TEMPLATE).format(
+        base_name=base["name"],
+        form=base["form"],
         front=yaml.safe_dump(front, sort_keys=False),
         title=title,
         model=report.model,

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qinit.adapters import ADAPTER_DIRECTORY, write_config
+from qinit.adapters import write_config
 from qinit.files.manifest import write_manifest
 from qinit.formats import FORMATS
 from qinit.machine import versions
@@ -30,9 +30,20 @@ def copy_companions(plan: Plan, directory: Path) -> None:
 def write_configurations(plan: Plan, directory: Path, out: Path) -> None:
     """Write what loaders read beside the tensors: base and adapter can be loaded then. `out` is where the directory
     goes."""
-    config = plan.adapter.config(plan.recipe, plan.architecture, plan.ranks, str(out.resolve()))
-    write_config(directory / ADAPTER_DIRECTORY, config)
+    base = str(out.resolve())
+    if plan.given is not None:
+        base = given_name(plan)
+    config = plan.adapter.config(plan.recipe, plan.architecture, plan.ranks, base)
+    write_config(plan.adapter_directory(directory), config)
+    if plan.given is not None:
+        return
     (directory / "config.json").write_text(json.dumps(base_config(plan), indent=2) + "\n", encoding="utf-8")
+
+
+def given_name(plan: Plan) -> str:
+    """Return what PEFT finds the base of an adapter by: its place, or its id on the Hub."""
+    name = str(plan.recipe.base)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def complete(plan: Plan, report: Report, directory: Path) -> None:
@@ -68,7 +79,7 @@ def make_report(
     peak_memory_bytes: int,
 ) -> Report:
     """Return the report of a run from its layers' rows, in the plan's order."""
-    nominal = plan.recipe.nominal_bits
+    nominal = plan.recipe.nominal_bits if plan.given is None else None
     totals: dict[str, Any] = {
         "nominal_bits": round(plan.grid_bits_per_weight, 2) if nominal is None else nominal,
         "layers": len(plan.quantized),
@@ -86,6 +97,8 @@ def make_report(
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory_bytes,
     }
+    if plan.given is not None:
+        totals["base"] = {"name": given_name(plan), "form": plan.given.form}
     if plan.whole:
         totals["whole_bytes"] = sum(each.tensor.nbytes for each in plan.whole)
     if any(row.output_error is not None for row in rows):

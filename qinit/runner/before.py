@@ -14,6 +14,7 @@ from qinit.errors import OutputError, ReportError
 from qinit.files.manifest import MANIFEST_NAME, file_sum, manifest_text, read_manifest
 from qinit.files.tensors import INDEX_NAME, StoredTensor, TensorSpec, read_header
 from qinit.plan.plan import Plan
+from qinit.report.adapter_card import require_base
 from qinit.report.card import CARD_NAME, card_text
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ class Before:
         """Read the report of a run and make sure of all its files. Raises ReportError for what is no finished run, for
         damage, and for an adapter that was trained since."""
         report = Report.read(directory)
+        require_base(report, directory, "a polish is for runs; give --polish as the adapter is made")
         before = cls(directory, report, read_manifest(directory))
         for name in (*ADAPTER, "config.json", REPORT_NAME):
             if name not in before.sums:

@@ -13,6 +13,7 @@ from qinit.errors import CalibrationError
 from qinit.events import Done, Event, Noted, Working
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import few_tokens
+from qinit.runner.given import read_given
 from qinit.runner.job import Job
 from qinit.runner.layer import solve_layer
 from qinit.runner.staged import Held
@@ -86,7 +87,8 @@ def _solve_block(
             yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
         if statistics is not None:
             statistics = replace(statistics, output_metric=metrics.get(layer.target.name))
-        tensors, row = solve_layer(plan, layer, event.weight, statistics)
+        given = read_given(store, layer, event.weight)
+        tensors, row = solve_layer(plan, layer, event.weight, statistics, given)
         if held is None:
             store.put(layer, tensors, row)
             weight = store.weight(layer, job.device)

@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.errors import CalibrationError, QinitError
 from qinit.evaluate.figures import Figures
 from qinit.evaluate.job import Block, Loading, Read, Way, choose_way, in_memory, streamed
@@ -47,10 +46,13 @@ def check(job: Job) -> Generator[Event, None, dict[str, Any] | None]:
     try:
         text, tokens, windows = _windows(plan)
         way, figures = yield from _figures(job, windows)
+        alone = None if plan.given is None else (yield from _figures(job, windows, adapter=False))[1]
     except FAILED as error:
         yield job.note(f"check: left out ({_reason(job, error)})")
         return None
     row = row_of(text, tokens, windows, way, figures, _short(plan.model_name))
+    if alone is not None:
+        row["base_alone"] = {"perplexity": alone.perplexity, "kl": alone.kl, "top1_agreement": alone.agreement}
     warning = broken_note(row, plan.recipe)
     if warning is not None:
         yield job.note(warning)
@@ -76,12 +78,14 @@ def _windows(plan: Plan) -> tuple[Text, Tokens, Windows]:
     return text, tokens, cut_windows(tokens.ids, length, limit=count)
 
 
-def _figures(job: Job, windows: Windows) -> Generator[Event, None, tuple[Way, Figures]]:
-    """Measure block by block, whatever memory is free, so that the figures are the same everywhere; else in memory."""
+def _figures(job: Job, windows: Windows, *, adapter: bool = True) -> Generator[Event, None, tuple[Way, Figures]]:
+    """Measure block by block, whatever memory is free, so that the figures are the same everywhere; else in memory;
+    with the `adapter` or the base alone."""
     plan, trusted = job.plan, job.plan.recipe.trust_remote_code
-    name, base = _short(plan.model_name), job.place.run
-    adapter = base / ADAPTER_DIRECTORY if plan.adapter_specs else None
-    written = Subject("the run", base, adapter, trust_remote_code=trusted)
+    name, run = _short(plan.model_name), job.place.run
+    base = run if plan.given is None else plan.given.checkpoint.directory
+    place = plan.adapter_directory(run) if adapter and plan.adapter_specs else None
+    written = Subject("the run" if adapter else "the base alone", base, place, trust_remote_code=trusted)
     original = Subject(name, plan.checkpoint.directory, trust_remote_code=trusted)
     try:
         way = Way(True, "as every check", "float32", batch_size=1)  # a run's memory is bounded by its blocks
@@ -134,7 +138,7 @@ def _remedies(recipe: Recipe) -> list[str]:
         found.append("calibrate on more text (--calibration-samples, --calibration-budget)")
     if recipe.mixed:
         found.append("give more bits (--ratio or --target-bits)")
-    elif recipe.bits in MORE_BITS:
+    elif recipe.base is None and recipe.bits in MORE_BITS:
         found.append(f"give more bits (--bits {MORE_BITS[recipe.bits]})")
     if not recipe.polish:
         found.append("polish (--polish 100)")

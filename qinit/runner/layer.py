@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
 from qinit.clock import counted
 from qinit.formats import FORMATS
-from qinit.grids import GRIDS
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.report import LayerRow
 from qinit.solver.solve import solve
@@ -28,10 +28,15 @@ def read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
 
 @counted("solving")
 def solve_layer(
-    plan: Plan, layer: LayerPlan, weight: torch.Tensor | None, statistics: Statistics | None
+    plan: Plan,
+    layer: LayerPlan,
+    weight: torch.Tensor | None,
+    statistics: Statistics | None,
+    given: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], LayerRow]:
     """Solve a layer from its weight W [out, in], float32, and what it has seen (None: nothing); return its tensors, of
     base and adapter by name, on the CPU, and its row. Without a weight the layer is kept, and only gets an adapter.
+    With `given`, Q [out, in] of a base that is there, no tensors of a base are made.
 
     It depends on its arguments alone and changes nothing, so it can be carried out by another process.
     Raises CheckpointError for a weight that cannot be decomposed.
@@ -43,13 +48,17 @@ def solve_layer(
     if weight is not None:
         without_data = recipe.calibrated and statistics is None
         spec = plan.data_free_spec(layer) if without_data else plan.layer_spec(layer)
+        spec = replace(spec, given=given)
         try:
             solution = solve(weight, spec, seed, statistics)
         except torch.linalg.LinAlgError as error:
             raise not_decomposable(target.tensor, weight) from error
-        encoded = FORMATS[recipe.format].encode(target, solution.quantized, GRIDS[spec.method.grid])
-        tensors = {name: tensor.cpu() for name, tensor in encoded.items()}
+        if given is None:
+            encoded = FORMATS[recipe.format].encode(target, solution.quantized, spec.grid)
+            tensors = {name: tensor.cpu() for name, tensor in encoded.items()}
     low_rank = solution.low_rank if solution else None
+    if given is not None and low_rank is not None and not low_rank.B.any():
+        low_rank = None  # nothing to repair: factors that are both zero would not be trained
     if layer.rank:
         tensors |= plan.adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed)
     row = LayerRow(

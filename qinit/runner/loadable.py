@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.errors import CheckpointError
 from qinit.events import Event
 from qinit.runner.job import Job
@@ -21,10 +20,11 @@ def check_names(job: Job) -> Iterator[Event]:
     if not plan.recipe.check:
         return
     source, trusted = plan.checkpoint, plan.recipe.trust_remote_code
+    base = run if plan.given is None else source.directory  # of a base by others it is the adapter that is looked at
     try:
         problems = lost_names(
-            run,
-            run / ADAPTER_DIRECTORY,
+            base,
+            plan.adapter_directory(run),
             source.directory,
             loader(source.config, trusted).__name__,
             trust_remote_code=trusted,

@@ -21,6 +21,7 @@ from qinit.report.finish import complete, copy_companions, make_report, write_co
 from qinit.report.report import Report
 from qinit.runner.calibrated import solve_calibrated
 from qinit.runner.checked import check
+from qinit.runner.given import read_given, require_same_rest
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight, solve_layer
 from qinit.runner.loadable import check_names
@@ -94,8 +95,11 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
         yield from choose_widths(job)
         check_space(job.plan, job.place.out)
     plan, store = job.plan, job.store
-    with section("writing"):
-        copy_companions(plan, job.place.run)
+    if plan.given is None:
+        with section("writing"):
+            copy_companions(plan, job.place.run)
+    else:
+        require_same_rest(plan)
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
     for tensor, layer in store.left():
@@ -108,7 +112,8 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
             store.copy_weight(layer, _checked_chunks(tensor))
             row = store.put(layer, *solve_layer(plan, layer, None, None))
         else:
-            row = store.put(layer, *solve_layer(plan, layer, read_weight(layer, job.device), None))
+            weight = read_weight(layer, job.device)
+            row = store.put(layer, *solve_layer(plan, layer, weight, None, read_given(store, layer, weight)))
         yield Done(name, nbytes, row)
     store.copy_whole(_checked_chunks)
     store.sync()

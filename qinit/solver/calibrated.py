@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qinit.grids import GRIDS, Quantized
+from qinit.grids import Quantized
 from qinit.linalg.hessian import corrected, damped_cholesky, output_norm, without
 from qinit.linalg.low_rank import COLD_STEPS, Approximation, LowRank, output_subspace, random_basis
 from qinit.solver.spec import LayerSpec
@@ -34,7 +34,7 @@ def alternate(
     remain sweep over codes and scales under it, which raises no error, and every round fits L again. Returns Q, L
     (fitted to Q as stored) and the error after each round relative to tr(T H T'), measured on TRACE_ROWS rows.
     """
-    method, grid = spec.method, GRIDS[spec.method.grid]
+    method, grid = spec.method, spec.grid
     hessian = stable_hessian(statistics)
     target, factor = weight, None
     if statistics.drift is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qinit.grids import GRIDS, Quantized
+from qinit.grids import Quantized
 from qinit.linalg.chunks import row_chunks
 from qinit.linalg.low_rank import COLD_STEPS, Approximation, LowRank, full_svd, random_basis, subspace
 from qinit.solver.residual import frobenius, residual_norm, residual_of
@@ -23,7 +23,7 @@ def solve_data_free(weight: torch.Tensor, spec: LayerSpec, seed: int) -> Solutio
     same number of rounds ends at a lower error. The last round is always plain; so are all where quantizing
     goes first: there the larger steps gain nothing and make L larger.
     """
-    method, grid = spec.method, GRIDS[spec.method.grid]
+    method, grid = spec.method, spec.grid
     norm = frobenius(weight)
     refit = method.refit and spec.rank > 0
     low_rank_first = spec.rank > 0 and method.low_rank_first(spec.bits, spec.rank, weight.shape)

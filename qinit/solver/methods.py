@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qinit.errors import RecipeError, did_you_mean
@@ -133,6 +133,17 @@ CALIBRATED = {
     )
 }
 UNREACHED = METHODS["eqft"]  # for layers that the text of a calibrated run never reaches
+
+
+def on_base(row: Method) -> Method | None:
+    """Return what a row becomes where Q is that of a base that exists: what it fits to W - Q is left of it. None for a
+    row that chooses Q and the low rank together."""
+    if row.start == "low-rank" or row.preserve:
+        return None
+    rounds = 2 if row.solver == "calibrated" else 1  # the second starts from where the first has come to
+    start: Literal["none", "quantize"] = "none" if row.start == "none" else "quantize"
+    method = replace(row, grid="exact", search="none", start=start, rounding="nearest", iterations=rounds, stages=())
+    return replace(method, magr=False, adjustable=False, mixes_widths=False, passes=0, act_order=False)
 
 
 def get_method(name: str, *, calibrated: bool = False) -> Method:

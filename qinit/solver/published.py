@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from qinit.errors import QinitError
-from qinit.grids import GRIDS, Quantized
+from qinit.grids import Quantized
 from qinit.linalg.hessian import activation_norm
 from qinit.linalg.low_rank import LowRank
 from qinit.linalg.weighting import Weighting
@@ -134,7 +134,7 @@ def _alternate(
 
 def _round(target: torch.Tensor, spec: LayerSpec, statistics: Statistics) -> Quantized:
     bits, group_size, search = spec.bits, spec.group_size, spec.method.search
-    grid = GRIDS[spec.method.grid]
+    grid = spec.grid
     if spec.method.rounding == "gptq":
         return grid.round_gptq(target, statistics.hessian, bits=bits, group_size=group_size, search=search)[0]
     return grid.quantize(target, target, bits=bits, group_size=group_size, search=search)[0]

@@ -6,7 +6,7 @@ from math import isclose
 
 import torch
 
-from qinit.grids import GRIDS, Quantized
+from qinit.grids import Quantized
 from qinit.linalg.chunks import row_chunks
 from qinit.linalg.low_rank import LowRank
 from qinit.solver.spec import LayerSpec
@@ -19,7 +19,7 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-6
 
 def as_loaded(quantized: Quantized, spec: LayerSpec) -> torch.Tensor:
     """Return Q [out, in] in float32 exactly as a loader will see it."""
-    values = GRIDS[spec.method.grid].dequantize(quantized)
+    values = spec.grid.dequantize(quantized)
     return values if spec.storage is None else values.copy_(values.to(spec.storage))
 
 

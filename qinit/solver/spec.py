@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qinit.grids import Quantized
+from qinit.grids import GRIDS, GivenGrid, Grid, Quantized
 from qinit.linalg.low_rank import LowRank
 from qinit.solver.methods import Method
 
@@ -15,7 +15,8 @@ from qinit.solver.methods import Method
 @dataclass(frozen=True)
 class LayerSpec:
     """What to do with one matrix. `storage` is the dtype that Q will be rounded to when it is stored
-    unpacked (None: stored as codes, nothing is lost)."""
+    unpacked (None: stored as codes, nothing is lost). `given` is Q itself [out, in], float32, where a base that exists
+    has it."""
 
     method: Method
     bits: int
@@ -23,6 +24,12 @@ class LayerSpec:
     rank: int
     iterations: int
     storage: torch.dtype | None = None
+    given: torch.Tensor | None = None
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that Q is searched on."""
+        return GRIDS[self.method.grid] if self.given is None else GivenGrid(self.given)
 
 
 @dataclass(frozen=True)

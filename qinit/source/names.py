@@ -54,8 +54,10 @@ class Naming:
         return {**self.__dict__, "_last": None}
 
     def get(self, name: str) -> bool | None:
-        """Return True for the name of a parameter, or of a part of a packed layer, None for any other."""
-        return True if name in self.parameters or name.rpartition(".")[0] in self.linear else None
+        """Return True for the name of a parameter, or of a part of a packed layer, None for any other. Such a part may
+        have dots in its own name, as bitsandbytes' `weight.absmax`."""
+        stem = name.rpartition(".weight.")[0] or name.rpartition(".")[0]
+        return True if name in self.parameters or stem in self.linear else None
 
     def __contains__(self, name: str) -> bool:
         return self.get(name) is not None

@@ -8,7 +8,7 @@ import torch
 
 from qinit.adapters.reading import SavedAdapter
 from qinit.files.tensors import StoredTensor
-from qinit.formats import format_of
+from qinit.formats import Format, format_of
 from qinit.grids import Quantized
 from qinit.source.checkpoint import Checkpoint, read_finite
 from qinit.source.targets import Architecture, LinearModule, Target, stacked_targets
@@ -48,11 +48,11 @@ class ModelWeights:
     def read(self, name: str, device: torch.device) -> torch.Tensor | None:
         """Return a parameter in float32 on the device, None if there is none. Raises CheckpointError for NaN, Inf."""
         stored, module = self.names.find(name), self.modules.get(name)
-        if stored is not None:
-            value = read_finite(stored).to(device, torch.float32)
-        elif module is not None and self.format is not None and (parts := self._packed(name)) is not None:
+        if module is not None and self.format is not None and (parts := self._packed(name)) is not None:
             value = self.format.read(module, parts, self.checkpoint.config, device)
             value = value.T.contiguous() if module.transposed else value
+        elif stored is not None:
+            value = read_finite(stored).to(device, torch.float32)
         elif name in self.stacks:
             value = self._stacked(self.stacks[name], device)
         elif (made := self.names.make(name, read_finite)) is not None:
@@ -72,10 +72,16 @@ class ModelWeights:
         """Return a packed layer as codes, zero points and scales, without the adapter; None for one that is not packed.
         Raises CheckpointError for tensors that do not fit config.json."""
         parts = self._packed(f"{module.name}.weight")
-        if parts is None:
+        if parts is None or not isinstance(self.format, Format):
             return None
-        assert self.format is not None
         return self.format.read_codes(module, parts, self.checkpoint.config)
+
+    def grid(self, module: LinearModule) -> Quantized | None:
+        """Return the same without its codes, which are not read: [out, 0]."""
+        parts = self._packed(f"{module.name}.weight")
+        if parts is None or not isinstance(self.format, Format):
+            return None
+        return self.format.read_grid(module, parts, self.checkpoint.config)
 
     def same(self, one: str, other: str) -> bool:
         """Whether two parameters that are both there hold the same."""
@@ -104,6 +110,6 @@ class ModelWeights:
         """Return the tensors that stand for a packed layer's weight, by what they are called in its place."""
         if self.format is None or not name.endswith(".weight"):
             return None
-        found = {part: self.names.find(name.removesuffix("weight") + part) for part in self.format.parts}
-        parts = {part: tensor for part, tensor in found.items() if tensor is not None}
-        return parts if parts and len(parts) == len(found) else None
+        stem, known = name.removesuffix("weight"), (*self.format.parts, *self.format.more_parts)
+        found = {part: tensor for part in known if (tensor := self.names.find(stem + part)) is not None}
+        return found if self.format.parts and found.keys() >= set(self.format.parts) else None

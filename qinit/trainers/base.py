@@ -14,6 +14,7 @@ from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
 from qinit.files.reading import printable
 from qinit.formats import FORMATS
+from qinit.report.adapter_card import require_base
 from qinit.report.card import packed_mixed, snippet_of
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.vocabulary import CAUSAL_ENDINGS
@@ -36,6 +37,7 @@ class TrainableRun:
     def open(cls, directory: Path) -> TrainableRun:
         """Read a run's report and its adapter's header. Raises ReportError and CheckpointError."""
         report = Report.read(directory)
+        require_base(report, directory, "give the trainer both of them, and no initialization")
         if report.recipe.get("format") not in FORMATS or not isinstance(report.source.get("class"), str):
             raise CheckpointError(
                 f"{directory / REPORT_NAME}: names no format that this qinit knows, or no model class; "

@@ -46,6 +46,8 @@ def _bounds(row: LayerRow, recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
         for key in ("bits", "group_size", "error_start", "error"):
             yield key, "nothing, as the layer was kept", getattr(row, key) is None
         return
+    if recipe.base is not None:  # the widths are the base's own
+        return
     yield "bits", " or ".join(map(str, recipe.widths)), row.bits in recipe.widths
     sizes = [min(recipe.group_size, row.shape[1])]
     if recipe.joint:

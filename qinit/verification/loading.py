@@ -10,7 +10,9 @@ from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.adapters.trained import WEIGHTS_NAME
 from qinit.files.tensors import read_header
 from qinit.formats import format_of
+from qinit.hub.download import local_directory
 from qinit.machine import free_memory
+from qinit.report.adapter_card import is_adapter
 from qinit.report.report import Report
 from qinit.requirements import pip_command
 from qinit.source.checkpoint import Checkpoint
@@ -38,9 +40,12 @@ def check_loading(
     import torch
 
     report = Report.read(directory)
-    own = adapter is None or adapter.resolve() == (directory / ADAPTER_DIRECTORY).resolve()
-    factors = adapter or directory / ADAPTER_DIRECTORY
-    checkpoint = Checkpoint.open(directory, quantized=True)
+    place, base = directory / ADAPTER_DIRECTORY, directory
+    if is_adapter(report):
+        place, base = directory, local_directory(str(report.totals["base"]["name"]))
+    own = adapter is None or adapter.resolve() == place.resolve()
+    factors = adapter or place
+    checkpoint = Checkpoint.open(base, quantized=True)
     how = "whole"
     needed, free = _needed(report, checkpoint, factors), SHARE * free_memory(torch.device("cpu"))
     if (fmt := format_of(checkpoint.config)) is not None and (missing := fmt.missing_packages()):
@@ -55,7 +60,7 @@ def check_loading(
     recorded = Path(str(report.source.get("model")))
     known = source or (recorded if (recorded / CONFIG).is_file() else None)
     asked = Asked(
-        str(directory.resolve()),
+        str(base.resolve()),
         str(factors.resolve()),
         report.loader,
         how,

@@ -12,6 +12,7 @@ from qinit.source.checkpoint import Checkpoint
 from qinit.verification.factors import check_adapter
 from qinit.verification.files import check_files
 from qinit.verification.findings import Event
+from qinit.verification.repair import check_repair, repaired_base
 from qinit.verification.values import check_values
 from qinit.verification.written import open_written
 
@@ -29,6 +30,9 @@ def verify(directory: Path, source: Path | None = None, *, trust_remote_code: bo
         raise ReportError(f"{directory}: {what}; pass the directory that `qinit eqft` wrote")
     original = Checkpoint.open(source) if source is not None else None
     yield from check_files(directory)
+    if (base := repaired_base(directory)) is not None:
+        yield from check_repair(directory, base, source, trust_remote_code=trust_remote_code)
+        return
     written = yield from open_written(directory, trust_remote_code=trust_remote_code)
     if written is not None:
         factors = yield from check_adapter(written)

@@ -37,9 +37,11 @@ def check_output(plan: Plan, out: Path, overwrite: bool) -> None:
 
 
 def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
-    source = plan.checkpoint.directory.resolve()
-    if out.resolve() == source or out.resolve() in source.parents or source in out.resolve().parents:
-        raise OutputError(f"{out}: is, holds or lies in the source {source}; choose another place with --out")
+    models = {"source": plan.checkpoint} | ({} if plan.given is None else {"base": plan.given.checkpoint})
+    for what, checkpoint in models.items():
+        place = checkpoint.directory.resolve()
+        if out.resolve() == place or out.resolve() in place.parents or place in out.resolve().parents:
+            raise OutputError(f"{out}: is, holds or lies in the {what} {place}; choose another place with --out")
     if out.exists():
         if not out.is_dir():
             raise OutputError(f"{out}: exists and is no directory; choose another place with --out")
@@ -204,8 +206,7 @@ def _words(needed: Callable[[], int], out: Path, error: OSError) -> str:
 
 def _needed(plan: Plan) -> int:
     polished = plan.adapter_bytes + polish_disk_bytes(plan) if plan.recipe.polish else 0
-    companions = plan.checkpoint.companion_bytes()
-    return plan.base_bytes + plan.adapter_bytes + companions + polished + scratch_bytes(plan)
+    return plan.written_bytes + polished + scratch_bytes(plan)
 
 
 def _existing(out: Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 
 from qinit.machine import versions
 from qinit.plan.plan import Plan
+from qinit.source.checkpoint import Checkpoint
 from qinit.text.bundled import calibration_documents
 from qinit.text.sources import BUNDLED
 
@@ -28,16 +29,9 @@ def signature(plan: Plan, device: torch.device, polished: str | None = None) -> 
     """
     found: dict[str, Any] = plan.recipe.model_dump(mode="json", exclude=UNSIGNED)
     found["model's name"] = plan.model_name
-    checkpoint = plan.checkpoint
-    found["the model's config.json"] = _digest(sorted(checkpoint.config.items(), key=lambda item: item[0]))
-    found["the model's tensors"] = _digest(
-        [(name, str(t.dtype), t.shape, t.file.name, t.offset) for name, t in sorted(checkpoint.tensors.items())]
-    )
-    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        stat = file.stat()
-        seconds, rest = divmod(stat.st_mtime_ns, 10**9)
-        when = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        found[f"the model's {file.name}"] = f"{stat.st_size} bytes of {when}.{rest:09d} UTC"
+    found |= _checkpoint("the model", plan.checkpoint)
+    if plan.given is not None:
+        found |= _checkpoint("the base", plan.given.checkpoint)
     text = Path(plan.recipe.calibration)
     if plan.recipe.calibration == BUNDLED:
         found["the text that qinit brings"] = _digest(calibration_documents())
@@ -52,6 +46,20 @@ def signature(plan: Plan, device: torch.device, polished: str | None = None) -> 
     found |= {f"version of {name}": value for name, value in versions().items() if name not in NO_MATTER}
     found["device in use"] = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
     found["threads (OMP_NUM_THREADS)"] = torch.get_num_threads()
+    return found
+
+
+def _checkpoint(whose: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    found[f"{whose}'s config.json"] = _digest(sorted(checkpoint.config.items(), key=lambda item: item[0]))
+    found[f"{whose}'s tensors"] = _digest(
+        [(name, str(t.dtype), t.shape, t.file.name, t.offset) for name, t in sorted(checkpoint.tensors.items())]
+    )
+    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+        stat = file.stat()
+        seconds, rest = divmod(stat.st_mtime_ns, 10**9)
+        when = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        found[f"{whose}'s {file.name}"] = f"{stat.st_size} bytes of {when}.{rest:09d} UTC"
     return found
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
+from qinit.adapters import WEIGHTS_STEM
 from qinit.clock import counted
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor
@@ -20,6 +21,7 @@ from qinit.grids import Quantized
 from qinit.linalg.low_rank import LowRank
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.report import LayerRow
+from qinit.stream.weights import ModelWeights
 from qinit.workplace.journal import Journal, Record
 from qinit.workplace.place import Workplace
 
@@ -35,7 +37,7 @@ class Store:
 
     def __init__(self, plan: Plan, place: Workplace, journal: Journal) -> None:
         self.plan, self.place, self.journal = plan, place, journal
-        directory = place.run / ADAPTER_DIRECTORY
+        directory = plan.adapter_directory(place.run)
         directory.mkdir(exist_ok=True)
         size, split = plan.max_shard_bytes, plan.split_base
         self.base = SafetensorsWriter(place.run, plan.base_specs, max_bytes=size, split=split)
@@ -65,7 +67,7 @@ class Store:
                         writer.keep(name)
 
     def _tensors(self, layer: LayerPlan) -> list[tuple[SafetensorsWriter, str]]:
-        base = [(self.base, spec.name) for spec in layer.specs]
+        base = [(self.base, spec.name) for spec in layer.specs] if self.plan.given is None else []
         return base + [(self.factors, name) for name in self.plan.adapter.names(layer.target.module, layer.rank)]
 
     def _holds(self, tensors: list[tuple[SafetensorsWriter, Any]], record: Record, again: Collection[str] = ()) -> bool:
@@ -85,6 +87,8 @@ class Store:
         layers = {tensor.name: layer for layer in self.plan.layers for tensor in layer.target.tensors}
         for tensor in self.plan.pieces:
             layer = layers.get(tensor.name)
+            if layer is None and self.plan.given is not None:
+                continue
             if tensor.name not in self.copied and (layer is None or layer.target.name not in self.rows):
                 yield tensor, layer
 
@@ -96,8 +100,9 @@ class Store:
 
     @counted("writing")
     def copy_weight(self, layer: LayerPlan, chunks: Iterable[torch.Tensor]) -> None:
-        """Write a kept layer's weight as it is; `put` says that the layer is finished."""
-        self.base.write_chunks(layer.target.tensor.name, chunks)
+        """Write a kept layer's weight as it is, unless the base is there; `put` says that the layer is finished."""
+        if self.plan.given is None:
+            self.base.write_chunks(layer.target.tensor.name, chunks)
 
     @counted("writing")
     def copy_whole(self, read: Callable[[StoredTensor], Iterable[torch.Tensor]]) -> None:
@@ -141,12 +146,34 @@ class Store:
     def quantized(self, layer: LayerPlan, changed: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Return Q [out, in] of a finished layer in float32, as a loader has it, or would with other tensors in the
         place of those `changed`."""
+        if (given := self.given(layer)) is not None:
+            return given
         tensors = {**self._base_of(layer), **(changed or {})}
         return self._format.decode(layer.target, tensors, layer.bits, layer.group_size)
 
     def codes(self, layer: LayerPlan) -> Quantized | None:
-        """Return Q of a finished layer as codes; None where the format stores none."""
+        """Return Q of a finished layer as codes; None where the format stores none, and for a base that is there."""
+        if self.plan.given is not None:
+            return None
         return self._format.codes(layer.target, self._base_of(layer), layer.bits, layer.group_size)
+
+    @counted("reading")
+    def given(self, layer: LayerPlan) -> torch.Tensor | None:
+        """Return Q [out, in] of a layer in float32 where the base is there already, on the CPU; else None. Raises
+        CheckpointError for NaN and Inf, and for tensors that do not fit the base's config.json."""
+        if self._given is None:
+            return None
+        module = layer.target.module
+        value = self._given.read(module.parameter, torch.device("cpu"))
+        assert value is not None
+        return value.T.contiguous() if module.transposed else value
+
+    @cached_property
+    def _given(self) -> ModelWeights | None:
+        given, trusted = self.plan.given, self.plan.recipe.trust_remote_code
+        if given is None:
+            return None
+        return ModelWeights(given.checkpoint, given.architecture, trust_remote_code=trusted)
 
     @property
     def _format(self) -> Format:

@@ -63,7 +63,7 @@ class TestRun:
             flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
         assert command("eqft", tiny_llama, *flags, "--out", "out")[0] == 0
         recipe = json.loads(Path("out/qinit.json").read_text())["recipe"]
-        unasked = {"method": "eqft", "revision": None, "trust_remote_code": False, **UNCALIBRATED}
+        unasked = {"base": None, "method": "eqft", "revision": None, "trust_remote_code": False, **UNCALIBRATED}
         assert recipe == {"model": str(tiny_llama), **unasked, **options}
         assert len(json.loads(Path("out/qinit.json").read_text())["layers"]) == 2
 

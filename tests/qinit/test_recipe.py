@@ -114,7 +114,7 @@ def test_an_unknown_key_is_named_with_the_closest_known_one(tmp_path, key):
 
 @pytest.mark.parametrize("key", ["1", "null", "token", "nonsense"])
 def test_an_unknown_key_without_a_close_one_lists_what_is_known(tmp_path, key):
-    with pytest.raises(RecipeError, match="known are model, revision, method, bits"):
+    with pytest.raises(RecipeError, match="known are model, revision, base, method, bits"):
         make_recipe(write(tmp_path, f"{key}: hf_secret\n"))
 
 

@@ -23,12 +23,22 @@ from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats.base import Format
 from qinit.formats.gptq.loading import PACKAGES, loader_options
 from qinit.formats.gptq.packing import pack_rows, unpack_rows
-from qinit.formats.gptq.reading import GRID, PARTS, dequantized, read_codes, read_layer
+from qinit.formats.gptq.reading import (
+    GRID,
+    PARTS,
+    VERSION,
+    cannot_read,
+    dequantized,
+    read_codes,
+    read_grid,
+    read_layer,
+    stored_grid,
+)
 from qinit.formats.gptq.selection import block_to_name, is_reached, is_replaced, packed, selectors
+from qinit.formats.reader import method_of
 from qinit.grids import Grid, Quantized
 from qinit.source.targets import Architecture, LinearModule, Target
 
-VERSION = "gptq_v2"
 WORD = 32
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what gptqmodel's kernels accept
 
@@ -164,15 +174,18 @@ class GptqFormat(Format):
         return packed(architecture.classes, config["quantization_config"])
 
     def recognises(self, config: dict[str, Any]) -> bool:
-        quantization = config.get("quantization_config")
-        return isinstance(quantization, dict) and quantization.get("quant_method") == "gptq"
+        return method_of(config) == "gptq"
 
     def loader_options(self, base: Path, config: dict[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
         return loader_options(base, config["quantization_config"], trust_remote_code)
 
     def cannot_read(self, config: dict[str, Any]) -> str | None:
-        version = config["quantization_config"].get("checkpoint_format")
-        return None if version == VERSION else f"gptq as {version or 'gptq'}, and {VERSION} alone is read"
+        return cannot_read(config["quantization_config"])
+
+    def grid_of(
+        self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]
+    ) -> tuple[int, int]:
+        return stored_grid(module, parts, config["quantization_config"])
 
     def read(
         self,
@@ -185,6 +198,9 @@ class GptqFormat(Format):
 
     def read_codes(self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> Quantized:
         return read_codes(module, parts, config["quantization_config"])
+
+    def read_grid(self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> Quantized:
+        return read_grid(module, parts, config["quantization_config"])
 
 
 def _group_indices(in_features: int, group_size: int) -> torch.Tensor:

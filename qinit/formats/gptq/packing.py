@@ -28,14 +28,16 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def unpack_rows(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Undo `pack_rows`: int32 [rows, n*bits/32] into uint8 [rows, n]."""
+def unpack_rows(packed: torch.Tensor, bits: int, count: int | None = None) -> torch.Tensor:
+    """Undo `pack_rows`: int32 [rows, n*bits/32] into uint8 [rows, n]; or into the first `count` of a stream that ends
+    within a word."""
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)) if count is not None else packed
     words = packed.long().bitwise_and(0xFFFFFFFF).reshape(packed.shape[0], -1, bits)
-    values = torch.empty((*words.shape[:2], WORD), dtype=torch.uint8)
+    values = torch.empty((*words.shape[:2], WORD), dtype=torch.uint8, device=packed.device)
     for i in range(WORD):
         word, offset = divmod(i * bits, WORD)
         value = words[..., word] >> offset
         if offset + bits > WORD:
             value |= words[..., word + 1] << (WORD - offset)
         values[..., i] = (value & (2**bits - 1)).to(torch.uint8)
-    return values.flatten(1)
+    return values.flatten(1)[:, :count]

@@ -1,0 +1,105 @@
+"""A base that exists: opened, held against the source by headers, and planned as the layers that it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qinit.errors import CheckpointError, TargetError
+from qinit.files.tensors import StoredTensor, TensorSpec
+from qinit.formats import FORMATS, READERS, format_of, method_of
+from qinit.plan.plan import Given, LayerPlan, Plan
+from qinit.recipe import Recipe
+from qinit.source.checkpoint import Checkpoint
+from qinit.source.targets import Architecture, Target, read_architecture
+from qinit.stream.weights import ModelWeights
+
+LOOKED_AT = 1024  # of a layer's values, to see whether a base that packs nothing is rounded at all
+KEPT = "the base has not quantized it"
+
+
+def open_given(recipe: Recipe, directory: Path, source: Path, architecture: Architecture) -> Given:
+    """Open a base. Raises CheckpointError for a form that is not read, which it names, and for a base of another model
+    than the one in `source` that has this architecture."""
+    checkpoint = Checkpoint.open(directory, quantized=True)
+    reader = format_of(checkpoint.config)
+    problem = (
+        f"quantized as {method_of(checkpoint.config)}" if reader is None else reader.cannot_read(checkpoint.config)
+    )
+    if reader is None or problem:
+        titles = ", ".join(each.title for each in (*FORMATS.values(), *READERS))
+        raise CheckpointError(f"{directory / 'config.json'}: {problem}; read are {titles}")
+    found = read_architecture(checkpoint, recipe.trust_remote_code)
+    _require_same_model(directory, source, architecture, found)
+    return Given(checkpoint, found, reader.name)
+
+
+def given_layers(plan: Plan, targets: tuple[Target, ...]) -> tuple[LayerPlan, ...]:
+    """Plan the layers of a base that is there. Raises CheckpointError for tensors that do not fit, and for a base whose
+    layers are all as they are in the source; TargetError for a rank beyond a layer."""
+    assert plan.given is not None
+    given, recipe = plan.given, plan.recipe
+    weights = ModelWeights(given.checkpoint, given.architecture, trust_remote_code=recipe.trust_remote_code)
+    packed = weights.packed()
+    layers = []
+    for target in targets:
+        module, rank = target.module, min(target.module.out_features, target.module.in_features)
+        if recipe.rank > rank:
+            raise TargetError(f"rank: {recipe.rank} is beyond {target.name}, whose shape allows {rank} at most")
+        parts = packed.get(module.parameter)
+        if parts is not None and weights.format is not None:
+            bits, group_size = weights.format.grid_of(module, parts, given.checkpoint.config)
+            specs = tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts.values())
+            layers.append(LayerPlan(target, bits, group_size, recipe.rank, None, specs))
+            continue
+        stored = weights.names.find(module.parameter)
+        if stored is None or stored.shape != target.tensor.shape or not stored.dtype.is_floating_point:
+            found = "nothing" if stored is None else f"{stored.dtype} {list(stored.shape)}".removeprefix("torch.")
+            raise CheckpointError(
+                f"{given.checkpoint.directory}: has {found} for {module.parameter}; expected what config.json says, or "
+                f"a plain weight {list(target.tensor.shape)}"
+            )
+        same = TensorSpec(stored.name, stored.dtype, stored.shape)
+        bits = 8 * stored.dtype.itemsize
+        layers.append(LayerPlan(target, bits, module.in_features, recipe.rank, KEPT if packed else None, (same,)))
+    if not packed and recipe.row.start != "none":
+        _require_rounded(plan, weights, targets)
+    return tuple(layers)
+
+
+def _require_same_model(directory: Path, source: Path, expected: Architecture, found: Architecture) -> None:
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{directory}: is no base of {source}: {what}; give the model that it was quantized from with --source"
+        )
+
+    if found.class_name != expected.class_name:
+        raise refuse(f"it is a {found.class_name}, and the source a {expected.class_name}")
+    shapes = [
+        {module.name: (module.out_features, module.in_features) for module in a.linear} for a in (expected, found)
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        here, there = (shape.get(name) for shape in shapes)
+        if here != there:
+            raise refuse(f"{name} is {there or 'not there'}, and in the source {here or 'not there'}")
+    if expected.stacks:
+        raise CheckpointError(f"{directory}: bases of models with experts are not repaired; make one with `qinit eqft`")
+
+
+def _require_rounded(plan: Plan, weights: ModelWeights, targets: tuple[Target, ...]) -> None:
+    """Raise CheckpointError where a base that packs nothing has the source's own values in every layer."""
+    for target in targets:
+        stored = weights.names.find(target.module.parameter)
+        if stored is not None and not torch.allclose(_first(stored), _first(target.tensor), rtol=1e-2, atol=1e-6):
+            return
+    assert plan.given is not None
+    raise CheckpointError(
+        f"{plan.given.checkpoint.directory}: is not quantized: it has the source's own weights, so there is nothing to "
+        "repair; for an adapter to start from on it give --method and no --source"
+    )
+
+
+def _first(tensor: StoredTensor) -> torch.Tensor:
+    raw = bytearray(tensor.first_bytes(LOOKED_AT * tensor.dtype.itemsize))
+    return torch.frombuffer(raw, dtype=tensor.dtype).float()

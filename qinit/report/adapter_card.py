@@ -1,0 +1,64 @@
+"""What the card of an adapter says that was made for a base which exists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qinit.errors import ReportError
+from qinit.report.report import Report
+
+ADAPTER_TEMPLATE = """\
+---
+{front}---
+
+# {title}
+
+An adapter of rank {rank} by qinit that repairs `{base_name}` ({form}, {bpw:.2f} bits per quantized weight as stored)
+towards `{model}`, which it was quantized from: fine-tuning starts from both. The base itself is not in here.
+
+## Load
+```python
+{snippet}
+```
+{requires}
+## Measured
+| | |
+|---|---|
+| repaired layers | {layers} ({kept} that the base has not quantized) |
+{weights}| bits per weight as stored | {bpw:.3f} |
+| weights on disk | {base:.1f} MB base (there already) + {adapter_mb:.1f} MB adapter |
+| relative weight error, base alone | {error_start:.4f} |
+| relative weight error, base + adapter | {error:.4f} |
+{measured}{notes}
+## Recipe
+```yaml
+{recipe}```
+Command:
+```
+{command}
+```
+Per-layer figures, versions and the full recipe are in `qinit.json`.
+"""
+
+
+def is_adapter(report: Report) -> bool:
+    """Whether a report is that of an adapter alone, for a base that was there."""
+    return report.recipe.get("base") is not None
+
+
+def require_base(report: Report, directory: Path, advice: str) -> None:
+    """Raise ReportError for a directory that holds an adapter alone, with the `advice` on what to do with one."""
+    if is_adapter(report):
+        raise ReportError(f"{directory}: holds an adapter alone, for the base {report.recipe['base']}; {advice}")
+
+
+def adapter_snippet(report: Report, place: str) -> list[str]:
+    """Return the lines of Python that load the base and the adapter that lies in `place`, for training."""
+    trusted = ", trust_remote_code=True" if report.recipe.get("trust_remote_code") else ""
+    base, adapter = (json.dumps(each, ensure_ascii=False) for each in (report.totals["base"]["name"], place))
+    return [
+        f"from transformers import {report.loader}; from peft import PeftModel",
+        f'base = {report.loader}.from_pretrained({base}, dtype="auto"{trusted})',
+        f"model = PeftModel.from_pretrained(base, {adapter}, is_trainable=True)",
+    ]

@@ -1,0 +1,76 @@
+"""A base that exists, held against the model that it is said to be made from while it is read."""
+
+from __future__ import annotations
+
+import torch
+
+from qinit.errors import CheckpointError
+from qinit.files.tensors import CHUNK_BYTES, StoredTensor
+from qinit.linalg.chunks import row_chunks
+from qinit.plan.plan import LayerPlan, Plan
+from qinit.workplace.store import Store
+
+SAME = 1e-2  # of its own norm a tensor may differ by: another 16-bit type moves it by a third of that at most
+ALIKE = 0.3  # the least cosine of Q and W: 2 bits have 0.8 and more, other weights 0
+
+
+def read_given(store: Store, layer: LayerPlan, weight: torch.Tensor) -> torch.Tensor | None:
+    """Return Q [out, in] of a layer of a base that is there, on the device of its `weight` W; None where none is there.
+    Raises CheckpointError for a Q that has nothing to do with W."""
+    given = store.given(layer)
+    if given is None:
+        return None
+    given, both = given.to(weight.device), 0.0
+    for rows in row_chunks(*weight.shape):
+        both += float((given[rows].double() * weight[rows]).sum())
+    sizes = float(torch.linalg.vector_norm(given, dtype=torch.float64) * torch.linalg.vector_norm(weight))
+    if sizes and both < ALIKE * sizes:
+        raise _another(store.plan, f"the cosine of {layer.target.name} in the two is {both / sizes:.2f}")
+    return given
+
+
+def require_same_rest(plan: Plan) -> None:
+    """Raise CheckpointError where the base has other values than the source in what neither quantizes: an adapter does
+    not repair that. One piece of a tensor is in memory at a time."""
+    assert plan.given is not None
+    base = plan.given.checkpoint
+    source_names, base_names = plan.architecture.names_in(plan.checkpoint), plan.given.architecture.names_in(base)
+    for tensor in plan.untouched:
+        parameter = source_names.parameter_of.get(tensor.name)
+        other = None if parameter is None else base_names.find(parameter)
+        if parameter is None or other is None:
+            stem = "" if parameter is None else parameter.rpartition(".")[0]
+            packed = next((name for name in base.tensors if stem and name.startswith(f"{stem}.")), None)
+            if packed is not None:
+                raise CheckpointError(
+                    f"{base.directory}: has '{packed}' in the place of {parameter}, which is no linear layer of a "
+                    "block: a quantized head or embedding is not repaired"
+                )
+            continue
+        if other.shape != tensor.shape:
+            raise _another(plan, f"{parameter} is {list(other.shape)} there and {list(tensor.shape)} here")
+        if (apart := _apart(tensor, other)) > SAME:
+            raise CheckpointError(
+                f"{base.directory}: its {parameter} is not the source's ({100 * apart:.1f} % away): it belongs to "
+                "another model, or scales of layers were moved there, as AWQ and SmoothQuant do, which is not undone"
+            )
+
+
+def _apart(tensor: StoredTensor, other: StoredTensor) -> float:
+    """Return the norm of the difference of two tensors of one shape, relative to the first."""
+    count = CHUNK_BYTES // 8
+    pairs = zip(tensor.chunks(count * tensor.dtype.itemsize), other.chunks(count * other.dtype.itemsize), strict=True)
+    difference = size = 0.0
+    for a, b in pairs:
+        x, y = a.view(tensor.dtype).double(), b.view(other.dtype).double()
+        difference += float((x - y).square().sum())
+        size += float(x.square().sum())
+    return (difference / size) ** 0.5 if size else float(difference > 0)
+
+
+def _another(plan: Plan, what: str) -> CheckpointError:
+    assert plan.given is not None
+    return CheckpointError(
+        f"{plan.given.checkpoint.directory}: is no base of {plan.checkpoint.directory}: {what}; give the model that it "
+        "was quantized from with --source"
+    )
