@@ -77,6 +77,15 @@ class ModelWeights:
         assert self.format is not None
         return self.format.read_codes(module, parts, self.checkpoint.config)
 
+    def zeros(self, module: LinearModule) -> tuple[int, torch.Tensor] | None:
+        """Return a packed layer's bits and its zero points, uint8 [out, groups], without reading its codes; None for
+        one that is not packed. Raises CheckpointError for tensors that do not fit config.json."""
+        parts = self._packed(f"{module.name}.weight")
+        if parts is None:
+            return None
+        assert self.format is not None
+        return self.format.read_zeros(module, parts, self.checkpoint.config)
+
     def same(self, one: str, other: str) -> bool:
         """Whether two parameters that are both there hold the same."""
         a, b = self.names.find(one), self.names.find(other)

@@ -67,6 +67,14 @@ def read_codes(module: LinearModule, parts: Mapping[str, StoredTensor], quantiza
     return Quantized(bits, group_size, codes, scales.T.float().contiguous(), zeros)
 
 
+def read_zeros(
+    module: LinearModule, parts: Mapping[str, StoredTensor], quantization: dict[str, Any]
+) -> tuple[int, torch.Tensor]:
+    """Return a layer's bits and its zero points, uint8 [out, groups]. Raises CheckpointError as `read_layer` does."""
+    _, bits = _grid(module, parts, quantization)
+    return bits, unpack_rows(read_finite(parts["qzeros"]), bits).T.contiguous()
+
+
 def _grid(module: LinearModule, parts: Mapping[str, StoredTensor], quantization: dict[str, Any]) -> tuple[int, int]:
     """Return group size and bits of a layer, held against the shape of its codes."""
     (bits, group_size), packed = grid_of(module.name, quantization), parts["qweight"]
