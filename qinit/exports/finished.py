@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
 from qinit.adapters.reading import SavedAdapter
-from qinit.errors import CheckpointError
+from qinit.errors import CheckpointError, ReportError
 from qinit.formats import format_of
 from qinit.report.report import Report
 from qinit.source.checkpoint import Checkpoint
@@ -33,13 +33,21 @@ class FinishedRun:
         """What the adapter's file takes."""
         return (self.adapter_directory / f"{WEIGHTS_STEM}.safetensors").stat().st_size
 
+    @property
+    def trained(self) -> bool:
+        """Whether the adapter is another than the run's own."""
+        return self.adapter_directory.resolve() != (self.directory / ADAPTER_DIRECTORY).resolve()
+
     @classmethod
     def open(cls, directory: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> FinishedRun:
         """Open a run's directory, with the adapter in `adapter` in the place of its own.
 
-        Raises ReportError for a directory that is no finished run, CheckpointError for what is missing or damaged.
+        Raises ReportError for a directory that is no finished run, an export's too, and CheckpointError for what is
+        missing or damaged.
         """
         report = Report.read(directory)
+        if report.export is not None:
+            raise ReportError(f"{directory}: is an export ({report.export.to}); give the run that it was made from")
         checkpoint = Checkpoint.open(directory, quantized=True)
         fmt = format_of(checkpoint.config)
         problem = "a form that is not qinit's" if fmt is None else fmt.cannot_read(checkpoint.config)

@@ -1,19 +1,16 @@
 """A grid with its zero point in the middle: what formats hold that have no zero points, half = 2^(bits-1) for all.
 
-A group with z = half - 1 is one with z = half whose codes are taken from the other end and whose scale is negative:
-s (q - (half - 1)) = -s ((2 half - 1 - q) - half). Float arithmetic is symmetric in the sign, so the values are equal to
-the last bit.
+A group with z = half - 1 is one with z = half once it is flipped: s (q - (half - 1)) = -s ((2 half - 1 - q) - half).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from qinit.exports.flip import flipped
 from qinit.grids import Quantized
-from qinit.linalg.chunks import row_chunks
 
 if TYPE_CHECKING:
     from qinit.exports.finished import FinishedRun
@@ -39,32 +36,22 @@ def symmetric(quantized: Quantized) -> Quantized:
         raise ValueError("a grid without zero points")
     if others := other_zeros(zeros, bits):
         raise ValueError(f"{others} of {zeros.numel()} groups have a zero point other than {_both(bits)}")
-    flipped = zeros != half(bits)
-    codes = torch.empty_like(quantized.codes)
-    width = codes.shape[1]
-    for rows in row_chunks(*codes.shape):  # 2^bits - 1 - q is q with all its bits changed
-        masks = flipped[rows].to(torch.uint8) * (2**bits - 1)
-        masks = masks.repeat_interleave(quantized.group_size, dim=1)[:, :width]
-        torch.bitwise_xor(quantized.codes[rows], masks, out=codes[rows])
-    scales = torch.where(flipped, -quantized.scales, quantized.scales)
-    return replace(quantized, codes=codes, scales=scales, zeros=torch.full_like(zeros, half(bits)))
+    return flipped(quantized, zeros != half(bits))
 
 
 def not_symmetric(run: FinishedRun) -> str | None:
     """Return why `symmetric` cannot hold a run, with what to do, or None. Only the zero points are read."""
-    others = groups = packed = 0
+    others = groups = 0
     widths = set()
     for module in run.architecture.linear:
-        found = run.weights.zeros(module)
-        if found is None:
+        found = run.weights.grid(module)
+        if found is None or found.zeros is None:
             continue
-        bits, zeros = found
-        packed += 1
-        if strange := other_zeros(zeros, bits):
-            widths.add(bits)
+        if strange := other_zeros(found.zeros, found.bits):
+            widths.add(found.bits)
             others += strange
-        groups += zeros.numel()
-    if not packed:
+        groups += found.zeros.numel()
+    if not groups:
         return "the run stores no codes; run `qinit eqft` with --format gptq"
     if not others:
         return None

@@ -122,11 +122,8 @@ class Format(ABC):
         CheckpointError as `read` does, and for what no `Quantized` holds."""
         raise NotImplementedError(f"format {self.name} packs no layers")  # pragma: no cover - it has no parts
 
-    def read_zeros(
-        self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]
-    ) -> tuple[int, torch.Tensor]:
-        """Return a packed layer's bits and its zero points, uint8 [out, groups], from all its `parts`. Raises
-        CheckpointError as `read` does."""
+    def read_grid(self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> Quantized:
+        """Return the same with codes [out, 0]: what costs little to read. Raises what `read_codes` does."""
         raise NotImplementedError(f"format {self.name} packs no layers")  # pragma: no cover - it has no parts
 
     def missing_packages(self) -> list[str]:

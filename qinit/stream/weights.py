@@ -77,14 +77,13 @@ class ModelWeights:
         assert self.format is not None
         return self.format.read_codes(module, parts, self.checkpoint.config)
 
-    def zeros(self, module: LinearModule) -> tuple[int, torch.Tensor] | None:
-        """Return a packed layer's bits and its zero points, uint8 [out, groups], without reading its codes; None for
-        one that is not packed. Raises CheckpointError for tensors that do not fit config.json."""
+    def grid(self, module: LinearModule) -> Quantized | None:
+        """Return the same with codes [out, 0], which are not read."""
         parts = self._packed(f"{module.name}.weight")
         if parts is None:
             return None
         assert self.format is not None
-        return self.format.read_zeros(module, parts, self.checkpoint.config)
+        return self.format.read_grid(module, parts, self.checkpoint.config)
 
     def same(self, one: str, other: str) -> bool:
         """Whether two parameters that are both there hold the same."""
@@ -103,6 +102,10 @@ class ModelWeights:
             parts = [read_finite(tensor) for tensor in expert.tensors]
             matrix.copy_(torch.cat(parts, dim=expert.outputs_side))
         return value
+
+    def packed_parts(self, module: LinearModule) -> dict[str, StoredTensor] | None:
+        """Return the tensors of a packed layer, by what they are called in the place of `weight`; None for others."""
+        return self._packed(f"{module.name}.weight")
 
     def packed(self) -> dict[str, dict[str, StoredTensor]]:
         """Return the parts of every packed layer, by the name that the model has for its weight."""
