@@ -35,7 +35,9 @@ def near_the_middle(directory, layers):
 @pytest.fixture(scope="module", params=KINDS.items(), ids=KINDS)
 def run(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param[0])
-    report = quantize(make_checkpoint(place / "source", "llama", "float32"), place / "run", **request.param[1])
+    report = quantize(
+        make_checkpoint(place / "source", "llama", "float32"), place / "run", format="gptq", **request.param[1]
+    )
     near_the_middle(place / "run", {row.name: row.bits for row in report.layers if row.bits})
     return place / "run"
 
@@ -62,9 +64,9 @@ def expected(run):
     pytest.importorskip("gptqmodel")
     import qinit
 
-    model = qinit.load(run, adapter=False)
+    model = qinit.load(run, adapter=False, dtype=torch.float32)
     with torch.no_grad():
-        return model.float()(input_ids=IDS).logits
+        return model(input_ids=IDS).logits
 
 
 def test_compressed_tensors_as_its_own_package_reads_it(opened, run, tmp_path):
@@ -93,7 +95,8 @@ def test_compressed_tensors_loads_packed_and_trains(opened, expected, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert any(name.endswith("weight_packed") for name in base.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(base(input_ids=IDS).logits, expected, rtol=1e-3, atol=1e-4)
+        # gptqmodel rounds weights to float16, compressed-tensors keeps the products
+        torch.testing.assert_close(base(input_ids=IDS).logits, expected, rtol=1e-3, atol=1e-3)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     again.hf_quantizer.compressor.decompress_model(again)
     model = PeftModel.from_pretrained(again, tmp_path / "out", subfolder="eqft_init", is_trainable=True)
@@ -105,9 +108,9 @@ def test_gptq_s_first_version_is_the_run_to_the_last_bit(opened, expected, tmp_p
     import qinit
 
     export(opened, "gptq", tmp_path / "out")
-    model = qinit.load(tmp_path / "out", adapter=False)
+    model = qinit.load(tmp_path / "out", adapter=False, dtype=torch.float32)
     with torch.no_grad():
-        assert torch.equal(model.float()(input_ids=IDS).logits, expected)
+        assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
 def test_auto_round_is_the_same_without_g_idx(opened, tmp_path):

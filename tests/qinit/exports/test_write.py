@@ -24,7 +24,7 @@ def test_what_does_not_work_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qinit.exports.dense.SafetensorsWriter.write_chunks", full)
+    monkeypatch.setattr("qinit.exports.checkpoint.SafetensorsWriter.write_chunks", full)
     with pytest.raises(OutputError, match="No space left on device"):
         export(run, "dense", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
