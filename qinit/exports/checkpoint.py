@@ -27,8 +27,8 @@ QUANTIZATION = "quantization_config"
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that is written anew: its module, what its tensors' names begin with, its grid, and the tensors of the run
-    in whose place they come, by what their names end with."""
+    """A layer that is written anew: its module, what its tensors' names begin with, its grid, and the run's tensors in
+    whose place they come, by what their names end with."""
 
     module: LinearModule
     prefix: str
