@@ -29,7 +29,7 @@ def symmetric_words(run: FinishedRun, layer: Layer) -> Words:
     grid = run.weights.grid(layer.module)
     assert grid is not None
     assert grid.zeros is not None
-    flips = half(grid.bits) != grid.zeros.T
+    flips = torch.ne(grid.zeros.T, half(grid.bits))
     codes = layer.parts["qweight"].read()
     words, more = divmod(grid.group_size * grid.bits, WORD)
     if more:  # groups end within words
