@@ -12,7 +12,12 @@ import typer
 
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="The form: dense.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT", help="The form: dense, compressed-tensors, gptq or auto-round.", show_default=False
+        ),
+    ],
     adapter: Annotated[
         Path | None,
         typer.Option(

@@ -20,7 +20,7 @@ SHOWN = 20  # findings in words; --json has them all
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, or an export's.")],
     source: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +69,8 @@ def verify(
 ) -> None:
     """Reread what was written: hashes, shapes, values, errors, the adapter's scale and base; then load it.
 
+    Of an export, the hashes alone.
+
     What is in order is loaded by stock transformers and PEFT, in a process of its own, and run forward and back: every
     tensor must find its place, the predictions must be those of Q + s B A in the files, and every factor must get a
     gradient.
@@ -79,8 +81,10 @@ def verify(
     from qinit_cli.hush import hush
 
     from qinit.adapters.trained import read_trained
+    from qinit.errors import ReportError
     from qinit.report.merged import is_merge
     from qinit.verification.factors import point_to
+    from qinit.verification.verify import exported
     from qinit.verification.verify import verify as verified
 
     hush()
@@ -96,7 +100,9 @@ def verify(
     if adapter is not None:
         read_trained(adapter)
     loaded = ""
-    if not merged and not any(each.grave for each in found):
+    if adapter is not None and exported(directory):
+        raise ReportError(f"{directory}: is an export; verify {adapter} with the run that it was trained on")
+    if not merged and not exported(directory) and not any(each.grave for each in found):
         more, _, loaded = _followed(screen, _tried(directory, adapter, original, deep=deep, **options))
         found += more
     fixed = fix and any(each.moved for each in found) and all(each.moved or not each.grave for each in found)

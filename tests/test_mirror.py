@@ -16,6 +16,11 @@ ELSEWHERE = {
     "qinit/compare/measure.py": "loads and trains real starts, once for all tests of tests/cli/test_compare.py",
     "qinit/doctor/probes.py": "each probe is a part of tests/qinit/doctor/test_examine.py",
     "qinit/events.py": "data alone",
+    **{
+        f"qinit/exports/{name}.py": "what is written is loaded by its readers in tests/qinit/exports/test_packed.py"
+        for name in ("checkpoint", "compressed_tensors", "gptq", "words")
+    },
+    "qinit/exports/flip.py": "tests/qinit/exports/test_symmetric.py",
     "qinit/exports/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
     **{
         f"qinit/formats/{name}.py": "tests/qinit/formats/test_reader.py reads every form"

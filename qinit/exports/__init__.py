@@ -6,9 +6,27 @@ To add one: one file with a subclass of Export, and one line in EXPORTS.
 from __future__ import annotations
 
 from qinit.exports.base import Export
+from qinit.exports.compressed_tensors import CompressedTensorsExport
 from qinit.exports.dense import DenseExport
 from qinit.exports.finished import FinishedRun
+from qinit.exports.gptq import AutoRoundExport, GptqExport
 
-EXPORTS: dict[str, Export] = {export.name: export for export in (DenseExport(),)}
+EXPORTS: dict[str, Export] = {
+    export.name: export
+    for export in (
+        DenseExport(),
+        CompressedTensorsExport(),
+        GptqExport(),
+        AutoRoundExport(),
+    )
+}
 
-__all__ = ["EXPORTS", "DenseExport", "Export", "FinishedRun"]
+__all__ = [
+    "EXPORTS",
+    "AutoRoundExport",
+    "CompressedTensorsExport",
+    "DenseExport",
+    "Export",
+    "FinishedRun",
+    "GptqExport",
+]

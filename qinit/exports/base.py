@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from qinit.exports.finished import FinishedRun
+from qinit.report.report import Report
 
 
 class Export(ABC):
@@ -13,6 +14,8 @@ class Export(ABC):
 
     name: str
     reader: str  # the program that reads it, for people
+    library = "transformers"  # the library that the Hub shows it with,
+    tags: tuple[str, ...] = ()  # and under what, beside the form's name
 
     def cannot_hold(self, run: FinishedRun) -> str | None:
         """Return why this form cannot hold the run at all, or None."""
@@ -21,6 +24,10 @@ class Export(ABC):
     def loses(self, run: FinishedRun) -> str | None:
         """Return what of the run's Q this form does not hold to the last bit, or None."""
         return None
+
+    def load(self, report: Report) -> str:
+        """Return the part of the card on how it is loaded, from within its directory: Markdown."""
+        return f"It is read by {self.reader}."
 
     @abstractmethod
     def nbytes(self, run: FinishedRun) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
 from qinit.adapters.reading import SavedAdapter
-from qinit.errors import CheckpointError
+from qinit.errors import CheckpointError, ReportError
 from qinit.formats import format_of
 from qinit.report.adapter_card import require_base
 from qinit.report.report import Report
@@ -34,13 +34,21 @@ class FinishedRun:
         """What the adapter's file takes."""
         return (self.adapter_directory / f"{WEIGHTS_STEM}.safetensors").stat().st_size
 
+    @property
+    def trained(self) -> bool:
+        """Whether the adapter is another than the run's own."""
+        return self.adapter_directory.resolve() != (self.directory / ADAPTER_DIRECTORY).resolve()
+
     @classmethod
     def open(cls, directory: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> FinishedRun:
         """Open a run's directory, with the adapter in `adapter` in the place of its own.
 
-        Raises ReportError for a directory that is no finished run, CheckpointError for what is missing or damaged.
+        Raises ReportError for a directory that is no finished run, an export's too, and CheckpointError for what is
+        missing or damaged.
         """
         report = Report.read(directory)
+        if report.export is not None:
+            raise ReportError(f"{directory}: is an export ({report.export.to}); give the run that it was made from")
         require_base(report, directory, "an export is of a run of its own")
         weights, architecture = open_base(directory, trust_remote_code=trust_remote_code)
         place = directory / ADAPTER_DIRECTORY if adapter is None else adapter

@@ -1,14 +1,18 @@
-"""Writes an export beside its place, and renames it when it is whole."""
+"""Writes an export beside its place, with card, report and sums, and renames it when it is whole."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from qinit.errors import OutputError, RecipeError, did_you_mean
 from qinit.exports import EXPORTS
 from qinit.exports.base import Export
 from qinit.exports.finished import FinishedRun
+from qinit.files.manifest import write_manifest
+from qinit.report.exported import write_export_card
+from qinit.report.report import Exported
 
 
 def export_named(name: str) -> Export:
@@ -41,9 +45,19 @@ def export(run: FinishedRun, to: str, out: Path, *, requantize: bool = False) ->
         if needed > free:
             raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
         form.write(run, partial, final)
+        _describe(run, form, lost, partial)
         partial.rename(final)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror}); nothing was left there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return lost
+
+
+def _describe(run: FinishedRun, form: Export, lost: str | None, directory: Path) -> None:
+    """Write what every export has: the run's report with what was made of it, a card, and the list of all sums."""
+    report = replace(run.report, export=Exported(form.name, form.reader, run.trained, lost))
+    report.write(directory)
+    metadata = run.checkpoint.card_metadata()
+    write_export_card(directory, report, metadata, library=form.library, tags=form.tags, load=form.load(report))
+    write_manifest(directory)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qinit.files.tensors import TensorSpec
+from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats.reader import Reader
 from qinit.grids import Grid, Quantized
 from qinit.source.targets import Architecture, LinearModule, Target

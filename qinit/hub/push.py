@@ -29,6 +29,7 @@ from qinit.files.tensors import read_header
 from qinit.hub.errors import checked_token, hub_errors
 from qinit.report.adapter_card import require_base
 from qinit.report.card import TRAINED_DIRECTORY, hub_card, snippet_of
+from qinit.report.exported import download_lines, hub_export_card
 from qinit.report.merged import MergeReport, is_merge, merged_snippet, on_hub
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import read_json, weight_files
@@ -38,9 +39,10 @@ if TYPE_CHECKING:
 
 CARD_NAME = "README.md"
 ADAPTER_CONFIG = f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}"
+BASE_KEY = "base_model_name_or_path"
 PICTURES = ("report.png", "report.html")  # `qinit report` makes them after the list was written
 # What an earlier push of another run may have left there: it would be loaded, or believed, beside the new one.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", CONFIG_NAME, "sensitivity.json", *PICTURES)
+REPLACED = ("*.gguf", "*.safetensors", "*.safetensors.index.json", CONFIG_NAME, "sensitivity.json", *PICTURES)
 # What a trainer leaves in a directory, some of it pickles: no part of a run, with SHA256SUMS or without.
 STATE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
@@ -75,9 +77,12 @@ class Prepared:
         return sum(self.files.values())
 
     def snippet(self, revision: str | None = None) -> list[str]:
-        """Return the lines of Python that load base and adapter, or the merged model, from the Hub."""
+        """Return the lines that load base and adapter, or the merged model, from the Hub: Python's, or of an export
+        what brings it here."""
         if isinstance(self.report, MergeReport):
             return merged_snippet(self.report, self.repo_id, revision)
+        if self.report.export is not None:
+            return [*download_lines(self.repo_id, revision), f"# then as {CARD_NAME} says"]
         return snippet_of(self.report, self.repo_id, on_hub=True, revision=revision, trained=self.trained is not None)
 
     def source(self, name: str) -> Path:
@@ -155,7 +160,7 @@ def open_target(
 
 
 def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepared:
-    """Read a run's directory, check every file against its SHA256SUMS, and make what differs on the Hub.
+    """Read a run's directory or an export's, check every file against its SHA256SUMS, and make what differs on the Hub.
 
     Only the card may have been changed by hand. `adapter`, the directory of an adapter that was trained on the run,
     takes the place of the run's own. Raises HubError for what is no OWNER/NAME, ReportError or CheckpointError for a
@@ -167,7 +172,11 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
         return _prepare_merge(directory, repo_id, adapter)
     report = Report.read(directory)
     require_base(report, directory, "push it with `hf upload`, as the Hub has adapters")
-    weight_files(directory)
+    exported = report.export is not None
+    if exported and adapter is not None:
+        raise ReportError(f"{directory}: is an export; make one of its run with `qinit export RUN --adapter {adapter}`")
+    if not exported:  # an export's may be in other files
+        weight_files(directory)
     there = listed(directory)
     names = [name for name in there if not _is_state(name)]
     sums: dict[str, str] = {}
@@ -179,6 +188,7 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
         names = [name for name in names if not name.startswith(own)]
         _require_fit(adapter, directory, report)
     needed = ["config.json"] if adapter is not None else ["config.json", ADAPTER_CONFIG, own + WEIGHTS_NAME]
+    needed = [CARD_NAME] if exported else needed
     for name in (*names, *needed):
         if name not in there:
             raise ReportError(f"{directory / name}: missing, so this is no finished run; run `qinit eqft` again")
@@ -186,16 +196,19 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
     place = TRAINED_DIRECTORY if adapter is not None else ADAPTER_DIRECTORY
     prepared = Prepared(directory, repo_id, report, {}, {}, (), (), adapter)
     configuration, weights = f"{place}/{CONFIG_NAME}", f"{place}/{WEIGHTS_NAME}"
-    config = read_json(prepared.source(configuration), "so this is no finished run; run `qinit eqft` again")
-    before = str(config.get("base_model_name_or_path"))
-    config["base_model_name_or_path"] = repo_id
-    rewritten = {configuration: f"{json.dumps(config, indent=2)}\n".encode()}
-    changes = [Change(configuration, "base_model_name_or_path", before, repo_id)]
+    rewritten, changes = {}, []
+    if not exported or ADAPTER_CONFIG in names:  # another reader's adapter names no base
+        config = read_json(prepared.source(configuration), "so this is no finished run; run `qinit eqft` again")
+        changes = [Change(configuration, BASE_KEY, str(config.get(BASE_KEY)), repo_id)]
+        rewritten = {configuration: f"{json.dumps({**config, BASE_KEY: repo_id}, indent=2)}\n".encode()}
+        found[weights] = _sum(prepared.source(weights))
     if CARD_NAME in names:
         card = (directory / CARD_NAME).read_bytes().decode("utf-8", "replace")
-        rewritten[CARD_NAME] = hub_card(card, report, repo_id, trained=adapter is not None).encode()
-        changes += _changed_lines(CARD_NAME, card, rewritten[CARD_NAME].decode())
-    found[weights] = _sum(prepared.source(weights))
+        theirs = (
+            hub_export_card(card, repo_id) if exported else hub_card(card, report, repo_id, trained=adapter is not None)
+        )
+        rewritten[CARD_NAME] = theirs.encode()
+        changes += _changed_lines(CARD_NAME, card, theirs)
     found |= {name: bytes_sum(content) for name, content in rewritten.items()}
     rewritten[MANIFEST_NAME] = manifest_text(found).encode()
     sizes = {name: prepared.source(name).stat().st_size for name in found.keys() - rewritten.keys()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,11 @@ def hub_card(text: str, report: Report, repo_id: str, *, trained: bool = False) 
         text = OWN_START.sub(f" in `{TRAINED_DIRECTORY}/` that was trained", text)
         load = "" if replaced else f"```python\n{lines}\n```\n"
         text = _with_section(text, "## Trained\n", [*TRAINED_WORDS.split("\n"), *load.splitlines()])
+    return with_hub_base(text)
+
+
+def with_hub_base(text: str) -> str:
+    """Return a card whose front matter names a base model only if that is on the Hub, and as what was quantized."""
     before, start, rest = text.partition("---\n")
     front, end, body = rest.partition("---\n")
     try:
@@ -162,12 +168,12 @@ def is_hub_id(model: object) -> bool:
     return bool(named) and not Path(str(model)).exists()
 
 
-def _weights(totals: dict[str, Any]) -> dict[str, str]:
+def weight_rows(totals: dict[str, Any]) -> dict[str, str]:
     """Return the table's rows on what is quantized; none for a run by an older qinit, which does not say."""
     return weight_words(totals["quantized_weights"], totals["weights"], totals["left"]) if "left" in totals else {}
 
 
-def _measured(totals: dict[str, Any]) -> dict[str, str]:
+def measured_rows(totals: dict[str, Any]) -> dict[str, str]:
     """Return the table's rows that not every run has."""
     rows = check_words(totals["check"]) if "check" in totals else {}
     if "output_error" in totals:
@@ -208,17 +214,7 @@ def write_card(directory: Path, report: Report, source: dict[str, Any]) -> None:
 def card_text(report: Report, source: dict[str, Any]) -> str:
     """Return what README.md of a run says; `source` is the metadata of the source's own card."""
     base = report.totals["base"] if is_adapter(report) else {"name": report.model, "form": report.recipe["format"]}
-    front: dict[str, Any] = {"base_model": base["name"], "library_name": "peft"}
-    front["tags"] = [
-        "qinit",
-        report.method,
-        "lora",
-        f"{report.totals['nominal_bits']:g}-bit",
-        base["form"],
-    ]
-    for key in ("license", "license_name", "license_link", "language", "pipeline_tag"):
-        if key in source:
-            front[key] = source[key]
+    front = front_matter(report, source, "peft", [base["form"]], base["name"])
     totals = report.totals
     title = f"{report.model.rstrip('/').split('/')[-1]}, {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}"
     notes = "".join(f"\n- {note}" for note in report.notes)
@@ -238,19 +234,30 @@ def card_text(report: Report, source: dict[str, Any]) -> str:
         requires=requires,
         layers=totals["layers"],
         kept=totals["layers_kept"],
-        weights="".join(f"| {what} | {value} |\n" for what, value in _weights(totals).items()),
+        weights="".join(f"| {what} | {value} |\n" for what, value in weight_rows(totals).items()),
         bpw=totals["bits_per_weight"],
         before=totals["bytes_before"] / 1e6,
         base=totals["base_bytes"] / 1e6,
         adapter_mb=totals["adapter_bytes"] / 1e6,
         error_start=totals["error_start"],
         error=totals["error"],
-        measured="".join(f"| {what} | {value} |\n" for what, value in _measured(totals).items()),
+        measured="".join(f"| {what} | {value} |\n" for what, value in measured_rows(totals).items()),
         notes=f"\nNotes:\n{notes}\n" if notes else "",
         recipe=yaml.safe_dump(report.recipe, sort_keys=False),
         command=report.command,
     )
     return with_evaluations(text, totals)
+
+
+def front_matter(
+    report: Report, source: dict[str, Any], library: str, tags: Sequence[str], base: str | None = None
+) -> dict[str, Any]:
+    """Return a card's metadata: the `library` that loads it, more `tags`, the `base` that it is made from (the run's
+    source if left out), and what still holds of the `source`'s."""
+    front: dict[str, Any] = {"base_model": base or report.model, "library_name": library}
+    front["tags"] = ["qinit", report.method, "lora", f"{report.totals['nominal_bits']:g}-bit", *tags]
+    kept = ("license", "license_name", "license_link", "language", "pipeline_tag")
+    return front | {key: source[key] for key in kept if key in source}
 
 
 def with_evaluations(card: str, totals: dict[str, Any]) -> str:

@@ -44,8 +44,19 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class Exported:
+    """What was made of a run: the form and its reader, whether the adapter is a trained one and not the run's own, and
+    what of the run that form does not hold."""
+
+    to: str
+    reader: str
+    trained: bool
+    lost: str | None
+
+
+@dataclass(frozen=True)
 class Report:
-    """A run's report; `to_json` is what qinit.json holds."""
+    """A run's report; `to_json` is what qinit.json holds. Beside an export it is the run's, and `export` is there."""
 
     model: str
     command: str
@@ -55,6 +66,7 @@ class Report:
     totals: dict[str, Any]
     notes: tuple[str, ...]
     layers: tuple[LayerRow, ...]
+    export: Exported | None = None
 
     @property
     def method(self) -> str:
@@ -69,7 +81,10 @@ class Report:
         return str(self.source.get("loader") or self.source["class"])
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        value = asdict(self)
+        if self.export is None:  # a run's, which has no such key
+            del value["export"]
+        return json.dumps(value, indent=2) + "\n"
 
     def write(self, directory: Path) -> None:
         (directory / REPORT_NAME).write_text(self.to_json(), encoding="utf-8")

@@ -77,7 +77,7 @@ class ModelWeights:
         return self.format.read_codes(module, parts, self.checkpoint.config)
 
     def grid(self, module: LinearModule) -> Quantized | None:
-        """Return the same without its codes, which are not read: [out, 0]."""
+        """Return the same with codes [out, 0], which are not read."""
         parts = self._packed(f"{module.name}.weight")
         if parts is None or not isinstance(self.format, Format):
             return None
@@ -100,6 +100,10 @@ class ModelWeights:
             parts = [read_finite(tensor) for tensor in expert.tensors]
             matrix.copy_(torch.cat(parts, dim=expert.outputs_side))
         return value
+
+    def packed_parts(self, module: LinearModule) -> dict[str, StoredTensor] | None:
+        """Return the tensors of a packed layer, by what they are called in the place of `weight`; None for others."""
+        return self._packed(f"{module.name}.weight")
 
     def packed(self) -> dict[str, dict[str, StoredTensor]]:
         """Return the parts of every packed layer, by the name that the model has for its weight."""

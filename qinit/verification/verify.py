@@ -7,11 +7,11 @@ from pathlib import Path
 
 from qinit.errors import ReportError
 from qinit.files.manifest import MANIFEST_NAME
-from qinit.report.report import REPORT_NAME
+from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import Checkpoint
 from qinit.verification.factors import check_adapter
 from qinit.verification.files import check_files
-from qinit.verification.findings import Event
+from qinit.verification.findings import Event, Finding
 from qinit.verification.repair import check_repair, repaired_base
 from qinit.verification.values import check_values
 from qinit.verification.written import open_written
@@ -28,8 +28,15 @@ def verify(directory: Path, source: Path | None = None, *, trust_remote_code: bo
     if not (directory / REPORT_NAME).exists() and not (directory / MANIFEST_NAME).exists():
         what = f"has neither {REPORT_NAME} nor {MANIFEST_NAME}" if directory.is_dir() else "no such directory"
         raise ReportError(f"{directory}: {what}; pass the directory that `qinit eqft` wrote")
+    to = exported(directory)
+    if to is not None and source is not None:
+        raise ReportError(f"{directory}: is an export ({to}); compare the run that it was made from with {source}")
     original = Checkpoint.open(source) if source is not None else None
     yield from check_files(directory)
+    if to is not None:
+        what = f"an export ({to}): its files were compared with {MANIFEST_NAME} alone, and not loaded"
+        yield Finding(REPORT_NAME, what, grave=False)
+        return
     if (base := repaired_base(directory)) is not None:
         yield from check_repair(directory, base, source, trust_remote_code=trust_remote_code)
         return
@@ -37,3 +44,12 @@ def verify(directory: Path, source: Path | None = None, *, trust_remote_code: bo
     if written is not None:
         factors = yield from check_adapter(written)
         yield from check_values(written, factors, original)
+
+
+def exported(directory: Path) -> str | None:
+    """Return the form of an export, None for a run, and for what has no report that can be read."""
+    try:
+        report = Report.read(directory)
+    except ReportError:
+        return None
+    return None if report.export is None else report.export.to

@@ -53,7 +53,7 @@ def packed(modules: Mapping[str, type], config: Mapping[str, Any]) -> set[str]:
 def block_to_name(quantized: Collection[str], modules: Iterable[str]) -> str | None:
     """Return the block that config.json has to name: what all `quantized` names share up to the layer number. None
     where optimum finds it by itself among a model's `modules`."""
-    block = _shared(quantized)
+    block = shared_block(quantized)
     found = _found_block(modules) or block
     return None if block in KNOWN_BLOCKS and found == block else block
 
@@ -82,7 +82,7 @@ def _found_block(modules: Iterable[str]) -> str | None:
     return next((block for block in BLOCKS_IN_ORDER if any(name.startswith(block) for name in names)), None)
 
 
-def _shared(names: Collection[str]) -> str:
+def shared_block(names: Collection[str]) -> str:
     """The dotted prefix that all names share up to the layer number: `model.layers`."""
     shared = []
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
