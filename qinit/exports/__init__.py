@@ -8,7 +8,8 @@ from __future__ import annotations
 from qinit.exports.base import Export
 from qinit.exports.dense import DenseExport
 from qinit.exports.finished import FinishedRun
+from qinit.exports.gguf import GgufExport
 
-EXPORTS: dict[str, Export] = {export.name: export for export in (DenseExport(),)}
+EXPORTS: dict[str, Export] = {export.name: export for export in (DenseExport(), GgufExport())}
 
-__all__ = ["EXPORTS", "DenseExport", "Export", "FinishedRun"]
+__all__ = ["EXPORTS", "DenseExport", "Export", "FinishedRun", "GgufExport"]

@@ -122,6 +122,10 @@ class Format(ABC):
         CheckpointError as `read` does, and for what no `Quantized` holds."""
         raise NotImplementedError(f"format {self.name} packs no layers")  # pragma: no cover - it has no parts
 
+    def read_grid(self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> Quantized:
+        """Return the same with codes [out, 0]: what costs little to read. Raises what `read_codes` does."""
+        raise NotImplementedError(f"format {self.name} packs no layers")  # pragma: no cover - it has no parts
+
     def missing_packages(self) -> list[str]:
         """Return which of the packages that loading needs are not installed."""
         return [package for package in self.packages if find_spec(package) is None]

@@ -77,6 +77,14 @@ class ModelWeights:
         assert self.format is not None
         return self.format.read_codes(module, parts, self.checkpoint.config)
 
+    def grid(self, module: LinearModule) -> Quantized | None:
+        """Return the same with codes [out, 0], which are not read."""
+        parts = self._packed(f"{module.name}.weight")
+        if parts is None:
+            return None
+        assert self.format is not None
+        return self.format.read_grid(module, parts, self.checkpoint.config)
+
     def same(self, one: str, other: str) -> bool:
         """Whether two parameters that are both there hold the same."""
         a, b = self.names.find(one), self.names.find(other)

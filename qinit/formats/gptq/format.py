@@ -23,7 +23,7 @@ from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats.base import Format
 from qinit.formats.gptq.loading import PACKAGES, loader_options
 from qinit.formats.gptq.packing import pack_rows, unpack_rows
-from qinit.formats.gptq.reading import GRID, PARTS, dequantized, read_codes, read_layer
+from qinit.formats.gptq.reading import GRID, PARTS, dequantized, read_codes, read_grid, read_layer
 from qinit.formats.gptq.selection import block_to_name, is_reached, is_replaced, packed, selectors
 from qinit.grids import Grid, Quantized
 from qinit.source.targets import Architecture, LinearModule, Target
@@ -185,6 +185,9 @@ class GptqFormat(Format):
 
     def read_codes(self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> Quantized:
         return read_codes(module, parts, config["quantization_config"])
+
+    def read_grid(self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]) -> Quantized:
+        return read_grid(module, parts, config["quantization_config"])
 
 
 def _group_indices(in_features: int, group_size: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,15 +57,21 @@ def read_layer(
 def read_codes(module: LinearModule, parts: Mapping[str, StoredTensor], quantization: dict[str, Any]) -> Quantized:
     """Return a layer's codes, zero points and scales, on the CPU. Raises CheckpointError as `read_layer` does, and for
     groups that are not runs of inputs (`desc_act`)."""
+    grid = read_grid(module, parts, quantization)
+    return replace(grid, codes=unpack_rows(read_finite(parts["qweight"]).T.contiguous(), grid.bits))
+
+
+def read_grid(module: LinearModule, parts: Mapping[str, StoredTensor], quantization: dict[str, Any]) -> Quantized:
+    """Return the same with codes [out, 0], which are not read."""
     group_size, bits = _grid(module, parts, quantization)
-    qweight, qzeros, scales, g_idx = (read_finite(parts[part]) for part in PARTS)
+    qzeros, scales, g_idx = (read_finite(parts[part]) for part in PARTS[1:])
     if not torch.equal(g_idx.int(), torch.arange(module.in_features, dtype=torch.int32) // group_size):
         raise CheckpointError(
             f"{parts['g_idx'].file}: tensor '{parts['g_idx'].name}' orders the inputs of its groups by size "
             "(desc_act), expected groups of inputs that lie side by side"
         )
-    codes, zeros = unpack_rows(qweight.T.contiguous(), bits), unpack_rows(qzeros, bits).T.contiguous()
-    return Quantized(bits, group_size, codes, scales.T.float().contiguous(), zeros)
+    codes = torch.empty((module.out_features, 0), dtype=torch.uint8)
+    return Quantized(bits, group_size, codes, scales.T.float().contiguous(), unpack_rows(qzeros, bits).T.contiguous())
 
 
 def _grid(module: LinearModule, parts: Mapping[str, StoredTensor], quantization: dict[str, Any]) -> tuple[int, int]:
