@@ -12,7 +12,7 @@ import typer
 
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="The form: dense.", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="The form: dense, gguf, mlx.", show_default=False)],
     adapter: Annotated[
         Path | None,
         typer.Option(

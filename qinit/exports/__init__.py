@@ -9,7 +9,8 @@ from qinit.exports.base import Export
 from qinit.exports.dense import DenseExport
 from qinit.exports.finished import FinishedRun
 from qinit.exports.gguf import GgufExport
+from qinit.exports.mlx import MlxExport
 
-EXPORTS: dict[str, Export] = {export.name: export for export in (DenseExport(), GgufExport())}
+EXPORTS: dict[str, Export] = {export.name: export for export in (DenseExport(), GgufExport(), MlxExport())}
 
-__all__ = ["EXPORTS", "DenseExport", "Export", "FinishedRun", "GgufExport"]
+__all__ = ["EXPORTS", "DenseExport", "Export", "FinishedRun", "GgufExport", "MlxExport"]

@@ -15,8 +15,8 @@ from qinit.linalg.chunks import row_chunks
 
 
 def flipped(quantized: Quantized, groups: torch.Tensor) -> Quantized:
-    """Return the same Q with the groups flipped that are True in `groups` [out, groups]: codes, zero points, and scales,
-    which get another sign. What is given is not changed."""
+    """Return the same Q with the groups flipped that are True in `groups` [out, groups]: codes, zero points, and the
+    scales' sign. What is given is not changed."""
     assert quantized.zeros is not None
     top = 2**quantized.bits - 1
     codes = torch.empty_like(quantized.codes)
@@ -24,7 +24,9 @@ def flipped(quantized: Quantized, groups: torch.Tensor) -> Quantized:
         masks = spread(groups[rows].to(torch.uint8) * top, quantized)
         torch.bitwise_xor(quantized.codes[rows], masks, out=codes[rows])
     scales = torch.where(groups, -quantized.scales, quantized.scales)
-    return replace(quantized, codes=codes, scales=scales, zeros=torch.where(groups, top - quantized.zeros, quantized.zeros))
+    return replace(
+        quantized, codes=codes, scales=scales, zeros=torch.where(groups, top - quantized.zeros, quantized.zeros)
+    )
 
 
 def spread(values: torch.Tensor, quantized: Quantized) -> torch.Tensor:

@@ -44,7 +44,8 @@ def no_factors(run: FinishedRun) -> str | None:
             return f"the adapter is on {name}, and its reader takes one on the linear layers of the blocks alone"
         found = (tuple(parts["A"].shape[1:]), tuple(parts["B"].shape[:1]))
         if found != ((module.in_features,), (module.out_features,)):
-            return f"the adapter's factors of {name} are for another layer than {module.out_features} x {module.in_features}"
+            shape = f"{module.out_features} x {module.in_features}"
+            return f"the adapter is for another base: its {name} is not {shape}"
     return None
 
 

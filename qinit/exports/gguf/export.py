@@ -1,4 +1,4 @@
-"""GGUF: base and adapter as llama.cpp reads them, each a file. Codes stay codes, in the smallest type that holds them."""
+"""GGUF: base and adapter as llama.cpp reads them, each a file. Codes stay codes, in the smallest type for them."""
 
 from __future__ import annotations
 

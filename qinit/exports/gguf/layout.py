@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -55,7 +56,8 @@ class Tensor:
         if isinstance(self.type, BlockType):
             assert self.module is not None
             quantized = run.weights.codes(self.module)
-            assert quantized is not None and quantized.zeros is not None
+            assert quantized is not None
+            assert quantized.zeros is not None
             if (order := self.order) is not None:
                 rows = {key: getattr(quantized, key)[order] for key in ("codes", "scales", "zeros")}
                 quantized = replace(quantized, **rows)
@@ -85,7 +87,9 @@ def base_layout(run: FinishedRun, family: Family) -> Iterator[Tensor]:
         name, module = family.place(parameter), modules.get(parameter)
         assert name is not None
         order = family.order(parameter.rpartition(".")[0], config)
-        yield Tensor(name, _type(run, parameter, module, shapes[parameter]), shapes[parameter], parameter, module, order)
+        yield Tensor(
+            name, _type(run, parameter, module, shapes[parameter]), shapes[parameter], parameter, module, order
+        )
 
 
 def rope_tensor(run: FinishedRun) -> tuple[str, torch.Tensor] | None:
@@ -95,7 +99,7 @@ def rope_tensor(run: FinishedRun) -> tuple[str, torch.Tensor] | None:
 
 
 def adapter_layout(run: FinishedRun, family: Family, alpha: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of the adapter by name, in float32. llama.cpp multiplies B A with `alpha` over the rank of each."""
+    """Yield the tensors of the adapter by name, in float32. llama.cpp multiplies B A with `alpha` over its rank."""
     config = model_config(run)
     for each in factors(run):
         name = family.place(f"{each.module.name}.weight")
@@ -105,7 +109,7 @@ def adapter_layout(run: FinishedRun, family: Family, alpha: float) -> Iterator[t
         yield f"{name}.lora_b", b if order is None else b[order]
 
 
-def model_config(run: FinishedRun):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def model_config(run: FinishedRun) -> Any:
     assert run.architecture.naming is not None
     return run.architecture.naming.model.config
 

@@ -50,7 +50,7 @@ class Vocabulary:
     starts: bool = False
 
     def add_to(self, writer: GGUFWriter) -> None:
-        """Write it as llama.cpp's keys, with the special tokens and the chat template that lie beside tokenizer.json."""
+        """Write it as llama.cpp's keys, with the special tokens and the chat template that lie beside the file."""
         from gguf import SpecialVocab
 
         writer.add_tokenizer_model(self.model)
@@ -131,8 +131,8 @@ def _tokens(found: dict[str, Any], size: int, whole: bool) -> tuple[list[str], l
 
 
 def _scores(tokens: list[str], types: list[int], merges: list[Any]) -> list[float]:
-    """Return scores with which llama.cpp, that merges what makes the token of the highest score, merges as tokenizer.json
-    does, the earliest of its merges first: a token's score is how early it is made."""
+    """Return scores with which llama.cpp merges as tokenizer.json does. It merges what makes the token of the highest
+    score, the other the earliest in its list of merges: a token's score is how early it is made there."""
     made: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         made.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
