@@ -2,8 +2,8 @@
 
 A row is cut into blocks of 32 or 64 weights. All but Q4_1 store w = d v with float16 d and v in [low, high], as
 v - low; Q4_1 stores w = d q + m with float16 d and m. A group whose v = q - z do not fit is flipped
-(qinit/exports/flip.py): llama.cpp takes a negative d. Sources: ggml-common.h for the layouts, ggml-quants.c for dequantize_row_*, ggml.h for the
-numbers; another project gives Q2_0's number to blocks of 128.
+(qinit/exports/flip.py): llama.cpp takes a negative d. Sources: ggml-common.h for the layouts, ggml-quants.c for
+dequantize_row_*, ggml.h for the numbers; another project gives Q2_0's number to blocks of 128.
 """
 
 from __future__ import annotations
