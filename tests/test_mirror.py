@@ -17,6 +17,10 @@ ELSEWHERE = {
     "qinit/doctor/probes.py": "each probe is a part of tests/qinit/doctor/test_examine.py",
     "qinit/events.py": "data alone",
     "qinit/exports/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
+    **{
+        f"qinit/exports/{name}.py": "what it writes is read back in tests/qinit/exports/gguf/test_export.py"
+        for name in ("lora", "gguf/families", "gguf/layout", "gguf/vocabulary")
+    },
     "qinit/grids/integer/block.py": "data alone",
     "qinit/plan/limits.py": "data alone",
     "qinit/solver/statistics.py": "data alone",
