@@ -110,7 +110,7 @@ def _pre_tokenizer(found: dict[str, Any]) -> tuple[str, bool] | None:
         return ("smollm", False) if digits else None
     split = first[0] if len(first) == 1 and first[0].get("type") == "Split" else {}
     isolated = split.get("behavior") == "Isolated" and not split.get("invert")
-    return SPLITS.get((split.get("pattern") or {}).get("Regex")) if isolated else None
+    return SPLITS.get((split.get("pattern") or {}).get("Regex", "")) if isolated else None
 
 
 def _tokens(found: dict[str, Any], size: int, whole: bool) -> tuple[list[str], list[int]]:
