@@ -15,7 +15,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            metavar="FORMAT", help="The form: dense, compressed-tensors, gptq or auto-round.", show_default=False
+            metavar="FORMAT",
+            help="The form: dense, gguf, mlx, compressed-tensors, gptq or auto-round.",
+            show_default=False,
         ),
     ],
     adapter: Annotated[

@@ -20,8 +20,11 @@ ELSEWHERE = {
         f"qinit/exports/{name}.py": "what is written is loaded by its readers in tests/qinit/exports/test_packed.py"
         for name in ("checkpoint", "compressed_tensors", "gptq", "words")
     },
-    "qinit/exports/flip.py": "tests/qinit/exports/test_symmetric.py",
     "qinit/exports/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
+    **{
+        f"qinit/exports/{name}.py": "what it writes is read back in tests/qinit/exports/gguf/test_export.py"
+        for name in ("lora", "gguf/families", "gguf/layout", "gguf/vocabulary")
+    },
     **{
         f"qinit/formats/{name}.py": "tests/qinit/formats/test_reader.py reads every form"
         for name in ("awq", "bitsandbytes", "compressed_tensors")

@@ -9,12 +9,16 @@ from qinit.exports.base import Export
 from qinit.exports.compressed_tensors import CompressedTensorsExport
 from qinit.exports.dense import DenseExport
 from qinit.exports.finished import FinishedRun
+from qinit.exports.gguf import GgufExport
 from qinit.exports.gptq import AutoRoundExport, GptqExport
+from qinit.exports.mlx import MlxExport
 
 EXPORTS: dict[str, Export] = {
     export.name: export
     for export in (
         DenseExport(),
+        GgufExport(),
+        MlxExport(),
         CompressedTensorsExport(),
         GptqExport(),
         AutoRoundExport(),
@@ -28,5 +32,7 @@ __all__ = [
     "DenseExport",
     "Export",
     "FinishedRun",
+    "GgufExport",
     "GptqExport",
+    "MlxExport",
 ]

@@ -1,0 +1,5 @@
+"""GGUF, the format of llama.cpp."""
+
+from qinit.exports.gguf.export import GgufExport
+
+__all__ = ["GgufExport"]
