@@ -51,11 +51,12 @@ test-families: export OMP_NUM_THREADS = 1
 test-families: $(STAMP)  ## Every family of models, head and format, through the stock loaders
 	$(BIN)/python -m tests.families --jobs $(WORKERS) --json model_zoo/results/families.json
 
-# Each trainer has an environment of its own in build/compat, made anew when its pip commands change.
+# Each trainer and reader has an environment of its own in build/compat, made anew when its pip commands change.
 test-compat: export OMP_NUM_THREADS = 1
 test-compat: export TORCH := $(TORCH)
-test-compat: $(STAMP)  ## The trainers of docs/trainers, each some steps from a run; TRAINERS="trl axolotl" for some of them
-	$(BIN)/python -m tests.compat.trainers $(TRAINERS)
+test-compat: $(STAMP)  ## The trainers of docs/trainers, each some steps from a run, and the readers of docs/export.md; TRAINERS="trl axolotl" or READERS="llama.cpp" for some of them
+	$(if $(READERS),,$(BIN)/python -m tests.compat.trainers $(TRAINERS))
+	$(if $(TRAINERS),,$(BIN)/python -m tests.compat.readers $(READERS))
 
 # Strict: a broken link, or a page that is not in the menu, fails. The variable only hushes a notice.
 docs: export NO_MKDOCS_2_WARNING = 1

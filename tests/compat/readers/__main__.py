@@ -1,0 +1,128 @@
+"""Exports tiny models and the demo model, loads them by the programs of the table, and prints a line for each.
+
+Dense float32 models show that names, order of rows, biases, hyperparameters and the adapter are right, to the last
+digits; packed ones what the reader's own arithmetic costs on top.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from qinit.exports import FinishedRun
+from qinit.exports.write import export
+from qinit.source.demo import demo_directory
+from tests.compat.trainers.environment import environment
+from tests.helpers import quantize
+from tests.models import make_checkpoint
+from tests.stock import load
+
+HERE = Path(__file__).parent
+TOKENS = 48
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+EXACT = 2e-5  # relative, of float32 sums in another order
+LIMIT = 600  # seconds; MLX compiles its kernels first
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A program, the form that it reads, and the pip commands of its environment. Its kernels round what a packed layer
+    reads, so that logits move by up to `arithmetic`, relative."""
+
+    name: str
+    form: str
+    install: tuple[str, ...]
+    arithmetic: float
+    unfit: tuple[str, ...] = ()
+
+    @property
+    def script(self) -> Path:
+        return HERE / f"by_{self.name.replace('.', '_').replace('-', '_')}.py"
+
+
+READERS = {
+    reader.name: reader
+    for reader in (
+        Reader("llama.cpp", "gguf", ("pip install llama-cpp-python==0.3.36",), arithmetic=2e-2),
+        Reader("mlx-lm", "mlx", ("pip install mlx==0.32.2 mlx-cpu==0.32.2 mlx-lm",), arithmetic=2e-4),
+    )
+}
+
+
+def runs(place: Path) -> dict[str, tuple[Path, bool]]:
+    """Make runs; returns their directories, and whether they are packed."""
+    made = {}
+    for family in FAMILIES:
+        source = make_checkpoint(place / family, family, "float32", initializer_range=0.1)
+        _fill(source)
+        quantize(source, place / f"{family}-dense", format="dense", rank=8)
+        made[f"{family}, dense"] = place / f"{family}-dense", False
+    for bits in (2, 3, 4):
+        out = place / f"demo-{bits}"
+        quantize(demo_directory(), out, bits=bits, rank=16, symmetric=bits == 2)
+        made[f"the demo model, {bits} bits"] = out, True
+    return made
+
+
+def _fill(source: Path) -> None:
+    """Give norms and biases other values than the ones and zeros of a new model."""
+    file, generator = source / "model.safetensors", torch.Generator().manual_seed(0)
+    tensors = safetensors.torch.load_file(file)
+    for tensor in tensors.values():
+        if tensor.ndim == 1:
+            tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def check(reader: Reader, run: Path, packed: bool, ids: np.ndarray, programs: Path) -> str:
+    """Export a run and compare the reader's logits; raises AssertionError."""
+    out = run.with_name(f"{run.name}-{reader.form}")
+    export(FinishedRun.open(run), reader.form, out, requantize=True)
+    np.save(out / "ids.npy", ids)
+    command = [programs / "python", reader.script, out, out / "ids.npy", out / "logits.npy"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LIMIT, check=False)
+    if done.returncode:
+        raise AssertionError("\n".join(done.stderr.splitlines()[-20:]))
+    with torch.no_grad():
+        expected = load(run)(input_ids=torch.from_numpy(ids)[None]).logits[0].float().numpy()
+    found = np.load(out / "logits.npy")[:, : expected.shape[1]]
+    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    loss, other = (_loss(each, ids) for each in (expected, found))
+    told = f"logits {error:.1e} from transformers + peft, perplexity {100 * (np.exp(other - loss) - 1):+.4f} %"
+    assert error < (reader.arithmetic if packed else EXACT), told
+    return told
+
+
+def _loss(logits: np.ndarray, ids: np.ndarray) -> float:
+    return float(torch.nn.functional.cross_entropy(torch.from_numpy(logits[:-1]), torch.from_numpy(ids[1:])))
+
+
+def main(names: list[str]) -> None:
+    if unknown := set(names) - READERS.keys():
+        sys.exit(f"error: no reader {', '.join(sorted(unknown))}; known are {', '.join(READERS)}")
+    failed = 0
+    with TemporaryDirectory(prefix="qinit-readers-") as place:
+        made = runs(Path(place))
+        for name in names or READERS:
+            programs = environment(READERS[name])
+            for words, (run, packed) in made.items():
+                size = 250 if not packed else 4000
+                ids = np.random.default_rng(0).integers(5, size, TOKENS)
+                try:
+                    told = check(READERS[name], run, packed, ids, programs)
+                except (AssertionError, subprocess.TimeoutExpired) as error:
+                    failed, told = failed + 1, f"FAILED: {error}"
+                print(f"{name}: {words}: {told}", flush=True)
+    print(f"{failed} failed")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
