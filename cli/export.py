@@ -16,7 +16,7 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="The form: dense, gguf, mlx, compressed-tensors, gptq or auto-round.",
+            help="The form: dense, gguf, mlx, compressed-tensors, gptq, auto-round or bnb-nf4.",
             show_default=False,
         ),
     ],

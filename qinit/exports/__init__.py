@@ -6,6 +6,7 @@ To add one: one file with a subclass of Export, and one line in EXPORTS.
 from __future__ import annotations
 
 from qinit.exports.base import Export
+from qinit.exports.bnb_nf4 import BnbNf4Export
 from qinit.exports.compressed_tensors import CompressedTensorsExport
 from qinit.exports.dense import DenseExport
 from qinit.exports.finished import FinishedRun
@@ -22,12 +23,14 @@ EXPORTS: dict[str, Export] = {
         CompressedTensorsExport(),
         GptqExport(),
         AutoRoundExport(),
+        BnbNf4Export(),
     )
 }
 
 __all__ = [
     "EXPORTS",
     "AutoRoundExport",
+    "BnbNf4Export",
     "CompressedTensorsExport",
     "DenseExport",
     "Export",

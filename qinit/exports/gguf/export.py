@@ -24,6 +24,7 @@ from qinit.exports.gguf.layout import (
 )
 from qinit.exports.gguf.vocabulary import Vocabulary, read_vocabulary
 from qinit.exports.lora import no_factors
+from qinit.report.report import Report
 from qinit.requirements import pip_command
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ QUANTIZATION_VERSION = 2  # of ggml's types: GGML_QNT_VERSION
 class GgufExport(Export):
     name = "gguf"
     reader = "llama.cpp"
+    library = "gguf"
+    tags = ("llama.cpp",)
 
     def cannot_hold(self, run: FinishedRun) -> str | None:
         if find_spec("gguf") is None:
@@ -50,6 +53,9 @@ class GgufExport(Export):
             return f"{run.directory}: '{parameter}' is not stored, or llama.cpp's {family.architecture} has none"
         vocabulary = read_vocabulary(run.directory, config.vocab_size)
         return f"{run.directory}: {vocabulary}" if isinstance(vocabulary, str) else no_factors(run)
+
+    def load(self, report: Report) -> str:
+        return f"With llama.cpp:\n\n```\nllama-server -m {BASE} --lora {ADAPTER}\n```\n"
 
     def nbytes(self, run: FinishedRun) -> int:
         family = family_of(run)

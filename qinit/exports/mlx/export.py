@@ -19,6 +19,7 @@ from qinit.exports.lora import Factors, factors, no_factors
 from qinit.exports.mlx.layers import PARTS, biases_of, encode, group_size
 from qinit.files.tensors import TensorSpec
 from qinit.files.writer import SafetensorsWriter
+from qinit.report.report import Report
 from qinit.source.targets import LinearModule
 
 CPU = torch.device("cpu")
@@ -30,6 +31,7 @@ IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 class MlxExport(Export):
     name = "mlx"
     reader = "mlx-lm"
+    library = "mlx"
 
     def cannot_hold(self, run: FinishedRun) -> str | None:
         kind = run.architecture.class_name
@@ -39,6 +41,10 @@ class MlxExport(Export):
         if (name := next(beyond, None)) is not None:
             return f"the adapter is on {name}, and mlx-lm counts an adapter's layers within the blocks"
         return no_factors(run)
+
+    def load(self, report: Report) -> str:
+        line = f"mlx_lm.generate --model . --adapter-path {ADAPTER} --prompt 'Once upon a time'"
+        return f"With `pip install mlx-lm`:\n\n```\n{line}\n```\n"
 
     def loses(self, run: FinishedRun) -> str | None:
         rounded = groups = 0
