@@ -1,11 +1,14 @@
 """Exports tiny models and the demo model, loads them by the programs of the table, and prints a line for each.
 
 Dense float32 models show that names, order of rows, biases, hyperparameters and the adapter are right, to the last
-digits; packed ones what the reader's own arithmetic costs on top.
+digits; packed ones what the reader's own arithmetic costs on top. A run of one's own is measured on a text instead:
+
+    python -m tests.compat.readers llama.cpp --run RUN --text FILE
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from tests.stock import load
 
 HERE = Path(__file__).parent
 TOKENS = 48
+WINDOWS, WINDOW = 4, 512  # of the text that a run of one's own reads
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 EXACT = 2e-5  # relative, of float32 sums in another order
 LIMIT = 600  # seconds; MLX compiles its kernels first
@@ -81,48 +85,68 @@ def _fill(source: Path) -> None:
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
 
 
-def check(reader: Reader, run: Path, packed: bool, ids: np.ndarray, programs: Path) -> str:
-    """Export a run and compare the reader's logits; raises AssertionError."""
-    out = run.with_name(f"{run.name}-{reader.form}")
+def check(reader: Reader, run: Path, place: Path, rows: np.ndarray, programs: Path) -> tuple[float, str]:
+    """Export a run and compare the reader's logits for rows of ids; return the relative difference, and all in words.
+    Raises AssertionError where it cannot be read."""
+    out = place / f"{run.name}-{reader.form}"
     export(FinishedRun.open(run), reader.form, out, requantize=True)
-    np.save(out / "ids.npy", ids)
-    command = [programs / "python", reader.script, out, out / "ids.npy", out / "logits.npy"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LIMIT, check=False)
-    if done.returncode:
-        raise AssertionError("\n".join(done.stderr.splitlines()[-20:]))
-    with torch.no_grad():
-        expected = load(run)(input_ids=torch.from_numpy(ids)[None]).logits[0].float().numpy()
-    found = np.load(out / "logits.npy")[:, : expected.shape[1]]
-    error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-    loss, other = (_loss(each, ids) for each in (expected, found))
-    told = f"logits {error:.1e} from transformers + peft, perplexity {100 * (np.exp(other - loss) - 1):+.4f} %"
-    assert error < (reader.arithmetic if packed else EXACT), told
-    return told
+    stock = load(run).eval()
+    gaps, norms, losses = [], [], []
+    for ids in rows:
+        np.save(out / "ids.npy", ids)
+        command = [programs / "python", reader.script, out, out / "ids.npy", out / "logits.npy"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LIMIT, check=False)
+        if done.returncode:
+            raise AssertionError("\n".join(done.stderr.splitlines()[-20:]))
+        with torch.no_grad():
+            expected = stock(input_ids=torch.from_numpy(ids)[None]).logits[0].float().numpy()
+        found = np.load(out / "logits.npy")[:, : expected.shape[1]]
+        gaps.append(np.linalg.norm(found - expected))
+        norms.append(np.linalg.norm(expected))
+        losses.append([_loss(each, ids) for each in (expected, found)])
+    error = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
+    stock_ppl, ppl = np.exp(np.mean(losses, axis=0))
+    told = f"perplexity {stock_ppl:.3f} in transformers + peft, {ppl:.3f} here ({100 * (ppl / stock_ppl - 1):+.3f} %)"
+    return error, f"logits {error:.1e} apart, {told}"
 
 
 def _loss(logits: np.ndarray, ids: np.ndarray) -> float:
     return float(torch.nn.functional.cross_entropy(torch.from_numpy(logits[:-1]), torch.from_numpy(ids[1:])))
 
 
-def main(names: list[str]) -> None:
-    if unknown := set(names) - READERS.keys():
-        sys.exit(f"error: no reader {', '.join(sorted(unknown))}; known are {', '.join(READERS)}")
+def _text(run: Path, file: Path) -> np.ndarray:
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(run)(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    return np.array(ids[: WINDOWS * WINDOW]).reshape(WINDOWS, WINDOW)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.compat.readers")
+    parser.add_argument("readers", nargs="*", choices=[[], *READERS], default=list(READERS))
+    parser.add_argument("--run", type=Path, help="measure this run alone, on --text")
+    parser.add_argument("--text", type=Path)
+    options = parser.parse_args()
     failed = 0
     with TemporaryDirectory(prefix="qinit-readers-") as place:
-        made = runs(Path(place))
-        for name in names or READERS:
-            programs = environment(READERS[name])
+        made = {str(options.run.name): (options.run, True)} if options.run else runs(Path(place))
+        for name in options.readers:
+            reader, programs = READERS[name], environment(READERS[name])
             for words, (run, packed) in made.items():
-                size = 250 if not packed else 4000
-                ids = np.random.default_rng(0).integers(5, size, TOKENS)
+                random = np.random.default_rng(0).integers(5, 4000 if packed else 250, (1, TOKENS))
                 try:
-                    told = check(READERS[name], run, packed, ids, programs)
+                    rows = _text(run, options.text) if options.run else random
+                    error, told = check(reader, run, Path(place), rows, programs)
+                    bound = reader.arithmetic if packed else EXACT
+                    wrong = not options.run and not error < bound
+                    told = f"FAILED: {told}, expected under {bound}" if wrong else told
                 except (AssertionError, subprocess.TimeoutExpired) as error:
-                    failed, told = failed + 1, f"FAILED: {error}"
+                    wrong, told = True, f"FAILED: {error}"
+                failed += wrong
                 print(f"{name}: {words}: {told}", flush=True)
     print(f"{failed} failed")
     sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
