@@ -55,7 +55,7 @@ READERS = {
     reader.name: reader
     for reader in (
         Reader("llama.cpp", "gguf", ("pip install llama-cpp-python==0.3.36",), arithmetic=2e-2),
-        Reader("mlx-lm", "mlx", ("pip install mlx==0.32.2 mlx-cpu==0.32.2 mlx-lm",), arithmetic=2e-4),
+        Reader("mlx-lm", "mlx", ("pip install mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2",), arithmetic=2e-4),
     )
 }
 
