@@ -336,7 +336,7 @@ class Screen:
         self._console.print(table)
 
     def json_report(self, report: Report, out: Path, **beside: Any) -> None:
-        sys.stdout.write(json.dumps({"directory": str(out.resolve()), **asdict(report), **beside}) + "\n")
+        sys.stdout.write(json.dumps({"directory": str(out.resolve()), **report.to_dict(), **beside}) + "\n")
 
     def json_plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:
         layers = [

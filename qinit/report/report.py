@@ -80,11 +80,12 @@ class Report:
         brings the auto class that it is registered for."""
         return str(self.source.get("loader") or self.source["class"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what qinit.json holds; a run's has no key `export`."""
+        return {key: value for key, value in asdict(self).items() if key != "export" or value is not None}
+
     def to_json(self) -> str:
-        value = asdict(self)
-        if self.export is None:  # a run's, which has no such key
-            del value["export"]
-        return json.dumps(value, indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def write(self, directory: Path) -> None:
         (directory / REPORT_NAME).write_text(self.to_json(), encoding="utf-8")

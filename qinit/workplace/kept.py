@@ -36,7 +36,7 @@ def load_samples(place: Workplace, journal: Journal, kind: str = SAMPLES) -> Sam
         return None
     file = place.partial / f"{_stem(kind)}.safetensors"
     try:
-        found = read_header(file)
+        found = read_header(file) if record["sums"] else {}
         whole = [checksum(found[name]) for name in ("tokens", "mask") if name in found] == record["sums"]
         tensors = {name: tensor.read() for name, tensor in found.items()}
         if whole and tensors["tokens"].dim() == 2:
@@ -67,7 +67,7 @@ def apply_polish(store: Store) -> tuple[dict[str, Any], dict[str, tuple[float, f
     assert record is not None
     file = store.place.partial / f"{POLISHED_STEM}.safetensors"
     try:
-        found = read_header(file)
+        found = read_header(file) if record["sums"] else {}
         for name, wanted in record["sums"].items():
             if store.replace(name, found[name].read()) != wanted:
                 raise damaged(file, store.place)

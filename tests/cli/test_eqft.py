@@ -56,7 +56,7 @@ class TestRun:
         options = {
             **{"bits": 4, "rank": 8, "iter": 2, "group_size": 32, "format": "dense", "lora_alpha": 12.0, "seed": 7},
             **{"target_modules": "q_proj,v_proj", "exclude": ".*layers.1.*", "max_shard_size": "1MB"},
-            **{"device": "cpu", "use_rslora": True},
+            **{"device": "cpu", "use_rslora": True, "symmetric": True},
         }
         flags = []
         for name, value in options.items():

@@ -41,7 +41,7 @@ class TestWay:
             choose_way(Subject("m", source), None, WINDOWS, CPU, dtype="bfloat16", stream="always")
 
     def test_packed_weights_without_their_packages_are_streamed(self, packed, monkeypatch):
-        monkeypatch.setattr("qinit.formats.base.find_spec", lambda name: None if name == "optimum" else object())
+        monkeypatch.setattr("qinit.formats.reader.find_spec", lambda name: None if name == "optimum" else object())
         way = choose_way(subject(packed), None, WINDOWS, CPU)
         assert way.streamed
         assert way.reason == "optimum not being installed to load packed weights"

@@ -15,7 +15,7 @@ from tests.helpers import names
 from tests.models import ENTANGLED, make_checkpoint, make_float32
 from tests.qinit.runner.forking import Forks
 
-KILLS = 10
+KILLS = 5
 
 
 @pytest.fixture
