@@ -37,10 +37,10 @@ class BnbNf4Export(CheckpointExport):
             those = ", ".join(name for name, row in METHODS.items() if row.grid == "nf")
             return f"holds NF4's levels alone, and method {recipe.get('method')} has others; {those} have these"
         rows = [row for row in run.report.layers if row.kept is None]
-        if other := next((row for row in rows if row.bits != 4 or row.group_size not in BLOCK_SIZES), None):
+        if unfit := next((row for row in rows if row.bits != 4 or row.group_size not in BLOCK_SIZES), None):
             sizes = ", ".join(map(str, BLOCK_SIZES))
             return (
-                f"holds 4 bits in groups of {sizes}, and {other.name} has {other.bits} in groups of {other.group_size}"
+                f"holds 4 bits in groups of {sizes}, and {unfit.name} has {unfit.bits} in groups of {unfit.group_size}"
             )
         if len({row.group_size for row in rows}) > 1:
             return "holds groups of one size"
