@@ -210,7 +210,7 @@ OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="fused: one width for q, k and v of a block, and for gate and up, as fused kernels need.",
-            show_default="none",
+            show_default="none; fused where mixed widths are packed",
             rich_help_panel=BUDGET_PANEL,
         ),
     ],

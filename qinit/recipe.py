@@ -96,8 +96,11 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _mixed_defaults(cls, values: Any) -> Any:
-        mixed = isinstance(values, dict) and any(values.get(key) is not None for key in BUDGETS)
-        return {"format": "dense", **values} if mixed else values  # no stock loader takes packed mixed widths
+        if not isinstance(values, dict) or not any(values.get(key) is not None for key in BUDGETS):
+            return values
+        if values.get("format", "dense") == "dense":  # no stock loader takes packed mixed widths
+            return {"format": "dense", **values}
+        return {"tie": "fused", **values}  # servers do, and fuse layers
 
     @model_validator(mode="before")
     @classmethod

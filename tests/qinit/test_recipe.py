@@ -375,3 +375,9 @@ def test_symmetric_is_another_grid_of_every_row_that_has_the_integer_one():
     assert make_recipe(symmetric=True, method="cloq", calibration="random").row.grid == "sym"
     with pytest.raises(RecipeError, match="symmetric: is about integer grids, and method loftq has grid nf"):
         make_recipe(symmetric=True, method="loftq", format="dense")
+
+
+def test_mixed_widths_are_tied_where_they_are_packed():
+    assert make_recipe(ratio=0.5).tie == "none"
+    assert make_recipe(ratio=0.5, format="gptq").tie == "fused"
+    assert make_recipe(ratio=0.5, format="gptq", tie="none").tie == "none"

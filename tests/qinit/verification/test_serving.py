@@ -97,14 +97,14 @@ def test_what_a_server_does_not_load_of_a_base_is_said_with_what_to_do(run, serv
 
 def test_packed_mixed_widths_and_layers_that_a_server_computes_as_one(tmp_path):
     source = make_checkpoint(tmp_path / "source")
-    options = {"target_bits": 3.2, "allocation": "random", "format": "gptq", "seed": 1}
+    options = {"target_bits": 3.2, "allocation": "random", "format": "gptq", "seed": 1, "tie": "none"}
     quantize(source, tmp_path / "run", **options)
     texts = "\n".join(text for _, text in said(tmp_path / "run", "vllm"))
     assert "as one layer, which needs one width" in texts
     assert "make the run with --tie fused" in texts
     texts = "\n".join(text for _, text in said(tmp_path / "run", "transformers"))
     assert "loads gptq of one width alone; `qinit export DIR --to dense`" in texts
-    quantize(source, tmp_path / "tied", tie="fused", **options)
+    quantize(source, tmp_path / "tied", **{**options, "tie": "fused"})
     assert "as one layer" not in "\n".join(text for _, text in said(tmp_path / "tied", "vllm"))
     (tmp_path / "run/qinit.json").unlink()
     assert (False, "config.json: mixed widths, and no report names the layers: fused ones were not looked at") in said(

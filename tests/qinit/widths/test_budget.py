@@ -76,7 +76,7 @@ class TestItems:
 
     @pytest.mark.parametrize("form", ["dense", "gptq"])
     def test_bits_are_those_of_a_packed_file(self, strong_llama, form):
-        plan = small_plan(strong_llama, target_bits=4, format=form)
+        plan = small_plan(strong_llama, target_bits=4, format=form, tie="none")
         for item, layer in zip(items(plan, None), plan.quantized, strict=True):
             rows, columns = layer.target.module.out_features, layer.target.module.in_features
             for choice in item.totals:
@@ -86,7 +86,7 @@ class TestItems:
                 assert choice.nats == 0
 
     def test_those_of_gptq_are_the_bytes_that_are_written(self, strong_llama, tmp_path):
-        plan = small_plan(strong_llama, ratio=0.5, format="gptq", allocation="random")
+        plan = small_plan(strong_llama, ratio=0.5, format="gptq", allocation="random", tie="none")
         list(run(plan, tmp_path / "out"))
         tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
         for item in items(plan, None):
