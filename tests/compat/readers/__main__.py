@@ -123,14 +123,16 @@ def _text(run: Path, file: Path) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.compat.readers")
-    parser.add_argument("readers", nargs="*", choices=[[], *READERS], default=list(READERS))
+    parser.add_argument("readers", nargs="*", metavar="READER", help=f"of {', '.join(READERS)}; all if left out")
     parser.add_argument("--run", type=Path, help="measure this run alone, on --text")
     parser.add_argument("--text", type=Path)
     options = parser.parse_args()
+    if unknown := set(options.readers) - READERS.keys():
+        parser.error(f"no reader {', '.join(sorted(unknown))}; known are {', '.join(READERS)}")
     failed = 0
     with TemporaryDirectory(prefix="qinit-readers-") as place:
         made = {str(options.run.name): (options.run, True)} if options.run else runs(Path(place))
-        for name in options.readers:
+        for name in options.readers or READERS:
             reader, programs = READERS[name], environment(READERS[name])
             for words, (run, packed) in made.items():
                 random = np.random.default_rng(0).integers(5, 4000 if packed else 250, (1, TOKENS))
