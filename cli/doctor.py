@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from qinit_cli.options import DEBUG
 
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
@@ -24,7 +25,7 @@ BROKEN = 1  # the exit code when qinit itself does not work
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Everything as JSON on stdout, nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the exit code.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: DEBUG = False,
 ) -> None:
     """Show versions and hardware, try every way of using qinit on a tiny model, and say how to get the rest.
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from qinit_cli.options import AS_JSON, DEBUG, IN_ITS_PLACE, RUN, TRUSTED
 
 
 def export(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
+    directory: RUN,
     to: Annotated[
         str,
         typer.Option(
@@ -20,28 +21,17 @@ def export(
             show_default=False,
         ),
     ],
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="An adapter that was trained on the run, as PEFT saved it: it takes the place of the run's own.",
-            show_default="the run's own",
-        ),
-    ] = None,
+    adapter: IN_ITS_PLACE = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write it.", show_default="DIR-FORMAT")
     ] = None,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Write it although FORMAT does not hold Q to the last bit.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that lies in DIR; it can do anything that you can.")
-    ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="The result as JSON on stdout, all else on stderr.")
-    ] = False,
+    trust_remote_code: TRUSTED = False,
+    json_output: AS_JSON = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the exit code.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: DEBUG = False,
 ) -> None:
     """Write base and adapter of a finished run in the form that another program reads."""
     from qinit_cli.draw import Screen

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from qinit_cli.eqft import interruptible, typed
+from qinit_cli.options import AS_JSON, DEBUG, RUN, TRUSTED
 
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def merge(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
+    directory: RUN,
     out: Annotated[Path, typer.Option(metavar="OUT", help="Where the merged model goes.", show_default=False)],
     adapter: Annotated[
         Path | None,
@@ -47,14 +48,10 @@ def merge(
     device: Annotated[
         str | None, typer.Option(help="Of --requantize: auto, cpu, cuda or cuda:N.", show_default="auto")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that lies in DIR; it can do anything that you can.")
-    ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="The result as JSON on stdout, all else on stderr.")
-    ] = False,
+    trust_remote_code: TRUSTED = False,
+    json_output: AS_JSON = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: DEBUG = False,
 ) -> None:
     """Merge an adapter into the quantized base that it was trained on: W' = Q + s B A, one ordinary model.
 

@@ -287,6 +287,22 @@ OPTIONS: dict[str, Any] = {
         typer.Option("--debug", help="Show tracebacks, and where the time of a run went.", rich_help_panel=RUN_PANEL),
     ],
 }
+# Of commands on a finished run.
+RUN = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")]
+IN_ITS_PLACE = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="An adapter that was trained on the run, as PEFT saved it: it takes the place of the run's own.",
+        show_default="the run's own",
+    ),
+]
+TRUSTED = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that lies in DIR; it can do anything that you can.")
+]
+AS_JSON = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout, all else on stderr.")]
+DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
 READING = ("model", "recipe", "revision", "token", "trust_remote_code")
 QUANTIZING = ("rank", "iter", "group_size", "symmetric")
 MIXING = (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from qinit_cli.options import AS_JSON, DEBUG, IN_ITS_PLACE, RUN
 
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
@@ -19,16 +20,9 @@ if TYPE_CHECKING:
 
 
 def push(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
+    directory: RUN,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub; made if it is missing.")],
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="An adapter that was trained on the run, as PEFT saved it: it takes the place of the run's own.",
-            show_default="the run's own",
-        ),
-    ] = None,
+    adapter: IN_ITS_PLACE = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch to push to; made if it is missing.", show_default="main")
@@ -40,11 +34,9 @@ def push(
     token: Annotated[
         str | None, typer.Option(help="Hub token; better HF_TOKEN, which no history keeps. Never printed.")
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="The result as JSON on stdout, all else on stderr.")
-    ] = False,
+    json_output: AS_JSON = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: DEBUG = False,
 ) -> None:
     """Push a finished run to the Hub: base, adapter, card and report, so that the repo id alone loads it."""
     from qinit_cli.draw import Screen

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from qinit_cli.options import DEBUG, RUN
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
+    directory: RUN,
     out: Annotated[Path | None, typer.Option(help="Where the pictures go.", show_default="DIR")] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="The paths and the totals as JSON on stdout, nothing else.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: DEBUG = False,
 ) -> None:
     """Draw a run: bits by layer, the error before and after the low rank, and bits against loss."""
     from qinit_cli.draw import Screen

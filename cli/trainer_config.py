@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from qinit_cli.options import DEBUG, RUN
 
 
 def trainer_config(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory, which holds qinit.json.")],
+    directory: RUN,
     trainer: Annotated[
         str,
         typer.Option(
@@ -22,7 +23,7 @@ def trainer_config(
         Path, typer.Option(metavar="FILE", help="What it is to train on: JSON Lines, as what is written says.")
     ] = Path("train.jsonl"),
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write it.", show_default="stdout")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: DEBUG = False,
 ) -> None:
     """Write the script or the configuration with which a trainer goes on from a run, its start kept.
 

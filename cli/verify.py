@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from qinit_cli.options import DEBUG, TRUSTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,9 +46,7 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="Of a model that memory does not hold: load and compare it block by block.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that lies in DIR; it can do anything that you can.")
-    ] = False,
+    trust_remote_code: TRUSTED = False,
     server: Annotated[
         str | None,
         typer.Option(
@@ -65,7 +64,7 @@ def verify(
         bool, typer.Option("--json", help="Everything that was found as JSON on stdout, nothing else.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing but the exit code.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: DEBUG = False,
 ) -> None:
     """Reread what was written: hashes, shapes, values, errors, the adapter's scale and base; then load it.
 
@@ -93,16 +92,16 @@ def verify(
     if server is not None:
         _served(screen, directory, server, adapter, json_output)
         return
-    merged = is_merge(directory)
+    merged, export = is_merge(directory), exported(directory)
+    if adapter is not None and export:
+        raise ReportError(f"{directory}: is an export; verify {adapter} with the run that it was trained on")
     original = None if merged else _source(directory, source, revision, token)
     events = _merged(directory, source, adapter, **options) if merged else verified(directory, original, **options)
     found, counts, _ = _followed(screen, events)
     if adapter is not None:
         read_trained(adapter)
     loaded = ""
-    if adapter is not None and exported(directory):
-        raise ReportError(f"{directory}: is an export; verify {adapter} with the run that it was trained on")
-    if not merged and not exported(directory) and not any(each.grave for each in found):
+    if not merged and not export and not any(each.grave for each in found):
         more, _, loaded = _followed(screen, _tried(directory, adapter, original, deep=deep, **options))
         found += more
     fixed = fix and any(each.moved for each in found) and all(each.moved or not each.grave for each in found)
