@@ -19,12 +19,12 @@ from qinit.files.tensors import read_header
 from qinit.merge.fitting import open_adapter, require_made_for, require_names
 from qinit.merge.steps import Laying, Layout
 from qinit.merge.ties import ties, untied
-from qinit.recipe import parse_size
 from qinit.report.card import TRAINED_DIRECTORY
 from qinit.report.report import Report
 from qinit.runner.before import PICTURES
 from qinit.stock.skeleton import Skeleton
 from qinit.stream.weights import ModelWeights
+from qinit.words import parse_size
 from qinit.workplace.place import kept
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -13,12 +13,13 @@ from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan.allocation import Allocation, Option
 from qinit.plan.shares import EXPERTS, Share, shares_of
-from qinit.recipe import Recipe, parse_size
+from qinit.recipe import Recipe
 from qinit.solver.methods import CALIBRATED, UNREACHED, Method, on_base
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, LinearModule, Target
 from qinit.source.vocabulary import Facts
+from qinit.words import parse_size
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call them,
 CHOSEN_COUNTS = ("num_experts_per_tok", "top_k_experts")  # and those that a token goes to

@@ -11,14 +11,13 @@ from qinit.machine import free_memory
 from qinit.plan.limits import AUTO_SOURCE, LARGEST_SHARE
 from qinit.plan.plan import Plan
 from qinit.planner.nominal import calibrating_seconds, solving_seconds
-from qinit.recipe import parse_time
 from qinit.solver.methods import CALIBRATED
 from qinit.stream.whole import read_tokens
 from qinit.text.bundled import calibration_documents
 from qinit.text.self_text import model_bytes
 from qinit.text.sources import BUNDLED, RANDOM
 from qinit.text.tokens import load_tokenizer, require_readable
-from qinit.words import duration
+from qinit.words import duration, parse_time
 
 LEAST_TOKENS = 8 * 512  # fewer say too little of what the layers see
 # Times as many tokens of other text that make up for the model's own: on SmolLM2-135M at 2 bits twice as many gave a KL

@@ -12,10 +12,10 @@ from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan.allocation import Allocation, Nats, Option, Sensitivity
 from qinit.plan.plan import LayerPlan, Plan, with_option
-from qinit.recipe import parse_size
 from qinit.widths.knapsack import Choice, Item, front, in_order, knapsack, picked, tied
 from qinit.widths.prices import prices
 from qinit.widths.validity import check_sensitivity
+from qinit.words import parse_size
 
 RANK_FACTORS = (0.25, 0.5, 1, 2, 4)  # of the recipe's rank, where ranks are chosen
 GROUP_FACTORS = (0.5, 1, 2)  # of the recipe's group size, where one budget is for base and adapter

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qinit.errors import RecipeError
-from qinit.recipe import Recipe, make_recipe, parse_size, parse_time
+from qinit.recipe import Recipe, make_recipe
 from qinit.solver.methods import CALIBRATED, METHODS
+from qinit.words import parse_time
 from tests.fuzz import changed, changes, examples, file_of, json_values, only_qinit_errors, texts
 
 
@@ -284,21 +285,6 @@ def test_a_recipe_cannot_be_changed():
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("5GB", 5 * 10**9),
-        ("300mb", 300 * 10**6),
-        (" 2 GiB ", 2 << 30),
-        ("1KB", 1000),
-        ("1KiB", 1024),
-        ("7MiB", 7 << 20),
-    ],
-)
-def test_sizes_are_read_in_decimal_and_binary_units(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
     ("given", "seconds"),
     [("10m", 600), ("10 min", 600), ("90s", 90), ("1.5H", 5400), ("7", 420), (7, 420), (0.5, 30), ("0.001s", 0.001)],
 )
@@ -310,12 +296,6 @@ def test_times(given, seconds):
 def test_what_is_no_time(given):
     with pytest.raises(RecipeError, match=r"calibration_budget: .*found"):
         make_recipe(calibration_budget=given)
-
-
-@pytest.mark.parametrize("text", ["", "GB", "1.5GB", "-1GB", "0MB", "5", "²GB", "5TBGB"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="expected a size like 5GB"):
-        parse_size(text)
 
 
 GOOD_RECIPE = (
