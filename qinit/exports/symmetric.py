@@ -11,6 +11,7 @@ import torch
 
 from qinit.exports.flip import flipped
 from qinit.grids import Quantized
+from qinit.grids.integer.candidates import zero_points
 
 if TYPE_CHECKING:
     from qinit.exports.finished import FinishedRun
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def half(bits: int) -> int:
     """Return the zero point of the symmetric grid: its values are -half to half - 1, times the scale."""
-    return 1 << (bits - 1)
+    return zero_points(bits, symmetric=True)[1]
 
 
 def other_zeros(zeros: torch.Tensor, bits: int) -> int:

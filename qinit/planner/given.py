@@ -68,21 +68,25 @@ def given_layers(plan: Plan, targets: tuple[Target, ...]) -> tuple[LayerPlan, ..
     return tuple(layers)
 
 
-def _require_same_model(directory: Path, source: Path, expected: Architecture, found: Architecture) -> None:
-    def refuse(what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{directory}: is no base of {source}: {what}; give the model that it was quantized from with --source"
-        )
+def no_base_of(base: Path, source: Path, what: str) -> CheckpointError:
+    """Return the error for a base of another model than the source; `what` says by what that is known."""
+    return CheckpointError(
+        f"{base}: is no base of {source}: {what}; give the model that it was quantized from with --source"
+    )
 
+
+def _require_same_model(directory: Path, source: Path, expected: Architecture, found: Architecture) -> None:
     if found.class_name != expected.class_name:
-        raise refuse(f"it is a {found.class_name}, and the source a {expected.class_name}")
+        raise no_base_of(directory, source, f"it is a {found.class_name}, and the source a {expected.class_name}")
     shapes = [
         {module.name: (module.out_features, module.in_features) for module in a.linear} for a in (expected, found)
     ]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         here, there = (shape.get(name) for shape in shapes)
         if here != there:
-            raise refuse(f"{name} is {there or 'not there'}, and in the source {here or 'not there'}")
+            raise no_base_of(
+                directory, source, f"{name} is {there or 'not there'}, and in the source {here or 'not there'}"
+            )
     if expected.stacks:
         raise CheckpointError(f"{directory}: bases of models with experts are not repaired; make one with `qinit eqft`")
 

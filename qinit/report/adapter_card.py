@@ -8,6 +8,20 @@ from pathlib import Path
 from qinit.errors import ReportError
 from qinit.report.report import Report
 
+MEASURED = """\
+| relative weight error, base alone | {error_start:.4f} |
+| relative weight error, base + adapter | {error:.4f} |
+{measured}{notes}
+## Recipe
+```yaml
+{recipe}```
+Command:
+```
+{command}
+```
+Per-layer figures, versions and the full recipe are in `qinit.json`.
+"""
+
 ADAPTER_TEMPLATE = """\
 ---
 {front}---
@@ -28,17 +42,6 @@ towards `{model}`, which it was quantized from: fine-tuning starts from both. Th
 | repaired layers | {layers} ({kept} that the base has not quantized) |
 {weights}| bits per weight as stored | {bpw:.3f} |
 | weights on disk | {base:.1f} MB base (there already) + {adapter_mb:.1f} MB adapter |
-| relative weight error, base alone | {error_start:.4f} |
-| relative weight error, base + adapter | {error:.4f} |
-{measured}{notes}
-## Recipe
-```yaml
-{recipe}```
-Command:
-```
-{command}
-```
-Per-layer figures, versions and the full recipe are in `qinit.json`.
 """
 
 

@@ -13,7 +13,7 @@ import yaml
 from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.formats import FORMATS, READERS
 from qinit.plan.shares import weight_words
-from qinit.report.adapter_card import ADAPTER_TEMPLATE, adapter_snippet, is_adapter
+from qinit.report.adapter_card import ADAPTER_TEMPLATE, MEASURED, adapter_snippet, is_adapter
 from qinit.report.check import check_words
 from qinit.report.report import Report
 from qinit.source.demo import DEMO_NAME
@@ -36,6 +36,7 @@ The adapter in `{TRAINED_DIRECTORY}/` was trained, starting from the one that qi
 `qinit.json`, is said of that start, which is not in this repository.
 """
 
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 TEMPLATE = """\
 ---
 {front}---
@@ -56,17 +57,6 @@ LoRA adapter of rank {rank} in `{adapter}/` that already repairs the quantizatio
 | quantized layers | {layers} ({kept} kept as they are) |
 {weights}| bits per weight as stored | {bpw:.3f} |
 | weights on disk | {before:.1f} MB before, {base:.1f} MB base + {adapter_mb:.1f} MB adapter after |
-| relative weight error, base alone | {error_start:.4f} |
-| relative weight error, base + adapter | {error:.4f} |
-{measured}{notes}
-## Recipe
-```yaml
-{recipe}```
-Command:
-```
-{command}
-```
-Per-layer figures, versions and the full recipe are in `qinit.json`.
 """
 
 
@@ -220,7 +210,7 @@ def card_text(report: Report, source: dict[str, Any]) -> str:
     notes = "".join(f"\n- {note}" for note in report.notes)
     packages = next((each.packages for each in (*FORMATS.values(), *READERS) if each.name == base["form"]), ())
     requires = f"Needs `pip install {' '.join(packages)}` beside transformers and peft.\n" if packages else ""
-    text = (ADAPTER_TEMPLATE if is_adapter(report) else TEMPLATE).format(
+    text = ((ADAPTER_TEMPLATE if is_adapter(report) else TEMPLATE) + MEASURED).format(
         base_name=base["name"],
         form=base["form"],
         front=yaml.safe_dump(front, sort_keys=False),
@@ -256,8 +246,12 @@ def front_matter(
     source if left out), and what still holds of the `source`'s."""
     front: dict[str, Any] = {"base_model": base or report.model, "library_name": library}
     front["tags"] = ["qinit", report.method, "lora", f"{report.totals['nominal_bits']:g}-bit", *tags]
-    kept = ("license", "license_name", "license_link", "language", "pipeline_tag")
-    return front | {key: source[key] for key in kept if key in source}
+    return front | inherited(source)
+
+
+def inherited(source: dict[str, Any]) -> dict[str, Any]:
+    """Return what of the source's metadata holds for what is made of it."""
+    return {key: source[key] for key in INHERITED if key in source}
 
 
 def with_evaluations(card: str, totals: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 from qinit.errors import ReportError
 from qinit.files.reading import read_regular
 from qinit.formats import FORMATS
-from qinit.report.card import CARD_NAME, is_hub_id
+from qinit.report.card import CARD_NAME, inherited, is_hub_id
 from qinit.report.report import REPORT_BYTES, REPORT_NAME, Measure, Size, kind_of_report
 
 TEMPLATE = """\
@@ -145,9 +145,7 @@ def merged_card(report: MergeReport, source: dict[str, Any]) -> str:
     if is_hub_id(report.model):
         front |= {"base_model": report.model, "base_model_relation": "finetune"}
     front |= {"library_name": "transformers", "tags": ["qinit", "merge"]}
-    for key in ("license", "license_name", "license_link", "language", "pipeline_tag"):
-        if key in source:
-            front[key] = source[key]
+    front |= inherited(source)
     totals, name = report.totals, report.model.rstrip("/").split("/")[-1]
     hows = list(dict.fromkeys(row.how for row in report.merged))
     how = "; ".join(hows[:3]) + (f" and {len(hows) - 3} more" if len(hows) > 3 else "")

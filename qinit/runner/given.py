@@ -8,6 +8,7 @@ from qinit.errors import CheckpointError
 from qinit.files.tensors import CHUNK_BYTES, StoredTensor
 from qinit.linalg.chunks import row_chunks
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.planner.given import no_base_of
 from qinit.workplace.store import Store
 
 SAME = 1e-2  # of its own norm a tensor may differ by: another 16-bit type moves it by a third of that at most
@@ -70,7 +71,4 @@ def _apart(tensor: StoredTensor, other: StoredTensor) -> float:
 
 def _another(plan: Plan, what: str) -> CheckpointError:
     assert plan.given is not None
-    return CheckpointError(
-        f"{plan.given.checkpoint.directory}: is no base of {plan.checkpoint.directory}: {what}; give the model that it "
-        "was quantized from with --source"
-    )
+    return no_base_of(plan.given.checkpoint.directory, plan.checkpoint.directory, what)

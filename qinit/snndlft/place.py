@@ -14,7 +14,6 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from qinit.errors import OutputError
-from qinit.report.report import REPORT_NAME
 from qinit.workplace.lock import locked
 from qinit.workplace.place import LOCK_NAME, Workplace, partial_of
 
@@ -35,22 +34,6 @@ class Place(Workplace):
     def last(self) -> str | None:
         """The checkpoint to go on from."""
         return get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
-
-
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raise OutputError if a result cannot go to `out`."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise OutputError(f"{out}: exists and is no directory; choose another place with --out")
-    if any(out.iterdir()):
-        if not overwrite:
-            raise OutputError(f"{out}: exists; pass --overwrite to replace it, or choose another place with --out")
-        if not (out / REPORT_NAME).is_file():
-            raise OutputError(
-                f"{out}: exists and has no {REPORT_NAME}, so qinit did not write it and will not replace it; choose "
-                "another place with --out"
-            )
 
 
 def kept(out: Path) -> str:

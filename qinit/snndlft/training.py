@@ -24,9 +24,10 @@ from qinit.snndlft.config import SnnDlftConfig
 from qinit.snndlft.course import Moment
 from qinit.snndlft.model import adapt
 from qinit.snndlft.page import page
-from qinit.snndlft.place import Place, check_output, sum_of, working
+from qinit.snndlft.place import Place, sum_of, working
 from qinit.snndlft.report import SnnReport, make_report
 from qinit.snndlft.tasks import Data, Task, read_task
+from qinit.workplace.place import require_replaceable
 
 KEPT = 2  # checkpoints
 MOMENTS, CHECKPOINTS = 100, 10  # at most about so many in a training
@@ -73,7 +74,7 @@ def run(
     same goes on from its last checkpoint. `say` gets lines on what goes on. Raises QinitErrors, before the first weight
     is read where they are about options and data."""
     asked.config.require_steps(asked.steps)
-    check_output(out, overwrite)
+    require_replaceable(out, overwrite)
     device = pick_device(asked.device)
     task = read_task(asked.data, asked.base, trust_remote_code=asked.trust_remote_code)
     with working(out, asked.to_json(), command) as place:

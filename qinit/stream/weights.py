@@ -68,6 +68,14 @@ class ModelWeights:
                 value += added.T if module.transposed else added
         return value
 
+    def width(self, module: LinearModule) -> tuple[int, int] | None:
+        """Return bits and group size of a packed layer, from headers alone; None for one that is not packed. Raises
+        CheckpointError for tensors that do not fit config.json."""
+        parts = self._packed(f"{module.name}.weight")
+        if parts is None or self.format is None:
+            return None
+        return self.format.grid_of(module, parts, self.checkpoint.config)
+
     def codes(self, module: LinearModule) -> Quantized | None:
         """Return a packed layer as codes, zero points and scales, without the adapter; None for one that is not packed.
         Raises CheckpointError for tensors that do not fit config.json."""

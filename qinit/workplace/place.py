@@ -42,18 +42,24 @@ def _check_output(plan: Plan, out: Path, overwrite: bool) -> None:
         place = checkpoint.directory.resolve()
         if out.resolve() == place or out.resolve() in place.parents or place in out.resolve().parents:
             raise OutputError(f"{out}: is, holds or lies in the {what} {place}; choose another place with --out")
-    if out.exists():
-        if not out.is_dir():
-            raise OutputError(f"{out}: exists and is no directory; choose another place with --out")
-        if any(out.iterdir()):
-            if not overwrite:
-                raise OutputError(f"{out}: exists; pass --overwrite to replace it, or choose another place with --out")
-            if not (out / REPORT_NAME).is_file():
-                raise OutputError(
-                    f"{out}: exists and has no {REPORT_NAME}, so qinit did not write it and will not replace it; "
-                    "choose another place with --out"
-                )
+    require_replaceable(out, overwrite)
     check_space(plan, out)
+
+
+def require_replaceable(out: Path, overwrite: bool) -> None:
+    """Raise OutputError if something lies at `out` that a result may not take the place of."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out}: exists and is no directory; choose another place with --out")
+    if any(out.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{out}: exists; pass --overwrite to replace it, or choose another place with --out")
+        if not (out / REPORT_NAME).is_file():
+            raise OutputError(
+                f"{out}: exists and has no {REPORT_NAME}, so qinit did not write it and will not replace it; choose "
+                "another place with --out"
+            )
 
 
 def _require_text(plan: Plan, out: Path) -> None:

@@ -50,8 +50,8 @@ class MlxExport(Export):
         rounded = groups = 0
         worst = 0.0
         for module in run.architecture.linear:
-            grid = run.weights.grid(module)
-            if grid is not None and group_size(grid, module.in_features) is not None:
+            grid = run.weights.grid(module) if _width_of(run, module) is not None else None
+            if grid is not None:
                 found = biases_of(grid)
                 rounded, groups = rounded + found.rounded, groups + grid.scales.numel()
                 worst = max(worst, found.worst)
@@ -70,7 +70,7 @@ class MlxExport(Export):
         modules = {f"{module.name}.weight": module for module in run.architecture.linear}
         for parameter in _parameters(run):
             module = modules.get(parameter)
-            quantized = run.weights.codes(module) if module is not None and _packs(run, module) else None
+            quantized = run.weights.codes(module) if module is not None and _width_of(run, module) is not None else None
             if quantized is not None and module is not None:
                 for part, value in zip(PARTS, encode(quantized), strict=True):
                     writer.write(f"{module.name}.{part}", value)
@@ -93,9 +93,11 @@ def _parameters(run: FinishedRun) -> list[str]:
     return [name for name in run.architecture.naming.model.state_dict() if run.weights.has(name)]
 
 
-def _packs(run: FinishedRun, module: LinearModule) -> bool:
-    grid = run.weights.grid(module)
-    return grid is not None and group_size(grid, module.in_features) is not None
+def _width_of(run: FinishedRun, module: LinearModule) -> tuple[int, int] | None:
+    """Return bits and MLX's group size of a packed layer, None for one that is not packed or that MLX does not hold."""
+    width = run.weights.width(module)
+    size = None if width is None else group_size(*width, module.in_features)
+    return None if width is None or size is None else (width[0], size)
 
 
 def _specs(run: FinishedRun) -> Iterator[TensorSpec]:
@@ -105,13 +107,12 @@ def _specs(run: FinishedRun) -> Iterator[TensorSpec]:
     modules = {f"{module.name}.weight": module for module in run.architecture.linear}
     for parameter in _parameters(run):
         module = modules.get(parameter)
-        grid = None if module is None else run.weights.grid(module)
-        size = None if grid is None or module is None else group_size(grid, module.in_features)
-        if grid is None or module is None or size is None:
+        width = None if module is None else _width_of(run, module)
+        if module is None or width is None:
             yield TensorSpec(parameter, _dtype(run, parameter), shapes[parameter])
             continue
-        rows, columns = shapes[parameter]
-        words, halves = columns * grid.bits // 32, (rows, columns // size)
+        (rows, columns), (bits, size) = shapes[parameter], width
+        words, halves = columns * bits // 32, (rows, columns // size)
         yield TensorSpec(f"{module.name}.weight", torch.uint32, (rows, words))
         yield TensorSpec(f"{module.name}.scales", torch.float16, halves)
         yield TensorSpec(f"{module.name}.biases", torch.float16, halves)
@@ -139,9 +140,8 @@ def _config(run: FinishedRun) -> dict[str, Any]:
     config["tie_word_embeddings"] = not run.weights.has("lm_head.weight")
     widths = {}
     for module in run.architecture.linear:
-        grid = run.weights.grid(module)
-        if grid is not None and (size := group_size(grid, module.in_features)) is not None:
-            widths[module.name] = (size, grid.bits)
+        if (width := _width_of(run, module)) is not None:
+            widths[module.name] = width
     if widths:
         most = Counter(widths.values()).most_common(1)[0][0]
         others = {name: _width(*each) for name, each in widths.items() if each != most}
@@ -149,7 +149,7 @@ def _config(run: FinishedRun) -> dict[str, Any]:
     return config
 
 
-def _width(size: int, bits: int) -> dict[str, int]:
+def _width(bits: int, size: int) -> dict[str, int]:
     return {"group_size": size, "bits": bits}
 
 

@@ -21,11 +21,12 @@ GROUP_SIZES = (128, 64, 32)
 PARTS = ("weight", "scales", "biases")
 
 
-def group_size(grid: Quantized, in_features: int) -> int | None:
-    """Return the largest group that MLX has and a layer's groups are made of, None where it does not hold the layer."""
-    if grid.bits not in BITS:
+def group_size(bits: int, grouped: int, in_features: int) -> int | None:
+    """Return the largest group that MLX has and a layer's groups of `grouped` weights are made of, None where it does
+    not hold the layer."""
+    if bits not in BITS:
         return None
-    whole = (size for size in GROUP_SIZES if grid.group_size % size == 0 and in_features % size == 0)
+    whole = (size for size in GROUP_SIZES if grouped % size == 0 and in_features % size == 0)
     return next(whole, None)
 
 
@@ -51,7 +52,7 @@ def biases_of(grid: Quantized) -> Biases:
 def encode(quantized: Quantized) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `PARTS`: uint32 [out, in bits / 32], float16 [out, in / group] twice. MLX must hold the layer."""
     width = quantized.codes.shape[1]
-    size = group_size(quantized, width)
+    size = group_size(quantized.bits, quantized.group_size, width)
     assert size is not None
     assert width % WORD == 0
     quantized = flipped(quantized, biases_of(quantized).flips)

@@ -1,7 +1,8 @@
 import pytest
 
 from qinit.errors import OutputError, QinitError
-from qinit.snndlft.place import check_output, kept, sum_of, working
+from qinit.snndlft.place import kept, sum_of, working
+from qinit.workplace.place import require_replaceable
 from tests.helpers import names
 
 
@@ -40,11 +41,11 @@ def test_without_a_checkpoint_nothing_is_left(tmp_path):
 def test_what_is_there_is_not_replaced_unasked(tmp_path):
     (tmp_path / "file").write_text("a")
     assert sum_of(tmp_path / "file") == "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
-    check_output(tmp_path / "new", False)
+    require_replaceable(tmp_path / "new", False)
     for out, overwrite, words in (
         (tmp_path / "file", True, "is no directory"),
         (tmp_path, False, "pass --overwrite"),
         (tmp_path, True, "qinit did not write it"),
     ):
         with pytest.raises(OutputError, match=words):
-            check_output(out, overwrite)
+            require_replaceable(out, overwrite)

@@ -21,4 +21,4 @@ def test_biases_that_are_rounded_are_counted():
     found = biases_of(grid_of(4, [5, 6, 9, 10]))
     assert found.rounded > 0
     assert 0 < found.worst < 0.01
-    assert group_size(grid_of(2, [1], group_size=16), 128) is None
+    assert group_size(2, 16, 128) is None
