@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.run import run
 from qinit.solver.solve import solve
+from qinit.solver.statistics import Statistics
 from qinit.text.self_text import write_text
 
 BLOCKS = 32  # of the whole model
@@ -170,6 +173,42 @@ def layers(setting: Setting) -> dict[str, Any]:
     return {**found, f"{BLOCKS} blocks": whole, "peak, GB": peak(setting.device)}
 
 
+def calibrated_layers(setting: Setting) -> dict[str, Any]:
+    """Seconds to solve one layer of each shape under statistics, and all of the whole model; smallest first."""
+    recipe = make_recipe(**RECIPE, model=str(setting.source), calibration="random", device=str(setting.device))
+    plan = make_plan(recipe, setting.source, "model")
+    found: dict[str, Any] = {}
+    counts = Counter(layer.target.tensor.shape for layer in plan.quantized)
+    first = {layer.target.tensor.shape: layer for layer in reversed(plan.quantized)}
+    for shape, layer in sorted(first.items(), key=lambda pair: math.prod(pair[0])):
+        weight, spec = layer.target.tensor.read().to(setting.device, torch.float32), plan.layer_spec(layer)
+        statistics = make_statistics(shape, setting.device)
+        if not found:
+            side = min(256, *shape)  # the first call compiles
+            solve(weight[:side, :side].contiguous(), spec, 0, make_statistics((side, side), setting.device))
+        wait(setting.device)
+        started = time.perf_counter()
+        solve(weight, spec, 0, statistics)
+        wait(setting.device)
+        found[" x ".join(map(str, shape))] = time.perf_counter() - started
+        print(shape, found[" x ".join(map(str, shape))], flush=True)
+    whole = sum(found[" x ".join(map(str, shape))] * count for shape, count in counts.items())
+    return {**found, f"{BLOCKS} blocks": whole * BLOCKS / setting.model["num_hidden_layers"]}
+
+
+def make_statistics(shape: tuple[int, ...], device: torch.device) -> Statistics:
+    """Draw statistics of inputs that go together, and are of different sizes, as those of real layers are."""
+    generator = torch.Generator(device).manual_seed(0)
+    outputs, inputs = shape
+    tokens = 2 * inputs
+    mixed = torch.randn(tokens, inputs // 8, generator=generator, device=device)
+    mixed = mixed @ torch.randn(inputs // 8, inputs, generator=generator, device=device) * (8 / inputs) ** 0.5
+    x = mixed + 0.3 * torch.randn(tokens, inputs, generator=generator, device=device)
+    x *= torch.rand(inputs, generator=generator, device=device).add_(0.1)
+    gap = 0.01 * torch.randn(tokens, outputs, generator=generator, device=device)
+    return Statistics(x.T @ x / tokens, x.abs().mean(0), tokens, gap.T @ x / tokens)
+
+
 def without_data(setting: Setting) -> dict[str, Any]:
     return whole_run(setting, {"calibration": "none"})
 
@@ -221,7 +260,14 @@ def own_text(setting: Setting) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
-    **{"card": card, "parity": parity, "layers": layers, "without data": without_data, "calibrated": calibrated},
+    **{
+        "card": card,
+        "parity": parity,
+        "layers": layers,
+        "calibrated layers": calibrated_layers,
+        "without data": without_data,
+        "calibrated": calibrated,
+    },
     "own text": own_text,
 }
 
