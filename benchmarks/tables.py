@@ -323,11 +323,27 @@ def _spread(values: list[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
+def finetune_memory(result: Result) -> list[Table]:
+    """What fine-tuning was said to take against what it took."""
+    parts = ("base", "adapter", "optimizer", "activations", "logits", "working")
+    rows = [
+        [
+            *(row["model"], f"{row['format']}, {row['dtype']}", f"{row['bits']}", f"{row['rank']}"),
+            *(f"{row['batch']} x {row['length']}", "yes" if row["checkpointing"] else "no"),
+            *(f"{row[part] / 1e6:.0f}" for part in parts),
+            *(f"{row['said'] / 1e6:.0f}", f"{row['measured'] / 1e6:.0f}", f"{row['said'] / row['measured']:.2f}"),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["model", "base", "bits", "rank", "tokens", "checkpointing", *parts, "said, MB", "measured, MB", "ratio"]
+    return [Table("memory of fine-tuning beside the libraries, MB", header, rows)]
+
+
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
     **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
-    "snndlft": snndlft,
+    **{"snndlft": snndlft, "finetune-memory": finetune_memory},
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

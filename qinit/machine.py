@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ import torch
 from qinit.errors import RecipeError
 
 PACKAGES = ("qinit", "torch", "transformers", "peft", "numba", "numpy")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device that need not be here: its name, torch's word for what it is, and its memory in bytes."""
+
+    name: str
+    type: str
+    memory: int
 
 
 def pick_device(name: str) -> torch.device:

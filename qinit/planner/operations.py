@@ -182,7 +182,7 @@ class Machine:
         some = replace(spec, rank=min(spec.rank, *cut), iterations=iterations)
 
         def cost(shape: Shape) -> float:
-            return _solve_cost(spec, shape)
+            return solve_cost(spec, shape)
 
         count *= cost((rows, columns)) / cost(cut) * spec.iterations / iterations
         return self._seconds(some, cut, count, cost, lambda: _solve(some, cut, self.device))
@@ -249,8 +249,8 @@ def _cut_solve(rows: int, columns: int, group_size: int, most: int) -> Shape:
     return max(1, min(rows, most // columns)), columns
 
 
-def _solve_cost(spec: LayerSpec, shape: Shape) -> float:
-    """What a solve's time is in proportion to."""
+def solve_cost(spec: LayerSpec, shape: Shape) -> float:
+    """Return what a solve's time is in proportion to."""
     rows, columns = shape
     size = rows * columns
     if spec.method.svd == "full":

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from heapq import heapreplace
 
 import torch
 
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.plan import Plan
+from qinit.planner.kinds import Kind
 from qinit.planner.operations import Machine
-from qinit.planner.work import Work, file_bytes, work_of
+from qinit.planner.work import DISK_SPEED, Work, file_bytes, loading, work_of
+from qinit.solver.spec import LayerSpec
+from qinit.widths.knapsack import tied
 from qinit.words import duration
 
-# Bytes per second of a file that the system holds in its memory, or on a solid disk. Not measured: the run reads each
-# byte for the first time where the measurement could only read some for the second.
-DISK_SPEED = 1e9
+SHARDS = 8  # that the text is cut into for several processes
+SHARED = ("calibrating", "allocating", "polishing")  # by the tokens of the text
 STARTING = 2.0  # seconds of a check: its text is read, and two models are set up
 
 
@@ -49,35 +52,68 @@ WORDS = {
 }
 
 
-def estimate(plan: Plan, device: torch.device, machine: Machine | None = None) -> Estimate:
+def estimate(plan: Plan, device: torch.device, machine: Machine | Kind | None = None, processes: int = 1) -> Estimate:
     """Estimate a run's time with what else is going on here just now; takes at most about two seconds, and less with a
-    `machine` that has measured before."""
+    `machine` that has measured before. A `Kind` stands for a device that is not here, and `processes` for as many
+    devices like it: they share the text, deal the layers out, and the first writes."""
     machine = machine or Machine(device)
-    work = sorted(work_of(plan, device), key=lambda each: -each.count)
-    _summed(plan, work, machine)
+    work = sorted(work_of(plan, device, processes), key=lambda each: -each.count)
+    _summed(plan, work, machine, processes)
     machine.sharpen()
-    return _summed(plan, work, machine)
+    return _summed(plan, work, machine, processes)
 
 
-def _summed(plan: Plan, work: Sequence[Work], machine: Machine) -> Estimate:
+def _summed(plan: Plan, work: Sequence[Work], machine: Machine | Kind, processes: int) -> Estimate:
     seconds: dict[str, float] = defaultdict(float)
+    share = -(-SHARDS // processes) / SHARDS
     for each in work:
-        seconds[each.part] += machine.seconds(each.operation, each.shape, each.count)
-    layers = Counter(
-        (replace(plan.layer_spec(layer), bits=plan.recipe.widths[0]), _shape(layer)) for layer in plan.quantized
-    )
-    solving = sum(machine.solving(spec, *shape, count) for (spec, shape), count in layers.items())
+        taken = machine.seconds(each.operation, each.shape, each.count)
+        seconds[each.part] += taken * share if each.part in SHARED else taken
+    solving = _solving(plan, machine, processes)
     seconds["solving"] += solving
     if plan.pending:  # a round for each width
         seconds["allocating"] += len(plan.recipe.widths) * solving / plan.recipe.iterations
-    seconds["writing"] += file_bytes(plan) / DISK_SPEED
+    seconds["writing"] += _files(plan, machine)
     if plan.recipe.check and plan.facts.causal:
         seconds["checking"] += STARTING
     return Estimate(**{field.name: seconds[field.name] for field in fields(Estimate)})
 
 
-def _shape(layer: LayerPlan) -> tuple[int, int]:
-    return layer.target.module.out_features, layer.target.module.in_features
+def _solving(plan: Plan, machine: Machine | Kind, processes: int) -> float:
+    """Return how long it takes until all layers are solved. Those that read the same can be solved at the same time,
+    and without data all."""
+    alike: dict[tuple[LayerSpec, tuple[int, int]], list[str]] = defaultdict(list)
+    for layer in plan.quantized:
+        spec = replace(plan.layer_spec(layer), bits=plan.recipe.widths[0])
+        module = layer.target.module
+        alike[spec, (module.out_features, module.in_features)].append(module.name)
+    costs: dict[str, float] = {}
+    for (spec, shape), names in alike.items():
+        costs |= dict.fromkeys(names, machine.solving(spec, *shape, len(names)) / len(names))
+    if not plan.recipe.calibrated:
+        return busiest(list(costs.values()), processes)
+    experts: dict[str, list[str]] = defaultdict(list)
+    for layer in plan.quantized:
+        if layer.target.module.expert is not None:
+            experts[layer.target.module.parameter].append(layer.target.name)
+    alone = [layer.target.name for layer in plan.quantized if layer.target.module.expert is None]
+    return sum(busiest([costs[name] for name in group], processes) for group in (*tied(alone), *experts.values()))
+
+
+def busiest(costs: Sequence[float], processes: int) -> float:
+    """Return what the busiest of the processes has to do: the largest piece goes to the one that has the least, and so
+    on."""
+    loads = [0.0] * processes
+    for cost in sorted(costs, reverse=True):
+        heapreplace(loads, loads[0] + cost)
+    return max(loads)
+
+
+def _files(plan: Plan, machine: Machine | Kind) -> float:
+    if isinstance(machine, Kind):
+        return machine.files(plan)
+    each = loading(plan)
+    return machine.seconds(each.operation, each.shape, each.count) + file_bytes(plan) / DISK_SPEED
 
 
 def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
@@ -102,9 +138,9 @@ def expected_polish(plan: Plan, device: torch.device) -> str:
     return f"this polish takes {in_words(Estimate(**seconds))}"
 
 
-def in_words(seconds: Estimate) -> str:
-    """Say an Estimate, the parts of a second and more by name; the longest where there is none."""
+def in_words(seconds: Estimate, where: str = "here") -> str:
+    """Say an Estimate, and where, the parts of a second and more by name; the longest where there is none."""
     parts = {name: value for name, value in asdict(seconds).items() if value}
     said = {name: value for name, value in parts.items() if value >= 1} or {max(parts, key=lambda name: parts[name]): 1}
     named = ", ".join(f"{duration(value)} {WORDS[name]}" for name, value in said.items())
-    return f"about {duration(seconds.total)} here ({named})"
+    return f"about {duration(seconds.total)} {where} ({named})"

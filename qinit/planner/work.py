@@ -36,6 +36,9 @@ from qinit.train.polish import (
 )
 from qinit.widths.knapsack import tied
 
+# Bytes per second of a file that the system holds in its memory, or on a solid disk. Not measured: the run reads each
+# byte for the first time where the measurement could only read some for the second.
+DISK_SPEED = 1e9
 LOADS = 2  # passes over a weight that is read: converted, looked through
 PACKED = 18  # passes over a weight that is packed or unpacked
 CALLS = 180  # calls into torch for one layer of a model, beside what they compute; as many around all layers
@@ -56,13 +59,14 @@ class Work:
     count: float
 
 
-def work_of(plan: Plan, device: torch.device) -> list[Work]:
-    """Return what a run computes, but for solving."""
+def work_of(plan: Plan, device: torch.device, processes: int = 1) -> list[Work]:
+    """Return what a run computes, but for solving, and for reading and writing. Of several `processes` each writes its
+    part of the text; all else is what they do together."""
     recipe, model = plan.recipe, Model(plan)
-    found = list(_loading(plan, model))
+    found: list[Work] = []
     if recipe.calibrated:
         if recipe.calibration == AUTO_SOURCE:
-            found += model.writing("text", recipe.calibration_samples, model.length, device)
+            found += model.writing("text", -(-recipe.calibration_samples // processes), model.length, device)
         found += model.walk(device)
         if "output metric" in recipe.row.needs:
             found += model.there_and_back("calibrating", directions=True)
@@ -80,22 +84,23 @@ def work_of(plan: Plan, device: torch.device) -> list[Work]:
     return found
 
 
-def _loading(plan: Plan, model: Model) -> Iterator[Work]:
-    """Every weight is read for each pass through the model, is packed, and is unpacked where it is looked at again."""
-    yield Work(
-        "writing", "pass", (model.weights,), LOADS * _reads(plan) + (2 if plan.recipe.calibrated else 1) * PACKED
-    )
+def loading(plan: Plan) -> Work:
+    """Return the passes over every weight: it is read for each pass through the model, is packed, and is unpacked where
+    it is looked at again."""
+    passes = LOADS * reads(plan) + (2 if plan.recipe.calibrated else 1) * PACKED
+    return Work("writing", "pass", (Model(plan).weights,), passes)
 
 
-def _reads(plan: Plan) -> int:
+def reads(plan: Plan) -> int:
     """Return how often the source is read: to be solved or walked through, and in each pass back twice."""
     backs = int(plan.recipe.calibrated and "output metric" in plan.recipe.row.needs) + int(plan.pending)
     return 1 + 2 * backs + 2 * bool(plan.recipe.polish)
 
 
 def file_bytes(plan: Plan) -> int:
+    """Return the bytes that a run reads and writes."""
     checked = plan.base_bytes + plan.bytes_before if plan.recipe.check and plan.facts.causal else 0
-    return _reads(plan) * plan.bytes_before + 2 * (plan.base_bytes + plan.adapter_bytes) + checked
+    return reads(plan) * plan.bytes_before + 2 * (plan.base_bytes + plan.adapter_bytes) + checked
 
 
 class Model:

@@ -1,0 +1,111 @@
+"""Kinds of devices that need not be here: how fast one is, as `benchmarks/gpu.py` has measured it.
+
+Each file in `kinds/` is that script's result, as it was written; a newer one takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qinit.calibration.output_metric import DIRECTIONS, STEPS
+from qinit.errors import RecipeError, did_you_mean
+from qinit.machine import Card
+from qinit.plan.plan import Plan
+from qinit.planner.operations import Shape, solve_cost
+from qinit.planner.work import CALLS, DISK_SPEED, reads
+from qinit.solver.spec import LayerSpec
+from qinit.text.self_text import LARGEST_BATCH
+
+PLACE = Path(__file__).parent / "kinds"
+# What the script measures: layers of a block, what lies outside of blocks, blocks, and the text that a model writes.
+BLOCK = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
+OUTSIDE_BYTES = 2 * 2 * 128256 * 4096
+BLOCKS, SAMPLES, LENGTH = 4, 128, 512
+FORWARD = "TFLOP/s forward, of a block's matrix products"
+NUMBER = 4  # bytes
+# Floating-point operations and bytes of one call on a shape.
+COSTS: dict[str, Callable[[Shape], tuple[float, float]]] = {
+    "product": lambda s: (2 * math.prod(s), NUMBER * (s[0] * s[1] + s[1] * s[2] + s[0] * s[2])),
+    "attention": lambda s: (2 * math.prod(s) * s[1], 4 * NUMBER * math.prod(s)),  # what lies ahead is left out
+    "recall": lambda s: (
+        4 * s[0] * s[1] * s[3] * s[4],
+        6 * NUMBER * s[0] * s[2] * s[3] * s[4],
+    ),  # two caches are copied
+    "draw": lambda s: (0, 6 * NUMBER * math.prod(s)),
+    "moment": lambda s: (2 * math.prod(s) * s[1], NUMBER * (math.prod(s) + 2 * s[1] ** 2)),
+    "directions": lambda s: (4 * STEPS * DIRECTIONS * math.prod(s), 2 * STEPS * NUMBER * math.prod(s)),
+    "pass": lambda s: (0, 2 * NUMBER * math.prod(s)),
+    "exponential": lambda s: (0, 2 * NUMBER * math.prod(s)),
+    "small": lambda s: (0, 0),
+}
+
+
+def known() -> list[str]:
+    """Return the names of the kinds that were measured."""
+    return sorted(file.stem for file in PLACE.glob("*.json"))
+
+
+def load_kind(name: str) -> Kind:
+    """Return a kind that was measured; raises RecipeError for another."""
+    if name not in known():
+        names = ["cpu", *known()]
+        raise RecipeError(f"device_kind: no '{name}'{did_you_mean(name, names)}; known are {', '.join(names)}")
+    return Kind(json.loads((PLACE / f"{name}.json").read_text(encoding="utf-8")))
+
+
+class Kind:
+    """A device by what was measured on it; it answers what `operations.Machine` answers of one that is here."""
+
+    def __init__(self, measured: dict[str, Any]) -> None:
+        card = measured["card"]
+        self.device = torch.device(measured["device"])
+        self.card = Card(card["name"], self.device.type, round(card["memory, GB"] * 1e9))
+        self._flops = 1e12 * measured.get("calibrated", {}).get(FORWARD, card["TFLOP/s float32"])
+        self._bytes = 1e9 * card["GB/s copied"]
+        self._layers = {
+            needs: _shapes(measured[part]) for needs, part in ((False, "layers"), (True, "calibrated layers"))
+        }
+        steps = -(-SAMPLES // LARGEST_BATCH) * (LENGTH - 1)
+        self._call = measured["own text"][f"{BLOCKS} blocks"] / (
+            steps * (BLOCKS + 1) * CALLS
+        )  # calls are what it takes
+        run = measured["without data"]
+        solving = sum(count * self._layers[False][shape] for shape, count in BLOCK.items())
+        weights = sum(count * math.prod(shape) for shape, count in BLOCK.items())
+        self._beside = max(0.0, run["a block"] - solving) / weights  # to read a weight, pack and write it, of a layer
+        self._outside = max(0.0, run[f"{BLOCKS} blocks"] - BLOCKS * run["a block"]) / OUTSIDE_BYTES  # to copy a byte
+
+    def seconds(self, name: str, shape: Shape, count: float = 1.0) -> float:
+        """Return what `count` calls take, by arithmetic or by bandwidth, whichever is more."""
+        if name == "small":
+            return count * math.prod(shape) * self._call
+        operations, moved = COSTS[name](shape)
+        return count * max(operations / self._flops, moved / self._bytes)
+
+    def solving(self, spec: LayerSpec, rows: int, columns: int, count: float = 1.0) -> float:
+        """Return what it takes to solve `count` matrices, by the nearest one that was solved with EQFT."""
+        found, cost = self._layers[bool(spec.method.needs)], solve_cost(spec, (rows, columns))
+        near = min(found, key=lambda shape: abs(math.log(solve_cost(spec, shape) / cost)))
+        rounds = spec.iterations / spec.method.iterations
+        return count * rounds * found[near] * cost / solve_cost(spec, near)
+
+    def sharpen(self) -> None:
+        """Nothing is measured here."""
+
+    def files(self, plan: Plan) -> float:
+        """Return what it takes to read the source and to pack, hash and write what is made of it."""
+        copied = sum(tensor.nbytes for tensor in plan.untouched)
+        again = (reads(plan) - 1) * plan.bytes_before / DISK_SPEED
+        return self._beside * sum(layer.weights for layer in plan.quantized) + self._outside * copied + again
+
+
+def _shapes(seconds: dict[str, float]) -> dict[Shape, float]:
+    """Return the seconds by shape of those that a part has under names like `4096 x 14336`."""
+    named = ((name.split(" x "), value) for name, value in seconds.items())
+    return {(int(name[0]), int(name[1])): value for name, value in named if len(name) == 2}
