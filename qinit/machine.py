@@ -48,6 +48,13 @@ def ran_on() -> dict[str, Any]:
     return {"cpu": _processor_name() or platform.processor() or None, "cores": cores, "gpu": gpu}
 
 
+def device_name(device: torch.device) -> str:
+    """Return what a device is called: a GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor_name() or platform.processor() or "cpu"
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on the device; on the CPU with what the system holds as file cache only."""
     if device.type == "cuda":

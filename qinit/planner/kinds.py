@@ -18,7 +18,7 @@ from qinit.errors import RecipeError, did_you_mean
 from qinit.machine import Card
 from qinit.plan.plan import Plan
 from qinit.planner.operations import Shape, solve_cost
-from qinit.planner.work import CALLS, DISK_SPEED, reads
+from qinit.planner.work import DISK_SPEED, reads
 from qinit.solver.spec import LayerSpec
 from qinit.text.self_text import LARGEST_BATCH
 
@@ -27,6 +27,7 @@ PLACE = Path(__file__).parent / "kinds"
 BLOCK = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
 OUTSIDE_BYTES = 2 * 2 * 128256 * 4096
 BLOCKS, SAMPLES, LENGTH = 4, 128, 512
+CALL = "us of a small call"
 FORWARD = "TFLOP/s forward, of a block's matrix products"
 NUMBER = 4  # bytes
 # Floating-point operations and bytes of one call on a shape.
@@ -68,13 +69,11 @@ class Kind:
         self.card = Card(card["name"], self.device.type, round(card["memory, GB"] * 1e9))
         self._flops = 1e12 * measured.get("calibrated", {}).get(FORWARD, card["TFLOP/s float32"])
         self._bytes = 1e9 * card["GB/s copied"]
-        self._layers = {
-            needs: _shapes(measured[part]) for needs, part in ((False, "layers"), (True, "calibrated layers"))
-        }
+        self._layers = {False: _shapes(measured["layers"]), True: _shapes(measured["calibrated layers"])}
+        self._call = 1e-6 * card.get(CALL, 0.0)
+        # A step of writing takes as long as its calls into torch: as much around the blocks as in one of them.
         steps = -(-SAMPLES // LARGEST_BATCH) * (LENGTH - 1)
-        self._call = measured["own text"][f"{BLOCKS} blocks"] / (
-            steps * (BLOCKS + 1) * CALLS
-        )  # calls are what it takes
+        self._step = measured["own text"][f"{BLOCKS} blocks"] / (steps * (BLOCKS + 1))
         run = measured["without data"]
         solving = sum(count * self._layers[False][shape] for shape, count in BLOCK.items())
         weights = sum(count * math.prod(shape) for shape, count in BLOCK.items())
@@ -86,7 +85,8 @@ class Kind:
         if name == "small":
             return count * math.prod(shape) * self._call
         operations, moved = COSTS[name](shape)
-        return count * max(operations / self._flops, moved / self._bytes)
+        least = self._step if name == "recall" else 0.0
+        return count * max(operations / self._flops, moved / self._bytes, least)
 
     def solving(self, spec: LayerSpec, rows: int, columns: int, count: float = 1.0) -> float:
         """Return what it takes to solve `count` matrices, by the nearest one that was solved with EQFT."""
