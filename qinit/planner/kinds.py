@@ -91,7 +91,11 @@ class Kind:
     def solving(self, spec: LayerSpec, rows: int, columns: int, count: float = 1.0) -> float:
         """Return what it takes to solve `count` matrices, by the nearest one that was solved with EQFT."""
         found, cost = self._layers[bool(spec.method.needs)], solve_cost(spec, (rows, columns))
-        near = min(found, key=lambda shape: abs(math.log(solve_cost(spec, shape) / cost)))
+
+        def apart(shape: Shape) -> tuple[float, float]:
+            return abs(math.log(solve_cost(spec, shape) / cost)), abs(math.log(shape[1] / columns))
+
+        near = min(found, key=apart)
         rounds = spec.iterations / spec.method.iterations
         return count * rounds * found[near] * cost / solve_cost(spec, near)
 

@@ -7,9 +7,10 @@ import torch
 from qinit.planner import operations
 from qinit.planner import time as module
 from qinit.planner.operations import OPERATIONS, Machine
-from qinit.planner.time import WORDS, Estimate, estimate, expected, expected_polish, in_words
+from qinit.planner.time import WORDS, Estimate, busiest, estimate, expected, expected_polish, in_words
 from qinit.planner.work import work_of
 from qinit.solver.methods import METHODS
+from qinit.text.self_text import LARGEST_BATCH
 from tests.helpers import plan_of
 from tests.models import FAMILIES, make_checkpoint, make_reader
 
@@ -89,6 +90,31 @@ class TestEstimate:
         small, large = (plan_of(make_reader(tmp_path / str(n), num_hidden_layers=n), **TEXT, polish=2) for n in (2, 4))
         less, more = (asdict(estimate(each, CPU)) for each in (small, large))
         assert all(more[part] > 1.3 * less[part] for part in ("calibrating", "solving", "polishing"))
+
+
+class TestProcesses:
+    def test_the_largest_piece_goes_to_the_one_with_the_least(self):
+        assert busiest([3, 1, 2, 4], 2) == 5
+        assert busiest([3, 1, 2, 4], 1) == 10
+        assert busiest([3, 1], 4) == 3
+
+    def test_without_data_layers_are_dealt_out(self, plan, one_second):
+        made = plan(calibration="none")
+        assert [estimate(made, CPU, None, count).solving for count in (1, 2, 4, 14)] == [14, 7, 4, 1]
+        assert estimate(made, CPU, None, 2).writing == estimate(made, CPU).writing
+
+    def test_with_calibration_layers_that_read_the_same_are(self, plan, one_second):
+        made = plan()
+        one, two, three, eight, many = (estimate(made, CPU, None, count) for count in (1, 2, 3, 8, 14))
+        assert [one.solving, two.solving, three.solving] == [14, 2 * (2 + 1 + 1 + 1), 2 * (1 + 1 + 1 + 1)]
+        assert two.calibrating == pytest.approx(one.calibrating / 2)
+        assert three.calibrating == pytest.approx(one.calibrating * 3 / 8)  # three of eight shards
+        assert many.calibrating == eight.calibrating == pytest.approx(one.calibrating / 8)
+
+    def test_each_writes_its_part_of_the_text(self, plan, one_second):
+        made = plan(calibration="self", calibration_samples=4 * LARGEST_BATCH)
+        one, four = (estimate(made, CPU, None, count).text for count in (1, 4))
+        assert four == pytest.approx(one / 4)
 
 
 class TestWords:
