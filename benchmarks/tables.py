@@ -339,11 +339,39 @@ def finetune_memory(result: Result) -> list[Table]:
     return [Table("memory of fine-tuning beside the libraries, MB", header, rows)]
 
 
+def scale(result: Result) -> list[Table]:
+    """What runs and fine-tuning take by the size of the model, and how that compares with what was measured."""
+    rows = [
+        [
+            *(row["model"], f"{row['weights'] / 1e9:.2f}", *(f"{row[key] / 1e9:.1f}" for key in ("source", "written"))),
+            *(_time(row[key][count]) for key in ("without_data", "calibrated") for count in result["processes"]),
+            *(f"{row['working'][count] / 1e9:.1f}" for count in result["processes"]),
+            *(f"{row['tuning'][key] / 1e9:.1f}" for key in ("checkpointing", "without")),
+        ]
+        for row in result["rows"]
+    ]
+    counts = result["processes"]
+    header = ["model's shapes", "10^9 weights", "source, GB", "run, GB"]
+    header += [f"{what}, {count}" for what in ("no data", "calibrated", "memory of each, GB") for count in counts]
+    header += ["fine-tuning, GB", "without checkpointing"]
+    against = [[each["what"], *(_time(each[key]) for key in ("said", "measured"))] for each in result["against"]]
+    return [
+        Table(f"2 bits, rank 16, group 64, on 1 and more of {result['card']}", header, rows),
+        Table("the 8B model's shapes: said and measured", ["what", "said", "measured"], against),
+    ]
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
     **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
-    **{"snndlft": snndlft, "finetune-memory": finetune_memory},
+    **{"snndlft": snndlft, "finetune-memory": finetune_memory, "scale": scale},
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

@@ -75,9 +75,11 @@ def test_the_forward_pass_is_as_fast_as_it_was_measured():
 def test_the_kinds_are_the_newest_measurements():
     assert known() == ["h100"]
     newest = Path(__file__).resolve().parents[3] / "model_zoo/results/gpu.json"
-    kept = json.loads((PLACE / "h100.json").read_text())
-    assert kept == json.loads(newest.read_text()), f"cp {newest.name} to {PLACE.name}/h100.json"
     assert "H100" in load_kind("h100").card.name
+    if not newest.exists():
+        pytest.skip(f"no {newest.name} among the results")
+    kept = json.loads((PLACE / "h100.json").read_text())
+    assert kept == json.loads(newest.read_text()), f"copy {newest.name} to {PLACE.name}/h100.json"
 
 
 def test_another_kind_is_refused():
