@@ -69,9 +69,12 @@ class _Blocks:
         self.copy = HALF if autocast else SINGLE  # of what an adapter reads,
         self.copies = autocast or stored != SINGLE  # and whether each has its own
         packed = [layer for layer in plan.quantized if len(layer.specs) > 1]
-        # Kernels unpack a layer, PEFT adds an expert's adapter to its weight: the backward pass needs what comes of it.
-        made = [layer for layer in plan.layers if layer.rank and layer.target.module.expert is not None]
-        self.made = {layer.target.name for layer in (*packed, *made)}
+        # Kernels unpack a layer, PEFT adds an expert's adapter to its weight, autocast makes 16 bits of 32: what comes
+        # of it is kept for the backward pass.
+        experts = [layer for layer in plan.layers if layer.rank and layer.target.module.expert is not None]
+        self.made = {layer.target.name for layer in (*packed, *experts)}
+        if autocast and stored == SINGLE:
+            self.made |= plan.architecture.modules.keys()
         blocks: dict[str, list[LinearModule]] = {}
         for module in plan.architecture.modules.values():
             if plan.architecture.in_language(module.name):

@@ -13,8 +13,9 @@ TOKENS, WIDTH, VOCABULARY, BLOCKS = 96, 64, 256, 2
 PACKED = pytest.mark.skipif(not (find_spec("gptqmodel") and find_spec("optimum")), reason="pip install 'qinit[gptq]'")
 
 
-def kept_by_torch(directory):
-    """Return the bytes that a pass forward keeps for the one back, beside parameters and the logits."""
+def kept_by_torch(directory, autocast):
+    """Return the bytes that a pass forward keeps for the one back, beside parameters and the logits. The autocast of a
+    CPU keeps what that of a GPU does."""
     model = load(directory, trainable=True).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
@@ -26,7 +27,8 @@ def kept_by_torch(directory):
         return tensor
 
     tokens = torch.arange(3, 3 + TOKENS)[None]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    casting = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), casting:
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
     assert loss.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
@@ -38,8 +40,9 @@ def kept_by_torch(directory):
 def test_the_activations_are_those_that_torch_keeps(tmp_path, form, dtype):
     source = make_checkpoint(tmp_path / "source", dtype=dtype)
     plan, _ = stock.quantize(source, tmp_path / "run", format=form, iter=1)
-    said = fine_tuning(plan, TOKENS, 1, checkpointing=False, autocast=False)
-    assert said.activations == pytest.approx(kept_by_torch(tmp_path / "run"), rel=0.1)
+    for autocast in (False, True):
+        said = fine_tuning(plan, TOKENS, 1, checkpointing=False, autocast=autocast)
+        assert said.activations == pytest.approx(kept_by_torch(tmp_path / "run", autocast), rel=0.1)
     files = (tmp_path / "run").glob("*.safetensors")
     assert said.base == pytest.approx(sum(file.stat().st_size for file in files), rel=0.1)
 
