@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qinit.calibration.output_metric import DIRECTIONS, STEPS
 from qinit.errors import RecipeError, did_you_mean
 from qinit.machine import Card
 from qinit.plan.plan import Plan
-from qinit.planner.operations import Shape, solve_cost
+from qinit.planner.operations import Shape, calibrated_cost
 from qinit.planner.work import DISK_SPEED, reads
 from qinit.solver.spec import LayerSpec
 from qinit.text.self_text import LARGEST_BATCH
@@ -67,37 +68,40 @@ class Kind:
         card = measured["card"]
         self.device = torch.device(measured["device"])
         self.card = Card(card["name"], self.device.type, round(card["memory, GB"] * 1e9))
-        self._flops = 1e12 * measured.get("calibrated", {}).get(FORWARD, card["TFLOP/s float32"])
+        self._flops = 1e12 * card["TFLOP/s float32"]
+        self._products = 1e12 * measured["calibrated"][FORWARD]  # with what else a pass forward does
         self._bytes = 1e9 * card["GB/s copied"]
-        self._layers = {False: _shapes(measured["layers"]), True: _shapes(measured["calibrated layers"])}
         self._call = 1e-6 * card.get(CALL, 0.0)
-        # A step of writing takes as long as its calls into torch: as much around the blocks as in one of them.
-        steps = -(-SAMPLES // LARGEST_BATCH) * (LENGTH - 1)
-        self._step = measured["own text"][f"{BLOCKS} blocks"] / (steps * (BLOCKS + 1))
-        run = measured["without data"]
-        solving = sum(count * self._layers[False][shape] for shape, count in BLOCK.items())
+        half, each = f"{BLOCKS // 2} blocks", "a block more"
+        steps = -(-SAMPLES // LARGEST_BATCH[self.device.type]) * (LENGTH - 1)
+        text, run = measured["own text"], measured["without data"]
+        self._steps = {"recall": text[each] / steps, "draw": max(0.0, text[half] - BLOCKS // 2 * text[each]) / steps}
+        layers = {shape: measured["layers"][" x ".join(map(str, shape))] for shape in BLOCK}
+        # A layer takes some time whatever its size, and in proportion to what there is to compute.
+        slope, fixed = np.polyfit([math.prod(shape) for shape in layers], list(layers.values()), 1)
+        self._slopes, self._fixed = {False: float(slope)}, max(0.0, float(fixed))
+        costs = sum(count * calibrated_cost(shape) for shape, count in BLOCK.items())
+        solving = measured["calibrated"]["split"]["solving"] / BLOCKS - self._fixed * sum(BLOCK.values())
+        self._slopes[True] = max(0.0, solving) / costs
         weights = sum(count * math.prod(shape) for shape, count in BLOCK.items())
-        self._beside = max(0.0, run["a block"] - solving) / weights  # to read a weight, pack and write it, of a layer
-        self._outside = max(0.0, run[f"{BLOCKS} blocks"] - BLOCKS * run["a block"]) / OUTSIDE_BYTES  # to copy a byte
+        # To read, pack and write: a weight of a layer, and a byte of what is copied, the start of a run included.
+        self._beside = max(0.0, run[each] - sum(count * layers[shape] for shape, count in BLOCK.items())) / weights
+        self._outside = max(0.0, run[half] - BLOCKS // 2 * run[each]) / OUTSIDE_BYTES
 
     def seconds(self, name: str, shape: Shape, count: float = 1.0) -> float:
-        """Return what `count` calls take, by arithmetic or by bandwidth, whichever is more."""
+        """Return what `count` calls take: by arithmetic or by bandwidth, whichever is more; a step of writing text what
+        it took, for each block and around all of them."""
         if name == "small":
             return count * math.prod(shape) * self._call
         operations, moved = COSTS[name](shape)
-        least = self._step if name == "recall" else 0.0
-        return count * max(operations / self._flops, moved / self._bytes, least)
+        rate = self._products if name == "product" else self._flops
+        return count * max(operations / rate, moved / self._bytes, self._steps.get(name, 0.0))
 
     def solving(self, spec: LayerSpec, rows: int, columns: int, count: float = 1.0) -> float:
-        """Return what it takes to solve `count` matrices, by the nearest one that was solved with EQFT."""
-        found, cost = self._layers[bool(spec.method.needs)], solve_cost(spec, (rows, columns))
-
-        def apart(shape: Shape) -> tuple[float, float]:
-            return abs(math.log(solve_cost(spec, shape) / cost)), abs(math.log(shape[1] / columns))
-
-        near = min(found, key=apart)
-        rounds = spec.iterations / spec.method.iterations
-        return count * rounds * found[near] * cost / solve_cost(spec, near)
+        """Return what it takes to solve `count` matrices with EQFT, whatever the method is."""
+        calibrated = bool(spec.method.needs)
+        cost = calibrated_cost((rows, columns)) if calibrated else rows * columns
+        return count * spec.iterations / spec.method.iterations * (self._fixed + self._slopes[calibrated] * cost)
 
     def sharpen(self) -> None:
         """Nothing is measured here."""
@@ -107,9 +111,3 @@ class Kind:
         copied = sum(tensor.nbytes for tensor in plan.untouched)
         again = (reads(plan) - 1) * plan.bytes_before / DISK_SPEED
         return self._beside * sum(layer.weights for layer in plan.quantized) + self._outside * copied + again
-
-
-def _shapes(seconds: dict[str, float]) -> dict[Shape, float]:
-    """Return the seconds by shape of those that a part has under names like `4096 x 14336`."""
-    named = ((name.split(" x "), value) for name, value in seconds.items())
-    return {(int(name[0]), int(name[1])): value for name, value in named if len(name) == 2}

@@ -182,7 +182,7 @@ class Machine:
         some = replace(spec, rank=min(spec.rank, *cut), iterations=iterations)
 
         def cost(shape: Shape) -> float:
-            return solve_cost(spec, shape)
+            return _solve_cost(spec, shape)
 
         count *= cost((rows, columns)) / cost(cut) * spec.iterations / iterations
         return self._seconds(some, cut, count, cost, lambda: _solve(some, cut, self.device))
@@ -249,13 +249,17 @@ def _cut_solve(rows: int, columns: int, group_size: int, most: int) -> Shape:
     return max(1, min(rows, most // columns)), columns
 
 
-def solve_cost(spec: LayerSpec, shape: Shape) -> float:
-    """Return what a solve's time is in proportion to."""
-    rows, columns = shape
-    size = rows * columns
+def _solve_cost(spec: LayerSpec, shape: Shape) -> float:
+    """What a solve's time is in proportion to."""
     if spec.method.svd == "full":
-        return size * min(rows, columns)
-    return size * (1 + columns / INPUTS_OF_HALF) if spec.method.needs else size
+        return math.prod(shape) * min(shape)
+    return calibrated_cost(shape) if spec.method.needs else math.prod(shape)
+
+
+def calibrated_cost(shape: Shape) -> float:
+    """Return what a calibrated solve's time is in proportion to, where no full SVD is a part of it."""
+    rows, columns = shape
+    return rows * columns * (1 + columns / INPUTS_OF_HALF)
 
 
 def _solve(spec: LayerSpec, shape: Shape, device: torch.device) -> Callable[[], Any]:

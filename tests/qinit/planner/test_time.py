@@ -112,7 +112,7 @@ class TestProcesses:
         assert many.calibrating == eight.calibrating == pytest.approx(one.calibrating / 8)
 
     def test_each_writes_its_part_of_the_text(self, plan, one_second):
-        made = plan(calibration="self", calibration_samples=4 * LARGEST_BATCH)
+        made = plan(calibration="self", calibration_samples=4 * LARGEST_BATCH["cpu"])
         one, four = (estimate(made, CPU, None, count).text for count in (1, 4))
         assert four == pytest.approx(one / 4)
 

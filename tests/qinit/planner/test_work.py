@@ -118,14 +118,14 @@ class TestText:
         assert sums(plan())["calibrating"] == sums(plan(calibration="self"))["calibrating"]
 
     def test_every_token_is_a_step_for_a_batch_at_once(self, plan):
-        found = plan(calibration="self", calibration_samples=2 * LARGEST_BATCH, calibration_length=17)
+        found = plan(calibration="self", calibration_samples=2 * LARGEST_BATCH["cpu"], calibration_length=17)
         steps = 2 * 16
         head = 64 * 256
-        assert sums(found, "product")["text"] == pytest.approx(steps * LARGEST_BATCH * (weights(found) + head))
-        assert sums(found, "draw")["text"] == pytest.approx(steps * LARGEST_BATCH * 256)
+        assert sums(found, "product")["text"] == pytest.approx(steps * LARGEST_BATCH["cpu"] * (weights(found) + head))
+        assert sums(found, "draw")["text"] == pytest.approx(steps * LARGEST_BATCH["cpu"] * 256)
         assert sums(found, "small")["text"] == pytest.approx(steps * 3 * module.CALLS)  # two blocks, and around them
         (recall,) = (work for work in work_of(found, CPU) if work.operation == "recall")
-        assert (recall.shape, recall.count) == ((LARGEST_BATCH, 4, 2, 8, 16), steps * 2)
+        assert (recall.shape, recall.count) == ((LARGEST_BATCH["cpu"], 4, 2, 8, 16), steps * 2)
 
     def test_samples_longer_than_the_model_takes_count_as_they_will_be(self, plan):
         long, longest = (work_of(plan(calibration="self", calibration_length=n), CPU) for n in (128, 4096))
