@@ -93,11 +93,7 @@ def against(directory: Path, kind: Kind, measured: dict[str, Any]) -> list[dict[
     found = [
         ("layers solved without data", free.solving, measured["layers"][blocks]),
         ("a run without data", free.total, measured["without data"][blocks]),
-        (
-            "layers solved with calibration",
-            calibrated.solving,
-            32 / BLOCKS * measured["calibrated"]["split"]["solving"],
-        ),
+        ("layers solved with calibration", calibrated.solving, 32 / BLOCKS * solved),
         ("a run with calibration", calibrated.total, measured["calibrated"][blocks]),
         ("text that the model writes", text, measured["own text"][blocks]),
     ]

@@ -362,7 +362,7 @@ def scale(result: Result) -> list[Table]:
 
 
 def _time(seconds: float) -> str:
-    if seconds < 120:
+    if seconds < 300:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 

@@ -34,6 +34,7 @@ NUMBER = 4  # bytes
 # Floating-point operations and bytes of one call on a shape.
 COSTS: dict[str, Callable[[Shape], tuple[float, float]]] = {
     "product": lambda s: (2 * math.prod(s), NUMBER * (s[0] * s[1] + s[1] * s[2] + s[0] * s[2])),
+    "step": lambda s: (0, 0),  # what a step of writing takes is counted by its recalls
     "attention": lambda s: (2 * math.prod(s) * s[1], 4 * NUMBER * math.prod(s)),  # what lies ahead is left out
     "recall": lambda s: (
         4 * s[0] * s[1] * s[3] * s[4],

@@ -133,6 +133,7 @@ def _cut_last(shape: Shape, kind: str) -> Shape:
 
 OPERATIONS = {
     "product": Operation(_product, _cut_product),  # rows, inputs, outputs
+    "step": Operation(_product, _cut_product),  # the same, of one token for each text that is written
     "attention": Operation(_attention, _cut_attention, lambda shape: math.prod(shape) * shape[1]),  # heads, length, dim
     "recall": Operation(_recall, _cut_recall),  # batch, heads, heads of the cache, length, dim
     "draw": Operation(_draw, _cut_last),  # batch, vocabulary

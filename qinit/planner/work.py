@@ -133,7 +133,9 @@ class Model:
         """Return the share of the tokens that reach a layer: of experts, what each gets."""
         return share(self.plan, module)
 
-    def products(self, part: str, tokens: float, rows: int, times: Sequence[float] | float = 1.0) -> Iterator[Work]:
+    def products(
+        self, part: str, tokens: float, rows: int, times: Sequence[float] | float = 1.0, operation: str = "product"
+    ) -> Iterator[Work]:
         """Yield the products of `tokens` with every layer, `rows` at once; `times` for each layer, in order, or all."""
         shapes: dict[tuple[int, int], float] = defaultdict(float)
         modules = [module for block in self.blocks.values() for module in block]
@@ -143,7 +145,7 @@ class Model:
         for shape, experts in self.experts.items():
             shapes[shape] += max(each, default=1.0) * experts * self.plan.routed
         for (inputs, outputs), count in shapes.items():
-            yield Work(part, "product", (rows, inputs, outputs), count * tokens / rows)
+            yield Work(part, operation, (rows, inputs, outputs), count * tokens / rows)
 
     def around(
         self, part: str, tokens: float, rows: int, length: int, attention: float, inner: float
@@ -176,12 +178,12 @@ class Model:
         itemsize = 4 if model_bytes(stored, device) > stored else 2
         batches = -(-samples // batch_size(config, length, itemsize, device))
         batch, steps = -(-samples // batches), batches * (length - 1)
-        yield from self.products(part, batch * steps, batch)
+        yield from self.products(part, batch * steps, batch, operation="step")
         cache = (batch, self.heads, self.shared, max(1, length // 2), self.head_width)
         yield Work(part, "recall", cache, steps * len(self.blocks))
         yield Work(part, "small", (CALLS,), steps * (len(self.blocks) + 1))
         if self.vocabulary:
-            yield Work(part, "product", (batch, self.width, self.vocabulary), steps)
+            yield Work(part, "step", (batch, self.width, self.vocabulary), steps)
             yield Work(part, "draw", (batch, self.vocabulary), steps)
 
     def walk(self, device: torch.device) -> Iterator[Work]:

@@ -42,7 +42,13 @@ def spec(tiny_llama):
 
 def test_every_operation_has_its_cost(kind):
     assert COSTS.keys() == OPERATIONS.keys()
-    shapes = {"attention": (4, 8, 16), "product": (4, 8, 16), "recall": (4, 4, 2, 8, 16), "small": (100,)}
+    shapes = {
+        "attention": (4, 8, 16),
+        "product": (4, 8, 16),
+        "step": (4, 8, 16),
+        "recall": (4, 4, 2, 8, 16),
+        "small": (100,),
+    }
     for name in OPERATIONS:
         assert kind.seconds(name, shapes.get(name, (8, 16)), 2) == 2 * kind.seconds(name, shapes.get(name, (8, 16)))
 
