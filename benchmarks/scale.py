@@ -86,18 +86,20 @@ def row_of(directory: Path, kind: Kind) -> dict[str, Any]:
 
 def against(directory: Path, kind: Kind, measured: dict[str, Any]) -> list[dict[str, Any]]:
     """Hold a plan of the 8B model against what was measured of it; the check at the end was no part of that."""
-    blocks = "32 blocks"
-    free, calibrated = (said(directory, kind, 1, **how, check=False).seconds for how in (WITHOUT, TEXT))
+    blocks, peak = "32 blocks", "peak, GB"
+    free, calibrated = (said(directory, kind, 1, **how, check=False) for how in (WITHOUT, TEXT))
     text = said(directory, kind, 1, **{**TEXT, "calibration": "self"}, check=False).seconds.text
-    solved = measured["calibrated"]["split"]["solving"]
+    solved = 32 / BLOCKS * measured["calibrated"]["split"]["solving"]
     found = [
-        ("layers solved without data", free.solving, measured["layers"][blocks]),
-        ("a run without data", free.total, measured["without data"][blocks]),
-        ("layers solved with calibration", calibrated.solving, 32 / BLOCKS * solved),
-        ("a run with calibration", calibrated.total, measured["calibrated"][blocks]),
-        ("text that the model writes", text, measured["own text"][blocks]),
+        ("layers solved without data", "s", free.seconds.solving, measured["layers"][blocks]),
+        ("a run without data", "s", free.seconds.total, measured["without data"][blocks]),
+        ("layers solved with calibration", "s", calibrated.seconds.solving, solved),
+        ("a run with calibration", "s", calibrated.seconds.total, measured["calibrated"][blocks]),
+        ("text that the model writes", "s", text, measured["own text"][blocks]),
+        ("memory of a run without data", "GB", free.working_bytes / 1e9, measured["without data"][peak]),
+        ("memory of a run with calibration", "GB", calibrated.working_bytes / 1e9, measured["calibrated"][peak]),
     ]
-    return [{"what": what, "said": said, "measured": seconds} for what, said, seconds in found]
+    return [{"what": what, "unit": unit, "said": said, "measured": real} for what, unit, said, real in found]
 
 
 def main() -> None:

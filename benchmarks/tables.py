@@ -335,7 +335,18 @@ def finetune_memory(result: Result) -> list[Table]:
         ]
         for row in result["rows"]
     ]
-    header = ["model", "base", "bits", "rank", "tokens", "checkpointing", *parts, "said, MB", "measured, MB", "ratio"]
+    header = [
+        "model",
+        "stored as",
+        "bits",
+        "rank",
+        "tokens",
+        "checkpointing",
+        *parts,
+        "said, MB",
+        "measured, MB",
+        "ratio",
+    ]
     return [Table("memory of fine-tuning beside the libraries, MB", header, rows)]
 
 
@@ -354,7 +365,10 @@ def scale(result: Result) -> list[Table]:
     header = ["model's shapes", "10^9 weights", "source, GB", "run, GB"]
     header += [f"{what}, {count}" for what in ("no data", "calibrated", "memory of each, GB") for count in counts]
     header += ["fine-tuning, GB", "without checkpointing"]
-    against = [[each["what"], *(_time(each[key]) for key in ("said", "measured"))] for each in result["against"]]
+    against = [
+        [each["what"], *(f"{each[key]:.3g} {each['unit']}" for key in ("said", "measured"))]
+        for each in result["against"]
+    ]
     return [
         Table(f"2 bits, rank 16, group 64, on 1 and more of {result['card']}", header, rows),
         Table("the 8B model's shapes: said and measured", ["what", "said", "measured"], against),

@@ -1,4 +1,6 @@
+import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +100,10 @@ def test_experts_count_as_often_as_a_token_meets_them(tmp_path):
     ]
     one, two = (fine_tuning(each, TOKENS, 1, checkpointing=False, autocast=True).activations for each in made)
     assert two > one
+
+
+def test_what_was_measured_is_within_15_percent():
+    kept = json.loads((Path(__file__).resolve().parents[3] / "model_zoo/results/finetune-memory.json").read_text())
+    assert len(kept["rows"]) >= 10
+    for row in kept["rows"]:
+        assert row["said"] == pytest.approx(row["measured"], rel=0.15)
