@@ -21,7 +21,8 @@ def corrected(weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor) -
     have left of their own error (as GPTAQ's asymmetric calibration, arXiv:2504.02692, equation 6, here for the
     residual stream too), in so far as that H vouches for it."""
     half = torch.linalg.solve_triangular(factor.T, drift, upper=True, left=False)
-    return torch.linalg.solve_triangular(factor, half, upper=False, left=False).add_(weight)
+    # The solver returns columns side by side; the kernels take rows.
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False).contiguous().add_(weight)
 
 
 def output_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
