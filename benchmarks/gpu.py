@@ -237,15 +237,9 @@ def calibrated_layers(setting: Setting) -> dict[str, Any]:
     for shape, layer in sorted(first.items(), key=lambda pair: math.prod(pair[0])):
         weight, spec = layer.target.tensor.read().to(setting.device, torch.float32), plan.layer_spec(layer)
         statistics = make_statistics(shape, setting.device)
-        if not found:
-            side = min(256, *shape)  # the first call compiles
-            solve(weight[:side, :side].contiguous(), spec, 0, make_statistics((side, side), setting.device))
-        wait(setting.device)
-        started = time.perf_counter()
-        solve(weight, spec, 0, statistics)
-        wait(setting.device)
-        found[" x ".join(map(str, shape))] = time.perf_counter() - started
-        print(shape, found[" x ".join(map(str, shape))], flush=True)
+        found[" x ".join(map(str, shape))] = timed(
+            setting.device, lambda weight=weight, spec=spec, known=statistics: solve(weight, spec, 0, known)
+        )
     whole = sum(found[" x ".join(map(str, shape))] * count for shape, count in counts.items())
     return {**found, f"{BLOCKS} blocks": whole * BLOCKS / setting.model["num_hidden_layers"]}
 

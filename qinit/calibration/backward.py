@@ -165,8 +165,8 @@ class Probe(ABC):
 
 
 def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw a label for each row of probabilities [tokens, vocabulary], by a number of the CPU's `generator`: the same on
-    every device, but for ties."""
+    """Draw a label for each row of probabilities [tokens, vocabulary], by a number of the CPU's `generator`: the same
+    on every device, but for ties."""
     up_to = probabilities.cumsum(-1)
     chance = torch.rand(len(up_to), 1, generator=generator).to(up_to.device)
     return torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp(max=up_to.shape[1] - 1)[:, 0]
