@@ -104,6 +104,12 @@ class StoredTensor(TensorSpec):
                 _read_into(handle, buffer, self)
                 yield buffer
 
+    def announce(self) -> None:
+        """Have the system fetch it from the disk while something else is done, where it can."""
+        if hasattr(os, "posix_fadvise"):
+            with _open(self.file) as handle:
+                os.posix_fadvise(handle.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+
     def first_bytes(self, count: int) -> bytes:
         """Read the first `count` bytes of its data, or all if it has fewer."""
         buffer = torch.empty(min(count, self.nbytes), dtype=torch.uint8)
