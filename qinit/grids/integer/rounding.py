@@ -116,7 +116,7 @@ def _find_scales(
     assert quantized.zeros is not None
     size = quantized.group_size
     for group, first in enumerate(range(0, target.shape[1], size)):
-        for rows in row_chunks(len(target), size, target.device):
+        for rows in row_chunks(len(target), size, device=target.device):
             part = slice(first, first + size)
             search = 2**quantized.bits - 1, ratios, refinements, zero_range
             scale, zero = fit_weighted(target[rows, part], weights[part], *search)
