@@ -41,7 +41,7 @@ def dequantized(
     """Return the weight [out, in] that four packed tensors stand for, s (q - z), in float32."""
     zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
     result = torch.empty((qweight.shape[1], len(groups)), device=qweight.device)
-    for rows in row_chunks(*result.shape, result.device):
+    for rows in row_chunks(*result.shape, device=result.device):
         codes = unpack_rows(qweight[:, rows].T, bits).float()
         torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])
     return result
