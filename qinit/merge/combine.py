@@ -56,14 +56,11 @@ class CombinePlan:
 
     @property
     def specs(self) -> list[TensorSpec]:
-        return [
-            TensorSpec(tensor.name, torch.float32, shape)
-            for name, pair in self.pairs[0].items()
-            for tensor, shape in (
-                (pair.A, (self.ranks[name], pair.A.shape[1])),
-                (pair.B, (pair.B.shape[0], self.ranks[name])),
-            )
-        ]
+        found = []
+        for pair, rank in zip(self.pairs[0].values(), self.ranks.values(), strict=True):
+            found.append(TensorSpec(pair.A.name, torch.float32, (rank, pair.A.shape[1])))
+            found.append(TensorSpec(pair.B.name, torch.float32, (pair.B.shape[0], rank)))
+        return found
 
 
 def plan_combine(
