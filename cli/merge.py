@@ -28,7 +28,7 @@ def merge(
     directory: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DIR]",
+            metavar="DIR",
             help="A run's directory, which holds qinit.json. With --adapters what they were trained from, where "
             "that is not what they name as their base.",
             show_default=False,

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from qinit.adapters import CONFIG_NAME, WEIGHTS_STEM, LoraAdapter, adapter_of, write_config
+from qinit.adapters import CONFIG_NAME, WEIGHTS_STEM, LoraAdapter, write_config
 from qinit.adapters.changes import LowRankAdded
+from qinit.adapters.reading import kind_of
 from qinit.adapters.trained import WEIGHTS_NAME
 from qinit.errors import CheckpointError, RecipeError, did_you_mean
 from qinit.files.manifest import file_sum
@@ -156,7 +157,7 @@ def _require_options(adapters: Sequence[Path], weights: Sequence[float], how: st
 
 def _require_lora(adapter: Path, settings: dict[str, Any]) -> None:
     kind = settings.get("peft_type")
-    if not isinstance(adapter_of(settings), LoraAdapter):
+    if kind != LoraAdapter.peft_type:
         raise CheckpointError(f"{adapter / CONFIG_NAME}: peft_type is {kind!r}; adapters of type LORA are combined")
 
 
@@ -164,7 +165,7 @@ def _pairs(adapter: Path, settings: dict[str, Any], architecture: Architecture) 
     """Return the factors of each parameter. Raises CheckpointError where there is more than these."""
     found: Pairs = {}
     tensors = read_header(adapter / WEIGHTS_NAME)
-    for name, changes in LoraAdapter().changes(adapter, settings, tensors, architecture).items():
+    for name, changes in kind_of(adapter, settings).changes(adapter, settings, tensors, architecture).items():
         (change, *others) = changes
         if others or not isinstance(change, LowRankAdded) or change.magnitude is not None or "[" in name:
             what = "experts' factors are stacked" if "[" in name else "; ".join(each.words for each in changes)
@@ -243,7 +244,7 @@ class _Sizes:
             if any(part < 0.5 * whole for part, whole in zip(kept, self._whole, strict=True)):
                 raise CheckpointError(
                     f"{adapter}: does not hold what is in {self.plan.origin.start}, so it was trained from another "
-                    "start; give the run of that one"
+                    "start; give what qinit made for that one, or combine them by PEFT's add_weighted_adapter"
                 )
 
 

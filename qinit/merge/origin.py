@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME
-from qinit.errors import CheckpointError, ReportError
+from qinit.errors import CheckpointError, HubError, ReportError
 from qinit.hub.download import header_directory
 from qinit.merge.fitting import BASE_KEY, named_base, require_made_for
 from qinit.report.report import REPORT_NAME, Report
@@ -73,6 +73,6 @@ def _found(name: str, start: Path | None) -> Path:
     """Return where a base lies, or the headers of one on the Hub. Raises CheckpointError."""
     try:
         return header_directory(name)
-    except CheckpointError as error:
+    except (CheckpointError, HubError) as error:
         where = "give the run that the adapters were trained on" if start is None else f"{start / CONFIG_NAME} names it"
         raise CheckpointError(f"{error}; {where}") from None

@@ -48,6 +48,8 @@ def test_what_cannot_be_found(finished, adapters, tmp_path):
         origin_of(adapters(None, ""), None)
     with pytest.raises(CheckpointError, match=r"/gone/run: no such directory, .*; give the run that the adapters were"):
         origin_of(adapters("/gone/run", "/gone/run"), None)
+    with pytest.raises(CheckpointError, match=r"gone/run: .*; give the run that the adapters were trained on"):
+        origin_of(adapters("gone/run", "gone/run"), None)
     with pytest.raises(ReportError, match="gone: no such directory"):
         origin_of(adapters(str(finished)), tmp_path / "gone")
     copy = shutil.copytree(finished, tmp_path / "copy")
