@@ -55,7 +55,7 @@ def main() -> None:
         place = Path(temporary)
         run = place / "run"
         options: dict[str, Any] = {"calibration": "self", "calibration_samples": 64, "calibration_length": 256}
-        quantize(demo, run, "eqft", bits=2, rank=16, polish=0, **options)
+        quantize(demo, run, "eqft", bits=2, rank=16, polish=0, format="dense", **options)  # packed, PEFT has no svd
         adapters = []
         for name, (training, _) in tokens.items():
             model = load_for_training(run, torch.float32)

@@ -115,7 +115,7 @@ def combine(plan: CombinePlan, out: Path, *, command: str = "") -> Combined:
     with NaN or Inf, and for an adapter that holds less than half of the start that it is said to come from.
     """
     nbytes = sum(spec.nbytes for spec in plan.specs)
-    sources = [*plan.adapters, *([plan.origin.start] if plan.origin.start else [])]
+    sources = [plan.origin.base, *plan.adapters, *([plan.origin.start] if plan.origin.start else [])]
     check_free(out, *sources)
     require_space(nbytes, out)
     with working_on(out, command, lambda: nbytes) as place:
