@@ -21,7 +21,7 @@ from common import conclude, load_for_training, load_tokens, quantize
 from qinit.evaluate.figures import figures_of
 from qinit.merge.combinations import COMBINATIONS, PRUNING
 from qinit.merge.combine import DENSITY, combine, plan_combine
-from qinit.source.demo import demo_directory, new_domain
+from qinit.source.demo import DEMO_NAME, demo_directory, new_domain
 from qinit.train.finetune import Training, finetune
 
 WEIGHTS = ((0.5, 0.5), (0.7, 0.3), (1.0, 1.0))
@@ -63,7 +63,7 @@ def main() -> None:
             model.save_pretrained(place / name)
             adapters.append(place / name)
         rows = rows_of(run, adapters, measured, list(tokens))
-    value = {"model": demo.name, "steps": given.steps, "rate": given.rate, "density": DENSITY, "texts": list(tokens)}
+    value = {"model": DEMO_NAME, "steps": given.steps, "rate": given.rate, "density": DENSITY, "texts": list(tokens)}
     conclude("combined", {**value, "rows": rows}, given.json, seeds=[0])
 
 
