@@ -42,8 +42,7 @@ class Row(NamedTuple):
 def read(dataset: str, split: str, count: int) -> list[Row]:
     """Return the first questions of a split: TriviaQA without its documents, NQ-Open, or the sample, which has one."""
     if dataset == "sample":
-        lines = SAMPLE.read_text(encoding="utf-8").splitlines()
-        return [Row(**json.loads(line)) for line in lines[:count]]
+        return [Row(**json.loads(line)) for line in SAMPLE.read_text(encoding="utf-8").splitlines()[:count]]
     part = f"{split}[:{count}]"
     if dataset == "nq_open":
         found = load_dataset("google-research-datasets/nq_open", split=part)
@@ -89,10 +88,9 @@ def answers(model: Any, tokenizer: Any, rows: list[Row], batch: int) -> list[str
     found = []
     for start in range(0, len(rows), batch):
         prompts = [PROMPT.format(row.question) for row in rows[start : start + batch]]
-        options = {"padding": True, "padding_side": "left", "return_token_type_ids": False}
-        asked = tokenizer(prompts, return_tensors="pt", **options).to(model.device)
+        asked = tokenizer(prompts, padding=True, padding_side="left", return_token_type_ids=False, return_tensors="pt")
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        tokens = model.generate(**asked, max_new_tokens=LONGEST, do_sample=False, **ends)
+        tokens = model.generate(**asked.to(model.device), max_new_tokens=LONGEST, do_sample=False, **ends)
         texts = tokenizer.batch_decode(tokens[:, asked.input_ids.shape[1] :], skip_special_tokens=True)
         found += [text.strip().partition("\n")[0] for text in texts]
     return found
@@ -133,7 +131,6 @@ def main(arguments: list[str] | None = None) -> None:
         max_steps=given.steps,
         per_device_train_batch_size=given.batch,
         learning_rate=given.rate,
-        lr_scheduler_type="cosine",
         bf16=device == "cuda",
         gradient_checkpointing=True,  # else a packed base keeps every layer's unpacked weight for the backward pass
         gradient_checkpointing_kwargs={"use_reentrant": False},
