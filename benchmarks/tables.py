@@ -7,20 +7,10 @@ A result is a JSON object with `kind` (which of the functions below draws it), `
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
 
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, the names of the columns, and rows of words."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
+from plan_tables import finetune_memory, scale
+from table import Result, Table
 
 
 def fidelity(result: Result) -> list[Table]:
@@ -319,73 +309,29 @@ def snndlft(result: Result) -> list[Table]:
     return [Table(title, [*header, "peak MB", "spike rate", "nJ / token", "nJ without spikes"], rows)]
 
 
+def combined(result: Result) -> list[Table]:
+    """Two adapters made one: the loss of either text as PEFT combines them and with the start once."""
+    texts, rows = result["texts"], []
+    for row in result["rows"]:
+        kinds = ("naive", "ours") if "weights" in row else ("losses",)
+        figures = [f"{row[kind][text]:.3f}" for kind in kinds for text in texts]
+        weights = ", ".join(f"{weight:g}" for weight in row.get("weights", ()))
+        rows.append([weights or "-", row["what"], *(figures if len(kinds) == 2 else ["-"] * len(texts) + figures)])
+    title = f"{result['model']}, 2 bits, rank 16, {result['steps']} steps at {result['rate']:g}, density "
+    title += f"{result['density']:g}; loss in nats per token"
+    header = ["weights", "what", *(f"PEFT: {text}" for text in texts), *(f"start once: {text}" for text in texts)]
+    return [Table(title, header, rows)]
+
+
 def _spread(values: list[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def finetune_memory(result: Result) -> list[Table]:
-    """What fine-tuning was said to take against what it took."""
-    parts = ("base", "adapter", "optimizer", "activations", "logits", "working")
-    rows = [
-        [
-            *(row["model"], f"{row['format']}, {row['dtype']}", f"{row['bits']}", f"{row['rank']}"),
-            *(f"{row['batch']} x {row['length']}", "yes" if row["checkpointing"] else "no"),
-            *(f"{row[part] / 1e6:.0f}" for part in parts),
-            *(f"{row['said'] / 1e6:.0f}", f"{row['measured'] / 1e6:.0f}", f"{row['said'] / row['measured']:.2f}"),
-        ]
-        for row in result["rows"]
-    ]
-    header = [
-        "model",
-        "stored as",
-        "bits",
-        "rank",
-        "tokens",
-        "checkpointing",
-        *parts,
-        "said, MB",
-        "measured, MB",
-        "ratio",
-    ]
-    return [Table("memory of fine-tuning beside the libraries, MB", header, rows)]
-
-
-def scale(result: Result) -> list[Table]:
-    """What runs and fine-tuning take by the size of the model, and how that compares with what was measured."""
-    rows = [
-        [
-            *(row["model"], f"{row['weights'] / 1e9:.2f}", *(f"{row[key] / 1e9:.1f}" for key in ("source", "written"))),
-            *(_time(row[key][count]) for key in ("without_data", "calibrated") for count in result["processes"]),
-            *(f"{row['working'][count] / 1e9:.1f}" for count in result["processes"]),
-            *(f"{row['tuning'][key] / 1e9:.1f}" for key in ("checkpointing", "without")),
-        ]
-        for row in result["rows"]
-    ]
-    counts = result["processes"]
-    header = ["model's shapes", "10^9 weights", "source, GB", "run, GB"]
-    header += [f"{what}, {count}" for what in ("no data", "calibrated", "memory of each, GB") for count in counts]
-    header += ["fine-tuning, GB", "without checkpointing"]
-    against = [
-        [each["what"], *(f"{each[key]:.3g} {each['unit']}" for key in ("said", "measured"))]
-        for each in result["against"]
-    ]
-    return [
-        Table(f"2 bits, rank 16, group 64, on 1 and more of {result['card']}", header, rows),
-        Table("the 8B model's shapes: said and measured", ["what", "said", "measured"], against),
-    ]
-
-
-def _time(seconds: float) -> str:
-    if seconds < 300:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
     **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
-    **{"snndlft": snndlft, "finetune-memory": finetune_memory, "scale": scale},
+    **{"snndlft": snndlft, "combined": combined, "finetune-memory": finetune_memory, "scale": scale},
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}
