@@ -14,7 +14,7 @@ from qinit.errors import RecipeError, did_you_mean
 from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.solver.methods import CALIBRATED, METHODS, Method, get_method, on_base
+from qinit.solver.methods import CALIBRATED, METHODS, SEARCHES, STARTS, Method, get_method, on_base, on_grid
 from qinit.source.targets import ALL_LINEAR
 from qinit.words import parse_size, parse_time
 
@@ -49,6 +49,9 @@ class Recipe(BaseModel):
     format: str = "gptq"
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)  # None: the rank
     use_rslora: bool = False
+    use_dora: bool = False
+    grid: str | None = None  # of a start's base below 16 bits; None: int
+    niter: int | None = Field(None, ge=1, le=100)  # power iterations in the place of a start's full decomposition
     target_modules: str = ALL_LINEAR
     exclude: str | None = None
     calibration: str = "auto"  # decided by the plan; "none", or what `load_samples` takes
@@ -109,6 +112,20 @@ class Recipe(BaseModel):
         given = isinstance(values, dict) and values.get("base") is not None
         return {"format": "dense", "bits": 16, **values} if given else values  # what there is says the base itself
 
+    @model_validator(mode="before")
+    @classmethod
+    def _start_defaults(cls, values: Any) -> Any:
+        row = STARTS.get(str(values.get("method"))) if isinstance(values, dict) else None
+        if row is None:
+            return values
+        given: dict[str, Any] = {"bits": 16, "calibration_mode": "parallel", "polish": 0}
+        given |= {"use_rslora": row.rslora, "use_dora": row.adapter == "dora"}
+        if not row.needs:
+            given["calibration"] = "none"
+        if values.get("bits", 16) == 16 or values.get("grid") == "nf":  # no packed format holds it
+            given["format"] = "dense"
+        return {**given, **values}
+
     @field_validator("bits_choices", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
@@ -167,6 +184,7 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"format: no '{self.format}'{did_you_mean(self.format, FORMATS)}; known are {', '.join(FORMATS)}"
             )
+        self._check_start()
         self._check_widths(method)
         self._check_mixed(method)
         self._check_calibration(method)
@@ -195,10 +213,29 @@ class Recipe(BaseModel):
                 raise ValueError(f"{option}: the base that exists has its own; leave it out")
         return row
 
+    def _check_start(self) -> None:
+        """Raise ValueError for what does not fit a start of full precision, or another method."""
+        row = STARTS.get(self.method)
+        if self.grid is not None and self.grid not in SEARCHES:
+            raise ValueError(f"grid: no '{self.grid}'{did_you_mean(self.grid, SEARCHES)}; known are int and nf")
+        if self.grid is not None and (row is None or self.bits == 16):
+            raise ValueError(f"grid: is about the base of a start ({', '.join(STARTS)}) in fewer than 16 bits")
+        if self.niter is not None and (row is None or row.factors != "svd"):
+            those = ", ".join(name for name, each in STARTS.items() if each.factors == "svd")
+            raise ValueError(f"niter: is about {those} alone, found method {self.method}")
+        if self.polish and (row is not None or self.use_dora):
+            what = f"method {self.method}" if row is not None else "an adapter with use_dora"
+            raise ValueError(f"polish: {what} stays as it starts; leave it out")
+        if self.use_dora and self.polish is None:  # would train A and B alone, and leave the magnitudes behind
+            raise ValueError("polish: give 0 with use_dora")
+
     def _check_widths(self, method: Method) -> None:
-        if self.symmetric and method.grid != "int":
-            raise ValueError(f"symmetric: is about integer grids, and method {self.method} has grid {method.grid}")
-        offered = GRIDS[method.grid].bits
+        grid = self.row.grid if method.grid == "exact" else method.grid
+        if self.symmetric and grid not in ("int", "sym"):
+            raise ValueError(f"symmetric: is about integer grids, and method {self.method} has grid {grid}")
+        offered = GRIDS[grid].bits
+        if method.name in STARTS and self.base is None:
+            offered = tuple(sorted({*offered, 16}))
         for option in ("bits", "bits_low", "bits_high", "bits_choices"):
             given = getattr(self, option)
             for width in given if isinstance(given, tuple) else (given,):
@@ -319,12 +356,18 @@ class Recipe(BaseModel):
     def row(self) -> Method:
         """The method's row, with the recipe's own choice of grid and rounding."""
         row = get_method(self.method, calibrated=self.calibrated)
+        row = on_grid(row, self.grid or "int") if row.name in STARTS and self.bits != 16 else row
         row = replace(row, grid="sym") if self.symmetric else row
         if self.base is not None and (row_on_base := on_base(row)) is not None:
             return row_on_base
         if not row.adjustable or not self.calibrated:
             return row
         return replace(row, rounding=self.rounding or row.rounding, act_order=self.act_order)
+
+    @property
+    def adapter(self) -> str:
+        """The kind of adapter that is written."""
+        return "dora" if self.use_dora else self.row.adapter
 
     @property
     def iterations(self) -> int:

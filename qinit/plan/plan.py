@@ -14,7 +14,7 @@ from qinit.grids import GRIDS
 from qinit.plan.allocation import Allocation, Option
 from qinit.plan.shares import EXPERTS, Share, shares_of
 from qinit.recipe import Recipe
-from qinit.solver.methods import CALIBRATED, UNREACHED, Method, on_base
+from qinit.solver.methods import CALIBRATED, STARTS, UNREACHED, Method, on_base, plain
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, LinearModule, Target
@@ -89,9 +89,14 @@ class Plan:
     given: Given | None = None  # the base, where one is there already: then only an adapter is written
 
     @property
+    def on_source(self) -> bool:
+        """Whether the base that is there is the source itself, which an adapter starts from."""
+        return self.given is not None and self.given.checkpoint.directory == self.checkpoint.directory
+
+    @property
     def adapter(self) -> Adapter:
         """The kind of adapter that repairs the layers."""
-        return ADAPTERS[self.recipe.row.adapter]
+        return ADAPTERS[self.recipe.adapter]
 
     @cached_property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -319,9 +324,11 @@ class Plan:
         """Return what the solver is asked for this layer."""
         storage = FORMATS[self.recipe.format].storage(layer.target) if self.given is None else None
         method, iterations = self.recipe.row, self.recipe.iterations
-        if not layer.rank and method.solver == "published":  # these are about the low rank
-            method, iterations = self._unreached, UNREACHED.iterations
-        return LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
+        if not layer.rank and method.solver in ("published", "start"):  # these are about the low rank
+            method = self._unreached
+            iterations = method.iterations
+        spec = LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
+        return replace(spec, scale=self.recipe.lora_scale, niter=self.recipe.niter)
 
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return the same for a layer that the calibration text never reaches."""
@@ -329,6 +336,8 @@ class Plan:
 
     @property
     def _unreached(self) -> Method:
+        if self.recipe.method in STARTS:
+            return plain(self.recipe.row)
         if self.given is None:
             return replace(UNREACHED, grid="sym") if self.recipe.symmetric else UNREACHED
         row = on_base(UNREACHED)
