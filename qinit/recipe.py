@@ -19,6 +19,7 @@ from qinit.source.targets import ALL_LINEAR
 from qinit.words import parse_size, parse_time
 
 MOST_TOKENS = 2**28
+FEW_SAMPLES = 16  # a gradient says enough on
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
 
@@ -122,6 +123,8 @@ class Recipe(BaseModel):
         given |= {"use_rslora": row.rslora, "use_dora": row.adapter == "dora"}
         if not row.needs:
             given["calibration"] = "none"
+        if "gradient" in row.needs:
+            given["calibration_samples"] = FEW_SAMPLES
         if values.get("bits", 16) == 16 or values.get("grid") == "nf":  # no packed format holds it
             given["format"] = "dense"
         return {**given, **values}

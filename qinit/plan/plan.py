@@ -246,7 +246,7 @@ class Plan:
                 notes.append(f"{how}: {self.calibration_reason}")
         if self.polish_reason:
             notes.append(f"polish: {self.polish_reason}")
-        if self.recipe.calibrated and self.quantized:
+        if self.recipe.calibrated and self.recipe.row.walks and self.quantized:
             tokens = self.recipe.calibration_samples * self.facts.clip(self.recipe.calibration_length)
             more = -(-8 * self.widest // self.facts.clip(self.recipe.calibration_length))
             notes += few_tokens(self, tokens, f"give --calibration-samples {more}")

@@ -99,6 +99,8 @@ def _with_calibration(plan: Plan) -> Plan:
             recipe.text_field,
             trust_remote_code=recipe.trust_remote_code,
         )
+    if "gradient" in recipe.row.needs and not plan.facts.causal:
+        raise RecipeError(f"method: {recipe.method} takes the loss of the next token, and this model predicts none")
     if recipe.row.needs and not recipe.calibrated:
         raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self, text or a text file")
     return plan

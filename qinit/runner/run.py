@@ -102,6 +102,8 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
         require_same_rest(plan)
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
+    open_layers = any(layer.target.name not in store.rows for layer in plan.quantized)
+    gradients = (yield from job.gradients()) if open_layers else {}
     for tensor, layer in store.left():
         name, row = tensor.name, None
         nbytes = tensor.nbytes if layer is None else layer.target.nbytes
@@ -113,7 +115,8 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
             row = store.put(layer, *solve_layer(plan, layer, None, None, _kept_weight(job, layer)))
         else:
             weight = read_weight(layer, job.device)
-            row = store.put(layer, *solve_layer(plan, layer, weight, None, read_given(store, layer, weight)))
+            given, gradient = read_given(store, layer, weight), gradients.get(layer.target.name)
+            row = store.put(layer, *solve_layer(plan, layer, weight, None, given, gradient))
         yield Done(name, nbytes, row)
     store.copy_whole(_checked_chunks)
     store.sync()

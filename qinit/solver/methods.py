@@ -48,6 +48,16 @@ class Method:
     passes: int = 0  # of coordinate descent over each block of columns, in every round after the codes are rounded
     act_order: bool = False
 
+    @property
+    def walks(self) -> bool:
+        """Whether it looks at what the layers read, if it looks at text at all."""
+        return self.needs != {"gradient"}
+
+    @property
+    def passes_back(self) -> bool:
+        """Whether it looks at gradients that a pass back through one block at a time gives."""
+        return not self.needs.isdisjoint({"output metric", "gradient"})
+
     def low_rank_first(self, bits: int, rank: int, shape: tuple[int, ...]) -> bool:
         """Whether a layer of `shape` (out, in) starts from the low rank of W itself, or else from that of W - Q.
 
