@@ -73,15 +73,16 @@ class Part:
 class Probe(ABC):
     """What is done with the gradient g of minus the log-probability of a token drawn from the model's own distribution,
     as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information. `experts`: whether
-    it looks at experts too; `part` of the text is what it reads."""
+    it looks at experts too; `whole`: whether it reads all of the text, and not only its beginning."""
 
     experts = False
-    part = slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH)  # of the samples, and of each
+    whole = False
 
     def __init__(self, plan: Plan, samples: Samples, device: torch.device) -> None:
         self.plan, self.device = plan, device
-        mask = None if samples.mask is None else samples.mask[self.part]
-        self.samples = Samples(samples.tokens[self.part], mask, samples.origin)
+        part = (slice(None), slice(None)) if self.whole else (slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH))
+        mask = None if samples.mask is None else samples.mask[part]
+        self.samples = Samples(samples.tokens[part], mask, samples.origin)
         self.layers = {
             layer.target.name: layer for layer in plan.quantized if self.experts or layer.target.module.expert is None
         }

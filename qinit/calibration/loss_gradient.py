@@ -41,7 +41,7 @@ def loss_gradients(
 class _Gradients(Probe):
     """Adds up g x' for the layers that the pass back is at."""
 
-    part = slice(None), slice(None)
+    whole = True
 
     def __init__(self, plan: Plan, samples: Samples, device: torch.device) -> None:
         super().__init__(plan, samples, device)

@@ -13,6 +13,7 @@ import torch
 
 from qinit.grids import Quantized
 from qinit.linalg.low_rank import LowRank, random_basis, subspace
+from qinit.solver.residual import frobenius
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
 
@@ -30,7 +31,8 @@ def solve_start(
     minor       MiLoRA (arXiv:2406.09044): the r last ones
     qr          OLoRA (arXiv:2406.01775): the first r columns and rows of W = Q R
     covariance  CorDA, instruction-previewed (arXiv:2406.05223): U S V' of W C, C the damped second moment of the
-                inputs; L = U_r S_r V_r' C^-1
+                inputs; L = U_r S_r V_r' C^-1. The units of C decide how large A is and how small B; its authors' (and
+                PEFT's) depend on the text's length and largest activation, here A and B have equal norms
     inputs      EVA (arXiv:2410.07170), without its redistribution of ranks (rho = 1): A the r leading directions of the
                 inputs around their mean, B zero
     gradient    LoRA-GA (arXiv:2407.05000): A the r leading right singular vectors of the loss's gradient, B the next r
@@ -74,9 +76,12 @@ def _covariance(weight: torch.Tensor, spec: LayerSpec, _seed: int, statistics: S
     covariance = statistics.hessian.to(torch.float64, copy=True)
     covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
     U, S, Vh = torch.linalg.svd(weight @ covariance.float(), full_matrices=False)
-    U, S, V = U[:, : spec.rank], S[: spec.rank], Vh[: spec.rank].T
-    V = torch.cholesky_solve(V.double(), torch.linalg.cholesky(covariance)).float()
-    return _balanced(U, S, V.T)
+    V = torch.cholesky_solve(Vh[: spec.rank].T.double(), torch.linalg.cholesky(covariance)).float()
+    found = _balanced(U[:, : spec.rank], S[: spec.rank], V.T)
+    if not found.B.any():
+        return found
+    ratio = (frobenius(found.A) / frobenius(found.B)) ** 0.5
+    return LowRank(found.B * ratio, found.A / ratio)
 
 
 def _inputs(weight: torch.Tensor, spec: LayerSpec, _seed: int, statistics: Statistics | None) -> LowRank:
