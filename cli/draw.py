@@ -201,7 +201,7 @@ class Screen:
             f"{report.model}: {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}, {report.method}",
             {
                 "layers": f"{totals['layers']}{kept}",
-                **weight_words(totals["quantized_weights"], totals["weights"], totals["left"]),
+                **weight_words(totals["quantized_weights"], totals["weights"], totals["left"], report.done),
                 "bits per weight": bits,
                 "weights on disk": disk,
                 **(check_words(totals["check"]) if "check" in totals else {}),

@@ -62,8 +62,8 @@ class Adapter(ABC):
         seed: int,
         base: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return those tensors for L = B A, on the CPU; without one PEFT's own start, which changes nothing. `base` is Q
-        [out, in], float32, for a kind that reads it."""
+        """Return those tensors for L = B A, on the CPU; without one PEFT's own start, which changes nothing. `base`
+        is Q [out, in], float32, for a kind that reads it."""
 
     @abstractmethod
     def decode(self, module: LinearModule, tensors: Mapping[str, torch.Tensor], scale: float) -> LowRank:

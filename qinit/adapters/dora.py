@@ -60,7 +60,9 @@ class DoraAdapter(LoraAdapter):
         return (match[1], "magnitude") if match else super().part_of(tensor)
 
     def beyond(self, config: dict[str, Any], parts: Mapping[str, Mapping[str, object]]) -> str | None:
-        factors = {module: {part: found[part] for part in found if part != "magnitude"} for module, found in parts.items()}
+        factors = {
+            module: {part: found[part] for part in found if part != "magnitude"} for module, found in parts.items()
+        }
         bare = (f"{module} without its magnitude" for module, found in parts.items() if "magnitude" not in found)
         return super().beyond({**config, "use_dora": False}, factors) or next(bare, None)
 

@@ -1,5 +1,4 @@
-"""The gradient of the loss with respect to each layer's weight, as its leading singular triplets: where LoRA-GA starts.
-"""
+"""The gradient of the loss with respect to each layer's weight, as its leading singular triplets: where LoRA-GA starts."""
 
 from __future__ import annotations
 
@@ -34,7 +33,9 @@ def loss_gradients(
     try:
         probe: _Gradients = yield from backward(partial(_Gradients, plan, samples, device), scratch)
     except OverflowedError as what:
-        raise CalibrationError(f"{what}: NaN or Inf on the text ({samples.origin}); the model overflows there") from None
+        raise CalibrationError(
+            f"{what}: NaN or Inf on the text ({samples.origin}); the model overflows there"
+        ) from None
     return probe.found
 
 

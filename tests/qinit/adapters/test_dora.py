@@ -28,7 +28,9 @@ def test_magnitudes_are_the_lengths_of_the_rows(factors):
     torch.testing.assert_close(DORA.apply(UP.name, BASE.clone(), found, CONFIG), weight)
     specs = DORA.file_specs([(UP, 3)])
     assert {spec.name: spec.shape for spec in specs} == {name: tuple(t.shape) for name, t in stored.items()}
-    assert stored["base_model.model.model.up_proj.lora_A.weight"].equal(next(iter(LORA.encode(UP, factors, 3, 2, 0).values())))
+    assert stored["base_model.model.model.up_proj.lora_A.weight"].equal(
+        next(iter(LORA.encode(UP, factors, 3, 2, 0).values()))
+    )
 
 
 def test_trained_magnitudes_are_applied_as_peft_applies_them():

@@ -121,7 +121,9 @@ def test_power_iterations_come_as_close_as_pefts_with_as_many():
     *_, exact = ours("pissa", steep)
     *_, found = ours("pissa", steep, niter=4)
     assert exact.quantized_error < found.quantized_error * 1.0001
-    torch.testing.assert_close(found.low_rank.B @ found.low_rank.A, exact.low_rank.B @ exact.low_rank.A, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        found.low_rank.B @ found.low_rank.A, exact.low_rank.B @ exact.low_rank.A, atol=1e-3, rtol=0
+    )
 
 
 def test_rounding_to_normal_floats_makes_qpissa_of_pissa():
