@@ -14,12 +14,12 @@ from qinit.errors import RecipeError, did_you_mean
 from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.solver.methods import CALIBRATED, METHODS, SEARCHES, STARTS, Method, get_method, on_base, on_grid
+from qinit.solver.methods import CALIBRATED, METHODS, STARTS, Method, get_method, on_base, on_grid
+from qinit.solver.start_options import start_defaults, start_problem
 from qinit.source.targets import ALL_LINEAR
 from qinit.words import parse_size, parse_time
 
 MOST_TOKENS = 2**28
-FEW_SAMPLES = 16  # a gradient says enough on
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
 
@@ -84,8 +84,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _quality_defaults(cls, values: Any) -> Any:
-        return {**QUALITIES.get(str(values.get("quality")), {}), **values} if isinstance(values, dict) else values
+    def _quality_and_method_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {**QUALITIES.get(str(values.get("quality")), {}), **start_defaults(values), **values}
 
     @field_validator("polish", mode="before")
     @classmethod
@@ -112,22 +114,6 @@ class Recipe(BaseModel):
     def _base_defaults(cls, values: Any) -> Any:
         given = isinstance(values, dict) and values.get("base") is not None
         return {"format": "dense", "bits": 16, **values} if given else values  # what there is says the base itself
-
-    @model_validator(mode="before")
-    @classmethod
-    def _start_defaults(cls, values: Any) -> Any:
-        row = STARTS.get(str(values.get("method"))) if isinstance(values, dict) else None
-        if row is None:
-            return values
-        given: dict[str, Any] = {"bits": 16, "calibration_mode": "parallel", "polish": 0}
-        given |= {"use_rslora": row.rslora, "use_dora": row.adapter == "dora"}
-        if not row.needs:
-            given["calibration"] = "none"
-        if "gradient" in row.needs:
-            given["calibration_samples"] = FEW_SAMPLES
-        if values.get("bits", 16) == 16 or values.get("grid") == "nf":  # no packed format holds it
-            given["format"] = "dense"
-        return {**given, **values}
 
     @field_validator("bits_choices", mode="before")
     @classmethod
@@ -187,7 +173,9 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"format: no '{self.format}'{did_you_mean(self.format, FORMATS)}; known are {', '.join(FORMATS)}"
             )
-        self._check_start()
+        own = {key: getattr(self, key) for key in ("bits", "grid", "niter", "polish", "use_dora")}
+        if (problem := start_problem(self.method, **own)) is not None:
+            raise ValueError(problem)
         self._check_widths(method)
         self._check_mixed(method)
         self._check_calibration(method)
@@ -215,22 +203,6 @@ class Recipe(BaseModel):
             if getattr(self, option) != what:
                 raise ValueError(f"{option}: the base that exists has its own; leave it out")
         return row
-
-    def _check_start(self) -> None:
-        """Raise ValueError for what does not fit a start of full precision, or another method."""
-        row = STARTS.get(self.method)
-        if self.grid is not None and self.grid not in SEARCHES:
-            raise ValueError(f"grid: no '{self.grid}'{did_you_mean(self.grid, SEARCHES)}; known are int and nf")
-        if self.grid is not None and (row is None or self.bits == 16):
-            raise ValueError(f"grid: is about the base of a start ({', '.join(STARTS)}) in fewer than 16 bits")
-        if self.niter is not None and (row is None or row.factors != "svd"):
-            those = ", ".join(name for name, each in STARTS.items() if each.factors == "svd")
-            raise ValueError(f"niter: is about {those} alone, found method {self.method}")
-        if self.polish and (row is not None or self.use_dora):
-            what = f"method {self.method}" if row is not None else "an adapter with use_dora"
-            raise ValueError(f"polish: {what} stays as it starts; leave it out")
-        if self.use_dora and self.polish is None:  # would train A and B alone, and leave the magnitudes behind
-            raise ValueError("polish: give 0 with use_dora")
 
     def _check_widths(self, method: Method) -> None:
         grid = self.row.grid if method.grid == "exact" else method.grid

@@ -1,4 +1,4 @@
-"""The gradient of the loss with respect to each layer's weight, as its leading singular triplets: where LoRA-GA starts."""
+"""The gradient of the loss with respect to each layer's weight, as its leading singular triplets: LoRA-GA's start."""
 
 from __future__ import annotations
 

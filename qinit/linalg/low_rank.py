@@ -61,7 +61,7 @@ def subspace(matrix: torch.Tensor, rank: int, basis: torch.Tensor, steps: int = 
 def leading(
     matrix: torch.Tensor, count: int, basis: torch.Tensor, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the `count` leading singular triplets U [out, count], S, V' [count, in], found as `subspace` finds them."""
+    """Return the `count` leading singular triplets U [out, count], S, V' [count, in], as `subspace` finds them."""
     range_basis, right, (U, S, Vh) = _iterated(matrix, basis, steps)
     return range_basis @ U[:, :count], S[:count], Vh[:count] @ right.T
 

@@ -1,7 +1,8 @@
-"""The published starts of LoRA that take a part of a full-precision weight into the adapter, or its inputs' directions.
+"""The published starts of LoRA that take a part of a full-precision weight into the adapter, or directions of its
+inputs.
 
-The base gets Q, W - L rounded to the method's grid, with L = s B A. PEFT has most of these as `init_lora_weights`; where
-it has, A and B are its own up to rounding and the signs of singular vectors.
+The base gets Q, W - L rounded to the method's grid, with L = s B A. PEFT has most of these as `init_lora_weights`;
+there A and B are its own up to rounding and the signs of singular vectors.
 """
 
 from __future__ import annotations
