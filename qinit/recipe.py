@@ -205,8 +205,9 @@ class Recipe(BaseModel):
         return row
 
     def _check_widths(self, method: Method) -> None:
-        grid = self.row.grid if method.grid == "exact" else method.grid
-        if self.symmetric and grid not in ("int", "sym"):
+        rounded = method.name in STARTS and self.bits != 16
+        grid = (self.grid or "int") if rounded else method.grid
+        if self.symmetric and grid != "int":
             raise ValueError(f"symmetric: is about integer grids, and method {self.method} has grid {grid}")
         offered = GRIDS[grid].bits
         if method.name in STARTS and self.base is None:
