@@ -22,7 +22,6 @@ from qinit.words import parse_size, parse_time
 MOST_TOKENS = 2**28
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
-
 BUDGETS = ("ratio", "target_bits", "target_size")  # a recipe that has one is of mixed widths
 
 # What a quality sets, where nothing else is given; what `polish` becomes is the planner's to say.
@@ -205,13 +204,11 @@ class Recipe(BaseModel):
         return row
 
     def _check_widths(self, method: Method) -> None:
-        rounded = method.name in STARTS and self.bits != 16
-        grid = (self.grid or "int") if rounded else method.grid
+        grid = (self.grid or "int") if method.name in STARTS and self.bits != 16 else method.grid
         if self.symmetric and grid != "int":
             raise ValueError(f"symmetric: is about integer grids, and method {self.method} has grid {grid}")
-        offered = GRIDS[grid].bits
-        if method.name in STARTS and self.base is None:
-            offered = tuple(sorted({*offered, 16}))
+        full = (16,) if method.name in STARTS and self.base is None else ()
+        offered = tuple(sorted({*GRIDS[grid].bits, *full}))
         for option in ("bits", "bits_low", "bits_high", "bits_choices"):
             given = getattr(self, option)
             for width in given if isinstance(given, tuple) else (given,):
