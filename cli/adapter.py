@@ -132,5 +132,5 @@ def _planned(recipe: Recipe, token: str | None) -> Plan:
     assert recipe.model is not None
     source = find_model(recipe.model, recipe.revision, token)
     if recipe.base in (None, recipe.model):
-        return make_plan(recipe, source, recipe.model, recipe.base and source)
+        return make_plan(recipe, source, recipe.model, None if recipe.base is None else source)
     return make_plan(recipe, source, recipe.model, find_model(recipe.base, token=token))

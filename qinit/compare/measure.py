@@ -109,7 +109,11 @@ def _load(comparison: Comparison, row: Row, seed: int) -> Any:
     device = pick_device(comparison.device)
     dtype = torch.bfloat16 if device.type == "cuda" and row.method != FULL else torch.float32
     if row.recipe is not None:
-        options = {"dtype": dtype, "device": str(device), "trust_remote_code": comparison.trust_remote_code}
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "device": str(device),
+            "trust_remote_code": comparison.trust_remote_code,
+        }
         directory = comparison.run_directory(row)
         if row.recipe.base is None:
             model = load(directory, trainable=True, **options)
