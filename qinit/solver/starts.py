@@ -13,12 +13,13 @@ from collections.abc import Callable
 import torch
 
 from qinit.grids import Quantized
-from qinit.linalg.low_rank import LowRank, random_basis, subspace
+from qinit.linalg.low_rank import LowRank, leading, random_basis, subspace
 from qinit.solver.residual import frobenius
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
 
 DAMPING = 0.01  # of CorDA's covariance, relative to its mean diagonal
+INPUT_STEPS = 16  # of subspace iteration, from twice as many directions as are wanted
 STABLE_GAMMA = 16.0  # of LoRA-GA's "stable" scale, PEFT's default
 
 
@@ -85,12 +86,12 @@ def _covariance(weight: torch.Tensor, spec: LayerSpec, _seed: int, statistics: S
     return LowRank(found.B * ratio, found.A / ratio)
 
 
-def _inputs(weight: torch.Tensor, spec: LayerSpec, _seed: int, statistics: Statistics | None) -> LowRank:
+def _inputs(weight: torch.Tensor, spec: LayerSpec, seed: int, statistics: Statistics | None) -> LowRank:
     assert statistics is not None
     assert statistics.mean is not None
-    mean = statistics.mean.double()
-    vectors = torch.linalg.eigh(statistics.hessian.double() - torch.outer(mean, mean)).eigenvectors
-    A = vectors[:, -spec.rank :].flip(1).T.float()
+    covariance = statistics.hessian - torch.outer(statistics.mean, statistics.mean)
+    basis = random_basis(len(covariance), 2 * spec.rank, seed, covariance.device)
+    A = leading(covariance, spec.rank, basis, INPUT_STEPS)[2]
     return LowRank(torch.zeros(len(weight), spec.rank, device=weight.device), A * math.sqrt(spec.scale))
 
 
