@@ -27,6 +27,15 @@ METHOD_COLUMNS = {
     **{"name": "method", "calibration": "calibration", "grid": "grid", "bits": "bits", "search": "scales"},
     **{"rounding": "rounding", "metric": "metric", "schedule": "schedule", "source": "source"},
 }
+START_COLUMNS = {
+    **{"name": "start", "calibration": "calibration", "factors": "A and B", "base": "base", "bits": "bits"},
+    **{"grids": "grids", "peft": "of PEFT", "source": "source"},
+}
+
+
+def words(value: Any) -> str:
+    """Say a list as its items."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def size(nbytes: float) -> str:
@@ -185,7 +194,7 @@ class Screen:
             f"{report.model}: {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}, {report.method}",
             {
                 "layers": f"{totals['layers']}{kept}",
-                **weight_words(totals["quantized_weights"], totals["weights"], totals["left"]),
+                **weight_words(totals["quantized_weights"], totals["weights"], totals["left"], report.done),
                 "bits per weight": bits,
                 "weights on disk": disk,
                 **(check_words(totals["check"]) if "check" in totals else {}),
@@ -205,9 +214,19 @@ class Screen:
         table = Table(*METHOD_COLUMNS.values(), box=None, pad_edge=False)
         table.columns[0].no_wrap = table.columns[-1].no_wrap = True
         for row in rows:
-            cells = {**row, "bits": ", ".join(map(str, row["bits"])), "schedule": "; ".join(row["schedule"])}
-            table.add_row(*(str(cells[key]) for key in METHOD_COLUMNS))
+            cells = {**row, "schedule": "; ".join(row["schedule"])}
+            table.add_row(*(words(cells[key]) for key in METHOD_COLUMNS))
         self._console.print(table)
+
+    def starts(self, rows: list[dict[str, Any]]) -> None:
+        """Draw the table of starts."""
+        self._console.print()
+        table = Table(*START_COLUMNS.values(), box=None, pad_edge=False)
+        table.columns[0].no_wrap = table.columns[-1].no_wrap = True
+        for row in rows:
+            table.add_row(*(words(row[key]) for key in START_COLUMNS))
+        self._console.print(table)
+        self.say(f"Trainers that go on from them: {words(rows[0]['trainers'])}.")
 
     def report(self, report: Report) -> None:
         """Draw a run's report: a line for each module type, then the totals."""

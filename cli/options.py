@@ -145,7 +145,10 @@ OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(help="Names (experts) or a regular expression to leave out.", rich_help_panel=METHOD_PANEL),
     ],
-    "lora_alpha": Annotated[float | None, typer.Option(show_default="the rank", rich_help_panel=METHOD_PANEL)],
+    "lora_alpha": Annotated[
+        float | None,
+        typer.Option("--lora-alpha", "--alpha", show_default="the rank", rich_help_panel=METHOD_PANEL),
+    ],
     "use_rslora": Annotated[
         bool | None,
         typer.Option(

@@ -17,7 +17,7 @@ from qinit.machine import Card, pick_device
 from qinit.plan.allocation import Allocation, Option
 from qinit.plan.shares import EXPERTS, Share, shares_of
 from qinit.recipe import Recipe
-from qinit.solver.methods import CALIBRATED, UNREACHED, Method, on_base
+from qinit.solver.methods import CALIBRATED, STARTS, UNREACHED, Method, on_base, plain
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, LinearModule, Target
@@ -98,9 +98,14 @@ class Plan:
         return pick_device(self.recipe.device) if self.card is None else torch.device(self.card.type)
 
     @property
+    def on_source(self) -> bool:
+        """Whether the base that is there is the source itself, which an adapter starts from."""
+        return self.given is not None and self.given.checkpoint.directory == self.checkpoint.directory
+
+    @property
     def adapter(self) -> Adapter:
         """The kind of adapter that repairs the layers."""
-        return ADAPTERS[self.recipe.row.adapter]
+        return ADAPTERS[self.recipe.adapter]
 
     @cached_property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -250,7 +255,7 @@ class Plan:
                 notes.append(f"{how}: {self.calibration_reason}")
         if self.polish_reason:
             notes.append(f"polish: {self.polish_reason}")
-        if self.recipe.calibrated and self.quantized:
+        if self.recipe.calibrated and self.recipe.row.walks and self.quantized:
             tokens = self.recipe.calibration_samples * self.facts.clip(self.recipe.calibration_length)
             more = -(-8 * self.widest // self.facts.clip(self.recipe.calibration_length))
             notes += few_tokens(self, tokens, f"give --calibration-samples {more}")
@@ -328,9 +333,11 @@ class Plan:
         """Return what the solver is asked for this layer."""
         storage = FORMATS[self.recipe.format].storage(layer.target) if self.given is None else None
         method, iterations = self.recipe.row, self.recipe.iterations
-        if not layer.rank and method.solver == "published":  # these are about the low rank
-            method, iterations = self._unreached, UNREACHED.iterations
-        return LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
+        if not layer.rank and method.solver in ("published", "start"):  # these are about the low rank
+            method = self._unreached
+            iterations = method.iterations
+        spec = LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
+        return replace(spec, scale=self.recipe.lora_scale, niter=self.recipe.niter)
 
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return the same for a layer that the calibration text never reaches."""
@@ -338,6 +345,8 @@ class Plan:
 
     @property
     def _unreached(self) -> Method:
+        if self.recipe.method in STARTS:
+            return plain(self.recipe.row)
         if self.given is None:
             return replace(UNREACHED, grid="sym") if self.recipe.symmetric else UNREACHED
         row = on_base(UNREACHED)

@@ -13,11 +13,12 @@ from qinit.formats import FORMATS, DenseFormat
 from qinit.machine import Card
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.auto import choose
-from qinit.planner.given import given_layers, open_given
+from qinit.planner.given import given_layers, open_given, require_rank
 from qinit.planner.left import left_alone
 from qinit.planner.polish import choose_polish
 from qinit.planner.settled import require_packed, settled
 from qinit.recipe import Recipe
+from qinit.solver.methods import STARTS
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.names import Names
 from qinit.source.targets import Architecture, Target, quantizable, read_architecture, select
@@ -44,11 +45,13 @@ def make_plan(
         plan = replace(plan, recipe=recipe.model_copy(update={"format": DenseFormat.name}), format_reason=reason)
     holds_experts = FORMATS[plan.recipe.format].holds_experts
     held = [target for target in targets if target.module.expert is None or holds_experts]
+    if recipe.method in STARTS:
+        require_rank(recipe, held)
     if base is not None:
         plan = replace(plan, given=open_given(recipe, base, directory, architecture))
-        layers = given_layers(plan, targets)
+        layers = given_layers(plan, tuple(target for target in targets if target.module.expert is None))
     else:
-        experts = _adapted(held, architecture) if ADAPTERS[recipe.row.adapter].experts else set()
+        experts = _adapted(held, architecture) if ADAPTERS[recipe.adapter].experts else set()
         layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
     remarks = tuple(left_alone(architecture, names, known, targets))
     plan = settled(replace(plan, layers=layers, remarks=remarks))
@@ -98,6 +101,8 @@ def _with_calibration(plan: Plan) -> Plan:
             recipe.text_field,
             trust_remote_code=recipe.trust_remote_code,
         )
+    if "gradient" in recipe.row.needs and not plan.facts.causal:
+        raise RecipeError(f"method: {recipe.method} takes the loss of the next token, and this model predicts none")
     if recipe.row.needs and not recipe.calibrated:
         raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self, text or a text file")
     return plan

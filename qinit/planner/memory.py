@@ -45,7 +45,7 @@ def working_bytes(plan: Plan, processes: int = 1) -> int:
     squares = 4 * sum(layer.target.module.in_features**2 for layer in _linear(plan)) + _portion_bytes(plan)
     streamed = "fisher" not in plan.recipe.row.needs  # else a gradient and its square beside every weight
     solving += _measuring_bytes(plan, processes) if streamed else source + 2 * held + squares
-    if "output metric" in plan.recipe.row.needs:  # the pass back has the head and some copies of its outputs
+    if plan.recipe.row.passes_back:  # the pass back has the head and some copies of its outputs
         head = max(plan.checkpoint.tensors.values(), key=lambda tensor: tensor.numel)
         tokens = min(GRADIENT_BATCH_TOKENS, _tokens(plan))
         solving = max(

@@ -15,7 +15,7 @@ from qinit.calibration.output_metric import DIRECTIONS, STEPS
 from qinit.linalg.hessian import add_second_moment
 from qinit.linalg.low_rank import OutputMetric
 from qinit.solver.solve import solve
-from qinit.solver.spec import LayerSpec
+from qinit.solver.spec import Gradient, LayerSpec
 from qinit.solver.statistics import Statistics
 
 LEAST_SECONDS = 0.02  # that an operation is repeated for: less than one turn of a busy neighbour says nothing
@@ -268,10 +268,12 @@ def _solve(spec: LayerSpec, shape: Shape, device: torch.device) -> Callable[[], 
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(rows, columns, generator=generator).to(device)
     inputs = torch.eye(columns, device=device)
-    statistics = Statistics(inputs, inputs.diagonal(), columns, drift=0.01 * weight)
+    statistics = Statistics(inputs, inputs.diagonal(), columns, drift=0.01 * weight, mean=torch.zeros_like(inputs[0]))
     if "fisher" in spec.method.needs:
         statistics = replace(statistics, fisher=weight.square())
     if "output metric" in spec.method.needs:
         leading = torch.randn(min(DIRECTIONS, rows), rows, generator=generator).to(device)
         statistics = replace(statistics, output_metric=OutputMetric(leading, torch.ones(rows, device=device)))
+    if "gradient" in spec.method.needs:
+        spec = replace(spec, gradient=Gradient(*torch.linalg.svd(weight, full_matrices=False)))
     return lambda: solve(weight, spec, 0, statistics)

@@ -67,9 +67,10 @@ def work_of(plan: Plan, device: torch.device, processes: int = 1) -> list[Work]:
     if recipe.calibrated:
         if recipe.calibration == AUTO_SOURCE:
             found += model.writing("text", -(-recipe.calibration_samples // processes), model.length, device)
-        found += model.walk(device)
-        if "output metric" in recipe.row.needs:
-            found += model.there_and_back("calibrating", directions=True)
+        if recipe.row.walks:
+            found += model.walk(device)
+        if recipe.row.passes_back:
+            found += model.there_and_back("calibrating", directions=recipe.row.walks)
     if plan.pending:
         if not recipe.calibrated and plan.facts.causal and plan.facts.start is not None:
             found += model.writing("allocating", GRADIENT_SAMPLES, plan.facts.clip(GRADIENT_LENGTH), device)
@@ -93,7 +94,7 @@ def loading(plan: Plan) -> Work:
 
 def reads(plan: Plan) -> int:
     """Return how often the source is read: to be solved or walked through, and in each pass back twice."""
-    backs = int(plan.recipe.calibrated and "output metric" in plan.recipe.row.needs) + int(plan.pending)
+    backs = int(plan.recipe.calibrated and plan.recipe.row.passes_back) + int(plan.pending)
     return 1 + 2 * backs + 2 * bool(plan.recipe.polish)
 
 
