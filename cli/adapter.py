@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from qinit_cli.eqft import interruptible, show_split, typed
+from qinit_cli.families import with_recipe, write_family
 from qinit_cli.hush import hush
 from qinit_cli.options import METHOD_PANEL, MODEL_PANEL, OUTPUT_PANEL, recipe_options, takes
 from qinit_cli.push import quiet_hub
@@ -25,7 +26,7 @@ def _option(kind: Any, panel: str, text: str, *names: str, **more: Any) -> Any:
 
 
 @takes(
-    *("revision", "token", "trust_remote_code", "rank", *CALIBRATING),
+    *("recipe", "revision", "token", "trust_remote_code", "rank", *CALIBRATING),
     *("target_modules", "exclude", "lora_alpha", "use_rslora", "seed"),
     *("overwrite", "check", "device", "json_output", "quiet", "debug"),
     base=Annotated[
@@ -37,7 +38,7 @@ def _option(kind: Any, panel: str, text: str, *names: str, **more: Any) -> Any:
         ),
     ],
     source=_option(
-        str, MODEL_PANEL, "The model that BASE was quantized from, a directory or a Hub id.", metavar="MODEL"
+        str | None, MODEL_PANEL, "The model that BASE was quantized from, a directory or a Hub id.", metavar="MODEL"
     ),
     method=_option(
         str | None,
@@ -51,8 +52,14 @@ def adapter(**options: Any) -> None:
     """Repair a quantized base that exists: fit an adapter to what it has lost of its original. BASE stays as it is."""
     from qinit_cli.draw import Screen
 
+    from qinit.errors import RecipeError
     from qinit.recipe import make_recipe
 
+    options = with_recipe(options)
+    if write_family(options):
+        return
+    if options["source"] is None:
+        raise RecipeError("--source: name the model that BASE was quantized from")
     screen = Screen(quiet=options["quiet"], to_stderr=options["json_output"])
     out, overwrite, token, source = (options.pop(name) for name in ("out", "overwrite", "token", "source"))
     recipe = make_recipe(model=source, **recipe_options(options))

@@ -20,7 +20,10 @@ OPTIONS: dict[str, Any] = {
     ],
     "recipe": Annotated[
         Path | None,
-        typer.Option(help="A YAML file with these options by name; flags win over it.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            help="A YAML file with these options by name, or PEFT's adapter_config.json; flags win over it.",
+            rich_help_panel=MODEL_PANEL,
+        ),
     ],
     "revision": Annotated[
         str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL_PANEL)

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from qinit.adapter_config import is_adapter_config, recipe_of
 from qinit.errors import RecipeError, did_you_mean
-from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
+from qinit.files.reading import YAML_BYTES, parse_json, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.solver.methods import CALIBRATED, METHODS, Method, get_method, on_base
@@ -48,6 +49,7 @@ class Recipe(BaseModel):
     symmetric: bool = False  # zero points about the middle alone, which forms without zero points hold too
     format: str = "gptq"
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)  # None: the rank
+    lora_dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False)  # written into the adapter's file, for trainers
     use_rslora: bool = False
     target_modules: str = ALL_LINEAR
     exclude: str | None = None
@@ -120,7 +122,7 @@ class Recipe(BaseModel):
             raise ValueError("expected widths like 2,3,4")
         return tuple(sorted(set(value))) if isinstance(value, list | tuple) else value
 
-    @field_validator("ratio", "target_bits", "lora_alpha", mode="before")
+    @field_validator("ratio", "target_bits", "lora_alpha", "lora_dropout", mode="before")
     @classmethod
     def _whole_numbers_are_fine(cls, value: Any) -> Any:
         return float(value) if type(value) is int else value
@@ -341,11 +343,11 @@ class Recipe(BaseModel):
 
 
 def make_recipe(file: Path | None = None, **options: Any) -> Recipe:
-    """Build a recipe from a YAML file, if given, and from options; options that are not None win.
+    """Build a recipe from a file, if given, and from options; options that are not None win.
 
     Raises RecipeError naming the key, what was expected and what was found.
     """
-    values = _read_recipe(file) if file else {}
+    values = read_recipe(file) if file else {}
     values.update({key: value for key, value in options.items() if value is not None})
     where = f"{file}: " if file else ""
     for key in values:
@@ -367,15 +369,20 @@ def _one_line(error: Any) -> str:
     return f"{option}: {message[0].lower() + message[1:]}, found {error['input']!r}"
 
 
-def _read_recipe(file: Path) -> dict[str, Any]:
+def read_recipe(file: Path) -> dict[str, Any]:
+    """Return the options in a YAML or JSON file, also those that an adapter configuration of PEFT's stands for. Raises
+    RecipeError."""
+    parse, form = (parse_json, "JSON") if file.suffix == ".json" else (parse_yaml, "YAML")
     try:
-        values = parse_yaml(read_regular(file, YAML_BYTES))
+        values = parse(read_regular(file, YAML_BYTES))
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise RecipeError(f"{file}: not valid YAML ({error})") from None
+        raise RecipeError(f"{file}: not valid {form} ({error})") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: expected `option: value` lines, found {type(values).__name__}")
+    if is_adapter_config(values):
+        return recipe_of(values, str(file))
     if values.get("trust_remote_code"):
         raise RecipeError(
             f"{file}: trust_remote_code: a recipe may come from anywhere, so only the command line can give it, as "
