@@ -121,8 +121,11 @@ def _options(wanted: Wanted, checkpoint: Checkpoint, chosen: Chosen) -> dict[str
     architecture = chosen.architecture
     options = {**family.defaults, **own, "task_type": task_type(architecture)}
     options |= {"base_model_name_or_path": wanted.name, "inference_mode": False}
-    if family.needs is not None and not options.get(family.needs[0]):
-        raise RecipeError(f"--method {wanted.method}: {family.needs[1]}")
+    if family.needs is not None:
+        places = options.get(family.needs[0])
+        if not isinstance(places, Mapping) or not places:
+            raise RecipeError(f"--method {wanted.method}: {family.needs[1]}")
+        options[family.needs[0]] = {str(number): place for number, place in enumerate(places.values())}
     if family.adapts:
         options["target_modules"] = target_modules(chosen.names, architecture)
         options["exclude_modules"] = None

@@ -20,8 +20,8 @@ class Family:
     the targets. `feed_forward`: it asks which of them are the ends of feed-forward parts. `rank` and `alpha` are what
     the configuration calls these, "" where it has none. `of_base` gives further values from the base's configuration;
     `start` changes PEFT's initial values, in place; `batch` is what a training step takes beside the tokens; `needs` is
-    an option without which there is no adapter, with the reason; `caches`: the base may keep keys and values. `note`
-    says what its user has to know."""
+    a setting without which there is no adapter, places that PEFT wants by number, with the reason; `caches`: the base
+    may keep keys and values. `note` says what its user has to know."""
 
     config: str
     paper: str

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,21 +31,31 @@ def not_trained(method: str, quantization: Mapping[str, Any] | None) -> str | No
 
 @lru_cache
 def _not_trained(method: str, quantization: str | None) -> str | None:
-    form = None if quantization is None else json.loads(quantization)
+    _require_runs(quantization)
     with torch.random.fork_rng(devices=[]), quietly():
         try:
-            _step(_small(form))
+            trained = _step(_adapted(method, _form(quantization)), FAMILIES[method].batch(1))
+        except Exception as error:  # PEFT and its layers can refuse in any way
+            return reason_of(error)
+    return None if trained else "nothing that would be trained gets a gradient"
+
+
+@lru_cache
+def _require_runs(quantization: str | None) -> None:
+    """Raise CheckpointError where the small model itself does not run: then nothing is known of what PEFT does."""
+    with torch.random.fork_rng(devices=[]), quietly():
+        try:
+            _step(_small(_form(quantization)))
         except CheckpointError:
             raise
         except Exception as error:  # kernels can fail in any way
             raise CheckpointError(
                 f"a base in this form does not run here, so that it cannot be tried: {reason_of(error)}"
             ) from error
-        try:
-            trained = _step(_adapted(method, form), FAMILIES[method].batch(1))
-        except Exception as error:  # PEFT and its layers can refuse in any way
-            return reason_of(error)
-    return None if trained else "nothing that would be trained gets a gradient"
+
+
+def _form(quantization: str | None) -> dict[str, Any] | None:
+    return None if quantization is None else json.loads(quantization)
 
 
 @contextmanager
