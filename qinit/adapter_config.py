@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qinit.errors import RecipeError
+from qinit.errors import RecipeError, did_you_mean
 from qinit.files.reading import YAML_BYTES, parse_json, read_regular
 
+SUFFIXES = (".json", ".yaml", ".yml")
 KEY = "peft_type"  # what every such file has
 # Who saved it, for what model, and what is found out anew. A base is named where a command asks for one.
 BESIDE = frozenset(
@@ -27,6 +29,29 @@ STARTS = re.compile(r"(pissa|olora|milora|corda|eva|loftq|lora_ga)(?:_niter_(\d+
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 # What changes nothing at these values, as PEFT fills a file with its defaults.
 NEUTRAL: dict[str, Any] = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
+
+
+def template_names() -> list[str]:
+    """Return the names of the configurations that come with qinit."""
+    return sorted(file.stem for file in _templates().glob("*.json"))
+
+
+def find_recipe(file: Path) -> Path:
+    """Return the file itself, or the configuration that comes with qinit and has this name. Raises RecipeError for a
+    name of neither."""
+    name = str(file)
+    if file.suffix in SUFFIXES or len(file.parts) > 1 or file.exists():
+        return file
+    if name not in (known := template_names()):
+        raise RecipeError(
+            f"{name}: no such file, and no adapter configuration that comes with qinit{did_you_mean(name, known)}; "
+            f"those are {', '.join(known)}"
+        )
+    return _templates() / f"{name}.json"
+
+
+def _templates() -> Path:
+    return Path(str(resources.files("qinit_templates")))
 
 
 def read_adapter_config(file: Path) -> dict[str, Any]:

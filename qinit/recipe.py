@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qinit.adapter_config import is_adapter_config, recipe_of
+from qinit.adapter_config import find_recipe, is_adapter_config, recipe_of
 from qinit.errors import RecipeError, did_you_mean
 from qinit.files.reading import YAML_BYTES, parse_json, parse_yaml, read_regular
 from qinit.formats import FORMATS
@@ -370,8 +370,9 @@ def _one_line(error: Any) -> str:
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """Return the options in a YAML or JSON file, also those that an adapter configuration of PEFT's stands for. Raises
-    RecipeError."""
+    """Return the options in a YAML or JSON file, also those that an adapter configuration of PEFT's stands for, or one
+    that comes with qinit, by its name. Raises RecipeError."""
+    file = find_recipe(file)
     parse, form = (parse_json, "JSON") if file.suffix == ".json" else (parse_yaml, "YAML")
     try:
         values = parse(read_regular(file, YAML_BYTES))

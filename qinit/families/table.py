@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qinit.adapter_config import KEY, read_adapter_config
+from qinit.adapter_config import KEY, find_recipe, read_adapter_config
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ def family_named(settings: Mapping[str, Any]) -> str | None:
 def settings_in(file: Path) -> tuple[str | None, dict[str, Any]]:
     """Return the family that a file is the adapter configuration of, with its settings; None and nothing for any other
     file. Raises RecipeError for a file that cannot be read."""
+    file = find_recipe(file)
     if file.suffix != ".json":
         return None, {}
     settings = read_adapter_config(file)
