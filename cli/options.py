@@ -21,8 +21,8 @@ OPTIONS: dict[str, Any] = {
     "recipe": Annotated[
         Path | None,
         typer.Option(
-            help="A YAML file with these options by name, an adapter_config.json of PEFT's, or the name of one that comes "
-            "with qinit; flags win over it.",
+            help="A YAML file with these options by name, an adapter_config.json of PEFT's, or the name of one that "
+            "comes with qinit; flags win over it.",
             rich_help_panel=MODEL_PANEL,
         ),
     ],

@@ -121,6 +121,8 @@ def _options(wanted: Wanted, checkpoint: Checkpoint, chosen: Chosen) -> dict[str
     architecture = chosen.architecture
     options = {**family.defaults, **own, "task_type": task_type(architecture)}
     options |= {"base_model_name_or_path": wanted.name, "inference_mode": False}
+    if problem := family.problem(options):
+        raise RecipeError(f"--method {wanted.method}: {problem}")
     if family.needs is not None:
         places = options.get(family.needs[0])
         if not isinstance(places, Mapping) or not places:

@@ -20,8 +20,9 @@ class Family:
     the targets. `feed_forward`: it asks which of them are the ends of feed-forward parts. `rank` and `alpha` are what
     the configuration calls these, "" where it has none. `of_base` gives further values from the base's configuration;
     `start` changes PEFT's initial values, in place; `batch` is what a training step takes beside the tokens; `needs` is
-    a setting without which there is no adapter, places that PEFT wants by number, with the reason; `caches`: the base
-    may keep keys and values. `note` says what its user has to know."""
+    a setting without which there is no adapter, places that PEFT wants by number, with the reason; `problem` says what
+    PEFT would only find out in training; `caches`: the base may keep keys and values. `note` says what its user has to
+    know."""
 
     config: str
     paper: str
@@ -34,6 +35,7 @@ class Family:
     start: Callable[[Any], None] = lambda model: None
     batch: Callable[[int], dict[str, torch.Tensor]] = lambda size: {}
     needs: tuple[str, str] | None = None
+    problem: Callable[[Mapping[str, Any]], str | None] = lambda options: None
     caches: bool = True
     note: str = ""
 
@@ -44,6 +46,11 @@ def _orthogonal(model: Any) -> None:
     for module in model.modules():
         for matrix in (*getattr(module, "lora_A", {}).values(), *getattr(module, "lora_B", {}).values()):
             nn.init.orthogonal_(matrix)
+
+
+def _grows(options: Mapping[str, Any]) -> str | None:
+    initial, target = options["init_r"], options["target_r"]
+    return f"target_r {target} is above the initial rank {initial}; give less" if target > initial else None
 
 
 def _all_but_two(config: Any) -> dict[str, Any]:
@@ -74,6 +81,7 @@ FAMILIES: dict[str, Family] = {
         alpha="lora_alpha",
         defaults={"target_r": 8, "init_r": 12, "tinit": 500, "tfinal": 1500, "deltaT": 10, "total_step": 10_000},
         start=_orthogonal,
+        problem=_grows,
         note="AdaLoRA prunes by its total_step: give that of your training in a JSON file, with --recipe",
     ),
     "ia3": Family("IA3Config", "arXiv:2205.05638", feed_forward=True),

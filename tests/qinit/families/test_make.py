@@ -152,6 +152,7 @@ def test_ia3_scales_the_inputs_of_what_ends_a_feed_forward_part(family, inner, t
         ("oft", {"settings": {"peft_type": "OFT", "oft_block_sizes": 8}}, "did you mean 'oft_block_size'"),
         ("oft", {"settings": {"peft_type": "BOFT"}}, "the adapter configuration is one of boft"),
         ("boft", {"settings": {"peft_type": "BOFT", "boft_block_size": 7}}, "PEFT refuses it on"),
+        ("adalora", {"rank": 6}, "target_r 8 is above the initial rank 6"),
         ("xlora", {}, "xlora mixes LoRA adapters that are there"),
         ("adalora", {"settings": {"peft_type": "ADALORA", "total_step": 5}}, "PEFT refuses it on"),
     ],
