@@ -12,6 +12,7 @@ from qinit.formats import format_of
 from qinit.requirements import pip_command
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.skeleton import build_model
+from qinit.source.targets import Architecture
 
 
 def hollow_base(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
@@ -24,6 +25,16 @@ def hollow_base(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> A
         pack(model)
     hollow(model)
     return model
+
+
+def fill_embedding(model: Any, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Give a hollow base the embedding that its checkpoint has. Raises CheckpointError where it has none as it is."""
+    table = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is table)
+    stored = architecture.names_in(checkpoint).find(f"{name}.weight")
+    if stored is None:
+        raise CheckpointError(f"{checkpoint.directory}: no plain tensor for the embedding {name}.weight")
+    table.weight = nn.Parameter(stored.read(), requires_grad=False)
 
 
 def pack(model: Any) -> Any:

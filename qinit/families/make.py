@@ -15,7 +15,7 @@ from qinit.adapter_config import BESIDE, as_pattern
 from qinit.adapters.base import CONFIG_NAME, WEIGHTS_STEM, write_config
 from qinit.adapters.lora import target_modules, task_type
 from qinit.errors import CheckpointError, OutputError, RecipeError, TargetError, did_you_mean
-from qinit.families.bases import hollow_base
+from qinit.families.bases import fill_embedding, hollow_base
 from qinit.families.card import snippet_of, write_card
 from qinit.families.table import FAMILIES, Family, family_named
 from qinit.families.targets import Chosen, choose, feed_forward_of
@@ -23,6 +23,9 @@ from qinit.families.trial import not_trained, quietly, reason_of
 from qinit.formats.reader import method_of
 from qinit.source.checkpoint import Checkpoint, read_json
 from qinit.source.skeleton import loader, without_cache
+from qinit.source.targets import Architecture
+
+RANDOM = "RANDOM"  # prompts, in PEFT's words
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def make_adapter(wanted: Wanted, out: Path, *, overwrite: bool = False) -> Made:
     try:
         with torch.random.fork_rng(devices=[]), quietly():
             torch.manual_seed(wanted.seed)
-            model = _adapted(wanted, checkpoint, options)
+            model = _adapted(wanted, checkpoint, options, chosen.architecture)
             _require_targets(wanted, model, chosen)
             return _write(wanted, checkpoint, model, out, overwrite)
     except OSError as error:
@@ -178,11 +181,13 @@ def _require_trained(wanted: Wanted, checkpoint: Checkpoint) -> None:
         )
 
 
-def _adapted(wanted: Wanted, checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
+def _adapted(wanted: Wanted, checkpoint: Checkpoint, options: dict[str, Any], architecture: Architecture) -> Any:
     """Return the hollow base with PEFT's adapter. Raises RecipeError with what PEFT says against it."""
     import peft
 
     base = _base(wanted, checkpoint)
+    if options.get("prompt_tuning_init", RANDOM) != RANDOM:  # from the embeddings of words
+        fill_embedding(base, checkpoint, architecture)
     more = wanted.family.of_base(base.config.get_text_config())
     options |= {key: value for key, value in more.items() if options.get(key) is None}
     try:

@@ -118,6 +118,18 @@ def test_the_same_seed_gives_the_same_bytes_and_peft_s_own_values(bases, tmp_pat
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
+def test_prompts_that_start_from_words_have_the_base_s_embeddings(bases, tmp_path):
+    from safetensors.torch import load_file
+
+    base = bases("plain")
+    settings = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "SAMPLE_VOCAB"}
+    make_adapter(wanted(base, "prompt-tuning", tmp_path, settings=settings), tmp_path / "out")
+    (prompts,) = load_file(tmp_path / "out/adapter_model.safetensors").values()
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"].float()
+    assert len(prompts) == 20
+    assert all((table == prompt).all(1).any() for prompt in prompts)
+
+
 def test_adalora_starts_with_orthogonal_p_and_q_and_changes_nothing(bases, tmp_path):
     from safetensors.torch import load_file
 
