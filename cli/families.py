@@ -23,10 +23,12 @@ def with_recipe(options: dict[str, Any]) -> dict[str, Any]:
     if file is None:
         return options
     from qinit.families import settings_in
-    from qinit.recipe import read_recipe
+    from qinit.recipe_files import read_recipe
 
     family, settings = settings_in(file)
     said = {"method": family, SETTINGS: settings} if family else read_recipe(file)
+    if settings and not family and options["source"] is None:
+        said.setdefault("method", "lora")  # what PEFT makes of it
     return {**options, **{key: value for key, value in said.items() if options.get(key) in (None, False)}}
 
 
@@ -36,6 +38,7 @@ def write_family(options: dict[str, Any]) -> bool:
 
     method = options["method"]
     if method not in FAMILIES:
+        _require_no_slip(method)
         return False
     from qinit_cli.draw import Screen, size
     from qinit_cli.hush import hush
@@ -78,3 +81,19 @@ def write_family(options: dict[str, Any]) -> bool:
     if options["json_output"]:
         sys.stdout.write(json.dumps({"directory": str(out.resolve()), "method": method, **asdict(made)}) + "\n")
     return True
+
+
+def _require_no_slip(method: str | None) -> None:
+    """Raise RecipeError for a name that is of nothing, and closest to one of the families."""
+    from qinit.errors import RecipeError, did_you_mean
+    from qinit.families import FAMILIES
+    from qinit.solver.methods import METHODS, get_method
+
+    if method is None:
+        return
+    try:
+        get_method(method)
+    except RecipeError:
+        hint = did_you_mean(method, (*METHODS, *FAMILIES))
+        if any(f"'{name}'" in hint for name in FAMILIES):
+            raise RecipeError(f"--method: no '{method}'{hint}") from None

@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qinit.adapter_config import find_recipe, is_adapter_config, recipe_of
 from qinit.errors import RecipeError, did_you_mean
-from qinit.files.reading import YAML_BYTES, parse_json, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
+from qinit.recipe_files import read_recipe
 from qinit.solver.methods import CALIBRATED, METHODS, Method, get_method, on_base
 from qinit.source.targets import ALL_LINEAR
 from qinit.words import parse_size, parse_time
@@ -367,26 +366,3 @@ def _one_line(error: Any) -> str:
         return str(error["ctx"]["error"])
     message = error["msg"].removeprefix("Value error, ")
     return f"{option}: {message[0].lower() + message[1:]}, found {error['input']!r}"
-
-
-def read_recipe(file: Path) -> dict[str, Any]:
-    """Return the options in a YAML or JSON file, also those that an adapter configuration of PEFT's stands for, or one
-    that comes with qinit, by its name. Raises RecipeError."""
-    file = find_recipe(file)
-    parse, form = (parse_json, "JSON") if file.suffix == ".json" else (parse_yaml, "YAML")
-    try:
-        values = parse(read_regular(file, YAML_BYTES))
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise RecipeError(f"{file}: not valid {form} ({error})") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{file}: expected `option: value` lines, found {type(values).__name__}")
-    if is_adapter_config(values):
-        return recipe_of(values, str(file))
-    if values.get("trust_remote_code"):
-        raise RecipeError(
-            f"{file}: trust_remote_code: a recipe may come from anywhere, so only the command line can give it, as "
-            "--trust-remote-code"
-        )
-    return values

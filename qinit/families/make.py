@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from qinit.adapter_config import BESIDE, as_pattern
 from qinit.adapters.base import CONFIG_NAME, WEIGHTS_STEM, write_config
 from qinit.adapters.lora import target_modules, task_type
 from qinit.errors import CheckpointError, OutputError, RecipeError, TargetError, did_you_mean
@@ -21,6 +20,7 @@ from qinit.families.table import FAMILIES, Family, family_named
 from qinit.families.targets import Chosen, choose, feed_forward_of
 from qinit.families.trial import not_trained, quietly, reason_of
 from qinit.formats.reader import method_of
+from qinit.recipe_files import BESIDE, as_pattern
 from qinit.source.checkpoint import Checkpoint, read_json
 from qinit.source.skeleton import loader, without_cache
 from qinit.source.targets import Architecture

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qinit.adapter_config import KEY, find_recipe, read_adapter_config
+from qinit.recipe_files import KEY, find_recipe, is_adapter_config, parse_file
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,5 @@ def family_named(settings: Mapping[str, Any]) -> str | None:
 def settings_in(file: Path) -> tuple[str | None, dict[str, Any]]:
     """Return the family that a file is the adapter configuration of, with its settings; None and nothing for any other
     file. Raises RecipeError for a file that cannot be read."""
-    file = find_recipe(file)
-    if file.suffix != ".json":
-        return None, {}
-    settings = read_adapter_config(file)
-    return family_named(settings), settings
+    settings = parse_file(find_recipe(file))
+    return (family_named(settings), settings) if is_adapter_config(settings) else (None, {})

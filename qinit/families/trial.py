@@ -78,11 +78,13 @@ def _small(quantization: dict[str, Any] | None) -> Any:
 
     group = int((quantization or {}).get("group_size") or 0)
     width = max(WIDTH, group)
-    config = transformers.LlamaConfig(
+    sizes: dict[str, Any] = {
         **{"vocab_size": 64, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False, "dtype": torch.bfloat16},
-    )
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    }
+    config = transformers.LlamaConfig(**sizes)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
     if quantization is not None:
         config.quantization_config = {key: value for key, value in quantization.items() if key not in OTHER_NAMES}
         quantizer = pack(model)

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qinit.adapter_config import NF4, STARTS, as_pattern, find_recipe, read_adapter_config
 from qinit.errors import RecipeError
 from qinit.files.reading import printable
+from qinit.recipe_files import NF4, STARTS, as_pattern, find_recipe, read_adapter_config
 from qinit.trainers.training import Training
 
 BASE = "base_model_name_or_path"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qinit.adapter_config import BESIDE
 from qinit.families import FAMILIES, family_named
+from qinit.recipe_files import BESIDE
 from qinit.trainers.templates.base import Template, TemplateWriter
 from qinit.trainers.training import Training
 

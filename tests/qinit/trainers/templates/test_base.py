@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qinit.adapter_config import template_names
 from qinit.errors import RecipeError
+from qinit.recipe_files import template_names
 from qinit.trainers.templates import WRITERS, Template
 from qinit.trainers.training import Training
 from qinit.trainers.write import config_for

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from qinit.adapter_config import find_recipe, read_adapter_config, recipe_of, template_names
 from qinit.errors import RecipeError, TargetError
 from qinit.families import FAMILIES, family_named
 from qinit.recipe import make_recipe
+from qinit.recipe_files import find_recipe, read_adapter_config, recipe_of, template_names
 from tests.helpers import plan_of
 from tests.models import make_checkpoint
 

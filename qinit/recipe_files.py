@@ -1,4 +1,5 @@
-"""An adapter configuration of PEFT's (adapter_config.json), read as what qinit calls the same."""
+"""Files of options: recipes in YAML or JSON, and adapter configurations of PEFT's (adapter_config.json), read as what
+qinit calls the same."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qinit.errors import RecipeError, did_you_mean
-from qinit.files.reading import YAML_BYTES, parse_json, read_regular
+from qinit.files.reading import YAML_BYTES, parse_json, parse_yaml, read_regular
 
 SUFFIXES = (".json", ".yaml", ".yml")
 KEY = "peft_type"  # what every such file has
@@ -54,18 +55,41 @@ def _templates() -> Path:
     return Path(str(resources.files("qinit_templates")))
 
 
+def read_recipe(file: Path) -> dict[str, Any]:
+    """Return the options in a YAML or JSON file, also those that an adapter configuration of PEFT's stands for, or one
+    that comes with qinit, by its name. Raises RecipeError."""
+    file = find_recipe(file)
+    values = parse_file(file)
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file}: expected `option: value` lines, found {type(values).__name__}")
+    if is_adapter_config(values):
+        return recipe_of(values, str(file))
+    if values.get("trust_remote_code"):
+        raise RecipeError(
+            f"{file}: trust_remote_code: a recipe may come from anywhere, so only the command line can give it, as "
+            "--trust-remote-code"
+        )
+    return values
+
+
 def read_adapter_config(file: Path) -> dict[str, Any]:
     """Return what a JSON file holds. Raises RecipeError for what cannot be read and for what is no adapter
     configuration."""
+    values = parse_file(file)
+    if not is_adapter_config(values):
+        raise RecipeError(f"{file}: expected an adapter configuration as PEFT saves it, with its {KEY}")
+    return dict(values)
+
+
+def parse_file(file: Path) -> Any:
+    """Return what a file holds, JSON by its ending, else YAML. Raises RecipeError."""
+    parse, form = (parse_json, "JSON") if file.suffix == ".json" else (parse_yaml, "YAML")
     try:
-        values = parse_json(read_regular(file, YAML_BYTES))
+        return parse(read_regular(file, YAML_BYTES))
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise RecipeError(f"{file}: not valid JSON ({error})") from None
-    if not is_adapter_config(values):
-        raise RecipeError(f"{file}: expected an adapter configuration as PEFT saves it, with its {KEY}")
-    return values
+        raise RecipeError(f"{file}: not valid {form} ({error})") from None
 
 
 def is_adapter_config(values: Any) -> bool:
