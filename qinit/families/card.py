@@ -29,20 +29,22 @@ An adapter as PEFT {version} starts it ({config}, {paper}), made by qinit. The b
 {note}"""
 
 
-def snippet_of(base: str, loader: str, place: str, *, prompts: bool, cache: bool, trusted: bool) -> list[str]:
+def snippet_of(base: str, loader: str | None, place: str, *, prompts: bool, cache: bool, trusted: bool) -> list[str]:
     """Return the lines of Python that load a base, named or by its place, and the adapter, for training. `prompts`:
     PEFT loads what it puts before the text only to be used, so that it is made anew and given these values; `cache`
-    says whether the base may keep one."""
+    says whether the base may keep one. Without a `loader` of transformers' the base is one that qinit.load loads."""
     name, adapter = (json.dumps(each, ensure_ascii=False) for each in (base, place))
     own = ", trust_remote_code=True" if trusted else ""
-    lines = [f'base = {loader}.from_pretrained({name}, dtype="auto"{own})']
+    first = "import qinit" if loader is None else f"from transformers import {loader}"
+    call = f"qinit.load({name}, adapter=False" if loader is None else f'{loader}.from_pretrained({name}, dtype="auto"'
+    lines = [f"base = {call}{own})"]
     lines += [] if cache else ["base.config.use_cache = False"]
     if not prompts:
         lines.append(f"model = PeftModel.from_pretrained(base, {adapter}, is_trainable=True)")
-        return [f"from transformers import {loader}; from peft import PeftModel", *lines]
+        return [f"{first}; from peft import PeftModel", *lines]
     weights = json.dumps(f"{place}/{WEIGHTS_STEM}.safetensors", ensure_ascii=False)
     return [
-        f"from transformers import {loader}; from safetensors.torch import load_file",
+        f"{first}; from safetensors.torch import load_file",
         "from peft import PeftConfig, get_peft_model, set_peft_model_state_dict",
         *lines,
         f"model = get_peft_model(base, PeftConfig.from_pretrained({adapter}))",

@@ -19,7 +19,7 @@ from qinit.families.card import snippet_of, write_card
 from qinit.families.table import FAMILIES, Family, family_named
 from qinit.families.targets import Chosen, choose, feed_forward_of
 from qinit.families.trial import not_trained, quietly, reason_of
-from qinit.formats.reader import method_of
+from qinit.formats import format_of, method_of
 from qinit.recipe_files import BESIDE, as_pattern
 from qinit.source.checkpoint import Checkpoint, read_json
 from qinit.source.skeleton import loader, without_cache
@@ -124,6 +124,11 @@ def _options(wanted: Wanted, checkpoint: Checkpoint, chosen: Chosen) -> dict[str
     architecture = chosen.architecture
     options = {**family.defaults, **own, "task_type": task_type(architecture)}
     options |= {"base_model_name_or_path": wanted.name, "inference_mode": False}
+    if options["task_type"] is None and issubclass(getattr(peft, family.config), peft.PromptLearningConfig):
+        raise RecipeError(
+            f"--method {wanted.method}: PEFT puts prompts before models of its own tasks alone, and "
+            f"{architecture.class_name} is for none of them"
+        )
     if problem := family.problem(options):
         raise RecipeError(f"--method {wanted.method}: {problem}")
     if family.needs is not None:
@@ -262,9 +267,11 @@ def _require_loadable(wanted: Wanted, checkpoint: Checkpoint, model: Any, direct
 
 def _described(wanted: Wanted, checkpoint: Checkpoint, model: Any, directory: Path, final: Path) -> Made:
     """Write the card; returns what was made."""
+    form = format_of(checkpoint.config)
+    told = form and form.loader_options(wanted.base, checkpoint.config, trust_remote_code=wanted.trust_remote_code)
     snippet = snippet_of(
         wanted.name,
-        loader(checkpoint.config, wanted.trust_remote_code).__name__,
+        None if told else loader(checkpoint.config, wanted.trust_remote_code).__name__,  # mixed widths
         str(final),
         prompts=model.active_peft_config.is_prompt_learning,
         cache=wanted.family.caches,

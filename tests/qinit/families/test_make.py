@@ -11,7 +11,7 @@ from qinit.errors import OutputError, QinitError, RecipeError
 from qinit.families import FAMILIES
 from qinit.families.make import Wanted, make_adapter
 from tests.helpers import contents, quantize
-from tests.models import make_checkpoint
+from tests.models import make_bert, make_checkpoint
 from tests.peft_adapters import make_adapter as make_lora
 
 GPTQ = pytest.mark.skipif(
@@ -175,6 +175,22 @@ def test_bad_input_leaves_nothing(bases, method, options, what, tmp_path):
         make_adapter(Wanted(base, str(base), method, **options), tmp_path / "out")
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_are_for_models_of_peft_s_tasks(tmp_path):
+    base = make_bert(tmp_path / "bert")
+    with pytest.raises(RecipeError, match="and BertForMaskedLM is for none of them"):
+        make_adapter(Wanted(base, str(base), "prefix-tuning"), tmp_path / "out")
+
+
+@GPTQ
+def test_a_base_of_several_widths_is_loaded_by_qinit(bases, tmp_path):
+    base = tmp_path / "mixed"
+    options = {"target_bits": 3.0, "bits_choices": "2,4", "allocation": "first", "format": "gptq"}
+    quantize(bases("plain"), base, **options)
+    made = make_adapter(Wanted(base, str(base), "oft"), tmp_path / "out")
+    assert made.snippet[0].startswith("import qinit")
+    assert loaded_by(made.snippet).base_model.model.model.layers[0].self_attn.q_proj.get_base_layer().bits == 4
 
 
 def test_a_model_that_a_family_does_not_take_is_refused_with_peft_s_words(tmp_path):
