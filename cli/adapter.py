@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from qinit_cli.eqft import interruptible, show_split, typed
+from qinit_cli.families import with_recipe, write_family
 from qinit_cli.hush import hush
 from qinit_cli.options import METHOD_PANEL, MODEL_PANEL, OUTPUT_PANEL, recipe_options, takes
 from qinit_cli.push import quiet_hub
@@ -30,7 +31,7 @@ def _option(kind: Any, panel: str, text: str, *names: str, **more: Any) -> Any:
 
 
 @takes(
-    *("revision", "token", "trust_remote_code", "rank", "group_size", "symmetric", *CALIBRATING),
+    *("recipe", "revision", "token", "trust_remote_code", "rank", "group_size", "symmetric", *CALIBRATING),
     *("target_modules", "exclude", "lora_alpha", "use_rslora", "seed"),
     *("format", "max_shard_size", "overwrite", "check", "device", "json_output", "quiet", "debug"),
     base=Annotated[
@@ -77,6 +78,9 @@ def adapter(**options: Any) -> None:
     the same step; with --source the repair of a quantized base that exists. MODEL stays as it is."""
     from qinit_cli.draw import Screen
 
+    options = with_recipe(options)
+    if write_family(options):
+        return
     screen = Screen(quiet=options["quiet"], to_stderr=options["json_output"])
     out, overwrite, token, source = (options.pop(name) for name in ("out", "overwrite", "token", "source"))
     recipe = _recipe(source, recipe_options(options))

@@ -20,7 +20,11 @@ OPTIONS: dict[str, Any] = {
     ],
     "recipe": Annotated[
         Path | None,
-        typer.Option(help="A YAML file with these options by name; flags win over it.", rich_help_panel=MODEL_PANEL),
+        typer.Option(
+            help="A YAML file with these options by name, an adapter_config.json of PEFT's, or the name of one that "
+            "comes with qinit; flags win over it.",
+            rich_help_panel=MODEL_PANEL,
+        ),
     ],
     "revision": Annotated[
         str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL_PANEL)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from qinit.report.report import LayerRow, Report
 from qinit.trainers import TRAINERS, TrainableRun, Trainer
+from qinit.trainers.training import Training
 
 PAGES = Path(__file__).resolve().parent / "trainers"
-RUN, DATA = Path("/runs/Qwen2.5-7B-2bit-16rank"), Path("/data/train.jsonl")
+RUN, TRAINING = Path("/runs/Qwen2.5-7B-2bit-16rank"), Training.on("/data/train.jsonl")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "sh"}
 BLOCK = re.compile(r"(?P<line>^`qinit trainer-config .*` writes:\n)\n```\w+\n.*?^```$", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"^\| trainer \|.*?\n(?=\n)", re.DOTALL | re.MULTILINE)
@@ -38,7 +39,7 @@ def with_file(page: str, trainer: Trainer) -> str:
     run = next((run for run in (sample("gptq", 2), sample("dense", 2)) if not trainer.cannot_take(run)), None)
     if run is None:
         return page
-    block = f"\n```{LANGUAGES[trainer.suffix]}\n{trainer.config(run, DATA)}```"
+    block = f"\n```{LANGUAGES[trainer.suffix]}\n{trainer.config(run, TRAINING)}```"
     page, count = BLOCK.subn(lambda match: match["line"] + block, page)
     if count != 1:
         sys.exit(f"error: docs/trainers/{trainer.name}.md must have one block below `qinit trainer-config ...` writes:")

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qinit.errors import RecipeError, did_you_mean
-from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
+from qinit.recipe_files import read_recipe
 from qinit.solver.methods import CALIBRATED, METHODS, STARTS, Method, get_method, on_base, on_grid
 from qinit.solver.start_options import start_defaults, start_problem
 from qinit.source.targets import ALL_LINEAR
@@ -48,6 +48,7 @@ class Recipe(BaseModel):
     symmetric: bool = False  # zero points about the middle alone, which forms without zero points hold too
     format: str = "gptq"
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)  # None: the rank
+    lora_dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False)  # written into the adapter's file, for trainers
     use_rslora: bool = False
     use_dora: bool = False
     grid: str | None = None  # of a start's base below 16 bits; None: int
@@ -125,7 +126,7 @@ class Recipe(BaseModel):
             raise ValueError("expected widths like 2,3,4")
         return tuple(sorted(set(value))) if isinstance(value, list | tuple) else value
 
-    @field_validator("ratio", "target_bits", "lora_alpha", mode="before")
+    @field_validator("ratio", "target_bits", "lora_alpha", "lora_dropout", mode="before")
     @classmethod
     def _whole_numbers_are_fine(cls, value: Any) -> Any:
         return float(value) if type(value) is int else value
@@ -357,11 +358,11 @@ class Recipe(BaseModel):
 
 
 def make_recipe(file: Path | None = None, **options: Any) -> Recipe:
-    """Build a recipe from a YAML file, if given, and from options; options that are not None win.
+    """Build a recipe from a file, if given, and from options; options that are not None win.
 
     Raises RecipeError naming the key, what was expected and what was found.
     """
-    values = _read_recipe(file) if file else {}
+    values = read_recipe(file) if file else {}
     values.update({key: value for key, value in options.items() if value is not None})
     where = f"{file}: " if file else ""
     for key in values:
@@ -381,20 +382,3 @@ def _one_line(error: Any) -> str:
         return str(error["ctx"]["error"])
     message = error["msg"].removeprefix("Value error, ")
     return f"{option}: {message[0].lower() + message[1:]}, found {error['input']!r}"
-
-
-def _read_recipe(file: Path) -> dict[str, Any]:
-    try:
-        values = parse_yaml(read_regular(file, YAML_BYTES))
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise RecipeError(f"{file}: not valid YAML ({error})") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{file}: expected `option: value` lines, found {type(values).__name__}")
-    if values.get("trust_remote_code"):
-        raise RecipeError(
-            f"{file}: trust_remote_code: a recipe may come from anywhere, so only the command line can give it, as "
-            "--trust-remote-code"
-        )
-    return values

@@ -25,6 +25,8 @@ ELSEWHERE = {
         f"qinit/exports/{name}.py": "what it writes is read back in tests/qinit/exports/gguf/test_export.py"
         for name in ("lora", "gguf/families", "gguf/layout", "gguf/vocabulary")
     },
+    "qinit/families/card.py": "tests/qinit/families/test_make.py carries out the lines that it gives",
+    "qinit/families/table.py": "data alone; tests/qinit/families/test_make.py makes and trains every row",
     **{
         f"qinit/formats/{name}.py": "tests/qinit/formats/test_reader.py reads every form"
         for name in ("awq", "bitsandbytes", "compressed_tensors")
@@ -45,6 +47,10 @@ ELSEWHERE = {
     **{
         f"qinit/trainers/{name}.py": "tests/docs/test_trainers.py reads what it writes, tests/compat/trainers runs it"
         for name in ("axolotl", "llama_factory", "ms_swift", "transformers", "trl", "unsloth")
+    },
+    **{
+        f"qinit/trainers/templates/{name}.py": "what it writes is read and run in test_base.py beside it"
+        for name in ("axolotl", "llama_factory", "peft", "trl")
     },
     "qinit/trainers/mlx_lm.py": "data alone",
     "qinit/trainers/torchtune.py": "data alone",

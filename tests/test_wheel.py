@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("qinit", "cli", "model_zoo/demo", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SOURCES = ("qinit", "cli", "model_zoo/demo", "model_zoo/adapters", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 # The demo's scripts are part of the package, and need what only its makers have.
 IMPORTS = """
 import importlib, pkgutil, sys
@@ -81,6 +81,11 @@ def test_the_kinds_of_devices_that_were_measured_are_in_it(wheel):
     kinds = {file.relative_to(ROOT).as_posix() for file in (ROOT / "qinit/planner/kinds").iterdir()}
     assert "qinit/planner/kinds/h100.json" in kinds
     assert kinds <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_adapter_configurations_are_in_it(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("qinit_templates/")}
+    assert {f"qinit_templates/{file.name}" for file in (ROOT / "model_zoo/adapters").glob("*.json")} <= names
 
 
 def test_the_text_to_calibrate_on_is_in_wheel_and_source_distribution(wheel, source, tmp_path):

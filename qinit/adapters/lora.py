@@ -129,7 +129,7 @@ class LoraAdapter(Adapter):
         root = math.sqrt if recipe.use_rslora else float
         return {
             "peft_type": self.peft_type,
-            "task_type": _task_type(architecture),
+            "task_type": task_type(architecture),
             "base_model_name_or_path": base,
             "revision": None,
             "r": recipe.rank,
@@ -137,9 +137,9 @@ class LoraAdapter(Adapter):
             "use_rslora": recipe.use_rslora,
             "rank_pattern": deviating,
             "alpha_pattern": {name: _plain(recipe.lora_scale * root(rank)) for name, rank in deviating.items()},
-            "target_modules": _target_modules([module.name for module in modules], architecture),
+            "target_modules": target_modules([module.name for module in modules], architecture),
             **({"target_parameters": _target_parameters(experts, architecture)} if experts else {}),
-            "lora_dropout": 0.0,
+            "lora_dropout": recipe.lora_dropout,
             "bias": "none",
             "fan_in_fan_out": any(module.transposed for module in modules),
             "init_lora_weights": True,
@@ -191,7 +191,7 @@ class LoraAdapter(Adapter):
         return not bool(tensors[self.names(module)[1]].any())
 
 
-def _task_type(architecture: Architecture) -> str | None:
+def task_type(architecture: Architecture) -> str | None:
     """Return what PEFT calls the model's task; a decoder beside what sees or hears is no encoder-decoder. PEFT's models
     of a task hand `input_ids` on, so one that reads sound or pictures has none: it is called as it is."""
     if architecture.main_input != "input_ids":
@@ -227,7 +227,7 @@ def _target_parameters(adapted: list[str], architecture: Architecture) -> list[s
     return sorted({name if (end := ".".join(name.split(".")[-2:])) in others else end for name in adapted})
 
 
-def _target_modules(adapted: list[str], architecture: Architecture) -> list[str] | str:
+def target_modules(adapted: list[str], architecture: Architecture) -> list[str] | str:
     """Last name components where these select just the adapted modules, whole names otherwise; an expression where one
     of these is the end of another module's too. PEFT looks at the names of all modules, whatever these are."""
     chosen = set(adapted)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from qinit.trainers.base import TrainableRun, Trainer
+from qinit.trainers.training import Training
 from qinit.trainers.yaml_text import scalar
 
 TEMPLATE = """\
@@ -30,13 +29,12 @@ load_in_4bit: false
 {options}
 datasets:
   - path: {data}  # a row is {{"text": ...}}
-    ds_type: json
-    type: completion
+{json}    type: completion
 sequence_len: 1024
 
 output_dir: {output}
 num_epochs: 1
-learning_rate: 1.0e-4
+learning_rate: {rate}
 lr_scheduler: cosine
 optimizer: adamw_torch
 micro_batch_size: 1
@@ -63,7 +61,7 @@ class AxolotlTrainer(Trainer):
         "pip install --no-deps pypcre==0.6.4 logbar==0.4.15 tokenicer==0.0.14 device-smi==0.5.7 defuser==0.0.28",
     )
 
-    def config(self, run: TrainableRun, data: Path) -> str:
+    def config(self, run: TrainableRun, training: Training) -> str:
         options = ["gptq: true"] if run.packed else []
         options += ["trust_remote_code: true"] if run.own_code else []
         return TEMPLATE.format(
@@ -73,6 +71,8 @@ class AxolotlTrainer(Trainer):
             rank=run.adapter["r"],
             alpha=run.adapter["lora_alpha"],
             options="".join(f"{line}\n" for line in options),
-            data=scalar(str(data)),
+            data=scalar(training.name),
+            json="    split: train\n" if training.file is None else "    ds_type: json\n",
+            rate=training.yaml_rate,
             output=scalar(self.output(run)),
         )

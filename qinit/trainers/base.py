@@ -18,6 +18,7 @@ from qinit.report.adapter_card import require_base
 from qinit.report.card import packed_mixed, snippet_of
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.vocabulary import CAUSAL_ENDINGS
+from qinit.trainers.training import Training
 
 
 def quoted(text: str) -> str:
@@ -112,8 +113,8 @@ class Trainer(ABC):
         return None
 
     @abstractmethod
-    def config(self, run: TrainableRun, data: Path) -> str:
-        """Return the script or the configuration that trains a run's adapter on a file of texts."""
+    def config(self, run: TrainableRun, training: Training) -> str:
+        """Return the script or the configuration that trains a run's adapter."""
 
     def head(self, run: TrainableRun) -> dict[str, str]:
         """Return what stands above every one: what it does, and where it comes from."""
@@ -122,9 +123,14 @@ class Trainer(ABC):
             "origin": f"Written by `qinit trainer-config`; {self.seen}.",
         }
 
-    def parts(self, run: TrainableRun, data: Path) -> dict[str, str]:
-        """Return what every script has: the head, and its data and output quoted as Python reads them."""
-        return {**self.head(run), "data": quoted(str(data)), "output": quoted(self.output(run))}
+    def parts(self, run: TrainableRun, training: Training) -> dict[str, str]:
+        """Return what every script has: the head, and in Python its data, its rate and its output."""
+        return {
+            **self.head(run),
+            "rows": training.rows,
+            "rate": training.python_rate,
+            "output": quoted(self.output(run)),
+        }
 
     def output(self, run: TrainableRun) -> str:
         """Return the directory, below the current one, that the trained adapter goes to."""
@@ -140,5 +146,5 @@ class Untrainable(Trainer):
     def cannot_take(self, run: TrainableRun) -> str | None:
         return f"{self.reason} ({self.seen})"
 
-    def config(self, run: TrainableRun, data: Path) -> str:
+    def config(self, run: TrainableRun, training: Training) -> str:
         raise NotImplementedError(f"{self.name} takes no run")  # pragma: no cover - cannot_take said so

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 
 from qinit.trainers.base import TrainableRun, Trainer
+from qinit.trainers.training import Training
 from qinit.trainers.yaml_text import scalar
 
 TEMPLATE = """\
@@ -15,12 +15,7 @@ TEMPLATE = """\
 #
 #     llamafactory-cli train FILE
 #
-# {folder} must hold a dataset_info.json with an entry for {file}. For sft, with rows
-# {{"instruction": ..., "output": ...}}, and for pt, with rows {{"text": ...}}:
-#     {{{name}: {{"file_name": {file}, "columns": {{"prompt": "instruction", "response": "output"}}}}}}
-#     {{{name}: {{"file_name": {file}, "columns": {{"prompt": "text"}}}}}}
-#
-# lora_rank, lora_alpha, lora_target and lora_dropout would be ignored: the adapter brings its own. What loses the
+{note}# lora_rank, lora_alpha, lora_target and lora_dropout would be ignored: the adapter brings its own. What loses the
 # start: create_new_adapter, pissa_init. What quantizes the base anew: quantization_bit, use_unsloth.
 model_name_or_path: {base}
 adapter_name_or_path: {start}
@@ -37,7 +32,7 @@ cutoff_len: 1024
 
 output_dir: {output}
 num_train_epochs: 1.0
-learning_rate: 1.0e-4
+learning_rate: {rate}
 per_device_train_batch_size: 1
 gradient_accumulation_steps: 16
 bf16: true  # false on a CPU
@@ -47,6 +42,14 @@ report_to: none
 
 # Afterwards{merge}
 """
+NOTE = """\
+# {folder} must hold a dataset_info.json with an entry for {file}. For sft, with rows
+# {{"instruction": ..., "output": ...}}, and for pt, with rows {{"text": ...}}:
+#     {{{name}: {{"file_name": {file}, "columns": {{"prompt": "instruction", "response": "output"}}}}}}
+#     {{{name}: {{"file_name": {file}, "columns": {{"prompt": "text"}}}}}}
+#
+"""
+ONLINE = "# The data set's columns are instruction, input and output, or say others in a dataset_info.json.\n#\n"
 MERGE = """, base and adapter as one model of 16 bits:
 #     llamafactory-cli export --model_name_or_path {base} \\
 #       --adapter_name_or_path {output} --template default --export_dir {output}-merged"""
@@ -69,17 +72,25 @@ class LlamaFactoryTrainer(Trainer):
     )
     breaks = (("torchao>0.16", "peft 0.18 then loads no adapter, on a dense base either"),)
 
-    def config(self, run: TrainableRun, data: Path) -> str:
+    def config(self, run: TrainableRun, training: Training) -> str:
         base, output = str(run.directory), self.output(run)
         return TEMPLATE.format(
             **self.head(run),
             base=scalar(base),
             start=scalar(run.start),
             trusted="trust_remote_code: true\n" if run.own_code else "",
-            folder=scalar(str(data.parent)),
-            dataset=scalar(data.stem),
-            name=json.dumps(data.stem),
-            file=json.dumps(data.name),
+            note=note_on(training),
+            folder="ONLINE" if training.file is None else scalar(str(training.file.parent)),
+            dataset=scalar(training.name if training.file is None else training.file.stem),
+            rate=training.yaml_rate,
             output=scalar(output),
             merge=NO_MERGE if run.packed else MERGE.format(base=shlex.quote(base), output=shlex.quote(output)),
         )
+
+
+def note_on(training: Training) -> str:
+    """Return what LLaMA-Factory wants to know of a data set, as lines of a comment."""
+    file = training.file
+    if file is None:
+        return ONLINE
+    return NOTE.format(folder=scalar(str(file.parent)), name=json.dumps(file.stem), file=json.dumps(file.name))

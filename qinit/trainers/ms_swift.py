@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from qinit.trainers.base import TrainableRun, Trainer
+from qinit.trainers.training import Training
 
 TEMPLATE = """\
 #!/bin/sh
@@ -25,7 +25,7 @@ swift sft \\
   --max_length 1024 \\
   --output_dir {output} \\
   --num_train_epochs 1 \\
-  --learning_rate 1e-4 \\
+  --learning_rate {rate} \\
   --per_device_train_batch_size 1 \\
   --gradient_accumulation_steps 16 \\
   --gradient_checkpointing true \\
@@ -43,11 +43,12 @@ class MsSwiftTrainer(Trainer):
     seen = "not run: by the source of ms-swift 4.6.0.dev0 (3602360)"
     distribution = "ms-swift"
 
-    def config(self, run: TrainableRun, data: Path) -> str:
+    def config(self, run: TrainableRun, training: Training) -> str:
         return TEMPLATE.format(
             **self.head(run),
             base=shlex.quote(str(run.directory)),
             start=shlex.quote(run.start),
-            data=shlex.quote(str(data)),
+            data=shlex.quote(training.name),
+            rate=training.python_rate,
             output=shlex.quote(self.output(run)),
         )

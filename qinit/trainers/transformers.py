@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from qinit.trainers.base import TrainableRun, Trainer
+from qinit.trainers.training import Training
 
 # For the models whose loss needs nothing but text: how the collator makes labels of it.
 COLLATORS = {"ForCausalLM": "mlm=False", "LMHeadModel": "mlm=False", "ForMaskedLM": "mlm=True"}
@@ -19,7 +18,7 @@ TEMPLATE = """\
 
 tokenizer = AutoTokenizer.from_pretrained({base}{trusted})
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-rows = load_dataset("json", data_files={data}, split="train")  # a row is {{"text": ...}}
+rows = {rows}  # a row is {{"text": ...}}
 rows = rows.map(
     lambda row: tokenizer(row["text"], truncation=True, max_length=1024),
     batched=True,
@@ -35,7 +34,7 @@ trainer = Trainer(
     args=TrainingArguments(
         output_dir={output},
         num_train_epochs=1,
-        learning_rate=1e-4,
+        learning_rate={rate},
         per_device_train_batch_size=1,
         gradient_accumulation_steps=16,
         bf16=torch.cuda.is_available(),
@@ -71,14 +70,14 @@ class TransformersTrainer(Trainer):
             )
         return None
 
-    def config(self, run: TrainableRun, data: Path) -> str:
+    def config(self, run: TrainableRun, training: Training) -> str:
         imports = [
             "import torch",
             "from datasets import load_dataset",
             "from transformers import AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments",
         ]
         return TEMPLATE.format(
-            **self.parts(run, data),
+            **self.parts(run, training),
             **run.loading(imports),
             labels=self._labels(run),
             checkpointing=CHECKPOINTING if run.packed else "",

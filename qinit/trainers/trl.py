@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from qinit.trainers.base import TrainableRun, Trainer
+from qinit.trainers.training import Training
 
 TEMPLATE = """\
 # {head}
@@ -17,7 +16,7 @@ TEMPLATE = """\
 
 {imports}
 
-rows = load_dataset("json", data_files={data}, split="train")  # a row is {{"text": ...}}, or a chat
+rows = {rows}  # a row is {{"text": ...}}, or a chat
 
 {loading}
 
@@ -28,7 +27,7 @@ trainer = SFTTrainer(
     args=SFTConfig(
         output_dir={output},
         num_train_epochs=1,
-        learning_rate=1e-4,
+        learning_rate={rate},
         per_device_train_batch_size=1,
         gradient_accumulation_steps=16,
         bf16=torch.cuda.is_available(),
@@ -56,11 +55,11 @@ class TrlTrainer(Trainer):
     def cannot_take(self, run: TrainableRun) -> str | None:
         return None if run.packed_mixed and run.causal else super().cannot_take(run)
 
-    def config(self, run: TrainableRun, data: Path) -> str:
+    def config(self, run: TrainableRun, training: Training) -> str:
         imports = [
             "import torch",
             "from datasets import load_dataset",
             "from transformers import AutoTokenizer",
             "from trl import SFTConfig, SFTTrainer",
         ]
-        return TEMPLATE.format(**self.parts(run, data), **run.loading(imports))
+        return TEMPLATE.format(**self.parts(run, training), **run.loading(imports))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from qinit.trainers.base import TrainableRun, Trainer, quoted
+from qinit.trainers.training import Training
 
 TEMPLATE = """\
 # {head}
@@ -20,7 +19,7 @@ from unsloth import FastLanguageModel  # before the others, which it changes
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
-rows = load_dataset("json", data_files={data}, split="train")  # a row is {{"text": ...}}, or a chat
+rows = {rows}  # a row is {{"text": ...}}, or a chat
 
 # The adapter's directory: it names its base, and is loaded as trainable.
 model, tokenizer = FastLanguageModel.from_pretrained(
@@ -37,7 +36,7 @@ trainer = SFTTrainer(
     args=SFTConfig(
         output_dir={output},
         num_train_epochs=1,
-        learning_rate=1e-4,
+        learning_rate={rate},
         per_device_train_batch_size=1,
         gradient_accumulation_steps=16,
         max_length=1024,
@@ -67,9 +66,9 @@ class UnslothTrainer(Trainer):
             )
         return super().cannot_take(run)
 
-    def config(self, run: TrainableRun, data: Path) -> str:
+    def config(self, run: TrainableRun, training: Training) -> str:
         return TEMPLATE.format(
-            **self.parts(run, data),
+            **self.parts(run, training),
             start=quoted(run.start),
             trusted="\n    trust_remote_code=True," if run.own_code else "",
         )

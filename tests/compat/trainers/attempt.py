@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from qinit.trainers import TrainableRun, Trainer
+from qinit.trainers.training import Training
 from tests.helpers import edit_json, quantize
 from tests.models import make_reader, words
 
@@ -55,7 +56,7 @@ class Attempt:
         self.trainer, self.run, self.place, self.launch = trainer, TrainableRun.open(run), place, launch
         assert trainer.cannot_take(self.run) is None
         place.mkdir(parents=True)
-        self.text = trainer.config(self.run, write_data(place))
+        self.text = trainer.config(self.run, Training.on(str(write_data(place))))
         batch = {key: value for key, value in BATCH.items() if key in self.text}
         common = {"gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": BREAK, "max_steps": STEPS}
         self.changes = {**common, **batch, **(changes or {})}

@@ -4,8 +4,11 @@ import pytest
 
 from qinit.errors import CheckpointError, ReportError
 from qinit.trainers import TRAINERS, TrainableRun
+from qinit.trainers.training import Training
 from tests.helpers import edit_json, quantize
 from tests.models import make_checkpoint
+
+TRAINING = Training.on("train.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +58,14 @@ def test_packed_mixed_widths_are_for_scripts_that_load_with_qinit(run):
     change_report(run, format="gptq", widths=[2, 3])
     assert TRAINERS.keys() - refused(run).keys() == {"transformers", "trl"}
     assert "qinit.load" in refused(run)["llama-factory"]
-    text = TRAINERS["trl"].config(TrainableRun.open(run), run / "train.jsonl")
+    text = TRAINERS["trl"].config(TrainableRun.open(run), TRAINING)
     assert f"model = qinit.load({json.dumps(str(run))}, trainable=True)" in text
 
 
 def test_a_model_of_another_kind_is_for_transformers_or_for_a_script_of_one_s_own(run):
     change_report(run, **{"class": "BertForMaskedLM"})
     assert TRAINERS.keys() - refused(run).keys() == {"transformers"}
-    assert "mlm=True" in TRAINERS["transformers"].config(TrainableRun.open(run), run / "train.jsonl")
+    assert "mlm=True" in TRAINERS["transformers"].config(TrainableRun.open(run), TRAINING)
     change_report(run, **{"class": "BertForSequenceClassification"})
     assert refused(run).keys() == TRAINERS.keys()
     assert "README.md" in refused(run)["transformers"]
@@ -71,10 +74,10 @@ def test_a_model_of_another_kind_is_for_transformers_or_for_a_script_of_one_s_ow
 @pytest.mark.parametrize("name", ["transformers", "trl", "llama-factory", "axolotl", "unsloth", "ms-swift"])
 def test_code_of_the_model_s_own_is_run_only_where_the_run_was_made_so(run, name):
     opened = TrainableRun.open(run)
-    assert "trust_remote_code" not in TRAINERS[name].config(opened, run / "train.jsonl")
+    assert "trust_remote_code" not in TRAINERS[name].config(opened, TRAINING)
     change_report(run, trust_remote_code=True)
     if name != "ms-swift":  # it always does
-        assert "trust_remote_code" in TRAINERS[name].config(TrainableRun.open(run), run / "train.jsonl")
+        assert "trust_remote_code" in TRAINERS[name].config(TrainableRun.open(run), TRAINING)
 
 
 def test_what_is_no_run_is_said_to_be_none(run, tmp_path):

@@ -1,0 +1,1 @@
+"""Adapter configurations in the shape of PEFT's adapter_config.json, as `--recipe NAME` takes them."""

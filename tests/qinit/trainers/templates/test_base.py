@@ -1,0 +1,106 @@
+"""What is written for adapter configurations is read by the trainers' languages, and by their own parsers."""
+
+import ast
+import json
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qinit.errors import RecipeError
+from qinit.recipe_files import template_names
+from qinit.trainers.templates import WRITERS, Template
+from qinit.trainers.training import Training
+from qinit.trainers.write import config_for
+from tests.models import make_reader, words
+
+HUB = Training.on("trl-lib/Capybara")
+OTHERS = {"adalora_llama3.2_3b", "boft_llama3.2_3b", "oft_llama3.2_3b", "ia3_llama3.2_3b"}
+PISSA = "pissa_llama3.2_3b_rank128"
+NOT_TAKEN = {"trl": {*OTHERS, PISSA}, "llama-factory": OTHERS, "axolotl": OTHERS, "transformers": set()}
+
+
+@pytest.mark.parametrize("trainer", WRITERS)
+@pytest.mark.parametrize("name", template_names())
+def test_a_template_is_written_or_refused_with_what_takes_it(name, trainer):
+    writer, template = WRITERS[trainer], Template.open(Path(name))
+    problem = writer.cannot_write(template, HUB)
+    assert (problem is not None) == (name in NOT_TAKEN[trainer])
+    if problem is not None:
+        assert "--trainer peft" in problem
+        return
+    text = writer.write(template, HUB)
+    for wanted in (template.base, HUB.name, f"{name}-{trainer}", "q_proj" if "ia3" not in name else "k_proj"):
+        assert wanted in text
+    if writer.suffix == ".py":
+        ast.parse(text)
+    elif writer.suffix == ".yaml":
+        values = yaml.safe_load(text)
+        assert (values["lora_r"] if trainer == "axolotl" else values["lora_rank"]) == template.settings["r"]
+        assert values["learning_rate"] == 1e-4
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", ["lora_llama2_7b_rank4", "dora_llama3.2_3b_rank128", "qlora_llama3.2_3b_rank128"])
+def test_trl_s_own_parser_takes_the_flags(name):
+    pytest.importorskip("trl", reason="pip install trl")
+    from trl.scripts.sft import make_parser
+
+    template = Template.open(Path(name))
+    text = WRITERS["trl"].write(template, HUB).replace("--bf16 True", "--bf16 False")  # there is no GPU
+    flags = shlex.split(text[text.index("trl sft") :].replace("\\\n", ""))[2:]
+    script, training, model, _ = make_parser().parse_args_and_config(flags, fail_with_unknown_args=True)
+    assert (script.dataset_name, model.model_name_or_path) == (HUB.name, template.base)
+    assert (training.seed, training.num_train_epochs, training.learning_rate) == (42, 1, 1e-4)
+    assert (training.lr_scheduler_type, training.get_warmup_steps(1000)) == ("cosine", 30)
+    assert (training.gradient_checkpointing, training.gradient_checkpointing_kwargs) == (True, {"use_reentrant": False})
+    settings = template.settings
+    assert (model.use_peft, model.lora_r, model.lora_alpha, model.lora_dropout) == (
+        *(True, settings["r"], settings["lora_alpha"], settings["lora_dropout"]),
+    )
+    assert model.lora_target_modules == settings["target_modules"]
+    assert (model.use_dora, model.load_in_4bit) == ("dora" in name, "qlora" in name)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"peft_type": "LORA", "r": 4}, {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9}]
+)
+def test_the_script_for_peft_trains(settings, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="pip install 'qinit[datasets]'")
+    base = make_reader(tmp_path / "base")
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({**settings, "base_model_name_or_path": str(base), "target_modules": ["q_proj"]}))
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"text": words(*range(first, first + 9))}) + "\n" for first in range(5, 9)))
+    monkeypatch.chdir(tmp_path)
+    written = config_for(file, "peft", str(data))
+    (tmp_path / written.file).write_text(written.text.replace("gradient_accumulation_steps=16", "use_cpu=True"))
+    runpy.run_path(str(tmp_path / written.file), run_name="__main__")
+    saved = json.loads((tmp_path / "mine-transformers/adapter_config.json").read_text())
+    assert saved["peft_type"] == settings["peft_type"]
+    assert (tmp_path / "mine-transformers/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("values", "trainer", "dataset", "what"),
+    [
+        ({}, "trl", "a/b", "names no base to train on"),
+        ({"base_model_name_or_path": "a/b"}, "trl", "a/b", "target_modules: expected names"),
+        ({"base_model_name_or_path": "a/b", "target_modules": ["x"], "r": "4"}, "trl", "a/b", "r: expected a number"),
+        ({"base_model_name_or_path": "a/b", "target_modules": ["x"]}, "trl", "train.jsonl", "--trainer peft takes one"),
+        ({"base_model_name_or_path": "a/b"}, "unsloth", "a/b", "takes runs alone; templates are for transformers, trl"),
+        (
+            {"base_model_name_or_path": "a/b", "peft_type": "POLY"},
+            "peft",
+            "a/b",
+            "is POLY; written are LORA and adalora",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(values, trainer, dataset, what, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps({"peft_type": "LORA", **values}))
+    with pytest.raises(RecipeError, match=what) as error:
+        config_for(tmp_path / "mine.json", trainer, dataset)
+    assert "\n" not in str(error.value)
