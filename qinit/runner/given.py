@@ -9,6 +9,7 @@ from qinit.files.tensors import CHUNK_BYTES, StoredTensor
 from qinit.linalg.chunks import row_chunks
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.given import no_base_of
+from qinit.stream.weights import ModelWeights
 from qinit.workplace.store import Store
 
 SAME = 1e-2  # of its own norm a tensor may differ by: another 16-bit type moves it by a third of that at most
@@ -28,6 +29,13 @@ def read_given(store: Store, layer: LayerPlan, weight: torch.Tensor) -> torch.Te
     if sizes and both < ALIKE * sizes:
         raise _another(store.plan, f"the cosine of {layer.target.name} in the two is {both / sizes:.2f}")
     return given
+
+
+def base_weights(plan: Plan) -> ModelWeights:
+    """Return what reads the base of a plan that has one."""
+    assert plan.given is not None
+    given, trusted = plan.given, plan.recipe.trust_remote_code
+    return ModelWeights(given.checkpoint, given.architecture, trust_remote_code=trusted)
 
 
 def require_same_rest(plan: Plan) -> None:
@@ -50,14 +58,14 @@ def require_same_rest(plan: Plan) -> None:
             continue
         if other.shape != tensor.shape:
             raise _another(plan, f"{parameter} is {list(other.shape)} there and {list(tensor.shape)} here")
-        if (apart := _apart(tensor, other)) > SAME:
+        if (distance := apart(tensor, other)) > SAME:
             raise CheckpointError(
-                f"{base.directory}: its {parameter} is not the source's ({100 * apart:.1f} % away): it belongs to "
-                "another model, or scales of layers were moved there, as AWQ and SmoothQuant do, which is not undone"
+                f"{base.directory}: its {parameter} is not the source's ({100 * distance:.1f} % away): it belongs to "
+                "another model"
             )
 
 
-def _apart(tensor: StoredTensor, other: StoredTensor) -> float:
+def apart(tensor: StoredTensor, other: StoredTensor) -> float:
     """Return the norm of the difference of two tensors of one shape, relative to the first."""
     count = CHUNK_BYTES // 8
     pairs = zip(tensor.chunks(count * tensor.dtype.itemsize), other.chunks(count * other.dtype.itemsize), strict=True)
