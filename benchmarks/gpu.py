@@ -29,7 +29,9 @@ from qinit.events import Done
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.run import run
+from qinit.solver.methods import get_method
 from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
 from qinit.text.self_text import write_text
 
@@ -128,30 +130,54 @@ def card(setting: Setting) -> dict[str, Any]:
 
 
 def parity(setting: Setting) -> dict[str, Any]:
-    """The same tiny model on the CPU and on the device: how many codes differ, and by how much the errors do."""
+    """The same layer, from the same statistics, and the same tiny model, on the CPU and on the device: the share of
+    codes that differ, and by how much of itself the error does. A code that falls to the other side by a last bit is
+    fed back to those after it, so that codes part and the error must not."""
+    found = {"a layer": layer_parity(setting.device)}
     source = setting.place / "tiny"
     make_model(source, TINY, torch.device("cpu"))
-    found = {}
+    samples = {"calibration": "random", "calibration_samples": 16, "calibration_length": 64}
     for name, options in (
         ("without data", {"calibration": "none"}),
-        ("calibrated", {"calibration": "random", "calibration_samples": 16, "calibration_length": 64}),
-        ("polished", {"calibration": "random", "calibration_samples": 16, "calibration_length": 64, "polish": 4}),
+        ("calibrated", samples),
+        ("polished", {**samples, "polish": 4}),
     ):
         reports, codes = [], []
         for device in ("cpu", str(setting.device)):
             out = setting.place / f"parity-{name.replace(' ', '-')}-{len(reports)}"
             recipe = make_recipe(**{**RECIPE, "model": str(source), "device": device, **options})
             *_, last = run(make_plan(recipe, source, "tiny"), out)
-            reports.append(last.report)
+            reports.append([layer.output_error or layer.error for layer in last.report.layers])
             tensors = load_file(out / "model.safetensors")
             codes.append(torch.cat([t.flatten() for n, t in sorted(tensors.items()) if n.endswith("qweight")]))
         different = codes[0] ^ codes[1]
         fields = sum(int(((different >> shift) & 3).ne(0).sum()) for shift in range(0, 32, 2))
-        pairs = zip(reports[0].layers, reports[1].layers, strict=True)
         found[name] = {
             "codes that differ": fields / (16 * len(codes[0])),
-            "largest difference of an error": max(abs(one.error - other.error) for one, other in pairs),
+            "largest difference of a layer's error": max(abs(a / b - 1) for a, b in zip(*reports, strict=True)),
+            "difference of the mean error": abs(sum(reports[0]) / sum(reports[1]) - 1),
         }
+    return found
+
+
+def layer_parity(device: torch.device) -> dict[str, Any]:
+    """Return the largest differences over widths, with data and without."""
+    shape, found = (512, 768), {"codes that differ": 0.0, "difference of the error": 0.0}
+    weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    known = make_statistics(shape, torch.device("cpu"))
+    there = Statistics(known.hessian.to(device), known.magnitude.to(device), known.tokens, known.drift.to(device))
+    for bits in (2, 3, 4):
+        for calibrated, statistics in ((False, (None, None)), (True, (known, there))):
+            method = get_method("eqft", calibrated=calibrated)
+            spec = LayerSpec(method, bits, 64, 16, method.iterations)
+            solutions = [
+                solve(weight.to(one.device), spec, 0, given)
+                for one, given in zip((weight, known.hessian.to(device)), statistics, strict=True)
+            ]
+            one, other = (solution.quantized.codes.cpu() for solution in solutions)
+            a, b = (solution.output_error or solution.error for solution in solutions)
+            found["codes that differ"] = max(found["codes that differ"], float((one != other).float().mean()))
+            found["difference of the error"] = max(found["difference of the error"], abs(a / b - 1))
     return found
 
 

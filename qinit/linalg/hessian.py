@@ -66,7 +66,7 @@ def activation_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
     """Return sqrt(tr(E H E')) for E = `matrix` [out, in] and H = `hessian` [in, in], in float64: with H = E[x x'], the
     root of the layer's expected squared output error."""
     hessian, total = hessian.double(), 0.0
-    for rows in row_chunks(*matrix.shape):
+    for rows in row_chunks(*matrix.shape, matrix.device):
         part = matrix[rows].double()
         total += float(((part @ hessian) * part).sum())
     return max(total, 0.0) ** 0.5
