@@ -55,10 +55,24 @@ def packed_layers(run: FinishedRun) -> list[Layer]:
     return found
 
 
-class CheckpointExport(Export):
+@dataclass
+class Rounded:
+    """How many `groups` have been looked at, and how many of them are no levels of the form, `lost`."""
+
+    groups: int = 0
+    lost: int = 0
+    levels: str = ""
+
+    def words(self) -> str | None:
+        if not self.lost:
+            return None
+        return f"{self.lost} of {self.groups} groups are no levels of {self.levels}, and are rounded to such"
+
+
+class CheckpointExport(Export[list[Layer]]):
     """What takes the place of each layer's tensors, and what config.json says of that."""
 
-    def layers(self, run: FinishedRun) -> list[Layer]:
+    def layout(self, run: FinishedRun) -> list[Layer]:
         """Return the layers that are written anew."""
         return packed_layers(run)
 
@@ -67,8 +81,8 @@ class CheckpointExport(Export):
         """Return dtype and shape of the tensors that stand for a layer, by what their names end with."""
 
     @abstractmethod
-    def encode(self, run: FinishedRun, layer: Layer) -> dict[str, torch.Tensor]:
-        """Return these tensors."""
+    def encode(self, run: FinishedRun, layer: Layer, rounded: Rounded) -> dict[str, torch.Tensor]:
+        """Return these tensors; what they do not hold is counted."""
 
     def quantization_config(self, run: FinishedRun, layers: list[Layer]) -> dict[str, Any] | None:
         """Return what config.json says of how layers are stored, None for ordinary weights."""
@@ -79,11 +93,11 @@ class CheckpointExport(Export):
         lines = load_snippet(report.loader, ".", trust_remote_code=trusted)
         return "".join(f"{line}\n" for line in ("```python", *lines, "```"))
 
-    def nbytes(self, run: FinishedRun) -> int:
-        return sum(spec.nbytes for spec in self._specs(run, self.layers(run)).values()) + run.adapter_bytes
+    def nbytes(self, run: FinishedRun, layout: list[Layer]) -> int:
+        return sum(spec.nbytes for spec in self._specs(run, layout).values()) + run.adapter_bytes
 
-    def write(self, run: FinishedRun, directory: Path, out: Path) -> None:
-        layers = self.layers(run)
+    def write(self, run: FinishedRun, layout: list[Layer], directory: Path, out: Path) -> str | None:
+        layers, rounded = layout, Rounded()
         specs = self._specs(run, layers)
         writer = SafetensorsWriter(directory, specs.values())
         own = {layer.prefix + part for layer in layers for part in self.parts(run, layer)}
@@ -91,7 +105,7 @@ class CheckpointExport(Export):
             if name not in own:
                 writer.write_chunks(name, run.checkpoint.tensors[name].chunks())
         for layer in layers:
-            for part, value in self.encode(run, layer).items():
+            for part, value in self.encode(run, layer, rounded).items():
                 writer.write(layer.prefix + part, value)
         writer.close()
         config = {key: value for key, value in run.checkpoint.config.items() if key != QUANTIZATION}
@@ -105,6 +119,7 @@ class CheckpointExport(Export):
         adapter.mkdir()
         shutil.copyfile(run.adapter_directory / f"{WEIGHTS_STEM}.safetensors", adapter / f"{WEIGHTS_STEM}.safetensors")
         write_config(adapter, {**run.adapter.settings, "base_model_name_or_path": str(out)})
+        return rounded.words()
 
     def _specs(self, run: FinishedRun, layers: list[Layer]) -> dict[str, TensorSpec]:
         """Return what is written, by name: a layer's tensors where its first one stood."""
