@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from qinit.exports.finished import FinishedRun
+from qinit.exports.reread import Reread
 from qinit.report.report import Report
 
 Layout = TypeVar("Layout")
@@ -32,6 +33,10 @@ class Export(ABC, Generic[Layout]):
     def load(self, report: Report) -> str:
         """Return the part of the card on how it is loaded, from within its directory: Markdown."""
         return f"It is read by {self.reader}."
+
+    @abstractmethod
+    def reread(self, directory: Path, report: Report, *, trust_remote_code: bool) -> Reread:
+        """Open what `write` wrote, to be verified. Raises CheckpointError for what is missing or damaged."""
 
     @abstractmethod
     def layout(self, run: FinishedRun) -> Layout:

@@ -16,6 +16,7 @@ import torch
 from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM, write_config
 from qinit.exports.base import Export
 from qinit.exports.finished import FinishedRun
+from qinit.exports.reread import Reread, RereadCheckpoint
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.files.writer import SafetensorsWriter
 from qinit.report.card import load_snippet
@@ -92,6 +93,9 @@ class CheckpointExport(Export[list[Layer]]):
         trusted = bool(report.recipe.get("trust_remote_code"))
         lines = load_snippet(report.loader, ".", trust_remote_code=trusted)
         return "".join(f"{line}\n" for line in ("```python", *lines, "```"))
+
+    def reread(self, directory: Path, report: Report, *, trust_remote_code: bool) -> Reread:
+        return RereadCheckpoint(directory, trust_remote_code=trust_remote_code)
 
     def nbytes(self, run: FinishedRun, layout: list[Layer]) -> int:
         return sum(spec.nbytes for spec in self._specs(run, layout).values()) + run.adapter_bytes

@@ -23,8 +23,10 @@ from qinit.exports.gguf.layout import (
     rope_tensor,
     without_place,
 )
+from qinit.exports.gguf.reading import RereadGguf
 from qinit.exports.gguf.vocabulary import Vocabulary, read_vocabulary
 from qinit.exports.lora import no_factors
+from qinit.exports.reread import Reread
 from qinit.report.report import Report
 from qinit.requirements import pip_command
 
@@ -57,6 +59,9 @@ class GgufExport(Export[list[Tensor]]):
 
     def load(self, report: Report) -> str:
         return f"With llama.cpp:\n\n```\nllama-server -m {BASE} --lora {ADAPTER}\n```\n"
+
+    def reread(self, directory: Path, report: Report, *, trust_remote_code: bool) -> Reread:
+        return RereadGguf(directory / BASE, directory / ADAPTER, str(report.source.get("class")))
 
     def layout(self, run: FinishedRun) -> list[Tensor]:
         family = family_of(run)

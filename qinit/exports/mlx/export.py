@@ -17,6 +17,8 @@ from qinit.exports.base import Export
 from qinit.exports.finished import FinishedRun
 from qinit.exports.lora import Factors, factors, no_factors
 from qinit.exports.mlx.layers import PARTS, biases_of, encode, group_size
+from qinit.exports.mlx.reading import RereadMlx
+from qinit.exports.reread import Reread
 from qinit.files.tensors import TensorSpec
 from qinit.files.writer import SafetensorsWriter
 from qinit.report.report import Report
@@ -61,6 +63,9 @@ class MlxExport(Export[list[TensorSpec]]):
             f"the biases -s z of {rounded} of {groups} groups are rounded to float16, by {100 * worst:.2g} % of a step "
             "of the grid at most"
         )
+
+    def reread(self, directory: Path, report: Report, *, trust_remote_code: bool) -> Reread:
+        return RereadMlx(directory, directory / ADAPTER)
 
     def layout(self, run: FinishedRun) -> list[TensorSpec]:
         return list(_specs(run))

@@ -14,7 +14,7 @@ import torch
 
 from qinit.exports.flip import exact_in_half
 from qinit.exports.words import flip_words
-from qinit.formats.gptq.packing import WORD
+from qinit.formats.gptq.packing import WORD, unpack_rows
 from qinit.grids import Quantized
 
 BITS = (2, 3, 4, 8)
@@ -65,6 +65,12 @@ def encode(grid: Quantized, qweight: torch.Tensor) -> tuple[torch.Tensor, torch.
     halves = (each.half().repeat_interleave(repeats, dim=1)[:, : width // size] for each in (scales, offsets))
     scales, biases = (each.contiguous() for each in halves)
     return words.view(torch.uint32), scales, biases
+
+
+def decode(words: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Undo `encode`: the weight [out, in] in float32."""
+    codes = unpack_rows(words.view(torch.int32), bits).unflatten(1, (-1, size)).float()
+    return (codes * scales.float()[..., None] + biases.float()[..., None]).flatten(1)
 
 
 def _error(product: torch.Tensor) -> torch.Tensor:
