@@ -44,7 +44,7 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str, base: Path | Non
     held = [target for target in targets if target.module.expert is None or holds_experts]
     if base is not None:
         plan = replace(plan, given=open_given(recipe, base, directory, architecture))
-        layers = given_layers(plan, targets)
+        layers = given_layers(plan, known, targets)
     else:
         experts = _adapted(held, architecture) if ADAPTERS[recipe.row.adapter].experts else set()
         layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
@@ -66,8 +66,6 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str, base: Path | Non
 
 def _nothing_left(plan: Plan, chosen: int) -> TargetError:
     reasons = "; ".join(plan.exceptions)
-    if plan.given is not None:
-        return TargetError(f"none of the {chosen} chosen layers is quantized in the base; choose others")
     if not plan.layers:
         return TargetError(f"none of the {chosen} chosen layers can be repaired ({reasons}); choose others")
     return TargetError(

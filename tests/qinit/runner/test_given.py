@@ -7,6 +7,7 @@ import torch
 
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
+from qinit.verification.verify import verify
 from tests.broken_off import RANDOM, break_off, finish, result_in, undisturbed
 from tests.helpers import edit_tensors, names, quantize, repair
 from tests.mixed import gptq_only
@@ -96,6 +97,19 @@ def test_one_that_is_broken_off_goes_on_and_has_the_same_bytes(options, source, 
     break_off(source, place / "out", 5, **options)
     finish(source, place / "out", **options)
     assert result_in(place / "out") == wanted
+
+
+@pytest.mark.parametrize("form", ["gptq", "dense"])
+def test_layers_that_are_not_chosen_keep_the_q_of_the_base_and_get_no_adapter(form, source, bases, tmp_path):
+    chosen = {"target_modules": "q_proj,v_proj"}
+    report = repair(source, bases[form], tmp_path / "out", **TEXT, **chosen, check=True, polish=2)
+    assert set(SavedAdapter.open(tmp_path / "out").parts) == {row.name for row in report.layers if row.rank}
+    assert {row.name.rpartition(".")[2] for row in report.layers if row.rank} == {"q_proj", "v_proj"}
+    assert len(report.layers) == 14
+    row = next(row for row in report.layers if row.name == ONE)
+    assert row.error == row.error_start
+    assert report.totals["check"]["kl"] < report.totals["check"]["base_alone"]["kl"]
+    assert not [event for event in verify(tmp_path / "out", source) if getattr(event, "grave", False)]
 
 
 def test_a_run_of_qinit_is_a_base_too(source, tmp_path):
