@@ -48,6 +48,8 @@ def given_layers(plan: Plan, known: tuple[Target, ...], targets: tuple[Target, .
     if packed and not any(target.module.parameter in packed for target in targets):
         raise TargetError(f"none of the {len(targets)} chosen layers is quantized in the base; choose others")
     for target in known:
+        if target.module.expert is not None:
+            continue  # as the base has it, which must be as the source has it
         module, most = target.module, min(target.module.out_features, target.module.in_features)
         parts, rank = packed.get(module.parameter), recipe.rank if target.name in chosen else 0
         if rank > most:
@@ -93,8 +95,6 @@ def _require_same_model(directory: Path, source: Path, expected: Architecture, f
             raise no_base_of(
                 directory, source, f"{name} is {there or 'not there'}, and in the source {here or 'not there'}"
             )
-    if expected.stacks:
-        raise CheckpointError(f"{directory}: bases of models with experts are not repaired; make one with `qinit eqft`")
 
 
 def _require_rounded(plan: Plan, weights: ModelWeights, targets: tuple[Target, ...]) -> None:

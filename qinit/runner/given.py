@@ -46,7 +46,7 @@ def require_same_rest(plan: Plan) -> None:
     source_names, base_names = plan.architecture.names_in(plan.checkpoint), plan.given.architecture.names_in(base)
     for tensor in plan.untouched:
         parameter = source_names.parameter_of.get(tensor.name)
-        other = None if parameter is None else base_names.find(parameter)
+        other = None if parameter is None else base_names.find(parameter) or base.tensors.get(tensor.name)
         if parameter is None or other is None:
             stem = "" if parameter is None else parameter.rpartition(".")[0]
             packed = next((name for name in base.tensors if stem and name.startswith(f"{stem}.")), None)
@@ -54,6 +54,11 @@ def require_same_rest(plan: Plan) -> None:
                 raise CheckpointError(
                     f"{base.directory}: has '{packed}' in the place of {parameter}, which is no linear layer of a "
                     "block: a quantized head or embedding is not repaired"
+                )
+            if parameter is not None and source_names.made_of(parameter):
+                raise CheckpointError(
+                    f"{base.directory}: has no '{tensor.name}': experts that are stored in another way than the "
+                    "source's, as quantized ones are, are not repaired"
                 )
             continue
         if other.shape != tensor.shape:

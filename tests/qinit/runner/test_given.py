@@ -7,6 +7,7 @@ import torch
 
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
+from qinit.files.tensors import read_header
 from qinit.verification.verify import verify
 from tests.broken_off import RANDOM, break_off, finish, result_in, undisturbed
 from tests.helpers import edit_tensors, names, quantize, repair
@@ -177,3 +178,17 @@ def test_a_quantized_head_is_refused(source, tmp_path):
 
     edit_tensors(base / "model.safetensors", pack)
     refused(source, base, tmp_path, "has 'lm_head.qweight' in the place of lm_head.weight")
+
+
+def test_experts_that_the_base_has_not_quantized_are_left_alone_and_others_are_refused(tmp_path):
+    source = make_float32(tmp_path / "mixtral", "mixtral", initializer_range=0.1)
+    base = packed_base(source, tmp_path / "base", "bitsandbytes")
+    report = repair(source, base, tmp_path / "out", **TEXT, check=True)
+    assert report.totals["check"]["kl"] < report.totals["check"]["base_alone"]["kl"]
+    name = next(name for name in read_header(base / "model.safetensors") if "experts" in name)
+
+    def pack(tensors):
+        tensors[f"{name}.absmax"] = tensors.pop(name).flatten()[:8]
+
+    edit_tensors(base / "model.safetensors", pack)
+    refused(source, base, tmp_path / "more", "has no '.*': experts that are stored in another way")
