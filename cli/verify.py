@@ -176,7 +176,7 @@ def _made_of(
     from qinit.errors import RecipeError
 
     if adapter is not None and run is None:
-        raise RecipeError(f"--adapter: {directory} was made from a run; give that too, with --source RUN")
+        raise RecipeError(f"--adapter: give the run that {directory} was made from too, with --source RUN")
     return check(directory, None if run is None else Path(run), adapter, **options)
 
 

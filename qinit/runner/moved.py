@@ -63,10 +63,10 @@ class _Sums:
 
     @property
     def explained(self) -> float:
-        """The share of |Q - W|^2 that these scales take away."""
+        """The share of |Q - W|^2 that these scales take away, 0 where W is nearly Q anyway."""
         lost = float((self.qq - 2 * self.qw + self.ww).sum())
         left = float((self.qq - self.scale.square() * self.ww)[self.qw > 0].sum() + self.qq[self.qw <= 0].sum())
-        return 1 - left / lost if lost > 1e-12 * float(self.ww.sum()) else 0.0
+        return 1 - left / lost if lost > SAME**2 * float(self.ww.sum()) else 0.0
 
 
 @dataclass(frozen=True)
