@@ -31,6 +31,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes' kern
 class BnbNf4Export(CheckpointExport):
     name = "bnb-nf4"
     reader = "transformers with bitsandbytes"
+    levels = "levels of bitsandbytes times an absmax"
 
     def cannot_hold(self, run: FinishedRun) -> str | None:
         recipe, method = run.report.recipe, METHODS.get(str(run.report.recipe.get("method")))
@@ -75,7 +76,6 @@ class BnbNf4Export(CheckpointExport):
         values = read_finite(layer.parts["weight"]).reshape(-1, layer.group_size)
         codes, absmax, exact = nf4_codes(values)
         rounded.groups, rounded.lost = rounded.groups + len(exact), rounded.lost + int((~exact).sum())
-        rounded.levels = "bitsandbytes times an absmax"
         pairs = codes.view(-1, 2)
         return {
             "weight": (pairs[:, :1] << 4) | pairs[:, 1:],

@@ -58,20 +58,16 @@ def packed_layers(run: FinishedRun) -> list[Layer]:
 
 @dataclass
 class Rounded:
-    """How many `groups` have been looked at, and how many of them are no levels of the form, `lost`."""
+    """How many `groups` have been looked at, and how many of them the form does not hold."""
 
     groups: int = 0
     lost: int = 0
-    levels: str = ""
-
-    def words(self) -> str | None:
-        if not self.lost:
-            return None
-        return f"{self.lost} of {self.groups} groups are no levels of {self.levels}, and are rounded to such"
 
 
 class CheckpointExport(Export[list[Layer]]):
     """What takes the place of each layer's tensors, and what config.json says of that."""
+
+    levels = "levels of this form"  # what a group is that is held
 
     def layout(self, run: FinishedRun) -> list[Layer]:
         """Return the layers that are written anew."""
@@ -123,7 +119,9 @@ class CheckpointExport(Export[list[Layer]]):
         adapter.mkdir()
         shutil.copyfile(run.adapter_directory / f"{WEIGHTS_STEM}.safetensors", adapter / f"{WEIGHTS_STEM}.safetensors")
         write_config(adapter, {**run.adapter.settings, "base_model_name_or_path": str(out)})
-        return rounded.words()
+        if not rounded.lost:
+            return None
+        return f"{rounded.lost} of {rounded.groups} groups are no {self.levels}, and are rounded to such"
 
     def _specs(self, run: FinishedRun, layers: list[Layer]) -> dict[str, TensorSpec]:
         """Return what is written, by name: a layer's tensors where its first one stood."""
