@@ -52,23 +52,22 @@ def moved_base(source, place, form="awq", moves=awq_moves):
     return packed_base(place / "scaled", place / "base", form)
 
 
-@pytest.mark.parametrize(
-    ("form", "calibration"),
-    [("awq", "random"), ("compressed-tensors", "none"), ("dense", "none")],
-)
+@pytest.mark.parametrize(("form", "calibration"), [("awq", "random"), ("compressed-tensors", "none")])
 def test_the_residual_is_that_of_the_scaled_weights(form, calibration, source, tmp_path):
-    base = moved_base(source, tmp_path, form)
-    options = {"calibration": calibration, "calibration_samples": 16, "calibration_length": 32, "rank": 8}
-    report = repair(source, base, tmp_path / "out", check=True, **options)
-    plain = repair(source, packed_base(source, tmp_path / "plain", form), tmp_path / "other", check=True, **options)
+    base, measured = moved_base(source, tmp_path, form), calibration != "none"
+    options = {"calibration": calibration, "calibration_samples": 8, "calibration_length": 32, "rank": 8}
+    report = repair(source, base, tmp_path / "out", check=measured, **options)
+    other = packed_base(source, tmp_path / "plain", form)
+    plain = repair(source, other, tmp_path / "other", check=measured, **options)
     for key in ("error_start", "error"):
         assert report.totals[key] == pytest.approx(plain.totals[key], rel=0.2)
-    left, wanted = (each["kl"] / each["base_alone"]["kl"] for each in (r.totals["check"] for r in (report, plain)))
-    assert left < min(1.15 * wanted, 0.9)
+    if measured:
+        checks = (each.totals["check"] for each in (report, plain))
+        left, wanted = (each["kl"] / each["base_alone"]["kl"] for each in checks)
+        assert left < min(1.15 * wanted, 0.9)
     assert any("14 of 14 layers are repaired towards" in note for note in report.notes)
     assert not any("towards" in note for note in plain.notes)
-    found = [event for event in verify(tmp_path / "out", source) if getattr(event, "grave", False)]
-    assert found == []
+    assert not [event for event in verify(tmp_path / "out", source) if getattr(event, "grave", False)]
 
 
 def test_the_source_in_the_coordinates_of_the_base_is_the_same_model(source, tmp_path):

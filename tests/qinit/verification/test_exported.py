@@ -17,7 +17,6 @@ FORMS = {  # the options of the run, and the part of a layer that is damaged
     "gguf": ({"bits": 2, "symmetric": True, "use_rslora": True}, "blk.1.attn_q.weight"),
     "mlx": ({"bits": 3, "target_modules": "q_proj,up_proj"}, "q_proj.weight"),
     "compressed-tensors": ({"bits": 2, "symmetric": True}, "q_proj.weight_packed"),
-    "gptq": ({"bits": 2, "symmetric": True}, "q_proj.qweight"),
     "auto-round": ({"bits": 3, "symmetric": True}, "q_proj.qweight"),
     "dense": ({"bits": 4}, "q_proj.weight"),
     "bnb-nf4": ({"bits": 4, "format": "dense", "method": "qlora"}, "q_proj.weight"),
