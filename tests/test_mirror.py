@@ -30,6 +30,7 @@ ELSEWHERE = {
         for name in ("awq", "bitsandbytes", "compressed_tensors")
     },
     "qinit/grids/integer/block.py": "data alone",
+    "qinit/grids/integer/triton_steps.py": "runs inside of the kernels of the two files beside it, which are tested",
     "qinit/plan/limits.py": "data alone",
     **{
         f"qinit/servers/{name}.py": "data alone; tests/qinit/verification/test_serving.py holds directories against it"

@@ -12,7 +12,7 @@ from qinit.machine import CPU
 ROW_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
-def row_chunks(rows: int, columns: int, device: torch.device = CPU) -> Iterator[slice]:
+def row_chunks(rows: int, columns: int, *, device: torch.device = CPU) -> Iterator[slice]:
     """Yield slices of rows that hold about ROW_CHUNK_ELEMENTS elements each, of a matrix on that device."""
     step = max(1, ROW_CHUNK_ELEMENTS[device.type] // columns)
     for start in range(0, rows, step):

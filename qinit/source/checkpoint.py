@@ -218,7 +218,7 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
 
 def read_finite(tensor: StoredTensor, device: torch.device = CPU) -> torch.Tensor:
     """Read a tensor in its stored dtype, to the device; raises CheckpointError for NaN and Inf."""
-    raw = tensor.read().to(device)
+    raw = tensor.read(device)
     require_finite(tensor, count_nonfinite(raw))
     return raw
 

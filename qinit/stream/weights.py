@@ -68,6 +68,12 @@ class ModelWeights:
                 value += added.T if module.transposed else added
         return value
 
+    def announce(self, prefix: str) -> None:
+        """Have the system fetch the parameters whose names begin so, as they will be read next."""
+        for name, parameter in self.names.parameter_of.items():
+            if parameter.startswith(prefix):
+                self.names.tensors[name].announce()
+
     def width(self, module: LinearModule) -> tuple[int, int] | None:
         """Return bits and group size of a packed layer, from headers alone; None for one that is not packed. Raises
         CheckpointError for tensors that do not fit config.json."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -86,11 +87,13 @@ class Store:
         """Yield the source's tensors that are not finished when they are asked for, each with its layer, None for one
         that is copied; of the tensors of one layer only the first, where it is finished then."""
         layers = {tensor.name: layer for layer in self.plan.layers for tensor in layer.target.tensors}
-        for tensor in self.plan.pieces:
+        for tensor, following in zip_longest(self.plan.pieces, self.plan.pieces[1:]):
             layer = layers.get(tensor.name)
             if layer is None and self.plan.given is not None:
                 continue
             if tensor.name not in self.copied and (layer is None or layer.target.name not in self.rows):
+                if following is not None:
+                    following.announce()
                 yield tensor, layer
 
     def copy(self, name: str, chunks: Iterable[torch.Tensor]) -> None:

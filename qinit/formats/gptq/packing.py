@@ -15,7 +15,7 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if count % WORD:
         raise ValueError(f"cannot pack {count} values: not divisible by {WORD}")
     packed = torch.empty((rows, count * bits // WORD), dtype=torch.int32, device=codes.device)
-    for part in row_chunks(rows, count, codes.device):
+    for part in row_chunks(rows, count, device=codes.device):
         if BYTE % bits == 0:
             packed[part] = _joined(codes[part], bits).view(torch.int32)
             continue

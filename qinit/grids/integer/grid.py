@@ -40,7 +40,7 @@ class IntegerGrid(Grid):
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         assert quantized.zeros is not None
         result = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
-        for rows in row_chunks(*result.shape, result.device):
+        for rows in row_chunks(*result.shape, device=result.device):
             codes = grouped(quantized.codes[rows], quantized.group_size).float()
             values = (codes - quantized.zeros[rows, :, None].float()) * quantized.scales[rows, :, None]
             result[rows] = values.flatten(1)[:, : result.shape[1]]

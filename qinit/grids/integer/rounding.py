@@ -49,7 +49,7 @@ def round_gptq(
     ratios, zero_range = ratios.to(target.device), zero_points(bits, symmetric)
     quantized = _empty(target, bits, group_size)
     order = torch.argsort(hessian.diagonal(), stable=True) if act_order else None  # the last is taken first
-    x, group_of = target, torch.arange(columns, device=target.device) // group_size
+    x, group_of = target.contiguous(), torch.arange(columns, device=target.device) // group_size
     if order is not None:
         _find_scales(target, hessian.diagonal(), quantized, ratios, refinements, zero_range)
         ratios = ratios[:0]
@@ -116,7 +116,7 @@ def _find_scales(
     assert quantized.zeros is not None
     size = quantized.group_size
     for group, first in enumerate(range(0, target.shape[1], size)):
-        for rows in row_chunks(len(target), size, target.device):
+        for rows in row_chunks(len(target), size, device=target.device):
             part = slice(first, first + size)
             search = 2**quantized.bits - 1, ratios, refinements, zero_range
             scale, zero = fit_weighted(target[rows, part], weights[part], *search)

@@ -25,6 +25,7 @@ def feed_back_block_triton(
     group_of: torch.Tensor,
 ) -> None:
     """As `qinit.grids.integer.rounding_torch.feed_back_block_torch`."""
+    assert all(each.is_contiguous() for each in (quantized.codes, x, moved, residual, feedback))
     rows, width = moved.shape
     wide = triton.next_power_of_2(width)
     tile = max(1, TILE // wide)
@@ -48,6 +49,7 @@ def descend_block_triton(
     passes: int,
 ) -> None:
     """As `qinit.grids.integer.rounding_torch.descend_block_torch`; `gradient` stays as it is."""
+    assert all(each.is_contiguous() for each in (quantized.codes, gradient, residual, hessian))
     rows, width = gradient.shape
     wide = triton.next_power_of_2(width)
     tile = max(1, TILE // wide)

@@ -32,7 +32,7 @@ def quantize_torch(
     scales = torch.empty((rows, groups), device=weight.device)
     zeros = torch.empty((rows, groups), dtype=torch.uint8, device=weight.device)
     residual = torch.empty_like(weight)
-    for part in row_chunks(rows, columns, weight.device):
+    for part in row_chunks(rows, columns, device=weight.device):
         x = grouped(target[part], group_size)
         start = None
         if previous is not None:
