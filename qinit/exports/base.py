@@ -34,9 +34,10 @@ class Export(ABC, Generic[Layout]):
         """Return the part of the card on how it is loaded, from within its directory: Markdown."""
         return f"It is read by {self.reader}."
 
-    @abstractmethod
-    def reread(self, directory: Path, report: Report, *, trust_remote_code: bool) -> Reread:
-        """Open what `write` wrote, to be verified. Raises CheckpointError for what is missing or damaged."""
+    def reread(self, directory: Path, report: Report, *, trust_remote_code: bool) -> Reread | None:
+        """Open what `write` wrote, to be verified; None where its hashes alone are. Raises CheckpointError for what is
+        missing or damaged."""
+        return None
 
     @abstractmethod
     def layout(self, run: FinishedRun) -> Layout:

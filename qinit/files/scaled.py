@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qinit.files.tensors import CHUNK_BYTES, StoredTensor
+from qinit.machine import CPU
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class ScaledTensor(StoredTensor):
         before = tensor.factors if isinstance(tensor, ScaledTensor) else ()
         return cls(tensor.name, tensor.dtype, tensor.shape, tensor.file, tensor.offset, (*before, factor.float()))
 
-    def read(self) -> torch.Tensor:
-        value = super().read().float()
+    def read(self, device: torch.device = CPU) -> torch.Tensor:
+        value = super().read(device).float()
         for factor in self.factors:
-            value *= factor
+            value *= factor.to(device)
         return value
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:

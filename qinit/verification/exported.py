@@ -11,6 +11,7 @@ from qinit.errors import CheckpointError, QinitError
 from qinit.exports import FinishedRun
 from qinit.exports.reread import Reread
 from qinit.exports.write import export_named
+from qinit.files.manifest import MANIFEST_NAME
 from qinit.files.tensors import StoredTensor
 from qinit.linalg.chunks import row_chunks
 from qinit.report.report import REPORT_NAME, Report
@@ -43,6 +44,10 @@ def verify_export(
         found = form.reread(directory, report, trust_remote_code=trust_remote_code)
     except QinitError as error:
         yield from_error(directory, REPORT_NAME, error)
+        return
+    if found is None:
+        what = f"{form.name} is not read back: its files were compared with {MANIFEST_NAME} alone"
+        yield Finding(REPORT_NAME, what, grave=False)
         return
     yield Stage("values", sum(tensor.nbytes for tensor in found.tensors.values()))
     for tensor in found.tensors.values():

@@ -142,8 +142,8 @@ def test_groups_that_end_within_words_are_flipped_too(opened):
     class Scales:
         name, file, numel = "", "", 0
 
-        def read(self):
-            return layer.parts["scales"].read().repeat_interleave(grid.group_size // 16, dim=0)
+        def read(self, device):
+            return layer.parts["scales"].read(device).repeat_interleave(grid.group_size // 16, dim=0)
 
     parts = {**layer.parts, "scales": Scales()}
     again = symmetric_words(replace(opened, weights=Weights()), replace(layer, parts=parts))
