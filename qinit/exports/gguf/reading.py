@@ -11,7 +11,7 @@ from io import BufferedReader
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -63,7 +63,7 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     return values, found
 
 
-def _entry(handle: BufferedReader) -> tuple[str, tuple[int, ...], int, int]:
+def _entry(handle: BinaryIO) -> tuple[str, tuple[int, ...], int, int]:
     name, count = _text(handle), _number(handle, "<I")
     if count > 4:
         raise ValueError(f"tensor '{name}' has {count} dimensions")
@@ -79,25 +79,25 @@ def _tensor(file: Path, start: int, name: str, shape: tuple[int, ...], number: i
     return GgufTensor(name, torch.uint8, rows, file, start + offset, kind, shape)
 
 
-def _bytes(handle: BufferedReader, count: int) -> bytes:
+def _bytes(handle: BinaryIO, count: int) -> bytes:
     found = handle.read(count)
     if len(found) < count:
         raise ValueError("ends too early")
     return found
 
 
-def _number(handle: BufferedReader, form: str) -> Any:
+def _number(handle: BinaryIO, form: str) -> Any:
     return struct.unpack(form, _bytes(handle, struct.calcsize(form)))[0]
 
 
-def _text(handle: BufferedReader) -> str:
+def _text(handle: BinaryIO) -> str:
     length = _number(handle, "<Q")
     if length > MOST:
         raise ValueError(f"a text of {length} bytes")
     return _bytes(handle, length).decode("utf-8")
 
 
-def _value(handle: BufferedReader, kind: int) -> Any:
+def _value(handle: BinaryIO, kind: int) -> Any:
     if kind == STRING:
         return _text(handle)
     if kind != ARRAY:

@@ -33,8 +33,8 @@ class RereadMlx(Reread):
             return read_finite(stored).float()
         try:
             own = self.widths.get(stem.removesuffix(".")) or self.widths
-            parts = (self.base[stem + part].read() for part in PARTS)
-            return decode(*parts, int(own["bits"]), int(own["group_size"]))
+            words, scales, biases = (self.base[stem + part].read() for part in PARTS)
+            return decode(words, scales, biases, int(own["bits"]), int(own["group_size"]))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"tensor '{parameter}' and its scales are not of the width that config.json says"
             raise CheckpointError(f"{stored.file}: {what} ({error})") from None
