@@ -340,9 +340,10 @@ BESIDE_THE_RECIPE = {
 
 
 def takes(*names: str, **own: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command its `own` options and these, in this order; it gets them by keyword, None (a flag False) when left
-    out. One whose type has no None must be given."""
-    options = {**own, **{name: OPTIONS[name] for name in names}}
+    """Give a command its `own` options and these, in this order (own ones may have a place among the names); it gets
+    them by keyword, None (a flag False) when left out. One whose type has no None must be given."""
+    first = {name: option for name, option in own.items() if name not in names}
+    options = {**first, **{name: own.get(name) or OPTIONS[name] for name in names}}
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
         parameters = [

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from qinit.adapters import ADAPTER_DIRECTORY, ADAPTERS, Adapter
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
+from qinit.machine import Card, pick_device
 from qinit.plan.allocation import Allocation, Option
 from qinit.plan.shares import EXPERTS, Share, shares_of
 from qinit.recipe import Recipe
@@ -88,6 +91,12 @@ class Plan:
     format_reason: str = ""  # why the recipe's format is another than was asked for
     remarks: tuple[str, ...] = ()  # what of the model nobody asked for, and how to ask
     given: Given | None = None  # the base, where one is there already: then only an adapter is written
+    card: Card | None = None  # the device that it is planned for, where that is another than is here
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it is planned for; raises RecipeError where the recipe names one that is not here."""
+        return pick_device(self.recipe.device) if self.card is None else torch.device(self.card.type)
 
     @property
     def adapter(self) -> Adapter:
