@@ -96,10 +96,10 @@ def generate(directory: Path, size: str, layers: int) -> None:
     writer.close()
 
 
-def peak_of(command: list[str]) -> tuple[int, float]:
+def peak_of(command: list[str], **options: Any) -> tuple[int, float]:
     """Run a command; return its peak resident memory in bytes and its seconds."""
     started = time.perf_counter()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, **options)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

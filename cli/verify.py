@@ -12,7 +12,7 @@ import typer
 from qinit_cli.options import DEBUG, TRUSTED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from qinit.verification.findings import Event, Finding
 
@@ -27,7 +27,7 @@ def verify(
         typer.Option(
             metavar="MODEL",
             help="What the run was made from, a directory or a Hub id: every layer's errors are measured anew. Of a "
-            "merge the run's directory: every value is made anew.",
+            "merge or an export the run's directory: every value is made anew, or compared.",
             show_default=False,
         ),
     ] = None,
@@ -68,7 +68,7 @@ def verify(
 ) -> None:
     """Reread what was written: hashes, shapes, values, errors, the adapter's scale and base; then load it.
 
-    Of an export, the hashes alone.
+    Of an export: hashes, structure, finite values, and with --source RUN the values of Q and of the adapter.
 
     What is in order is loaded by stock transformers and PEFT, in a process of its own, and run forward and back: every
     tensor must find its place, the predictions must be those of Q + s B A in the files, and every factor must get a
@@ -80,9 +80,10 @@ def verify(
     from qinit_cli.hush import hush
 
     from qinit.adapters.trained import read_trained
-    from qinit.errors import ReportError
     from qinit.report.merged import is_merge
+    from qinit.verification.exported import verify_export
     from qinit.verification.factors import point_to
+    from qinit.verification.merged import verify_merged
     from qinit.verification.verify import exported
     from qinit.verification.verify import verify as verified
 
@@ -93,12 +94,13 @@ def verify(
         _served(screen, directory, server, adapter, json_output)
         return
     merged, export = is_merge(directory), exported(directory)
-    if adapter is not None and export:
-        raise ReportError(f"{directory}: is an export; verify {adapter} with the run that it was trained on")
-    original = None if merged else _source(directory, source, revision, token)
-    events = _merged(directory, source, adapter, **options) if merged else verified(directory, original, **options)
+    original = None if merged or export else _source(directory, source, revision, token)
+    if merged or export:
+        events = _made_of(verify_merged if merged else verify_export, directory, source, adapter, **options)
+    else:
+        events = verified(directory, original, **options)
     found, counts, _ = _followed(screen, events)
-    if adapter is not None:
+    if adapter is not None and not export:
         read_trained(adapter)
     loaded = ""
     if not merged and not export and not any(each.grave for each in found):
@@ -167,17 +169,15 @@ def _served(screen: Any, directory: Path, server: str, adapter: Path | None, jso
         raise typer.Exit(WANTING)
 
 
-def _merged(directory: Path, run: str | None, adapter: Path | None, *, trust_remote_code: bool) -> Iterator[Event]:
-    """Check a merge; what it was made from is a run, and an adapter where that was not the run's own."""
+def _made_of(
+    check: Callable[..., Iterator[Event]], directory: Path, run: str | None, adapter: Path | None, **options: Any
+) -> Iterator[Event]:
+    """Check a merge or an export; what it was made from is a run, and an adapter where that was not the run's own."""
     from qinit.errors import RecipeError
-    from qinit.verification.merged import verify_merged
 
     if adapter is not None and run is None:
-        raise RecipeError(
-            f"--adapter: {directory} is a merge; give the run that it was made from too, with --source RUN"
-        )
-    place = None if run is None else Path(run)
-    return verify_merged(directory, place, adapter, trust_remote_code=trust_remote_code)
+        raise RecipeError(f"--adapter: give the run that {directory} was made from too, with --source RUN")
+    return check(directory, None if run is None else Path(run), adapter, **options)
 
 
 def _tried(

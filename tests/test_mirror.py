@@ -20,6 +20,10 @@ ELSEWHERE = {
         f"qinit/exports/{name}.py": "what is written is loaded by its readers in tests/qinit/exports/test_packed.py"
         for name in ("checkpoint", "compressed_tensors", "gptq", "words")
     },
+    **{
+        f"qinit/exports/{name}.py": "every form is read back in tests/qinit/verification/test_exported.py"
+        for name in ("reread", "gguf/reading", "mlx/reading")
+    },
     "qinit/exports/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
     **{
         f"qinit/exports/{name}.py": "what it writes is read back in tests/qinit/exports/gguf/test_export.py"
@@ -29,7 +33,7 @@ ELSEWHERE = {
     "qinit/families/table.py": "data alone; tests/qinit/families/test_make.py makes and trains every row",
     **{
         f"qinit/formats/{name}.py": "tests/qinit/formats/test_reader.py reads every form"
-        for name in ("awq", "bitsandbytes", "compressed_tensors")
+        for name in ("auto_round", "awq", "bitsandbytes", "compressed_tensors")
     },
     "qinit/grids/integer/block.py": "data alone",
     "qinit/grids/integer/triton_steps.py": "runs inside of the kernels of the two files beside it, which are tested",

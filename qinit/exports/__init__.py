@@ -5,6 +5,8 @@ To add one: one file with a subclass of Export, and one line in EXPORTS.
 
 from __future__ import annotations
 
+from typing import Any
+
 from qinit.exports.base import Export
 from qinit.exports.bnb_nf4 import BnbNf4Export
 from qinit.exports.compressed_tensors import CompressedTensorsExport
@@ -14,7 +16,7 @@ from qinit.exports.gguf import GgufExport
 from qinit.exports.gptq import AutoRoundExport, GptqExport
 from qinit.exports.mlx import MlxExport
 
-EXPORTS: dict[str, Export] = {
+EXPORTS: dict[str, Export[Any]] = {
     export.name: export
     for export in (
         DenseExport(),

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from qinit.exports.checkpoint import CheckpointExport, Layer, left_linear
+from qinit.exports.checkpoint import CheckpointExport, Layer, Rounded, left_linear
 from qinit.exports.finished import FinishedRun
 from qinit.formats.bitsandbytes import DTYPES, NF4, STATE
+from qinit.linalg.chunks import row_chunks
 from qinit.report.report import Report
 from qinit.solver.methods import METHODS
 from qinit.source.checkpoint import read_finite
@@ -30,6 +31,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes' kern
 class BnbNf4Export(CheckpointExport):
     name = "bnb-nf4"
     reader = "transformers with bitsandbytes"
+    levels = "levels of bitsandbytes times an absmax"
 
     def cannot_hold(self, run: FinishedRun) -> str | None:
         recipe, method = run.report.recipe, METHODS.get(str(run.report.recipe.get("method")))
@@ -44,23 +46,14 @@ class BnbNf4Export(CheckpointExport):
             )
         if len({row.group_size for row in rows}) > 1:
             return "holds groups of one size"
-        layers = self.layers(run)
+        layers = self.layout(run)
         if len(layers) < len(rows):
             return "packs nn.Linear alone, and some of the quantized layers are none"
         if other := next((each for each in layers if each.shape[1] % each.group_size), None):
             return f"{other.module.name} has {other.shape[1]} inputs, which is no multiple of {other.group_size}"
         return None
 
-    def loses(self, run: FinishedRun) -> str | None:
-        groups = lost = 0
-        for layer in self.layers(run):
-            exact = nf4_codes(_groups(layer))[2]
-            groups, lost = groups + len(exact), lost + int((~exact).sum())
-        if not lost:
-            return None
-        return f"{lost} of {groups} groups are no levels of bitsandbytes times an absmax, and are rounded to such"
-
-    def layers(self, run: FinishedRun) -> list[Layer]:
+    def layout(self, run: FinishedRun) -> list[Layer]:
         rows = {row.name: row for row in run.report.layers if row.kept is None}
         found = []
         for module in run.architecture.linear:
@@ -79,8 +72,10 @@ class BnbNf4Export(CheckpointExport):
             STATE: (torch.uint8, (len(_state(layer)),)),
         }
 
-    def encode(self, run: FinishedRun, layer: Layer) -> dict[str, torch.Tensor]:
-        codes, absmax, _ = nf4_codes(_groups(layer))
+    def encode(self, run: FinishedRun, layer: Layer, rounded: Rounded) -> dict[str, torch.Tensor]:
+        values = read_finite(layer.parts["weight"]).reshape(-1, layer.group_size)
+        codes, absmax, exact = nf4_codes(values)
+        rounded.groups, rounded.lost = rounded.groups + len(exact), rounded.lost + int((~exact).sum())
         pairs = codes.view(-1, 2)
         return {
             "weight": (pairs[:, :1] << 4) | pairs[:, 1:],
@@ -109,35 +104,57 @@ def nf4_codes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """Find codes uint8 [groups, size] and absmax float32 [groups] whose products, rounded to the values' dtype, are
     `values` [groups, size]; and a mask [groups] of where they are, to the last bit. Elsewhere each value goes to the
     nearest level of the group's maximum."""
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    absmax, exact = torch.empty(len(values)), torch.empty(len(values), dtype=torch.bool)
+    for rows in row_chunks(*values.shape):
+        codes[rows], absmax[rows], exact[rows] = _found(values[rows])
+    return codes, absmax, exact
+
+
+def _found(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     table, x = torch.tensor(NF4), values.float()
     middles, magnitude = (table[1:] + table[:-1]) / 2, x.abs()
     top, largest = magnitude.max(1, keepdim=True)
-    sign = x.gather(1, largest).sign()
+    sign = x.gather(1, largest).sign()[:, 0]
     absmax = torch.where(top > 0, top, 1.0)[:, 0]
-    codes = torch.bucketize(x / absmax[:, None], middles).to(torch.uint8)
-    exact = ((table[codes.int()] * absmax[:, None]).to(values.dtype) == values).all(1)
+    codes = _nearest(x / absmax[:, None], middles)
+    exact = ((_levels(table, codes) * absmax[:, None]).to(values.dtype) == values).all(1)
+    if bool(exact.all()):
+        return codes, absmax, exact
     upper, lower = (  # halfway to the neighbours: what lies between is rounded to the value
         (magnitude + torch.nextafter(values.abs(), torch.full_like(values, towards)).float()) / 2
         for towards in (torch.inf, 0)
     )
-    for level in sorted(NF4, key=abs, reverse=True):
-        open_ = (~exact & (sign[:, 0] == (1 if level > 0 else -1))).nonzero()[:, 0]
-        if level == 0 or not len(open_):
+    for level in sorted({abs(each) for each in NF4} - {0.0}, reverse=True):
+        signs = [each for each in (-1, 1) if each * level in NF4]
+        open_ = (~exact & torch.isin(sign, torch.tensor(signs, dtype=sign.dtype))).nonzero()[:, 0]
+        if not len(open_):
             continue
-        ours, size = x[open_], top[open_] / abs(level)
-        chosen = torch.bucketize(ours / size, middles)
-        used = table[chosen].abs()
+        ours, size = values[open_], top[open_] / level
+        chosen = codes[open_] if level == 1 else _nearest(x[open_] / size, middles)
+        products = _levels(table, chosen)
+        used = products.abs()
         least = torch.where(used > 0, lower[open_] / used, 0).amax(1)
         most = torch.where(used > 0, upper[open_] / used, torch.inf).amin(1)
         for candidate in ((least + most) / 2, least, most, size[:, 0]):
-            again = (table[chosen] * candidate[:, None]).to(values.dtype)
-            found = open_[(right := (again == values[open_]).all(1) & ~exact[open_])]
-            codes[found], absmax[found], exact[found] = chosen[right].to(torch.uint8), candidate[right], True
+            again = (products * candidate[:, None]).to(values.dtype)
+            found = open_[(right := (again == ours).all(1) & ~exact[open_])]
+            codes[found], absmax[found], exact[found] = chosen[right], candidate[right], True
+            if bool(exact[open_].all()):
+                break
     return codes, absmax, exact
 
 
-def _groups(layer: Layer) -> torch.Tensor:
-    return read_finite(layer.parts["weight"]).reshape(-1, layer.group_size)
+def _nearest(x: torch.Tensor, middles: torch.Tensor) -> torch.Tensor:
+    """Return the level of each value as uint8: how many of the middles between levels lie below it."""
+    codes = torch.zeros(x.shape, dtype=torch.uint8)
+    for middle in middles.tolist():
+        codes += x > middle
+    return codes
+
+
+def _levels(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _state(layer: Layer) -> bytes:

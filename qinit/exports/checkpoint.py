@@ -16,6 +16,7 @@ import torch
 from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM, write_config
 from qinit.exports.base import Export
 from qinit.exports.finished import FinishedRun
+from qinit.exports.reread import Reread, RereadCheckpoint
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.files.writer import SafetensorsWriter
 from qinit.report.card import load_snippet
@@ -55,10 +56,20 @@ def packed_layers(run: FinishedRun) -> list[Layer]:
     return found
 
 
-class CheckpointExport(Export):
+@dataclass
+class Rounded:
+    """How many `groups` have been looked at, and how many of them the form does not hold."""
+
+    groups: int = 0
+    lost: int = 0
+
+
+class CheckpointExport(Export[list[Layer]]):
     """What takes the place of each layer's tensors, and what config.json says of that."""
 
-    def layers(self, run: FinishedRun) -> list[Layer]:
+    levels = "levels of this form"  # what a group is that is held
+
+    def layout(self, run: FinishedRun) -> list[Layer]:
         """Return the layers that are written anew."""
         return packed_layers(run)
 
@@ -67,8 +78,8 @@ class CheckpointExport(Export):
         """Return dtype and shape of the tensors that stand for a layer, by what their names end with."""
 
     @abstractmethod
-    def encode(self, run: FinishedRun, layer: Layer) -> dict[str, torch.Tensor]:
-        """Return these tensors."""
+    def encode(self, run: FinishedRun, layer: Layer, rounded: Rounded) -> dict[str, torch.Tensor]:
+        """Return these tensors; what they do not hold is counted."""
 
     def quantization_config(self, run: FinishedRun, layers: list[Layer]) -> dict[str, Any] | None:
         """Return what config.json says of how layers are stored, None for ordinary weights."""
@@ -79,11 +90,14 @@ class CheckpointExport(Export):
         lines = load_snippet(report.loader, ".", trust_remote_code=trusted)
         return "".join(f"{line}\n" for line in ("```python", *lines, "```"))
 
-    def nbytes(self, run: FinishedRun) -> int:
-        return sum(spec.nbytes for spec in self._specs(run, self.layers(run)).values()) + run.adapter_bytes
+    def reread(self, directory: Path, report: Report, *, trust_remote_code: bool) -> Reread:
+        return RereadCheckpoint(directory, trust_remote_code=trust_remote_code)
 
-    def write(self, run: FinishedRun, directory: Path, out: Path) -> None:
-        layers = self.layers(run)
+    def nbytes(self, run: FinishedRun, layout: list[Layer]) -> int:
+        return sum(spec.nbytes for spec in self._specs(run, layout).values()) + run.adapter_bytes
+
+    def write(self, run: FinishedRun, layout: list[Layer], directory: Path, out: Path) -> str | None:
+        layers, rounded = layout, Rounded()
         specs = self._specs(run, layers)
         writer = SafetensorsWriter(directory, specs.values())
         own = {layer.prefix + part for layer in layers for part in self.parts(run, layer)}
@@ -91,7 +105,7 @@ class CheckpointExport(Export):
             if name not in own:
                 writer.write_chunks(name, run.checkpoint.tensors[name].chunks())
         for layer in layers:
-            for part, value in self.encode(run, layer).items():
+            for part, value in self.encode(run, layer, rounded).items():
                 writer.write(layer.prefix + part, value)
         writer.close()
         config = {key: value for key, value in run.checkpoint.config.items() if key != QUANTIZATION}
@@ -105,6 +119,9 @@ class CheckpointExport(Export):
         adapter.mkdir()
         shutil.copyfile(run.adapter_directory / f"{WEIGHTS_STEM}.safetensors", adapter / f"{WEIGHTS_STEM}.safetensors")
         write_config(adapter, {**run.adapter.settings, "base_model_name_or_path": str(out)})
+        if not rounded.lost:
+            return None
+        return f"{rounded.lost} of {rounded.groups} groups are no {self.levels}, and are rounded to such"
 
     def _specs(self, run: FinishedRun, layers: list[Layer]) -> dict[str, TensorSpec]:
         """Return what is written, by name: a layer's tensors where its first one stood."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qinit.exports.checkpoint import CheckpointExport, Layer, left_linear, widths
+from qinit.exports.checkpoint import CheckpointExport, Layer, Rounded, left_linear, widths
 from qinit.exports.finished import FinishedRun
 from qinit.exports.symmetric import not_symmetric
 from qinit.exports.words import symmetric_words
@@ -28,7 +28,7 @@ class CompressedTensorsExport(CheckpointExport):
     reader = "vLLM, SGLang and transformers"
 
     def cannot_hold(self, run: FinishedRun) -> str | None:
-        if other := next((layer.module.name for layer in self.layers(run) if layer.module.transposed), None):
+        if other := next((layer.module.name for layer in self.layout(run) if layer.module.transposed), None):
             return f"compressed-tensors packs nn.Linear alone, and {other} is transformers' Conv1D"
         return not_symmetric(run)
 
@@ -40,7 +40,7 @@ class CompressedTensorsExport(CheckpointExport):
             "weight_shape": (torch.int64, (2,)),
         }
 
-    def encode(self, run: FinishedRun, layer: Layer) -> dict[str, torch.Tensor]:
+    def encode(self, run: FinishedRun, layer: Layer, rounded: Rounded) -> dict[str, torch.Tensor]:
         words = symmetric_words(run, layer)
         return {
             "weight_packed": words.codes.T.contiguous(),

@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from qinit.exports.checkpoint import CheckpointExport, Layer
+from qinit.exports.checkpoint import CheckpointExport, Layer, Rounded
 from qinit.exports.finished import FinishedRun
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ class DenseExport(CheckpointExport):
     def parts(self, run: FinishedRun, layer: Layer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {"weight": (_dtype(run), layer.shape[::-1] if layer.module.transposed else layer.shape)}
 
-    def encode(self, run: FinishedRun, layer: Layer) -> dict[str, torch.Tensor]:
+    def encode(self, run: FinishedRun, layer: Layer, rounded: Rounded) -> dict[str, torch.Tensor]:
         value = run.weights.read(f"{layer.module.name}.weight", CPU)
         assert value is not None
         return {"weight": value.to(_dtype(run))}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qinit.exports.checkpoint import QUANTIZATION, CheckpointExport, Layer, left_linear, widths
+from qinit.exports.checkpoint import QUANTIZATION, CheckpointExport, Layer, Rounded, left_linear, widths
 from qinit.exports.finished import FinishedRun
 from qinit.exports.symmetric import half, not_symmetric
 from qinit.exports.words import all_words, symmetric_words
@@ -28,7 +28,7 @@ class GptqExport(CheckpointExport):
     def parts(self, run: FinishedRun, layer: Layer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {part: (tensor.dtype, tensor.shape) for part, tensor in layer.parts.items()}
 
-    def encode(self, run: FinishedRun, layer: Layer) -> dict[str, torch.Tensor]:
+    def encode(self, run: FinishedRun, layer: Layer, rounded: Rounded) -> dict[str, torch.Tensor]:
         words = symmetric_words(run, layer)
         groups, outputs = words.scales.shape
         return {
@@ -54,8 +54,8 @@ class AutoRoundExport(GptqExport):
     def parts(self, run: FinishedRun, layer: Layer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {part: kind for part, kind in super().parts(run, layer).items() if part != "g_idx"}
 
-    def encode(self, run: FinishedRun, layer: Layer) -> dict[str, torch.Tensor]:
-        return {part: value for part, value in super().encode(run, layer).items() if part != "g_idx"}
+    def encode(self, run: FinishedRun, layer: Layer, rounded: Rounded) -> dict[str, torch.Tensor]:
+        return {part: value for part, value in super().encode(run, layer, rounded).items() if part != "g_idx"}
 
     def quantization_config(self, run: FinishedRun, layers: list[Layer]) -> dict[str, Any]:
         found = widths(layers)

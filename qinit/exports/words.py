@@ -11,6 +11,7 @@ from qinit.exports.checkpoint import Layer
 from qinit.exports.finished import FinishedRun
 from qinit.exports.symmetric import half
 from qinit.formats.gptq.packing import WORD, pack_rows
+from qinit.grids import Quantized
 from qinit.source.checkpoint import read_finite
 
 
@@ -29,17 +30,22 @@ def symmetric_words(run: FinishedRun, layer: Layer) -> Words:
     grid = run.weights.grid(layer.module)
     assert grid is not None
     assert grid.zeros is not None
-    flips = torch.ne(grid.zeros.T, half(grid.bits))
-    codes = layer.parts["qweight"].read()
+    flips = torch.ne(grid.zeros, half(grid.bits))
+    codes = flip_words(layer.parts["qweight"].read(), flips, grid)
+    scales = read_finite(layer.parts["scales"])
+    return Words(codes, torch.where(flips.T, -scales, scales))
+
+
+def flip_words(codes: torch.Tensor, flips: torch.Tensor, grid: Quantized) -> torch.Tensor:
+    """Flip in packed codes int32 [in*bits/32, out] the groups that are True in `flips` [out, groups]; returns them."""
     words, more = divmod(grid.group_size * grid.bits, WORD)
     if more:  # groups end within words
-        masks = (flips.T.to(torch.uint8) * (2**grid.bits - 1)).repeat_interleave(grid.group_size, dim=1)
-        codes ^= pack_rows(masks, grid.bits).T
+        masks = (flips.to(torch.uint8) * (2**grid.bits - 1)).repeat_interleave(grid.group_size, dim=1)
+        codes ^= pack_rows(masks[:, : len(codes) * WORD // grid.bits], grid.bits).T
     else:
-        for group, flip in enumerate(flips.int().neg()):  # -1 has all bits set
+        for group, flip in enumerate(flips.T.int().neg()):  # -1 has all bits set
             codes[group * words : (group + 1) * words] ^= flip
-    scales = read_finite(layer.parts["scales"])
-    return Words(codes, torch.where(flips, -scales, scales))
+    return codes
 
 
 def all_words(value: int, groups: int, count: int, bits: int) -> torch.Tensor:

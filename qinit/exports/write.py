@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qinit.errors import OutputError, RecipeError, did_you_mean
 from qinit.exports import EXPORTS
@@ -15,7 +16,7 @@ from qinit.report.exported import write_export_card
 from qinit.report.report import Exported
 
 
-def export_named(name: str) -> Export:
+def export_named(name: str) -> Export[Any]:
     """Return an export by its name. Raises RecipeError for one that there is not."""
     if name not in EXPORTS:
         raise RecipeError(f"--to: no '{name}'{did_you_mean(name, EXPORTS)}; known are {', '.join(EXPORTS)}")
@@ -33,7 +34,7 @@ def export(run: FinishedRun, to: str, out: Path, *, requantize: bool = False) ->
     if problem := form.cannot_hold(run):
         raise RecipeError(f"--to {to}: {problem}")
     if (lost := form.loses(run)) and not requantize:
-        raise RecipeError(f"--to {to}: {lost}; --requantize writes it all the same")
+        raise _lossy(to, lost)
     final = out.resolve()
     partial = final.with_name(f".{final.name}.partial")
     if out.exists():
@@ -41,10 +42,14 @@ def export(run: FinishedRun, to: str, out: Path, *, requantize: bool = False) ->
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        needed, free = form.nbytes(run), shutil.disk_usage(partial).free
+        layout = form.layout(run)
+        needed, free = form.nbytes(run, layout), shutil.disk_usage(partial).free
         if needed > free:
             raise OutputError(f"{out}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there")
-        form.write(run, partial, final)
+        found = form.write(run, layout, partial, final)
+        if found is not None and not requantize:
+            raise _lossy(to, found)
+        lost = "; ".join(filter(None, (lost, found))) or None
         _describe(run, form, lost, partial)
         partial.rename(final)
     except OSError as error:
@@ -54,7 +59,11 @@ def export(run: FinishedRun, to: str, out: Path, *, requantize: bool = False) ->
     return lost
 
 
-def _describe(run: FinishedRun, form: Export, lost: str | None, directory: Path) -> None:
+def _lossy(to: str, lost: str) -> RecipeError:
+    return RecipeError(f"--to {to}: {lost}; --requantize writes it all the same")
+
+
+def _describe(run: FinishedRun, form: Export[Any], lost: str | None, directory: Path) -> None:
     """Write what every export has: the run's report with what was made of it, a card, and the list of all sums."""
     report = replace(run.report, export=Exported(form.name, form.reader, run.trained, lost))
     report.write(directory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qinit.formats.auto_round import AutoRoundReader
 from qinit.formats.awq import AwqReader
 from qinit.formats.base import Format
 from qinit.formats.bitsandbytes import BitsandbytesReader
@@ -18,7 +19,7 @@ from qinit.formats.gptq.format import GptqFormat
 from qinit.formats.reader import Reader, method_of
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (GptqFormat(), DenseFormat())}
-READERS: tuple[Reader, ...] = (AwqReader(), BitsandbytesReader(), CompressedTensorsReader())
+READERS: tuple[Reader, ...] = (AwqReader(), BitsandbytesReader(), CompressedTensorsReader(), AutoRoundReader())
 
 
 def format_of(config: dict[str, Any]) -> Reader | None:

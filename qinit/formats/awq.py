@@ -28,6 +28,7 @@ class AwqReader(Reader):
     name = "awq"
     title = "AWQ"
     packages = ("gptqmodel",)
+    moves_scales = True
     parts = ("qweight", "qzeros", "scales")
 
     def recognises(self, config: dict[str, Any]) -> bool:

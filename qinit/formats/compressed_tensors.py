@@ -33,6 +33,7 @@ class CompressedTensorsReader(Reader):
     name = "compressed-tensors"
     title = "compressed-tensors"
     packages = ("compressed_tensors",)
+    moves_scales = True
     parts = ("weight_packed", "weight_scale")
     more_parts = ("weight_shape", ZEROS, GROUPS)
 

@@ -21,6 +21,7 @@ class Reader(ABC):
     name: str
     title: str  # its name among people
     packages: tuple[str, ...] = ()  # that loading needs, beside transformers and peft
+    moves_scales = False  # whether its writers move scales between layers, as AWQ does
     parts: tuple[str, ...] = ()  # what a packed layer's tensors are called in the place of `weight`
     more_parts: tuple[str, ...] = ()  # those that not every layer has
 

@@ -71,6 +71,7 @@ class Given:
     checkpoint: Checkpoint
     architecture: Architecture
     form: str  # the name of what reads it
+    moved: frozenset[str] = frozenset()  # parameters of the source that are brought into the base's coordinates
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,17 @@ class Plan:
     @property
     def bytes_before(self) -> int:
         return self.checkpoint.weight_bytes
+
+    @property
+    def moved(self) -> str:
+        """Say that the source was brought into the coordinates of the base, "" where it was not."""
+        if self.given is None or not self.given.moved:
+            return ""
+        names = sum(layer.target.module.parameter in self.given.moved for layer in self.layers)
+        return (
+            f"the base has scales moved between layers, as AWQ does: {names} of {len(self.layers)} layers are repaired "
+            "towards the source's weights times these scales"
+        )
 
     @property
     def base_bytes(self) -> int:

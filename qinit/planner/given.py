@@ -36,22 +36,30 @@ def open_given(recipe: Recipe, directory: Path, source: Path, architecture: Arch
     return Given(checkpoint, found, reader.name)
 
 
-def given_layers(plan: Plan, targets: tuple[Target, ...]) -> tuple[LayerPlan, ...]:
-    """Plan the layers of a base that is there. Raises CheckpointError for tensors that do not fit, and for a base whose
-    layers are all as they are in the source; TargetError for a rank beyond a layer."""
+def given_layers(plan: Plan, known: tuple[Target, ...], targets: tuple[Target, ...]) -> tuple[LayerPlan, ...]:
+    """Plan the layers of a base that is there: the `targets`, and of all that are `known` the others that it has
+    quantized, which get no adapter. Raises CheckpointError for tensors that do not fit, and for a base whose layers are
+    all as they are in the source; TargetError for a rank beyond a layer, and where no target is quantized."""
     assert plan.given is not None
     given, recipe = plan.given, plan.recipe
     weights = ModelWeights(given.checkpoint, given.architecture, trust_remote_code=recipe.trust_remote_code)
     packed = weights.packed()
     require_rank(recipe, targets)
     layers = []
-    for target in targets:
+    chosen = {target.name for target in targets}
+    if packed and not any(target.module.parameter in packed for target in targets):
+        raise TargetError(f"none of the {len(targets)} chosen layers is quantized in the base; choose others")
+    for target in known:
+        if target.module.expert is not None:
+            continue  # as the base has it, which must be as the source has it
         module = target.module
-        parts = packed.get(module.parameter)
+        parts, rank = packed.get(module.parameter), recipe.rank if target.name in chosen else 0
+        if parts is None and not rank and (packed or plan.on_source):
+            continue  # held against the source's own
         if parts is not None and weights.format is not None:
             bits, group_size = weights.format.grid_of(module, parts, given.checkpoint.config)
             specs = tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts.values())
-            layers.append(LayerPlan(target, bits, group_size, recipe.rank, None, specs))
+            layers.append(LayerPlan(target, bits, group_size, rank, None, specs))
             continue
         stored = weights.names.find(module.parameter)
         if stored is None or stored.shape != target.tensor.shape or not stored.dtype.is_floating_point:
@@ -62,7 +70,7 @@ def given_layers(plan: Plan, targets: tuple[Target, ...]) -> tuple[LayerPlan, ..
             )
         same = TensorSpec(stored.name, stored.dtype, stored.shape)
         bits = 8 * stored.dtype.itemsize
-        layers.append(LayerPlan(target, bits, module.in_features, recipe.rank, KEPT if packed else None, (same,)))
+        layers.append(LayerPlan(target, bits, module.in_features, rank, KEPT if packed else None, (same,)))
     if not packed and recipe.row.start != "none":
         _require_rounded(plan, weights, targets)
     return tuple(layers)
@@ -97,8 +105,6 @@ def _require_same_model(directory: Path, source: Path, expected: Architecture, f
             raise no_base_of(
                 directory, source, f"{name} is {there or 'not there'}, and in the source {here or 'not there'}"
             )
-    if expected.stacks and directory.resolve() != source.resolve():
-        raise CheckpointError(f"{directory}: bases of models with experts are not repaired; make one with `qinit eqft`")
 
 
 def _require_rounded(plan: Plan, weights: ModelWeights, targets: tuple[Target, ...]) -> None:

@@ -49,7 +49,7 @@ def make_plan(
         require_rank(recipe, held)
     if base is not None:
         plan = replace(plan, given=open_given(recipe, base, directory, architecture))
-        layers = given_layers(plan, tuple(target for target in targets if target.module.expert is None))
+        layers = given_layers(plan, known, tuple(target for target in targets if target.module.expert is None))
     else:
         experts = _adapted(held, architecture) if ADAPTERS[recipe.adapter].experts else set()
         layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
@@ -71,8 +71,6 @@ def make_plan(
 
 def _nothing_left(plan: Plan, chosen: int) -> TargetError:
     reasons = "; ".join(plan.exceptions)
-    if plan.given is not None:
-        return TargetError(f"none of the {chosen} chosen layers is quantized in the base; choose others")
     if not plan.layers:
         return TargetError(f"none of the {chosen} chosen layers can be repaired ({reasons}); choose others")
     return TargetError(

@@ -9,6 +9,7 @@ from qinit.files.tensors import CHUNK_BYTES, StoredTensor
 from qinit.linalg.chunks import row_chunks
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.given import no_base_of
+from qinit.stream.weights import ModelWeights
 from qinit.workplace.store import Store
 
 SAME = 1e-2  # of its own norm a tensor may differ by: another 16-bit type moves it by a third of that at most
@@ -30,6 +31,13 @@ def read_given(store: Store, layer: LayerPlan, weight: torch.Tensor) -> torch.Te
     return given
 
 
+def base_weights(plan: Plan) -> ModelWeights:
+    """Return what reads the base of a plan that has one."""
+    assert plan.given is not None
+    given, trusted = plan.given, plan.recipe.trust_remote_code
+    return ModelWeights(given.checkpoint, given.architecture, trust_remote_code=trusted)
+
+
 def require_same_rest(plan: Plan) -> None:
     """Raise CheckpointError where the base has other values than the source in what neither quantizes: an adapter does
     not repair that. One piece of a tensor is in memory at a time."""
@@ -38,7 +46,7 @@ def require_same_rest(plan: Plan) -> None:
     source_names, base_names = plan.architecture.names_in(plan.checkpoint), plan.given.architecture.names_in(base)
     for tensor in plan.untouched:
         parameter = source_names.parameter_of.get(tensor.name)
-        other = None if parameter is None else base_names.find(parameter)
+        other = None if parameter is None else base_names.find(parameter) or base.tensors.get(tensor.name)
         if parameter is None or other is None:
             stem = "" if parameter is None else parameter.rpartition(".")[0]
             packed = next((name for name in base.tensors if stem and name.startswith(f"{stem}.")), None)
@@ -47,17 +55,22 @@ def require_same_rest(plan: Plan) -> None:
                     f"{base.directory}: has '{packed}' in the place of {parameter}, which is no linear layer of a "
                     "block: a quantized head or embedding is not repaired"
                 )
+            if parameter is not None and source_names.made_of(parameter):
+                raise CheckpointError(
+                    f"{base.directory}: has no '{tensor.name}': experts that are stored in another way than the "
+                    "source's, as quantized ones are, are not repaired"
+                )
             continue
         if other.shape != tensor.shape:
             raise _another(plan, f"{parameter} is {list(other.shape)} there and {list(tensor.shape)} here")
-        if (apart := _apart(tensor, other)) > SAME:
+        if (distance := apart(tensor, other)) > SAME:
             raise CheckpointError(
-                f"{base.directory}: its {parameter} is not the source's ({100 * apart:.1f} % away): it belongs to "
-                "another model, or scales of layers were moved there, as AWQ and SmoothQuant do, which is not undone"
+                f"{base.directory}: its {parameter} is not the source's ({100 * distance:.1f} % away): it belongs to "
+                "another model"
             )
 
 
-def _apart(tensor: StoredTensor, other: StoredTensor) -> float:
+def apart(tensor: StoredTensor, other: StoredTensor) -> float:
     """Return the norm of the difference of two tensors of one shape, relative to the first."""
     count = CHUNK_BYTES // 8
     pairs = zip(tensor.chunks(count * tensor.dtype.itemsize), other.chunks(count * other.dtype.itemsize), strict=True)

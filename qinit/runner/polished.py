@@ -43,7 +43,8 @@ def polish_adapters(job: Job) -> Generator[Event, None, None]:
 def _polish(job: Job) -> Generator[Event, None, None]:
     """Polish, measure the weight errors anew, and keep the result."""
     plan, store = job.plan, job.store
-    layers = {layer.target.name: layer for layer in plan.quantized if layer.target.module.expert is None}
+    adapted = (layer for layer in plan.quantized if layer.target.module.expert is None and layer.rank)
+    layers = {layer.target.name: layer for layer in adapted}
     seen = yield from job.samples()
     samples = yield from job.polish_samples(polish_tokens(plan.recipe.polish_steps, seen.count))
     lessons = yield from _lessons(job, samples)

@@ -21,11 +21,12 @@ from qinit.report.finish import complete, copy_companions, make_report, write_co
 from qinit.report.report import Report
 from qinit.runner.calibrated import solve_calibrated
 from qinit.runner.checked import check
-from qinit.runner.given import read_given, require_same_rest
+from qinit.runner.given import read_given
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight, solve_layer
 from qinit.runner.loadable import check_names
 from qinit.runner.mixed import choose_widths
+from qinit.runner.moved import in_its_coordinates
 from qinit.runner.polished import polish_adapters
 from qinit.source.checkpoint import count_nonfinite, require_finite
 from qinit.workplace.place import check_output, check_space, working
@@ -94,12 +95,15 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
     if job.plan.pending:
         yield from choose_widths(job)
         check_space(job.plan, job.place.out)
-    plan, store = job.plan, job.store
-    if plan.given is None:
+    if job.plan.given is None:
         with section("writing"):
-            copy_companions(plan, job.place.run)
-    elif not plan.on_source:
-        require_same_rest(plan)
+            copy_companions(job.plan, job.place.run)
+    elif not job.plan.on_source:
+        with section("reading"):
+            job.plan = in_its_coordinates(job.plan)
+        if job.plan.moved:
+            yield job.note(job.plan.moved)
+    plan, store = job.plan, job.store
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
     open_layers = any(layer.target.name not in store.rows for layer in plan.quantized)

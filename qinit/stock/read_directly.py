@@ -65,16 +65,22 @@ def _set_experts(model: Any, name: str) -> bool:
 def _probed(model: Any, linear: Mapping[str, nn.Module], inputs: Inputs) -> set[str] | None:
     """Return what one pass finds, None where it does not get to its end."""
     watch = _Watch(linear)
+    with watch.hooked():
+        return watch.used - watch.called if runs_through(model, inputs, watch) else None
+
+
+def runs_through(model: Any, inputs: Inputs, watch: TorchFunctionMode) -> bool:
+    """Run a model without values while a mode watches; returns whether it got to its end."""
     training = model.training
     model.train()  # in eval mode torch may take fused kernels that are handed all weights
     try:
-        with watch.hooked(), watch, torch.random.fork_rng(devices=[]):
+        with watch, torch.random.fork_rng(devices=[]):
             model(**inputs, use_cache=False) if "input_ids" in inputs else model(**inputs)
     except Exception:  # a model can do anything with tensors that have no values
-        return None
+        return False
     finally:
         model.train(training)
-    return watch.used - watch.called
+    return True
 
 
 class _Watch(TorchFunctionMode):
@@ -90,7 +96,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = _answered(func, args, kwargs)
+        result = answered(func, args, kwargs)
         if any(True for _ in tensors_in(result)):  # else a shape, a type or a device was asked for
             name = getattr(func, "__name__", "")
             given = args[:1] if name in TAKE_NO_VALUES and not name.endswith("_like") else args
@@ -103,7 +109,7 @@ class _Watch(TorchFunctionMode):
         return _Hooks(self)
 
 
-def _answered(func: Any, args: Any, kwargs: Any) -> Any:
+def answered(func: Any, args: Any, kwargs: Any) -> Any:
     """Call a function; where it asks a tensor without values for one, answer that all is true, one, or nowhere."""
     name, first = getattr(func, "__name__", ""), args[0] if args else None
     if isinstance(first, torch.Tensor) and first.is_meta and len(args) == 1:

@@ -10,6 +10,7 @@ from qinit.errors import CalibrationError
 from qinit.plan.plan import Plan
 from qinit.source.skeleton import loader
 from qinit.stream.feeding import inputs_of
+from qinit.stream.weights import ModelWeights
 
 
 def read_tokens(model: Any, tokens: torch.Tensor, mask: torch.Tensor | None, plan: Plan) -> Any:
@@ -43,4 +44,10 @@ def load_whole(plan: Plan) -> Any:
             f"{directory}: the model cannot be loaded whole for calibration ({type(error).__name__}: {reason}); "
             "use --calibration none"
         ) from None
+    if plan.given is not None and plan.given.moved:
+        weights = ModelWeights(plan.checkpoint, plan.architecture, trust_remote_code=trusted)
+        for name in sorted(plan.given.moved):
+            value = weights.read(name, torch.device("cpu"))
+            assert value is not None
+            model.get_parameter(name).data = value
     return model.eval()

@@ -36,8 +36,8 @@ def student_of(
     weight_of: Callable[[LayerPlan], torch.Tensor] | None = None,
 ) -> Generator[Any, None, None]:
     """Give the model of a plan with the layers of `starts`, by name, on Q and B A: a class of transformers, in eval
-    mode, with no gradients but those of factors and scales. The plan's experts have what `weight_of` returns, Q + B A
-    [out, in], which is not trained.
+    mode, with no gradients but those of factors and scales. The plan's experts, and layers without an adapter, have
+    what `weight_of` returns, Q + B A [out, in], which is not trained.
 
     It is put together block by block, so that beside it no more than one block's weights are in memory; a model that is
     no row of blocks is loaded whole first. It computes in float32 on a CPU, else in bfloat16.
@@ -48,7 +48,7 @@ def student_of(
             model = stack.enter_context(_put_together(plan, starts, device, dtype, weight_of))
         except NotStreamable:
             model = load_whole(plan).to(device, dtype).requires_grad_(False)
-            _put_experts(model, plan, "", weight_of)
+            _put_fixed(model, plan, "", weight_of)
         left = {name: start for name, start in starts.items() if not isinstance(model.get_submodule(name), Repaired)}
         stack.enter_context(_repaired(model, left, device))
         for module in model.modules():  # some look at their own numbers, and not whether they are trained
@@ -70,7 +70,7 @@ def _put_together(
     for row in blocks.rows:
         for index in range(len(row)):
             row.load(index).to(dtype)
-            _put_experts(blocks.model, plan, row.prefix(index), weight_of)
+            _put_fixed(blocks.model, plan, row.prefix(index), weight_of)
             _repair(blocks.model, {name: starts[name] for name in starts if name.startswith(row.prefix(index))}, device)
     with blocks.surroundings(head=True):
         for name in blocks.outside:
@@ -79,10 +79,12 @@ def _put_together(
         yield blocks.model
 
 
-def _put_experts(model: Any, plan: Plan, prefix: str, weight_of: Callable[[LayerPlan], torch.Tensor] | None) -> None:
-    """Give the experts whose names begin with `prefix` their weights."""
+def _put_fixed(model: Any, plan: Plan, prefix: str, weight_of: Callable[[LayerPlan], torch.Tensor] | None) -> None:
+    """Give what is not trained, experts and layers without an adapter, its weights, where its name begins with
+    `prefix`."""
     for layer in plan.quantized:
-        if weight_of is not None and layer.target.module.expert is not None and layer.target.name.startswith(prefix):
+        fixed = layer.target.module.expert is not None or not layer.rank
+        if weight_of is not None and fixed and layer.target.name.startswith(prefix):
             put_weight(model, layer.target.name, layer, weight_of(layer))
 
 

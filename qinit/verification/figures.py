@@ -34,7 +34,8 @@ def _bounds(row: LayerRow, recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
     """Yield a row's fields, what each of them may be, and whether it is that."""
     yield "shape", "two counts", min(row.shape) > 0
     most = max(min(row.shape), 0)
-    bare = row.rank == 0 and row.name.endswith("]")  # an expert without an adapter
+    # An expert without an adapter, and a layer of a base that exists which was not chosen.
+    bare = row.rank == 0 and (row.name.endswith("]") or recipe.base is not None)
     if not recipe.chooses_ranks:
         yield "rank", min(recipe.rank, most), row.rank == min(recipe.rank, most) or bare
     else:

@@ -16,11 +16,12 @@ from qinit.planner.make import make_plan
 from qinit.recipe import Recipe, make_recipe
 from qinit.report.adapter_card import is_adapter
 from qinit.report.report import REPORT_NAME, Report
+from qinit.runner.given import base_weights
 from qinit.runner.layer import read_weight
+from qinit.runner.moved import in_its_coordinates
 from qinit.solver.residual import relative_errors, same_error
 from qinit.source.checkpoint import count_nonfinite
 from qinit.source.targets import LinearModule
-from qinit.stream.weights import ModelWeights
 from qinit.verification.figures import check_rows, check_totals
 from qinit.verification.findings import Checked, Event, Finding, Stage, from_error
 from qinit.verification.written import compare
@@ -68,7 +69,8 @@ def check_repair(directory: Path, base: str, source: Path | None, *, trust_remot
         what = f"the base {base} lies on the Hub, so the errors were not measured anew"
         yield Finding(REPORT_NAME, what, grave=False)
         return
-    yield from _check_errors(report, recipe, adapter, Path(base), source, trust_remote_code)
+    trusted = recipe.model_copy(update={"trust_remote_code": trust_remote_code})  # the report does not decide that
+    yield from _check_errors(report, trusted, adapter, Path(base), source)
 
 
 def _check_factors(directory: Path, specs: list[TensorSpec], found: dict[str, StoredTensor]) -> Iterator[Event]:
@@ -81,14 +83,11 @@ def _check_factors(directory: Path, specs: list[TensorSpec], found: dict[str, St
         yield Checked("tensor", name, tensor.nbytes)
 
 
-def _check_errors(
-    report: Report, recipe: Recipe, adapter: SavedAdapter, base: Path, source: Path, trust_remote_code: bool
-) -> Iterator[Event]:
+def _check_errors(report: Report, recipe: Recipe, adapter: SavedAdapter, base: Path, source: Path) -> Iterator[Event]:
     """Measure every layer anew, from the base's tensors and the source's."""
     cpu, asked = torch.device("cpu"), {"calibration": "none", "polish": 0, "method": "qlora"}  # these change no layer
-    plan = make_plan(recipe.model_copy(update=asked), source, report.model, base)
-    assert plan.given is not None
-    weights = ModelWeights(plan.given.checkpoint, plan.given.architecture, trust_remote_code=trust_remote_code)
+    plan = in_its_coordinates(make_plan(recipe.model_copy(update=asked), source, report.model, base))
+    weights = base_weights(plan)
     layers = {layer.target.name: layer for layer in plan.quantized}
     for row in report.layers:
         if row.kept is not None or row.error is None or row.error_start is None:

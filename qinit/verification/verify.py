@@ -9,16 +9,18 @@ from qinit.errors import ReportError
 from qinit.files.manifest import MANIFEST_NAME
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import Checkpoint
+from qinit.verification.exported import verify_export
 from qinit.verification.factors import check_adapter
 from qinit.verification.files import check_files
-from qinit.verification.findings import Event, Finding
+from qinit.verification.findings import Event
 from qinit.verification.repair import check_repair, repaired_base
 from qinit.verification.values import check_values
 from qinit.verification.written import open_written
 
 
 def verify(directory: Path, source: Path | None = None, *, trust_remote_code: bool = False) -> Iterator[Event]:
-    """Check a run's directory: hashes, structure, values, and with `source`, the model it was made from, the errors.
+    """Check a run's directory: hashes, structure, values, and with `source`, the model it was made from, the errors; of
+    an export, whose source is its run, that it holds the same.
     What loaders make of it: `qinit.verification.loading`.
 
     Yields Stage and Checked as it goes, and a Finding for everything that is not as it should be. One layer is in
@@ -28,15 +30,11 @@ def verify(directory: Path, source: Path | None = None, *, trust_remote_code: bo
     if not (directory / REPORT_NAME).exists() and not (directory / MANIFEST_NAME).exists():
         what = f"has neither {REPORT_NAME} nor {MANIFEST_NAME}" if directory.is_dir() else "no such directory"
         raise ReportError(f"{directory}: {what}; pass the directory that `qinit eqft` wrote")
-    to = exported(directory)
-    if to is not None and source is not None:
-        raise ReportError(f"{directory}: is an export ({to}); compare the run that it was made from with {source}")
+    if exported(directory) is not None:
+        yield from verify_export(directory, source, trust_remote_code=trust_remote_code)
+        return
     original = Checkpoint.open(source) if source is not None else None
     yield from check_files(directory)
-    if to is not None:
-        what = f"an export ({to}): its files were compared with {MANIFEST_NAME} alone, and not loaded"
-        yield Finding(REPORT_NAME, what, grave=False)
-        return
     if (base := repaired_base(directory)) is not None:
         yield from check_repair(directory, base, source, trust_remote_code=trust_remote_code)
         return

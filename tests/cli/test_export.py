@@ -26,6 +26,10 @@ def test_what_is_lost_needs_a_word_and_the_result_is_told(run, command):
     place = run.with_name("run-dense")
     assert result["directory"] == str(place)
     assert result["files"]["config.json"] == (place / "config.json").stat().st_size
+    assert command("verify", place, "--source", run)[0] == 0
+    assert command("verify", place)[0] == 0
+    code, _, error = command("verify", place, "--adapter", run / "eqft_init")
+    assert (code, "was made from too, with --source RUN" in error) == (2, True)
     assert "exists; choose another place with --out" in command("export", run, "--to", "dense", "--requantize")[2]
 
 

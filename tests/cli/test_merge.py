@@ -24,7 +24,7 @@ def test_a_merge_is_made_verified_and_pushed(command, run, hub):
     assert "out: sound (5 files by their hashes, 21 tensors by their values, 14 layers by their errors" in out
     assert command("verify", "out")[0] == 0
     code, _, err = command("verify", "out", "--adapter", run / "eqft_init")
-    assert (code, "give the run that it was made from too, with --source RUN" in err) == (2, True)
+    assert (code, "was made from too, with --source RUN" in err) == (2, True)
     code, out, _ = command("push", "out", "me/merged", "--token", WRITER)
     assert code == 0
     assert '    model = LlamaForCausalLM.from_pretrained("me/merged", dtype="auto")' in out

@@ -15,6 +15,7 @@ from qinit.exports.finished import FinishedRun
 from qinit.exports.gguf.families import FAMILIES, Family, add_hyperparameters, cannot_compute
 from qinit.exports.gguf.layout import (
     F32,
+    Tensor,
     adapter_layout,
     base_layout,
     family_of,
@@ -22,8 +23,10 @@ from qinit.exports.gguf.layout import (
     rope_tensor,
     without_place,
 )
+from qinit.exports.gguf.reading import RereadGguf
 from qinit.exports.gguf.vocabulary import Vocabulary, read_vocabulary
 from qinit.exports.lora import no_factors
+from qinit.exports.reread import Reread
 from qinit.report.report import Report
 from qinit.requirements import pip_command
 
@@ -34,7 +37,7 @@ BASE, ADAPTER = "model.gguf", "adapter.gguf"
 QUANTIZATION_VERSION = 2  # of ggml's types: GGML_QNT_VERSION
 
 
-class GgufExport(Export):
+class GgufExport(Export[list[Tensor]]):
     name = "gguf"
     reader = "llama.cpp"
     library = "gguf"
@@ -57,23 +60,28 @@ class GgufExport(Export):
     def load(self, report: Report) -> str:
         return f"With llama.cpp:\n\n```\nllama-server -m {BASE} --lora {ADAPTER}\n```\n"
 
-    def nbytes(self, run: FinishedRun) -> int:
-        family = family_of(run)
-        assert family is not None
-        return sum(tensor.nbytes for tensor in base_layout(run, family)) + run.adapter_bytes
+    def reread(self, directory: Path, report: Report, *, trust_remote_code: bool) -> Reread:
+        return RereadGguf(directory / BASE, directory / ADAPTER, str(report.source.get("class")))
 
-    def write(self, run: FinishedRun, directory: Path, out: Path) -> None:
+    def layout(self, run: FinishedRun) -> list[Tensor]:
         family = family_of(run)
         assert family is not None
-        _write_base(run, family, directory / BASE)
+        return list(base_layout(run, family))
+
+    def nbytes(self, run: FinishedRun, layout: list[Tensor]) -> int:
+        return sum(tensor.nbytes for tensor in layout) + run.adapter_bytes
+
+    def write(self, run: FinishedRun, layout: list[Tensor], directory: Path, out: Path) -> None:
+        family = family_of(run)
+        assert family is not None
+        _write_base(run, family, layout, directory / BASE)
         if run.adapter.parts:
             _write_adapter(run, family, directory / ADAPTER)
 
 
-def _write_base(run: FinishedRun, family: Family, file: Path) -> None:
+def _write_base(run: FinishedRun, family: Family, tensors: list[Tensor], file: Path) -> None:
     import gguf
 
-    tensors = list(base_layout(run, family))
     writer = gguf.GGUFWriter(None, family.architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(run.report.model)

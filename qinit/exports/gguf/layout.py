@@ -12,6 +12,7 @@ from qinit.exports.finished import FinishedRun
 from qinit.exports.gguf.blocks import BlockType, smallest
 from qinit.exports.gguf.families import FAMILIES, Family, rope_factors
 from qinit.exports.lora import factors
+from qinit.grids import Quantized
 from qinit.source.targets import LinearModule
 
 CPU = torch.device("cpu")
@@ -33,6 +34,7 @@ class FloatType:
 F32 = FloatType("F32", 0, 0, torch.float32)
 F16 = FloatType("F16", 1, 1, torch.float16)
 BF16 = FloatType("BF16", 30, 32, torch.bfloat16)
+FLOATS = (F32, F16, BF16)
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,27 @@ class Tensor:
         """Return its bytes, uint8."""
         if isinstance(self.type, BlockType):
             assert self.module is not None
+            grid, parts = run.weights.grid(self.module), run.weights.packed_parts(self.module)
+            if grid is not None and parts is not None and grid.bits == self.type.stream:
+                words = parts["qweight"].read()
+                if (order := self.order) is not None:
+                    grid, words = _rows(grid, order), words[:, order]
+                return self.type.encode_words(grid, words)
             quantized = run.weights.codes(self.module)
             assert quantized is not None
             assert quantized.zeros is not None
             if (order := self.order) is not None:
-                rows = {key: getattr(quantized, key)[order] for key in ("codes", "scales", "zeros")}
-                quantized = replace(quantized, **rows)
+                quantized = _rows(quantized, order)
             return self.type.encode(quantized)
         value = run.weights.read(self.parameter, CPU)
         assert value is not None
         value = value if self.order is None else value[self.order]
         return value.to(self.type.dtype).flatten().view(torch.uint8)
+
+
+def _rows(quantized: Quantized, order: torch.Tensor) -> Quantized:
+    rows = {key: getattr(quantized, key)[order] for key in ("codes", "scales", "zeros")}
+    return replace(quantized, **rows)
 
 
 def family_of(run: FinishedRun) -> Family | None:

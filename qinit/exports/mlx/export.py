@@ -17,6 +17,8 @@ from qinit.exports.base import Export
 from qinit.exports.finished import FinishedRun
 from qinit.exports.lora import Factors, factors, no_factors
 from qinit.exports.mlx.layers import PARTS, biases_of, encode, group_size
+from qinit.exports.mlx.reading import RereadMlx
+from qinit.exports.reread import Reread
 from qinit.files.tensors import TensorSpec
 from qinit.files.writer import SafetensorsWriter
 from qinit.report.report import Report
@@ -28,7 +30,7 @@ ADAPTER = "adapters"
 IN_BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-class MlxExport(Export):
+class MlxExport(Export[list[TensorSpec]]):
     name = "mlx"
     reader = "mlx-lm"
     library = "mlx"
@@ -62,17 +64,25 @@ class MlxExport(Export):
             "of the grid at most"
         )
 
-    def nbytes(self, run: FinishedRun) -> int:
-        return sum(spec.nbytes for spec in _specs(run)) + run.adapter_bytes
+    def reread(self, directory: Path, report: Report, *, trust_remote_code: bool) -> Reread:
+        return RereadMlx(directory, directory / ADAPTER)
 
-    def write(self, run: FinishedRun, directory: Path, out: Path) -> None:
-        writer = SafetensorsWriter(directory, _specs(run))
+    def layout(self, run: FinishedRun) -> list[TensorSpec]:
+        return list(_specs(run))
+
+    def nbytes(self, run: FinishedRun, layout: list[TensorSpec]) -> int:
+        return sum(spec.nbytes for spec in layout) + run.adapter_bytes
+
+    def write(self, run: FinishedRun, layout: list[TensorSpec], directory: Path, out: Path) -> None:
+        writer = SafetensorsWriter(directory, layout)
         modules = {f"{module.name}.weight": module for module in run.architecture.linear}
         for parameter in _parameters(run):
             module = modules.get(parameter)
-            quantized = run.weights.codes(module) if module is not None and _width_of(run, module) is not None else None
-            if quantized is not None and module is not None:
-                for part, value in zip(PARTS, encode(quantized), strict=True):
+            grid = run.weights.grid(module) if module is not None and _width_of(run, module) is not None else None
+            if grid is not None and module is not None:
+                parts = run.weights.packed_parts(module)
+                assert parts is not None
+                for part, value in zip(PARTS, encode(grid, parts["qweight"].read()), strict=True):
                     writer.write(f"{module.name}.{part}", value)
                 continue
             stored = run.weights.read(parameter, CPU)

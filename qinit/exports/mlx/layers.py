@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qinit.exports.flip import exact_in_half, flipped
-from qinit.formats.gptq.packing import WORD, pack_rows
+from qinit.exports.flip import exact_in_half
+from qinit.exports.words import flip_words
+from qinit.formats.gptq.packing import WORD, unpack_rows
 from qinit.grids import Quantized
 
 BITS = (2, 3, 4, 8)
@@ -49,19 +50,27 @@ def biases_of(grid: Quantized) -> Biases:
     return Biases(turned < plain, int((error > 0).sum()), float(steps.max()))
 
 
-def encode(quantized: Quantized) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `PARTS`: uint32 [out, in bits / 32], float16 [out, in / group] twice. MLX must hold the layer."""
-    width = quantized.codes.shape[1]
-    size = group_size(quantized.bits, quantized.group_size, width)
+def encode(grid: Quantized, qweight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `PARTS` of a grid and its codes as GPTQ packs them, int32 [in bits / 32, out], which are changed: uint32
+    [out, in bits / 32], float16 [out, in / group] twice. MLX must hold the layer."""
+    assert grid.zeros is not None
+    width = len(qweight) * WORD // grid.bits
+    size = group_size(grid.bits, grid.group_size, width)
     assert size is not None
-    assert width % WORD == 0
-    quantized = flipped(quantized, biases_of(quantized).flips)
-    assert quantized.zeros is not None
-    repeats = quantized.group_size // size
-    offsets = -quantized.scales * quantized.zeros
-    halves = (each.half().repeat_interleave(repeats, dim=1)[:, : width // size] for each in (quantized.scales, offsets))
+    flips = biases_of(grid).flips
+    words = flip_words(qweight, flips, grid).T.contiguous()
+    repeats = grid.group_size // size
+    scales = torch.where(flips, -grid.scales, grid.scales)
+    offsets = -scales * torch.where(flips, 2**grid.bits - 1 - grid.zeros, grid.zeros)
+    halves = (each.half().repeat_interleave(repeats, dim=1)[:, : width // size] for each in (scales, offsets))
     scales, biases = (each.contiguous() for each in halves)
-    return pack_rows(quantized.codes, quantized.bits).view(torch.uint32), scales, biases
+    return words.view(torch.uint32), scales, biases
+
+
+def decode(words: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, bits: int, size: int) -> torch.Tensor:
+    """Undo `encode`: the weight [out, in] in float32."""
+    codes = unpack_rows(words.view(torch.int32), bits).unflatten(1, (-1, size)).float()
+    return (codes * scales.float()[..., None] + biases.float()[..., None]).flatten(1)
 
 
 def _error(product: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from qinit.linalg.chunks import row_chunks
 
-WORD = 32
+WORD, BYTE = 32, 8
 
 
 def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -16,6 +16,9 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise ValueError(f"cannot pack {count} values: not divisible by {WORD}")
     packed = torch.empty((rows, count * bits // WORD), dtype=torch.int32, device=codes.device)
     for part in row_chunks(rows, count, device=codes.device):
+        if BYTE % bits == 0:
+            packed[part] = _joined(codes[part], bits).view(torch.int32)
+            continue
         values = codes[part].reshape(-1, count // WORD, WORD)
         words = torch.zeros((*values.shape[:2], bits), dtype=torch.int64, device=codes.device)
         for i in range(WORD):
@@ -31,6 +34,8 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_rows(packed: torch.Tensor, bits: int, count: int | None = None) -> torch.Tensor:
     """Undo `pack_rows`: int32 [rows, n*bits/32] into uint8 [rows, n]; or into the first `count` of a stream that ends
     within a word."""
+    if BYTE % bits == 0:
+        return _parted(packed.contiguous().view(torch.uint8), bits)[:, :count]
     packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)) if count is not None else packed
     words = packed.long().bitwise_and(0xFFFFFFFF).reshape(packed.shape[0], -1, bits)
     values = torch.empty((*words.shape[:2], WORD), dtype=torch.uint8, device=packed.device)
@@ -41,3 +46,20 @@ def unpack_rows(packed: torch.Tensor, bits: int, count: int | None = None) -> to
             value |= words[..., word + 1] << (WORD - offset)
         values[..., i] = (value & (2**bits - 1)).to(torch.uint8)
     return values.flatten(1)[:, :count]
+
+
+def _joined(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack values that end with bytes: uint8 [rows, n] into uint8 [rows, n*bits/8]."""
+    values = codes.unflatten(1, (-1, BYTE // bits))
+    joined = values[..., 0].clone(memory_format=torch.contiguous_format)
+    for i in range(1, BYTE // bits):
+        joined |= values[..., i] << (i * bits)
+    return joined
+
+
+def _parted(joined: torch.Tensor, bits: int) -> torch.Tensor:
+    """Undo `_joined`."""
+    values = torch.empty((*joined.shape, BYTE // bits), dtype=torch.uint8, device=joined.device)
+    for i in range(BYTE // bits):
+        torch.bitwise_and(joined >> (i * bits), 2**bits - 1, out=values[..., i])
+    return values.flatten(1)

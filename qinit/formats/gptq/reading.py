@@ -41,6 +41,13 @@ def dequantized(
     """Return the weight [out, in] that four packed tensors stand for, s (q - z), in float32."""
     zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
     result = torch.empty((qweight.shape[1], len(groups)), device=qweight.device)
+    size = -(-len(groups) // zeros.shape[1])
+    if torch.equal(groups, torch.arange(len(groups), device=groups.device) // size) and len(groups) % size == 0:
+        zeros, scales = zeros.unsqueeze(2), scales.unsqueeze(2)  # no lookup for each value
+        for rows in row_chunks(*result.shape, device=result.device):
+            codes = unpack_rows(qweight[:, rows].T, bits).unflatten(1, (-1, size)).float()
+            torch.mul(codes.sub_(zeros[rows]), scales[rows], out=result[rows].view(codes.shape))
+        return result
     for rows in row_chunks(*result.shape, device=result.device):
         codes = unpack_rows(qweight[:, rows].T, bits).float()
         torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])

@@ -22,6 +22,7 @@ import torch
 from qinit.exports import FinishedRun
 from qinit.exports.write import export
 from qinit.source.demo import demo_directory
+from tests.compat.readers import vocabularies
 from tests.compat.trainers.environment import environment
 from tests.helpers import quantize
 from tests.models import make_checkpoint
@@ -121,6 +122,21 @@ def _text(run: Path, file: Path) -> np.ndarray:
     return np.array(ids[: WINDOWS * WINDOW]).reshape(WINDOWS, WINDOW)
 
 
+def _encoded(place: Path, programs: Path, run: Path | None, text: Path | None) -> int:
+    """Compare tokenizers, those of every kind or that of a run; returns how many differ where they should not."""
+    failed = 0
+    given = vocabularies.texts(text.read_text(encoding="utf-8") if text else None)
+    for name, made in [(run.name, run)] if run else vocabularies.runs(place):
+        try:
+            share, told = vocabularies.compare(made, place, programs, given)
+            wrong = share > vocabularies.DIFFERENT.get(name, 0.0)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            wrong, told = True, str(error)
+        failed += wrong
+        print(f"llama.cpp: tokenizer {name}: {'FAILED: ' * wrong}{told}", flush=True)
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.compat.readers")
     parser.add_argument("readers", nargs="*", metavar="READER", help=f"of {', '.join(READERS)}; all if left out")
@@ -146,6 +162,8 @@ def main() -> None:
                     wrong, told = True, f"FAILED: {error}"
                 failed += wrong
                 print(f"{name}: {words}: {told}", flush=True)
+            if reader.form == "gguf":
+                failed += _encoded(Path(place), programs, options.run, options.text)
     print(f"{failed} failed")
     sys.exit(bool(failed))
 

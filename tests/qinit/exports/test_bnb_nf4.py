@@ -3,12 +3,14 @@ import json
 import pytest
 import torch
 
+from qinit.errors import RecipeError
 from qinit.exports import EXPORTS, FinishedRun
 from qinit.exports.bnb_nf4 import nf4_codes
 from qinit.exports.write import export
 from qinit.formats.bitsandbytes import NF4
 from qinit.grids import GRIDS
-from tests.helpers import gauss, quantize
+from qinit.report.report import Report
+from tests.helpers import edit_tensors, gauss, quantize
 from tests.models import make_checkpoint
 from tests.stock import load
 
@@ -39,8 +41,7 @@ def test_the_stock_loader_has_the_run_to_the_last_bit(method, tmp_path):
     pytest.importorskip("bitsandbytes")
     quantize(make_checkpoint(tmp_path / "source"), tmp_path / "run", format="dense", method=method, bits=4, iter=None)
     run = FinishedRun.open(tmp_path / "run")
-    assert EXPORTS["bnb-nf4"].loses(run) is None
-    export(run, "bnb-nf4", tmp_path / "out")
+    assert export(run, "bnb-nf4", tmp_path / "out") is None
     skipped = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
     assert skipped == ["lm_head"]
     packed, plain = (load(tmp_path / name, dtype=torch.bfloat16).eval() for name in ("out", "run"))
@@ -53,6 +54,17 @@ def test_the_stock_loader_has_the_run_to_the_last_bit(method, tmp_path):
     ids = torch.arange(5, 37)[None]
     with torch.no_grad():
         torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=2e-2, atol=2e-2)
+
+
+def test_what_is_found_to_be_lost_while_it_is_written_stops_it_and_is_said(tmp_path):
+    quantize(make_checkpoint(tmp_path / "source"), tmp_path / "run", format="dense", method="loftq", bits=4, iter=None)
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(tmp_path / "run/model.safetensors", lambda tensors: tensors[name].view(-1)[:64].add_(0.011))
+    run = FinishedRun.open(tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"1 of \d+ groups are no levels of bitsandbytes .*; --requantize writes it"):
+        export(run, "bnb-nf4", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
+    assert export(run, "bnb-nf4", tmp_path / "out", requantize=True) == Report.read(tmp_path / "out").export.lost
 
 
 @pytest.mark.parametrize(

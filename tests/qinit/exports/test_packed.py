@@ -128,7 +128,7 @@ def test_auto_round_is_the_same_without_g_idx(opened, tmp_path):
 
 
 def test_groups_that_end_within_words_are_flipped_too(opened):
-    layer = EXPORTS["gptq"].layers(opened)[0]
+    layer = EXPORTS["gptq"].layout(opened)[0]
     grid = opened.weights.grid(layer.module)
     found = symmetric_words(opened, layer)
     halves = replace(grid, group_size=16, zeros=grid.zeros.repeat_interleave(grid.group_size // 16, dim=1))
@@ -142,8 +142,8 @@ def test_groups_that_end_within_words_are_flipped_too(opened):
     class Scales:
         name, file, numel = "", "", 0
 
-        def read(self):
-            return layer.parts["scales"].read().repeat_interleave(grid.group_size // 16, dim=0)
+        def read(self, device):
+            return layer.parts["scales"].read(device).repeat_interleave(grid.group_size // 16, dim=0)
 
     parts = {**layer.parts, "scales": Scales()}
     again = symmetric_words(replace(opened, weights=Weights()), replace(layer, parts=parts))

@@ -39,10 +39,7 @@ def test_an_export_says_what_it_is_and_is_verified_and_pushed_as_that(tmp_path):
     with pytest.raises(ReportError, match=r"is an export \(dense\); give the run"):
         FinishedRun.open(out)
 
-    found = [event for event in verify(out) if isinstance(event, Finding)]
-    assert [(each.grave, "SHA256SUMS alone" in each.what) for each in found] == [(False, True)]
-    with pytest.raises(ReportError, match="is an export"):
-        next(verify(out, tmp_path / "source"))
+    assert not [event for event in verify(out) if isinstance(event, Finding)]
 
     card = (out / "README.md").read_text()
     assert f"does not hold all of the run: {lost}." in card
@@ -55,6 +52,7 @@ def test_an_export_says_what_it_is_and_is_verified_and_pushed_as_that(tmp_path):
         prepare(out, "me/tiny", tmp_path / "run/eqft_init")
 
     (out / "config.json").write_text("{}")
-    assert [each.file for each in verify(out) if isinstance(each, Finding) and each.grave] == ["config.json"]
+    found = [str(each) for each in verify(out) if isinstance(each, Finding) and each.grave]
+    assert found[0].startswith("config.json: has changed")
     with pytest.raises(ReportError, match=r"config\.json: is not what the run wrote"):
         prepare(out, "me/tiny")

@@ -45,6 +45,19 @@ def test_a_first_version_of_gptq_has_one_more_in_each_zero_point(bits, tmp_path)
     assert torch.equal(read("gptq", parts, tmp_path, bits=bits), values)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_auto_round_is_a_first_version_of_gptq_without_an_order_of_the_inputs(bits, tmp_path):
+    parts, values = others.gptq(WEIGHT, bits)
+    parts.pop("g_idx")
+    own = {"extra_config": {MODULE.name: {"bits": bits}}, "bits": 5, "group_size": 32}
+    config = {"quantization_config": {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", **own}}
+    reader = format_of(config)
+    assert reader.cannot_read(config) is None
+    assert torch.equal(reader.read(MODULE, stored(parts, tmp_path), config, CPU), values)
+    config["quantization_config"]["packing_format"] = "auto_round:auto_awq"
+    assert "auto-round as auto_round:auto_awq" in reader.cannot_read(config)
+
+
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, True), (8, True), (4, False), (3, False)])
 def test_compressed_tensors_have_any_width_and_zero_points(bits, symmetric, tmp_path):
     parts, values = others.compressed(WEIGHT, bits, symmetric=symmetric)

@@ -86,7 +86,8 @@ def test_tensors_that_do_not_fit_are_refused(llama, base):
         plan_of(llama, base=str(base))
 
 
-def test_models_with_experts_are_refused(tmp_path):
+def test_experts_stay_as_the_base_has_them(tmp_path):
     source = make_checkpoint(tmp_path / "source", "mixtral")
-    with pytest.raises(CheckpointError, match="bases of models with experts are not repaired"):
-        plan_of(source, base=str(packed_base(source, tmp_path / "base", "dense")))
+    base = packed_base(source, tmp_path / "base", "bitsandbytes")
+    plan = plan_of(source, base=str(base))
+    assert {layer.target.name.rpartition(".")[2] for layer in plan.layers} == {f"{name}_proj" for name in "qkvo"}

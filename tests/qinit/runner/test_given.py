@@ -7,6 +7,8 @@ import torch
 
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
+from qinit.files.tensors import read_header
+from qinit.verification.verify import verify
 from tests.broken_off import RANDOM, break_off, finish, result_in, undisturbed
 from tests.helpers import edit_tensors, names, quantize, repair
 from tests.mixed import gptq_only
@@ -98,6 +100,18 @@ def test_one_that_is_broken_off_goes_on_and_has_the_same_bytes(options, source, 
     assert result_in(place / "out") == wanted
 
 
+def test_layers_that_are_not_chosen_keep_the_q_of_the_base_and_get_no_adapter(source, bases, tmp_path):
+    chosen = {"target_modules": "q_proj,v_proj"}
+    report = repair(source, bases["dense"], tmp_path / "out", **TEXT, **chosen, check=True, polish=2)
+    assert set(SavedAdapter.open(tmp_path / "out").parts) == {row.name for row in report.layers if row.rank}
+    assert {row.name.rpartition(".")[2] for row in report.layers if row.rank} == {"q_proj", "v_proj"}
+    assert len(report.layers) == 14
+    row = next(row for row in report.layers if row.name == ONE)
+    assert row.error == row.error_start
+    assert report.totals["check"]["kl"] < report.totals["check"]["base_alone"]["kl"]
+    assert not [event for event in verify(tmp_path / "out", source) if getattr(event, "grave", False)]
+
+
 def test_a_run_of_qinit_is_a_base_too(source, tmp_path):
     made = quantize(source, tmp_path / "run", group_size=32, bits=3)
     report = repair(source, tmp_path / "run", tmp_path / "out", rank=8)
@@ -133,11 +147,11 @@ def refused(source, base, tmp_path, what):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_whose_scales_were_moved_into_its_norms_is_refused(source, tmp_path):
+def test_a_base_with_a_scaled_norm_alone_is_refused(source, tmp_path):
     base = packed_base(source, tmp_path / "base", "awq")
     norm = "model.layers.0.input_layernorm.weight"
     edit_tensors(base / "model.safetensors", lambda tensors: tensors[norm].mul_(1.5))
-    refused(source, base, tmp_path, "input_layernorm.weight is not the source's .*AWQ and SmoothQuant")
+    refused(source, base, tmp_path, "q_proj: a scale for each of its inputs is .* beside it makes that good")
 
 
 def test_a_base_with_the_weights_of_another_model_is_refused(source, tmp_path):
@@ -163,3 +177,17 @@ def test_a_quantized_head_is_refused(source, tmp_path):
 
     edit_tensors(base / "model.safetensors", pack)
     refused(source, base, tmp_path, "has 'lm_head.qweight' in the place of lm_head.weight")
+
+
+def test_experts_that_the_base_has_not_quantized_are_left_alone_and_others_are_refused(tmp_path):
+    source = make_float32(tmp_path / "mixtral", "mixtral", initializer_range=0.1)
+    base = packed_base(source, tmp_path / "base", "bitsandbytes")
+    report = repair(source, base, tmp_path / "out", **TEXT, check=True)
+    assert report.totals["check"]["kl"] < report.totals["check"]["base_alone"]["kl"]
+    name = next(name for name in read_header(base / "model.safetensors") if "experts" in name)
+
+    def pack(tensors):
+        tensors[f"{name}.absmax"] = tensors.pop(name).flatten()[:8]
+
+    edit_tensors(base / "model.safetensors", pack)
+    refused(source, base, tmp_path / "more", "has no '.*': experts that are stored in another way")

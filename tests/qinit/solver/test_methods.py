@@ -5,8 +5,9 @@ import torch
 
 from qinit.errors import QinitError, RecipeError
 from qinit.grids import GRIDS
+from qinit.grids.exact import GivenGrid
 from qinit.linalg.low_rank import OutputMetric
-from qinit.solver.methods import CALIBRATED, METHODS, get_method
+from qinit.solver.methods import CALIBRATED, METHODS, get_method, on_base
 from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec
 from tests.helpers import gauss
@@ -74,6 +75,33 @@ def test_eqft_fits_the_low_rank_first_where_it_is_large_and_at_two_bits_without_
 @pytest.mark.parametrize(("name", "first"), [("qlora", False), ("loftq", False), ("qpissa", True), ("lq-lora", True)])
 def test_a_published_row_has_one_order_at_any_rank(name, first):
     assert {METHODS[name].low_rank_first(bits, rank, (64, 64)) for bits in (2, 4) for rank in (1, 64)} == {first}
+
+
+@pytest.mark.parametrize("row", [*METHODS.values(), *CALIBRATED.values()], ids=lambda row: f"{row.name}-{row.solver}")
+def test_on_a_base_that_exists_a_row_fits_the_low_rank_alone(row):
+    found = on_base(row)
+    if row.name in ("qpissa", "srr", "lq-lora"):  # they choose Q and the low rank together
+        assert found is None
+        return
+    assert (found.grid, found.search, found.rounding, found.iterations) == (
+        *("exact", "none", "nearest"),
+        2 if row.solver == "calibrated" else 1,
+    )
+    kept = ("name", "source", "solver", "needs", "metric", "split", "ridge", "adapter", "svd", "refit")
+    assert all(getattr(found, key) == getattr(row, key) for key in kept)
+    weight, Q = weights(), weights().round(decimals=1)
+    everything = replace(statistics(), output_metric=OutputMetric(gauss(3, ROWS), torch.ones(ROWS)))
+    asked = LayerSpec(found, 3, GROUP, RANK, found.iterations, given=Q)
+    solution = solve(weight, asked, 0, everything if row.needs else None)
+    assert torch.equal(GivenGrid(Q).dequantize(solution.quantized), Q)
+    if row.start == "none":
+        assert solution.low_rank is None or not solution.low_rank.B.any()
+    elif not row.needs:  # the residual's own best rank, in the norm of the weights
+        S = torch.linalg.svdvals(weight - Q)
+        L = solution.low_rank.B @ solution.low_rank.A
+        assert float((weight - Q - L).norm() / S[RANK:].norm()) < 1.02
+    else:
+        assert solution.output_error < solution.quantized_output_error
 
 
 def test_an_unknown_method_is_answered_with_the_nearest_name():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from qinit.exports.gguf.blocks import BLOCK_TYPES, smallest
+from qinit.formats.gptq.packing import pack_rows
 from qinit.grids import Quantized
 
 WIDTH = 128
@@ -47,6 +48,9 @@ def test_the_smallest_type_that_holds_every_value_to_the_last_bit(bits, zeros, g
     assert raw.shape == (4, found.row_bytes(WIDTH))
     scales, points = (part.repeat_interleave(group_size, 1) for part in (grid.scales, grid.zeros.float()))
     assert torch.equal(decoded(kind, raw), scales * (grid.codes.float() - points))
+    assert torch.equal(found.decode(raw), decoded(kind, raw))
+    if found.stream == bits:
+        assert torch.equal(found.encode_words(grid, pack_rows(grid.codes, bits).T.contiguous()), raw)
 
 
 def test_what_no_type_holds():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qinit.exports.mlx.layers import biases_of, encode, group_size
-from qinit.formats.gptq.packing import unpack_rows
+from qinit.formats.gptq.packing import pack_rows, unpack_rows
 from tests.qinit.exports.gguf.test_blocks import grid_of
 
 
@@ -10,7 +10,7 @@ from tests.qinit.exports.gguf.test_blocks import grid_of
 def test_a_layer_comes_back_to_the_last_bit(bits, zeros):
     grid = grid_of(bits, list(zeros))
     assert biases_of(grid).rounded == 0
-    words, scales, biases = encode(grid)
+    words, scales, biases = encode(grid, pack_rows(grid.codes, bits).T.contiguous())
     codes = unpack_rows(words.view(torch.int32), bits).float()
     found = scales.float().repeat_interleave(64, 1) * codes + biases.float().repeat_interleave(64, 1)
     expected = grid.scales.repeat_interleave(64, 1) * (grid.codes.float() - grid.zeros.float().repeat_interleave(64, 1))
