@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -16,11 +16,13 @@ from torch import nn
 
 from qinit.calibration.activations import unpadded, weight_in
 from qinit.calibration.experts import parameters_of
+from qinit.calibration.shards import share_of
 from qinit.events import Measuring
 from qinit.files.tensors import slice_name
 from qinit.machine import fast_products
 from qinit.plan.limits import GRADIENT_BATCH_TOKENS, GRADIENT_LENGTH, GRADIENT_LOGITS_BYTES, GRADIENT_SAMPLES
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.processes.group import ALONE, Processes
 from qinit.source.products import Product, Products, one_by_one
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
@@ -74,12 +76,14 @@ class Part:
 class Probe(ABC):
     """What is done with the gradient g of minus the log-probability of a token drawn from the model's own distribution,
     as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information. `experts`: whether
-    it looks at experts too."""
+    it looks at experts too; `in_shards`: whether it adds up shards of the text alone, so that `processes` can share it.
+    """
 
     experts = False
+    in_shards = False
 
-    def __init__(self, plan: Plan, samples: Samples, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+    def __init__(self, plan: Plan, samples: Samples, device: torch.device, processes: Processes = ALONE) -> None:
+        self.plan, self.device, self.processes = plan, device, processes
         part = slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH)
         mask = None if samples.mask is None else samples.mask[part]
         self.samples = Samples(samples.tokens[part], mask, samples.origin)
@@ -87,11 +91,25 @@ class Probe(ABC):
             layer.target.name: layer for layer in plan.quantized if self.experts or layer.target.module.expert is None
         }
         tokens = min(GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES // (4 * (plan.facts.vocabulary or 1)))
-        self.batches = list(batches_of(self.samples, max(1, tokens // self.samples.tokens.shape[1])))
+        size = max(1, tokens // self.samples.tokens.shape[1])
+        self.batches = list(batches_of(self.samples, size))
+        if self.in_shards:
+            share = share_of(self.samples, size, processes)
+            self.samples, self.batches = share.samples, share.batches
         self.mask: torch.Tensor | None = None
-        self.generator = torch.Generator().manual_seed(plan.recipe.seed)
+        self.shard: int | None = None
+        self.generator = torch.Generator()
         self.start = torch.zeros((), device=device, requires_grad=True)  # gives a gradient to what has none yet
         self.outside: list[LayerPlan] = []  # layers in front of the blocks or behind them
+
+    def turn_to(self, batch: Batch) -> None:
+        """Called before each batch. What is drawn for a shard depends on the shard alone."""
+        if batch.shard != self.shard:
+            self.generator.manual_seed((self.plan.recipe.seed + batch.shard) % 2**63)
+        self.mask, self.shard = batch.mask, batch.shard
+
+    def finish(self, names: Collection[str]) -> None:  # noqa: B027 - optional
+        """Called by all processes when the whole text has gone back through the layers of these names."""
 
     def prepare(self, part: Part, run: Run) -> None:  # noqa: B027 - optional
         """Called before the pass back reaches these layers."""
@@ -201,16 +219,28 @@ def _streamed(blocks: Blocks, probe: Probe, scratch: Path | None) -> Iterator[Me
             place.mkdir()
             passes.append(_Pass(blocks, row, probe, place, count + 1 + len(blocks.rows)))
             passes[-1].forward([one.end for one in passes[:-1]])
-        _through_the_end(blocks, probe, [one.end for one in passes], [one.gradient for one in passes])
+        _agreed(probe, lambda: _through_the_end(blocks, probe, passes))
+        probe.finish([layer.target.name for layer in probe.outside])
         for number in reversed(range(len(passes))):
             done = sum(len(one.row) for one in passes[:number])
             yield from passes[number].back(passes[:number], done, count)
 
 
-def _through_the_end(
-    blocks: Blocks, probe: Probe, states: Sequence[Carried | None], gradients: Sequence[Carried | None]
-) -> None:
+def _agreed(probe: Probe, action: Callable[[], None]) -> None:
+    """Do what may overflow; where it does in one process, raise OverflowedError in all of them."""
+    overflow: OverflowedError | None = None
+    try:
+        action()
+    except OverflowedError as error:
+        overflow = error
+    found = [where for where in probe.processes.gather(overflow and str(overflow), "overflows") if where]
+    if found:
+        raise OverflowedError(found[0])
+
+
+def _through_the_end(blocks: Blocks, probe: Probe, passes: Sequence[_Pass]) -> None:
     """Take the loss back to the output of each row of blocks."""
+    states = [one.end for one in passes]
 
     def end(batch: Batch, ends: list[torch.Tensor | None] | None = None) -> Any:
         ends = ends_of(batch, states, probe.device) if ends is None else ends
@@ -222,12 +252,12 @@ def _through_the_end(
             probe.prepare(part, end)
         with probe.listening(part), torch.enable_grad():
             for batch in probe.batches:
-                probe.mask = batch.mask
+                probe.turn_to(batch)
                 ends = ends_of(batch, states, probe.device)
                 probe.loss(end(batch, ends)).backward()
-                for gradient, hidden in zip(gradients, ends, strict=True):
-                    if gradient is not None and hidden is not None:
-                        gradient.write(batch, _gradient(hidden))
+                for one, hidden in zip(passes, ends, strict=True):
+                    if one.gradient is not None and hidden is not None:
+                        one.gradient.write(batch, _gradient(hidden))
 
 
 class _Pass:
@@ -292,7 +322,7 @@ class _Pass:
                 probe.prepare(part, run)
             with probe.listening(part), torch.enable_grad():
                 for batch in probe.batches:
-                    probe.mask = batch.mask
+                    probe.turn_to(batch)
                     hidden = self.states[index].read(batch).to(device, copy=True).requires_grad_()
                     given = [value.clone().requires_grad_() for value in self.calls.read(batch)]
                     output, gradient = run(batch, hidden=hidden, given=given), self.gradient.read(batch).to(device)
@@ -302,6 +332,7 @@ class _Pass:
                     for total, value in zip(made, given, strict=True):
                         total.write(batch, total.read(batch).to(device) + _gradient(value))
             row.unload(index)
+            probe.finish([layer.target.name for layer in inside])
         if made or any(one.end is not None for one in before):
             self._hand_over(before, made)
 
@@ -350,7 +381,12 @@ def _whole(probe: Probe) -> Iterator[Measuring]:
 
     with torch.no_grad():
         probe.prepare(part, run)
-    with probe.listening(part), torch.enable_grad():
-        for batch in probe.batches:
-            probe.mask = batch.mask
-            probe.loss(run(batch)).backward()
+
+    def back() -> None:
+        with probe.listening(part), torch.enable_grad():
+            for batch in probe.batches:
+                probe.turn_to(batch)
+                probe.loss(run(batch)).backward()
+
+    _agreed(probe, back)
+    probe.finish(list(probe.layers))
