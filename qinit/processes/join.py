@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -28,15 +30,16 @@ def joined() -> Iterator[Processes]:
         return
     processes = _started()
     try:
+        yield processes
+        processes.meet("the end")
+    except StoppedError:  # all were interrupted
+        raise
+    except Exception as error:
         try:
-            yield processes
-            processes.meet("the end")
-        except StoppedError:  # all were interrupted
-            raise
-        except Exception as error:
             processes.fail(error)
-    finally:
-        dist.destroy_process_group()
+        finally:
+            _let_the_first_go(processes)
+    dist.destroy_process_group()
 
 
 def require_device(name: str) -> None:
@@ -54,6 +57,16 @@ def require_device(name: str) -> None:
             f"device: process {rank()} is number {own} of its machine, where torch sees {seen} CUDA devices; start as "
             "many processes as there are GPUs (--nproc-per-node), all of them visible to each, or use --device cpu"
         )
+
+
+def _let_the_first_go(processes: Processes) -> None:
+    """Wait until the first process has cleaned up, has said what there is to say, and is gone: torchrun ends all others
+    as soon as one has failed."""
+    if processes.first or threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with suppress(RuntimeError):
+        dist.recv(torch.empty(1), 0)
 
 
 def _started() -> Processes:
