@@ -109,15 +109,15 @@ def _solve_seen(
         layer = one.layer
         if row.tokens is None and layer.target.module.expert is None:
             yield job.note(f"{row.name}: never reached by the calibration text, so solved without data")
-        if held is not None:
-            weight = held.add(layer, one.weight, tensors, row).to(job.device)
-        else:
-            job.store.put(layer, tensors, row)
-            weight = job.weight(layer, tensors)
-        if one.repair is not None:
-            one.repair(layer, weight)
         if held is None:
+            job.store.put(layer, tensors, row)
+            if one.repair is not None:
+                one.repair(layer, job.weight(layer, tensors))
             yield Done(layer.target.tensor.name, layer.target.nbytes, row)
+            continue
+        weight = held.add(layer, one.weight, tensors, row)
+        if one.repair is not None:
+            one.repair(layer, weight.to(job.device))
 
 
 def _solve_whole(job: Job, model: WholeModel, metrics: dict[str, OutputMetric]) -> Generator[Event, None, None]:

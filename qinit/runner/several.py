@@ -17,7 +17,7 @@ from qinit.processes.group import Processes
 from qinit.workplace.place import Workplace, partial_of
 from qinit.workplace.signature import chosen_here, differences, signature_of_process
 
-PATIENCE = 10.0  # seconds until a file of another machine shows on a network's file system
+PATIENCE = 5.0  # seconds until a file of another machine shows on a network's file system
 
 
 def require_alike(plan: Plan, device: torch.device, processes: Processes) -> None:

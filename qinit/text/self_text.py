@@ -49,7 +49,8 @@ def write_text(
     The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
     """
     batches: dict[int, torch.Tensor] = {}
-    writing = min(processes.count, -(-samples // LARGEST_BATCH[device.type]))  # of the processes: no more hold the model
+    most = -(-samples // LARGEST_BATCH[device.type])
+    writing = min(processes.count, most)  # of the processes: no more of them hold the model
     if processes.rank < writing:
         model = _load(directory, device, trust_remote_code)
         size = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, device, memory)

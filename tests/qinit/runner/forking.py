@@ -55,9 +55,12 @@ class Forks:
     def together(
         self, log: Path, count: int, *arguments: Any, kill: dict[str, Any] | None = None, **differently: dict[str, str]
     ) -> list[int]:
-        """Run `qinit ARGUMENTS` in `count` processes of one run; return their exit codes, by rank. Each has a log of its
-        own, `log` with its rank behind. `kill` says which `rank` is killed once its `journal` has `layers` layers.
-        `differently` has variables of the environment for some, by `rank0`, `rank1` and so on."""
+        """Run `qinit ARGUMENTS` in `count` processes of one run; return their exit codes, by rank.
+
+        Each has a log of its own, `log` with its rank behind, and its rank in the place of {rank} in the arguments.
+        `kill` says which `rank` is killed once the run's `journal` has `layers` layers. `differently` has what is other
+        for some, by `rank0`, `rank1` and so on: `THREADS`, the `DIRECTORY` that they run in.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         job = {"count": count, "log": str(log), "arguments": list(map(str, arguments)), "kill": kill}
@@ -84,6 +87,7 @@ def _child(log: str, arguments: list[str], environment: dict[str, str]) -> int:
     child = os.fork()
     if not child:
         os.environ.update(environment)
+        os.chdir(environment.get("DIRECTORY", "."))
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
@@ -99,19 +103,22 @@ def _together(job: dict[str, Any]) -> list[int]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    shared = {"WORLD_SIZE": job["count"], "LOCAL_WORLD_SIZE": job["count"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), job["count"])
+    shared = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     children = {}
     for rank in range(job["count"]):
         environment = {**shared, "RANK": rank, "LOCAL_RANK": rank, **job["differently"].get(f"rank{rank}", {})}
         words = {name: str(value) for name, value in environment.items()}
-        children[_child(f"{job['log']}{rank}", job["arguments"], words)] = rank
+        line = [argument.replace("{rank}", str(rank)) for argument in job["arguments"]]
+        children[_child(f"{job['log']}{rank}", line, words)] = rank
     codes, kill = [0] * job["count"], job["kill"]
     while children:
         ended, status = os.waitpid(-1, os.WNOHANG)
         if ended:
             codes[children.pop(ended)] = os.waitstatus_to_exitcode(status)
         if kill and Path(kill["journal"]).exists():
-            if Path(kill["journal"]).read_bytes().count(b'"kind": "layer"') >= kill["layers"]:
+            lines = Path(kill["journal"]).read_bytes()
+            if lines.count(b'"kind": "layer"') >= kill["layers"]:
                 os.kill(next(child for child, rank in children.items() if rank == kill["rank"]), signal.SIGKILL)
                 kill = None
         time.sleep(0.0005)
