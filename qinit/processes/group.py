@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +22,11 @@ T = TypeVar("T")
 class Processes:
     """This process, number `rank`, and the others of its run, `count` with it. One alone talks to nobody.
 
-    `devices` is the group that tensors on GPUs go through; all else goes through the default group.
+    Objects and tensors on the CPU go through the group `hosts` of torch.distributed, those on GPUs through `devices`.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, devices: Any = None) -> None:
-        self.rank, self.count, self._devices = rank, count, devices
+    def __init__(self, rank: int = 0, count: int = 1, hosts: Any = None, devices: Any = None) -> None:
+        self.rank, self.count, self._hosts, self._devices = rank, count, hosts, devices
         self.failed = False  # whether all know of an error
 
     @property
@@ -45,7 +45,7 @@ class Processes:
         self._meet(what)
         found: list[Any] = [None] * self.count
         with _connected(self):
-            dist.all_gather_object(found, value)
+            dist.all_gather_object(found, value, group=self._hosts)
         return found
 
     def to_first(self, value: T, what: str) -> list[T]:
@@ -55,7 +55,7 @@ class Processes:
         self._meet(what)
         found: list[Any] = [None] * self.count if self.first else []
         with _connected(self):
-            dist.gather_object(value, found if self.first else None, dst=0)
+            dist.gather_object(value, found if self.first else None, dst=0, group=self._hosts)
         return found
 
     def from_first(self, make: Callable[[], T], what: str) -> T:
@@ -65,7 +65,7 @@ class Processes:
         given: list[Any] = [make() if self.first else None]
         self._meet(what)
         with _connected(self):
-            dist.broadcast_object_list(given, src=0)
+            dist.broadcast_object_list(given, src=0, group=self._hosts)
         return given[0]
 
     def chain(self, tensors: Sequence[torch.Tensor], add: Callable[[int], None], what: str) -> None:
@@ -93,6 +93,11 @@ class Processes:
         if self.several:
             self._meet(what)
 
+    def wait_for_the_end_of_the_first(self) -> None:
+        """Return when the first process is gone."""
+        with suppress(RuntimeError):
+            dist.recv(torch.empty(1), 0, group=self._hosts)
+
     def fail(self, error: Exception) -> None:
         """Tell the others of an error that ends this process, and raise what all of them raise: that of the process
         with the lowest rank that has one."""
@@ -101,16 +106,16 @@ class Processes:
         raise error
 
     def _group(self, tensor: torch.Tensor) -> Any:
-        return self._devices if tensor.is_cuda else None
+        return self._devices if tensor.is_cuda else self._hosts
 
     def _meet(self, what: str, error: Exception | None = None) -> None:
         mine = torch.tensor([int(error is not None), zlib.crc32(what.encode())])
         states = [torch.empty_like(mine) for _ in range(self.count)]
         with _connected(self):
-            dist.all_gather(states, mine)
+            dist.all_gather(states, mine, group=self._hosts)
             if any(int(failed) for failed, _ in states):
                 errors: list[Any] = [None] * self.count
-                dist.all_gather_object(errors, None if error is None else _words(error))
+                dist.all_gather_object(errors, None if error is None else _words(error), group=self._hosts)
             elif len({int(call) for _, call in states}) == 1:
                 return
             else:

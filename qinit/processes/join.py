@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -24,10 +24,12 @@ INSTEAD = "start it with torchrun, see docs/cluster.md"
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Give the processes of this run: one alone, or those that torchrun has started. An error inside is raised in all
-    of them. Raises ProcessesError where they do not find each other."""
+    of them. Where torch.distributed is started already, as Ray Train does it, that is used. Raises ProcessesError where
+    they do not find each other."""
     if count() == 1:
         yield ALONE
         return
+    found = dist.is_initialized()
     processes = _started()
     try:
         yield processes
@@ -39,7 +41,8 @@ def joined() -> Iterator[Processes]:
             processes.fail(error)
         finally:
             _let_the_first_go(processes)
-    dist.destroy_process_group()
+    if not found:
+        dist.destroy_process_group()
 
 
 def require_device(name: str) -> None:
@@ -65,25 +68,26 @@ def _let_the_first_go(processes: Processes) -> None:
     if processes.first or threading.current_thread() is not threading.main_thread():
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with suppress(RuntimeError):
-        dist.recv(torch.empty(1), 0)
+    processes.wait_for_the_end_of_the_first()
 
 
 def _started() -> Processes:
     missing = [name for name in VARIABLES if name not in os.environ]
-    if missing:
+    if missing and not dist.is_initialized():
         raise ProcessesError(f"WORLD_SIZE is {count()}, but {', '.join(missing)} is not set; {INSTEAD}")
     has_gpu = torch.cuda.is_available() and number("LOCAL_RANK") < torch.cuda.device_count()
     if has_gpu:
         torch.cuda.set_device(number("LOCAL_RANK"))
     try:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
         everywhere: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(everywhere, has_gpu)
+        dist.all_gather_object(everywhere, has_gpu, group=hosts)
         devices = dist.new_group(backend="nccl") if all(everywhere) else None
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(
             f"the {count()} processes of this run do not find each other ({' '.join(str(error).split())[:200]}); "
             f"{INSTEAD}"
         ) from None
-    return Processes(dist.get_rank(), dist.get_world_size(), devices)
+    return Processes(dist.get_rank(), dist.get_world_size(), hosts, devices)

@@ -53,9 +53,19 @@ def load_samples(
     Raises CalibrationError for a source that cannot be used, HubError for what the Hub answers.
     """
     if processes.several and source != SELF:
-        options = {"samples": samples, "length": length, "seed": seed, "text_field": text_field, "token": token}
         return processes.from_first(
-            lambda: load_samples(source, directory, config, **options, trust_remote_code=trust_remote_code), "the text"
+            lambda: load_samples(
+                source,
+                directory,
+                config,
+                samples=samples,
+                length=length,
+                seed=seed,
+                text_field=text_field,
+                token=token,
+                trust_remote_code=trust_remote_code,
+            ),
+            "the text",
         )
     kind = kind_of(source)
     _check_field(source, kind, text_field)
