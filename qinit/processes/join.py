@@ -12,9 +12,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from qinit.errors import ProcessesError, RecipeError, StoppedError
+from qinit.errors import LostError, ProcessesError, RecipeError, StoppedError
 from qinit.processes.group import ALONE, Processes
 from qinit.processes.launch import count, number, rank
+from qinit.processes.meeting import meeting_place
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=7)  # the first process polishes and measures while the others wait for it
@@ -34,7 +35,7 @@ def joined() -> Iterator[Processes]:
     try:
         yield processes
         processes.meet("the end")
-    except StoppedError:  # all were interrupted
+    except (StoppedError, LostError):  # all were interrupted, or there is nobody to wait for
         raise
     except Exception as error:
         try:
@@ -80,7 +81,9 @@ def _started() -> Processes:
         torch.cuda.set_device(number("LOCAL_RANK"))
     try:
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            store, own, others = next(iter(dist.rendezvous("env://")))
+            store = meeting_place(store, own, others)
+            dist.init_process_group("gloo", store=store, rank=own, world_size=others, timeout=PATIENCE)
         hosts = dist.new_group(backend="gloo", timeout=PATIENCE)
         everywhere: list[bool] = [False] * dist.get_world_size()
         dist.all_gather_object(everywhere, has_gpu, group=hosts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -44,11 +45,13 @@ def solve_dealt(job: Job) -> Generator[Event, None, None]:
     owners = deal(sizes, processes.count)
     for some in rounds(sizes, owners, processes.count, ROUND_WEIGHTS):
         own: dict[int, Solved] = {}
-        for number in some:
+        mine = [number for number in some if owners[number] == processes.rank]
+        for number, following in zip_longest(mine, mine[1:]):
             layer = left[number]
-            if owners[number] == processes.rank:
-                yield Working(layer.target.tensor.name, layer.target.nbytes)
-                own[number] = solve_without_data(job, layer)
+            for tensor in () if following is None else left[following].target.tensors:
+                tensor.announce()
+            yield Working(layer.target.tensor.name, layer.target.nbytes)
+            own[number] = solve_without_data(job, layer)
         for share in processes.to_first(own, "layers solved without data"):
             for number, (tensors, row) in share.items():
                 layer = left[number]
