@@ -1,5 +1,5 @@
-"""Where the processes of one attempt meet: torchrun may keep its store, with all that a dead attempt has left in it, when
-it starts all of them anew."""
+"""Where the processes of one attempt meet: when torchrun starts all of them anew it may keep its store, with all that a
+dead attempt has left in it."""
 
 from __future__ import annotations
 
