@@ -1,4 +1,4 @@
-"""Every module of qinit and of the command line has a test file of its own, or stands here with the reason."""
+"""Every module of qinit, command line and examples has a test file of its own, or stands here with the reason."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ ELSEWHERE = {
 
 def modules() -> list[str]:
     """Return the modules that do something, as paths from the root."""
-    paths = (path for package in ("qinit", "cli") for path in (ROOT / package).rglob("*.py"))
+    paths = (path for package in ("qinit", "cli", "examples") for path in (ROOT / package).rglob("*.py"))
     return sorted(path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py")
 
 

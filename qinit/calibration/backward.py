@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -76,15 +76,16 @@ class Part:
 class Probe(ABC):
     """What is done with the gradient g of minus the log-probability of a token drawn from the model's own distribution,
     as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information. `experts`: whether
-    it looks at experts too; `in_shards`: whether it adds up shards of the text alone, so that `processes` can share it.
-    """
+    it looks at experts too; `whole`: whether it reads all of the text, and not only its beginning; `in_shards`: whether
+    it adds up shards of the text alone, so that `processes` can share it."""
 
     experts = False
+    whole = False
     in_shards = False
 
     def __init__(self, plan: Plan, samples: Samples, device: torch.device, processes: Processes = ALONE) -> None:
         self.plan, self.device, self.processes = plan, device, processes
-        part = slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH)
+        part = (slice(None), slice(None)) if self.whole else (slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH))
         mask = None if samples.mask is None else samples.mask[part]
         self.samples = Samples(samples.tokens[part], mask, samples.origin)
         self.layers = {
@@ -96,20 +97,21 @@ class Probe(ABC):
         if self.in_shards:
             share = share_of(self.samples, size, processes)
             self.samples, self.batches = share.samples, share.batches
-        self.mask: torch.Tensor | None = None
+        self.batch: Batch | None = None  # that is under way
         self.shard: int | None = None
         self.generator = torch.Generator()
         self.start = torch.zeros((), device=device, requires_grad=True)  # gives a gradient to what has none yet
         self.outside: list[LayerPlan] = []  # layers in front of the blocks or behind them
 
+    @property
+    def mask(self) -> torch.Tensor | None:
+        return None if self.batch is None else self.batch.mask
+
     def turn_to(self, batch: Batch) -> None:
         """Called before each batch. What is drawn for a shard depends on the shard alone."""
         if batch.shard != self.shard:
             self.generator.manual_seed((self.plan.recipe.seed + batch.shard) % 2**63)
-        self.mask, self.shard = batch.mask, batch.shard
-
-    def finish(self, names: Collection[str]) -> None:  # noqa: B027 - optional
-        """Called by all processes when the whole text has gone back through the layers of these names."""
+        self.batch, self.shard = batch, batch.shard
 
     def prepare(self, part: Part, run: Run) -> None:  # noqa: B027 - optional
         """Called before the pass back reaches these layers."""
@@ -117,6 +119,9 @@ class Probe(ABC):
     @abstractmethod
     def add(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Called with a layer's input [tokens, in] and the gradient [tokens, out] at its output, for each batch."""
+
+    def done(self, part: Part) -> None:  # noqa: B027 - optional
+        """Called by all processes after the pass back has gone through these layers."""
 
     @contextmanager
     def listening(self, part: Part) -> Iterator[None]:
@@ -219,8 +224,7 @@ def _streamed(blocks: Blocks, probe: Probe, scratch: Path | None) -> Iterator[Me
             place.mkdir()
             passes.append(_Pass(blocks, row, probe, place, count + 1 + len(blocks.rows)))
             passes[-1].forward([one.end for one in passes[:-1]])
-        _agreed(probe, lambda: _through_the_end(blocks, probe, passes))
-        probe.finish([layer.target.name for layer in probe.outside])
+        _through_the_end(blocks, probe, passes)
         for number in reversed(range(len(passes))):
             done = sum(len(one.row) for one in passes[:number])
             yield from passes[number].back(passes[:number], done, count)
@@ -250,14 +254,19 @@ def _through_the_end(blocks: Blocks, probe: Probe, passes: Sequence[_Pass]) -> N
         part = Part(blocks.model, "", probe.outside)
         with torch.no_grad():
             probe.prepare(part, end)
-        with probe.listening(part), torch.enable_grad():
-            for batch in probe.batches:
-                probe.turn_to(batch)
-                ends = ends_of(batch, states, probe.device)
-                probe.loss(end(batch, ends)).backward()
-                for one, hidden in zip(passes, ends, strict=True):
-                    if one.gradient is not None and hidden is not None:
-                        one.gradient.write(batch, _gradient(hidden))
+
+        def back() -> None:
+            with probe.listening(part), torch.enable_grad():
+                for batch in probe.batches:
+                    probe.turn_to(batch)
+                    ends = ends_of(batch, states, probe.device)
+                    probe.loss(end(batch, ends)).backward()
+                    for one, hidden in zip(passes, ends, strict=True):
+                        if one.gradient is not None and hidden is not None:
+                            one.gradient.write(batch, _gradient(hidden))
+
+        _agreed(probe, back)
+        probe.done(part)
 
 
 class _Pass:
@@ -331,8 +340,8 @@ class _Pass:
                     self.gradient.write(batch, _gradient(hidden))
                     for total, value in zip(made, given, strict=True):
                         total.write(batch, total.read(batch).to(device) + _gradient(value))
+            probe.done(part)
             row.unload(index)
-            probe.finish([layer.target.name for layer in inside])
         if made or any(one.end is not None for one in before):
             self._hand_over(before, made)
 
@@ -389,4 +398,4 @@ def _whole(probe: Probe) -> Iterator[Measuring]:
                 probe.loss(run(batch)).backward()
 
     _agreed(probe, back)
-    probe.finish(list(probe.layers))
+    probe.done(part)

@@ -34,20 +34,20 @@ class Original:
 
 
 class _Means:
-    """Running means over the tokens of a shard, or of several: E[x x'] in blocks, E|x|, E[g x'] and E[d x'] by name;
+    """Running means over the tokens of a shard, or of several: E[x x'] in blocks, E|x|, E[x], E[g x'] and E[d x'] by name;
     `parts` are all of them in a fixed order."""
 
     def __init__(self, size: int, device: torch.device, gap: bool, own: Mapping[str, int]) -> None:
         self.tokens = 0
         self.hessian = lower_blocks(size, device)
-        self.magnitude = torch.zeros(size, device=device)
+        self.magnitude, self.mean = torch.zeros(size, device=device), torch.zeros(size, device=device)
         self.gap = torch.zeros((size, size), device=device) if gap else None
         self.own = {name: torch.zeros((rows, size), device=device) for name, rows in own.items()}
 
     @property
     def parts(self) -> list[torch.Tensor]:
         gap = () if self.gap is None else (self.gap,)
-        return [*self.hessian, self.magnitude, *gap, *self.own.values()]
+        return [*self.hessian, self.magnitude, self.mean, *gap, *self.own.values()]
 
 
 class Meter:
@@ -102,6 +102,7 @@ class Meter:
         old, new = 1 - len(x) / means.tokens, 1 / means.tokens
         add_second_moment(means.hessian, x, old, new)
         means.magnitude.mul_(old).add_(x.abs().sum(0), alpha=new)
+        means.mean.mul_(old).add_(x.sum(0), alpha=new)
         if means.gap is not None:
             _mean(means.gap, None if gap is None else gap.x, x, old, new)
         for name, own in means.own.items():
@@ -171,7 +172,8 @@ class Meter:
             self.hessian = squared(total.hessian)
         if self.hessian is None or not bool(self.hessian.any()):
             return None
-        return Statistics(self.hessian, total.magnitude, total.tokens, self._drift(layer.target.name, total))
+        drift = self._drift(layer.target.name, total)
+        return Statistics(self.hessian, total.magnitude, total.tokens, drift, mean=total.mean)
 
     def _drift(self, name: str, total: _Means) -> torch.Tensor | None:
         if self.originals is None:

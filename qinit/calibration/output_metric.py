@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qinit.calibration.backward import OverflowedError, Probe, backward
+from qinit.calibration.backward import OverflowedError, Part, Probe, backward
 from qinit.calibration.shards import SPARE
 from qinit.events import Measuring
 from qinit.linalg.low_rank import OutputMetric
@@ -74,7 +74,8 @@ class _Moments(Probe):
         known = shards.get(self.shard)
         shards[self.shard] = self._kept(power, gradient) if known is None else self._joined(known, power, gradient)
 
-    def finish(self, names: Collection[str]) -> None:
+    def done(self, part: Part) -> None:
+        names = [layer.target.name for layer in part.layers]
         own = {name: self.found.pop(name) for name in names if name in self.found}
         if not self.processes.several:
             shares = [own]

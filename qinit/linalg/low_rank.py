@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch.nn import functional
 
 OVERSAMPLE = 8  # extra directions: the r wanted ones converge at the rate of the (r + 8)-th singular value
 COLD_STEPS = 4
@@ -54,14 +55,26 @@ def subspace(matrix: torch.Tensor, rank: int, basis: torch.Tensor, steps: int = 
     Block power iteration with a Rayleigh-Ritz step (Halko, Martinsson, Tropp 2011, algorithm 4.4 and
     section 5.1). One step from the basis of a nearby matrix is enough; from a random one use COLD_STEPS.
     """
+    range_basis, right, (U, S, Vh) = _iterated(matrix, basis, steps)
+    return _balanced(range_basis @ U, S, Vh @ right.T, rank, basis=right @ Vh.T)
+
+
+def leading(
+    matrix: torch.Tensor, count: int, basis: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the `count` leading singular triplets U [out, count], S, V' [count, in], as `subspace` finds them."""
+    range_basis, right, (U, S, Vh) = _iterated(matrix, basis, steps)
+    return range_basis @ U[:, :count], S[:count], Vh[:count] @ right.T
+
+
+def _iterated(matrix: torch.Tensor, basis: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
     for step in range(steps):
         range_basis = torch.linalg.qr(matrix @ basis).Q
         basis = matrix.T @ range_basis
         if step + 1 < steps:
             basis = torch.linalg.qr(basis).Q
     right, small = torch.linalg.qr(basis)  # basis = right small, so U'M = small' right'
-    U, S, Vh = torch.linalg.svd(small.T, full_matrices=False)
-    return _balanced(range_basis @ U, S, Vh @ right.T, rank, basis=right @ Vh.T)
+    return range_basis, right, torch.linalg.svd(small.T, full_matrices=False)
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,17 @@ def full_svd(matrix: torch.Tensor, rank: int) -> Approximation:
     """The exact truncated SVD (Eckart-Young): what the published methods use, and the tests' reference."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return _balanced(U, S, Vh, rank, basis=Vh[: rank + OVERSAMPLE].T)
+
+
+def truncated(factors: LowRank, rank: int) -> LowRank:
+    """Return the same of a product B A (Eckart-Young), balanced, from its factors alone: the product [out, in] is never
+    made. Directions beyond min(out, in) are zero."""
+    left, upper = torch.linalg.qr(factors.B)
+    right, lower = torch.linalg.qr(factors.A.T)
+    small = full_svd(upper @ lower.T, rank).factors
+    missing = rank - len(small.A)
+    A, B = functional.pad(small.A, (0, 0, 0, missing)), functional.pad(small.B, (0, missing))
+    return LowRank(B=left @ B, A=A @ right.T)
 
 
 def _balanced(U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, rank: int, basis: torch.Tensor) -> Approximation:

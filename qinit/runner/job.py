@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from qinit.calibration.loss_gradient import loss_gradients
 from qinit.calibration.output_metric import output_metrics
 from qinit.clock import section
 from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.processes.group import ALONE, Processes
+from qinit.solver.spec import Gradient
 from qinit.text.for_run import more_text, text_for
 from qinit.text.samples import Samples
 from qinit.workplace.follower import Follower
@@ -38,6 +40,7 @@ class Job:
     calibration: dict[str, Any] = field(default_factory=dict)
     _samples: Samples | None = None
     _metrics: dict[str, OutputMetric] | None = None
+    _gradients: dict[str, Gradient] | None = None
 
     @cached_property
     def store(self) -> Store:
@@ -89,6 +92,16 @@ class Job:
                         self.plan, samples, self.device, self.place.scratch, self.processes
                     )
         return self._metrics
+
+    def gradients(self) -> Generator[Event, None, dict[str, Gradient]]:
+        """Measure, once, the loss's gradient with respect to the layers' weights, if the method asks for it."""
+        if self._gradients is None:
+            self._gradients = {}
+            if "gradient" in self.plan.recipe.row.needs:
+                samples = yield from self.samples()
+                with section("pass back"):
+                    self._gradients = yield from loss_gradients(self.plan, samples, self.device, self.place.scratch)
+        return self._gradients
 
     def weight(self, layer: LayerPlan, tensors: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Return Q + L [out, in] of a finished layer, on the device, as its trainer will have it: in the first process

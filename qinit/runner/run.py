@@ -16,7 +16,7 @@ from qinit.clock import section
 from qinit.events import Done, Event, Finished, Working
 from qinit.files.tensors import StoredTensor
 from qinit.machine import pick_device
-from qinit.plan.plan import Plan
+from qinit.plan.plan import LayerPlan, Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.report.finish import complete, copy_companions, make_report, write_configurations
 from qinit.report.report import Report
@@ -126,11 +126,11 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
     if job.processes.first and plan.given is None:
         with section("writing"):
             copy_companions(plan, job.place.run)
-    elif job.processes.first:
+    elif job.processes.first and not plan.on_source:
         require_same_rest(plan)
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
-    if job.processes.several:
+    if job.processes.several and "gradient" not in plan.recipe.row.needs:  # these are measured by the first
         yield from solve_dealt(job)
     if not job.processes.first:
         return
@@ -144,6 +144,8 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
 def _write_rest(job: Job) -> Generator[Event, None, None]:
     """Copy what is not quantized, and solve what is left."""
     plan, store = job.plan, job.store
+    open_layers = any(layer.target.name not in store.rows for layer in plan.quantized)
+    gradients = (yield from job.gradients()) if open_layers else {}
     for tensor, layer in store.left():
         name, row = tensor.name, None
         nbytes = tensor.nbytes if layer is None else layer.target.nbytes
@@ -152,12 +154,20 @@ def _write_rest(job: Job) -> Generator[Event, None, None]:
             store.copy(name, _checked_chunks(tensor))
         elif layer.kept is not None:
             store.copy_weight(layer, _checked_chunks(tensor))
-            row = store.put(layer, *solve_layer(plan, layer, None, None))
+            row = store.put(layer, *solve_layer(plan, layer, None, None, _kept_weight(job, layer)))
         else:
-            row = store.put(layer, *solve_without_data(job, layer))
+            row = store.put(layer, *solve_without_data(job, layer, gradients.get(layer.target.name)))
         yield Done(name, nbytes, row)
     store.copy_whole(_checked_chunks)
     store.sync()
+
+
+def _kept_weight(job: Job, layer: LayerPlan) -> torch.Tensor | None:
+    """Return the weight [out, in] of a layer that stays as it is, where its adapter depends on it."""
+    if not job.plan.adapter.reads_base:
+        return None
+    given = job.store.given(layer)
+    return read_weight(layer, job.device) if given is None else given.to(job.device)
 
 
 def _checked_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:

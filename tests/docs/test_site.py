@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def copy(tmp_path):
     """What the site is made of, elsewhere."""
-    for name in ("docs", "benchmarks", "mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):
+    pages = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
+    for name in ("docs", "benchmarks", "examples", "mkdocs.yml", *pages):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("out", "__pycache__"))
