@@ -92,8 +92,7 @@ class Probe(ABC):
             layer.target.name: layer for layer in plan.quantized if self.experts or layer.target.module.expert is None
         }
         tokens = min(GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES // (4 * (plan.facts.vocabulary or 1)))
-        size = max(1, tokens // self.samples.tokens.shape[1])
-        self.batches = list(batches_of(self.samples, size))
+        self.batches = list(batches_of(self.samples, size := max(1, tokens // self.samples.tokens.shape[1])))
         if self.in_shards:
             share = share_of(self.samples, size, processes)
             self.samples, self.batches = share.samples, share.batches
@@ -232,12 +231,12 @@ def _streamed(blocks: Blocks, probe: Probe, scratch: Path | None) -> Iterator[Me
 
 def _agreed(probe: Probe, action: Callable[[], None]) -> None:
     """Do what may overflow; where it does in one process, raise OverflowedError in all of them."""
-    overflow: OverflowedError | None = None
+    overflow = ""
     try:
         action()
     except OverflowedError as error:
-        overflow = error
-    found = [where for where in probe.processes.gather(overflow and str(overflow), "overflows") if where]
+        overflow = str(error)
+    found = [where for where in probe.processes.gather(overflow, "overflows") if where]
     if found:
         raise OverflowedError(found[0])
 

@@ -34,8 +34,8 @@ class Original:
 
 
 class _Means:
-    """Running means over the tokens of a shard, or of several: E[x x'] in blocks, E|x|, E[x], E[g x'] and E[d x'] by name;
-    `parts` are all of them in a fixed order."""
+    """Running means over the tokens of a shard, or of several: E[x x'] in blocks, E|x|, E[x], E[g x'] and E[d x'] by
+    name; `parts` are all of them in a fixed order."""
 
     def __init__(self, size: int, device: torch.device, gap: bool, own: Mapping[str, int]) -> None:
         self.tokens = 0

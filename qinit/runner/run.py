@@ -25,7 +25,7 @@ from qinit.runner.checked import check
 from qinit.runner.dealt import solve_dealt, solve_without_data
 from qinit.runner.given import require_same_rest
 from qinit.runner.job import Job
-from qinit.runner.layer import solve_layer
+from qinit.runner.layer import read_weight, solve_layer
 from qinit.runner.loadable import check_names
 from qinit.runner.mixed import choose_widths
 from qinit.runner.polished import polish_adapters
