@@ -110,13 +110,12 @@ class ExpertMeters:
 
     def statistics(self, layer: LayerPlan) -> Statistics | None:
         """Return an expert's statistics, shrunk, None if no token has reached it."""
-        own, pool = self.own.pop(layer.target.name), self.pool
-        if own.statistics(layer) is None or pool.statistics(layer) is None:
+        own, pool = self.own.pop(layer.target.name).statistics(layer), self.pool.statistics(layer)
+        if own is None or pool is None:
             return None
         shared = min(len(own.hessian), pool.tokens - own.tokens)
         weight = shared / (own.tokens + shared)
-        hessian, magnitude, mean = (
-            torch.lerp(mine, all_, weight)
-            for mine, all_ in ((own.hessian, pool.hessian), (own.magnitude, pool.magnitude), (own.mean, pool.mean))
-        )
+        hessian = torch.lerp(own.hessian, pool.hessian, weight)
+        magnitude = torch.lerp(own.magnitude, pool.magnitude, weight)
+        mean = None if own.mean is None or pool.mean is None else torch.lerp(own.mean, pool.mean, weight)
         return Statistics(hessian, magnitude, own.tokens, shared=shared, mean=mean)

@@ -44,7 +44,7 @@ def output_metrics(
         probe: _Moments = yield from backward(partial(_Moments, plan, samples, device, processes), scratch)
     except OverflowedError:  # who looks at the activations will say where
         return {}
-    return {name: metric for name in probe.whole if (metric := probe.metric(name)) is not None}
+    return {name: metric for name in probe.all if (metric := probe.metric(name)) is not None}
 
 
 @dataclass
@@ -64,7 +64,7 @@ class _Moments(Probe):
     def __init__(self, plan: Plan, samples: Samples, device: torch.device, processes: Processes) -> None:
         super().__init__(plan, samples, device, processes)
         self.found: dict[str, dict[int, _Moment]] = {}  # by layer and shard
-        self.whole: dict[str, _Moment] = {}
+        self.all: dict[str, _Moment] = {}
 
     def add(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         power = gradient.square().sum(0)
@@ -83,10 +83,10 @@ class _Moments(Probe):
             here = {name: _moved(shards, torch.device("cpu")) for name, shards in own.items()}
             shares = self.processes.gather(here, "gradients")
         for name in names:
-            parts = [shard for share in shares for shard in _moved(share.get(name, {}), self.device).values()]
-            for part in parts:
-                known = self.whole.get(name)
-                self.whole[name] = part if known is None else self._joined(known, part.power, part.leading)
+            found = [shard for share in shares for shard in _moved(share.get(name, {}), self.device).values()]
+            for one in found:
+                known = self.all.get(name)
+                self.all[name] = one if known is None else self._joined(known, one.power, one.leading)
 
     def _kept(self, power: torch.Tensor, rows: torch.Tensor) -> _Moment:
         generator = torch.Generator().manual_seed(self.plan.recipe.seed)
@@ -100,7 +100,7 @@ class _Moments(Probe):
 
     def metric(self, name: str) -> OutputMetric | None:
         """Return a layer's metric; None where gradients overflow."""
-        power, leading = self.whole[name].power, self.whole[name].leading
+        power, leading = self.all[name].power, self.all[name].leading
         mean = float(power.mean())
         if not isfinite(mean) or not bool(torch.isfinite(leading).all()):
             return None
