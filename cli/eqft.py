@@ -6,9 +6,9 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from qinit_cli.options import (
@@ -26,6 +26,9 @@ from qinit_cli.plan import find_plan, show_plan
 from qinit_cli.push import push_after_run
 from qinit_cli.verify import WANTING
 
+if TYPE_CHECKING:
+    from qinit.processes.group import Processes
+
 
 @takes(*READING, "bits", *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, "check", *RUNNING)
 def eqft(**options: Any) -> None:
@@ -40,9 +43,21 @@ def meqft(**options: Any) -> None:
 
 
 def _quantize(command: str, options: dict[str, Any]) -> None:
+    from qinit.processes.join import joined
+
+    with joined() as processes:
+        lost = _quantized(command, options, processes)
+    if lost:
+        raise typer.Exit(WANTING)
+
+
+def _quantized(command: str, options: dict[str, Any], processes: Processes) -> bool:
+    """Carry out the command, or this process's part of it; returns whether stock loaders would lose a part of the
+    result."""
     from qinit_cli.draw import Screen
 
     from qinit.errors import RecipeError
+    from qinit.processes.join import require_device
     from qinit.recipe import make_recipe
 
     screen = Screen(quiet=options["quiet"], to_stderr=options["json_output"])
@@ -54,13 +69,15 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         raise RecipeError("meqft: give --ratio (0 to 1), --target-bits or --target-size; for one width use qinit eqft")
     if command == "eqft" and recipe.mixed:
         raise RecipeError(f"{options['recipe']}: asks for mixed widths; use qinit meqft")
-    if repo_id:
+    require_device(recipe.device)
+    if repo_id and processes.first:
         from qinit.hub.push import require_name, require_ready
 
         require_name(repo_id) if options["dry_run"] else require_ready(repo_id, options["token"])
     if options["dry_run"]:
-        show_plan(screen, recipe, options)
-        return
+        if processes.first:
+            show_plan(screen, recipe, options)
+        return False
     made, out = find_plan(screen, recipe, options)
 
     from qinit.clock import Clock
@@ -71,13 +88,20 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     from qinit.workplace.place import check_output
 
     overwrite, token = options["overwrite"], options["token"]
-    check_output(made, out, overwrite)
     target = {"private": options["private"], "token": token}
-    if repo_id:  # a night's run must not fail at its last step
-        from qinit.hub.push import open_target
+    if processes.first:
+        check_output(made, out, overwrite)
+        if repo_id:  # a night's run must not fail at its last step
+            from qinit.hub.push import open_target
 
-        open_target(repo_id, **target)
-    events = run(made, out, overwrite=overwrite, command=typed(sys.argv[1:]), token=token)
+            open_target(repo_id, **target)
+    words = typed(sys.argv[1:])
+    events = run(made, out, overwrite=overwrite, command=words, token=token, processes=processes)
+    if not processes.first:
+        with interruptible(out), closing(events):
+            for _ in events:
+                pass
+        return False
     said, clock = (*made.notes, *expected(made, pick_device(recipe.device))), Clock()
     with interruptible(out), clock if options["debug"] else nullcontext():
         report = screen.follow(made, events, said)
@@ -92,8 +116,7 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
     finally:
         if options["json_output"]:
             screen.json_report(report, out, **({"pushed": pushed} if repo_id else {}))
-    if lost:
-        raise typer.Exit(WANTING)
+    return lost
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,7 @@ from qinit_cli.verify import verify
 
 INTERRUPTED = "interrupted; nothing was left behind"
 LONGEST_ERROR = 2000  # characters
+SHARED = ("eqft", "meqft")  # commands that several processes can carry out together
 
 app = typer.Typer(
     name="qinit",
@@ -63,24 +65,37 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    from qinit.processes.launch import count
+
+    if count() > 1 and context.invoked_subcommand not in SHARED:
+        from qinit.errors import ProcessesError
+
+        raise ProcessesError(
+            f"{context.invoked_subcommand}: is done by one process, and {count()} were started; start it without "
+            f"torchrun ({' and '.join(SHARED)} take several)"
+        )
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 an error inside qinit (doctor: qinit does not work here), 2 bad
     input, 3 verify has found something, 130 interrupted."""
     hide_token()
+    debug = "--debug" in sys.argv
+    from qinit.processes.launch import speaks
+
+    if not (speaks() or debug):
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
     from qinit.errors import QinitError, StoppedError
 
     # Large tensors come and go for every layer: huge pages make them a tenth as expensive to get (torch's switch).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Waiting threads sleep: spinning saves 3 % on idle cores and more than doubles the time on busy ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    debug = "--debug" in sys.argv
     try:
         app()
     except KeyboardInterrupt:

@@ -46,6 +46,14 @@ class HubError(QinitError):
     """The Hub refused, or cannot be reached."""
 
 
+class ProcessesError(QinitError):
+    """The processes that were started for one run do not fit together."""
+
+
+class LostError(ProcessesError):
+    """Another process of the run is gone; what is finished is kept."""
+
+
 class StoppedError(QinitError):
     """Ctrl-C; the message says what is left behind or kept. The command line exits with 130."""
 

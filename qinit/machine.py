@@ -31,7 +31,11 @@ class Card:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`; raises RecipeError if it is not there."""
+    """Return the device for `auto`, `cpu`, `cuda` or `cuda:N`; raises RecipeError if it is not there. Of several
+    processes that run together, each takes the GPU of its number on this machine."""
+    own = os.environ.get("LOCAL_RANK", "")
+    if own.isdigit() and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        name = f"cuda:{own}"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda"):
@@ -59,9 +63,15 @@ def device_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on the device; on the CPU with what the system holds as file cache only."""
+    """Return the bytes that are free on the device; on the CPU with what the system holds as file cache only, and this
+    process's part of it where several run together."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return _free_on_host() // max(1, int(beside) if beside.isdigit() else 1)
+
+
+def _free_on_host() -> int:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

@@ -12,6 +12,8 @@ ELSEWHERE = {
     "cli/hush.py": "every command of tests/cli would show what it let through",
     "cli/options.py": "options that commands share; tests/cli gives them to the commands",
     "qinit/adapters/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
+    "qinit/calibration/kinds.py": "what layers write to is found out in tests/qinit/calibration/test_walk.py",
+    "qinit/calibration/seen.py": "data alone",
     "qinit/compare/forecast.py": "one dry run of the command says it all: tests/cli/test_compare.py",
     "qinit/compare/measure.py": "loads and trains real starts, once for all tests of tests/cli/test_compare.py",
     "qinit/doctor/probes.py": "each probe is a part of tests/qinit/doctor/test_examine.py",
@@ -42,6 +44,11 @@ ELSEWHERE = {
         f"qinit/servers/{name}.py": "data alone; tests/qinit/verification/test_serving.py holds directories against it"
         for name in ("base", "llama_cpp", "mlx", "transformers", "vllm")
     },
+    **{
+        f"qinit/{name}.py": "several processes carry out whole runs in tests/qinit/runner/test_several.py"
+        for name in ("runner/dealt", "workplace/follower")
+    },
+    "qinit/workplace/decoded.py": "the store reads layers with it: tests/qinit/workplace/test_store.py",
     "qinit/solver/statistics.py": "data alone",
     "qinit/trial/asked.py": "data alone",
     "qinit/snndlft/base.py": "its errors are in test_training.py beside it, which trains on what it loads",

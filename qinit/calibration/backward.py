@@ -16,11 +16,13 @@ from torch import nn
 
 from qinit.calibration.activations import unpadded, weight_in
 from qinit.calibration.experts import parameters_of
+from qinit.calibration.shards import share_of
 from qinit.events import Measuring
 from qinit.files.tensors import slice_name
 from qinit.machine import fast_products
 from qinit.plan.limits import GRADIENT_BATCH_TOKENS, GRADIENT_LENGTH, GRADIENT_LOGITS_BYTES, GRADIENT_SAMPLES
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.processes.group import ALONE, Processes
 from qinit.source.products import Product, Products, one_by_one
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
@@ -74,13 +76,15 @@ class Part:
 class Probe(ABC):
     """What is done with the gradient g of minus the log-probability of a token drawn from the model's own distribution,
     as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information. `experts`: whether
-    it looks at experts too; `whole`: whether it reads all of the text, and not only its beginning."""
+    it looks at experts too; `whole`: whether it reads all of the text, and not only its beginning; `in_shards`: whether
+    it adds up shards of the text alone, so that `processes` can share it."""
 
     experts = False
     whole = False
+    in_shards = False
 
-    def __init__(self, plan: Plan, samples: Samples, device: torch.device) -> None:
-        self.plan, self.device = plan, device
+    def __init__(self, plan: Plan, samples: Samples, device: torch.device, processes: Processes = ALONE) -> None:
+        self.plan, self.device, self.processes = plan, device, processes
         part = (slice(None), slice(None)) if self.whole else (slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH))
         mask = None if samples.mask is None else samples.mask[part]
         self.samples = Samples(samples.tokens[part], mask, samples.origin)
@@ -88,15 +92,25 @@ class Probe(ABC):
             layer.target.name: layer for layer in plan.quantized if self.experts or layer.target.module.expert is None
         }
         tokens = min(GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES // (4 * (plan.facts.vocabulary or 1)))
-        self.batches = list(batches_of(self.samples, max(1, tokens // self.samples.tokens.shape[1])))
+        self.batches = list(batches_of(self.samples, size := max(1, tokens // self.samples.tokens.shape[1])))
+        if self.in_shards:
+            share = share_of(self.samples, size, processes)
+            self.samples, self.batches = share.samples, share.batches
         self.batch: Batch | None = None  # that is under way
-        self.generator = torch.Generator().manual_seed(plan.recipe.seed)
+        self.shard: int | None = None
+        self.generator = torch.Generator()
         self.start = torch.zeros((), device=device, requires_grad=True)  # gives a gradient to what has none yet
         self.outside: list[LayerPlan] = []  # layers in front of the blocks or behind them
 
     @property
     def mask(self) -> torch.Tensor | None:
         return None if self.batch is None else self.batch.mask
+
+    def turn_to(self, batch: Batch) -> None:
+        """Called before each batch. What is drawn for a shard depends on the shard alone."""
+        if batch.shard != self.shard:
+            self.generator.manual_seed((self.plan.recipe.seed + batch.shard) % 2**63)
+        self.batch, self.shard = batch, batch.shard
 
     def prepare(self, part: Part, run: Run) -> None:  # noqa: B027 - optional
         """Called before the pass back reaches these layers."""
@@ -106,7 +120,7 @@ class Probe(ABC):
         """Called with a layer's input [tokens, in] and the gradient [tokens, out] at its output, for each batch."""
 
     def done(self, part: Part) -> None:  # noqa: B027 - optional
-        """Called after the pass back has gone through these layers."""
+        """Called by all processes after the pass back has gone through these layers."""
 
     @contextmanager
     def listening(self, part: Part) -> Iterator[None]:
@@ -209,16 +223,27 @@ def _streamed(blocks: Blocks, probe: Probe, scratch: Path | None) -> Iterator[Me
             place.mkdir()
             passes.append(_Pass(blocks, row, probe, place, count + 1 + len(blocks.rows)))
             passes[-1].forward([one.end for one in passes[:-1]])
-        _through_the_end(blocks, probe, [one.end for one in passes], [one.gradient for one in passes])
+        _through_the_end(blocks, probe, passes)
         for number in reversed(range(len(passes))):
             done = sum(len(one.row) for one in passes[:number])
             yield from passes[number].back(passes[:number], done, count)
 
 
-def _through_the_end(
-    blocks: Blocks, probe: Probe, states: Sequence[Carried | None], gradients: Sequence[Carried | None]
-) -> None:
+def _agreed(probe: Probe, action: Callable[[], None]) -> None:
+    """Do what may overflow; where it does in one process, raise OverflowedError in all of them."""
+    overflow = ""
+    try:
+        action()
+    except OverflowedError as error:
+        overflow = str(error)
+    found = [where for where in probe.processes.gather(overflow, "overflows") if where]
+    if found:
+        raise OverflowedError(found[0])
+
+
+def _through_the_end(blocks: Blocks, probe: Probe, passes: Sequence[_Pass]) -> None:
     """Take the loss back to the output of each row of blocks."""
+    states = [one.end for one in passes]
 
     def end(batch: Batch, ends: list[torch.Tensor | None] | None = None) -> Any:
         ends = ends_of(batch, states, probe.device) if ends is None else ends
@@ -228,14 +253,18 @@ def _through_the_end(
         part = Part(blocks.model, "", probe.outside)
         with torch.no_grad():
             probe.prepare(part, end)
-        with probe.listening(part), torch.enable_grad():
-            for batch in probe.batches:
-                probe.batch = batch
-                ends = ends_of(batch, states, probe.device)
-                probe.loss(end(batch, ends)).backward()
-                for gradient, hidden in zip(gradients, ends, strict=True):
-                    if gradient is not None and hidden is not None:
-                        gradient.write(batch, _gradient(hidden))
+
+        def back() -> None:
+            with probe.listening(part), torch.enable_grad():
+                for batch in probe.batches:
+                    probe.turn_to(batch)
+                    ends = ends_of(batch, states, probe.device)
+                    probe.loss(end(batch, ends)).backward()
+                    for one, hidden in zip(passes, ends, strict=True):
+                        if one.gradient is not None and hidden is not None:
+                            one.gradient.write(batch, _gradient(hidden))
+
+        _agreed(probe, back)
         probe.done(part)
 
 
@@ -301,7 +330,7 @@ class _Pass:
                 probe.prepare(part, run)
             with probe.listening(part), torch.enable_grad():
                 for batch in probe.batches:
-                    probe.batch = batch
+                    probe.turn_to(batch)
                     hidden = self.states[index].read(batch).to(device, copy=True).requires_grad_()
                     given = [value.clone().requires_grad_() for value in self.calls.read(batch)]
                     output, gradient = run(batch, hidden=hidden, given=given), self.gradient.read(batch).to(device)
@@ -360,8 +389,12 @@ def _whole(probe: Probe) -> Iterator[Measuring]:
 
     with torch.no_grad():
         probe.prepare(part, run)
-    with probe.listening(part), torch.enable_grad():
-        for batch in probe.batches:
-            probe.batch = batch
-            probe.loss(run(batch)).backward()
+
+    def back() -> None:
+        with probe.listening(part), torch.enable_grad():
+            for batch in probe.batches:
+                probe.turn_to(batch)
+                probe.loss(run(batch)).backward()
+
+    _agreed(probe, back)
     probe.done(part)

@@ -12,6 +12,7 @@ from torch import nn
 from qinit.calibration.meter import Meter
 from qinit.files.tensors import slice_name
 from qinit.plan.plan import LayerPlan
+from qinit.processes.group import ALONE, Processes
 from qinit.solver.statistics import Statistics
 from qinit.source.products import Product, Products, one_by_one
 from qinit.stream.calls import Call, Stop
@@ -84,27 +85,37 @@ class ExpertMeters:
     than other experts have seen. An expert that no token reaches has none.
     """
 
-    def __init__(self, layers: Sequence[LayerPlan], device: torch.device, pool: Meter | None = None) -> None:
-        self.own = {layer.target.name: Meter([layer], device) for layer in layers}
+    def __init__(
+        self,
+        layers: Sequence[LayerPlan],
+        device: torch.device,
+        pool: Meter | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.own = {layer.target.name: Meter([layer], device, processes=processes) for layer in layers}
         self.known = pool is not None
-        self.pool = Meter(layers[:1], device) if pool is None else pool
+        self.pool = Meter(layers[:1], device, processes=processes) if pool is None else pool
 
-    def add(self, name: str, x: torch.Tensor) -> None:
-        """Add the tokens x [n, in] that have reached an expert of the parameter."""
+    def add(self, name: str, x: torch.Tensor, shard: int = 0) -> None:
+        """Add the tokens x [n, in] of a shard that have reached an expert of the parameter."""
         if name in self.own:
-            self.own[name].add(x)
+            self.own[name].add(x, shard=shard)
         if not self.known:
-            self.pool.add(x)
+            self.pool.add(x, shard=shard)
+
+    def sum_up(self) -> None:
+        """Add up what all processes have seen; nothing is added after it."""
+        for meter in (*self.own.values(), *(() if self.known else (self.pool,))):
+            meter.sum_up()
 
     def statistics(self, layer: LayerPlan) -> Statistics | None:
         """Return an expert's statistics, shrunk, None if no token has reached it."""
-        own, pool = self.own.pop(layer.target.name), self.pool
-        if own.statistics(layer) is None or pool.statistics(layer) is None:
+        own, pool = self.own.pop(layer.target.name).statistics(layer), self.pool.statistics(layer)
+        if own is None or pool is None:
             return None
         shared = min(len(own.hessian), pool.tokens - own.tokens)
         weight = shared / (own.tokens + shared)
-        hessian, magnitude, mean = (
-            torch.lerp(mine, all_, weight)
-            for mine, all_ in ((own.hessian, pool.hessian), (own.magnitude, pool.magnitude), (own.mean, pool.mean))
-        )
+        hessian = torch.lerp(own.hessian, pool.hessian, weight)
+        magnitude = torch.lerp(own.magnitude, pool.magnitude, weight)
+        mean = None if own.mean is None or pool.mean is None else torch.lerp(own.mean, pool.mean, weight)
         return Statistics(hessian, magnitude, own.tokens, shared=shared, mean=mean)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import torch
 
 from qinit.calibration.experts import portions
 from qinit.plan.plan import LayerPlan
@@ -35,6 +33,11 @@ class Group:
         places = {kind for kind in self.writes.values() if kind not in (None, "output")}
         return places.pop() if len(places) == 1 else None
 
+    @property
+    def reader(self) -> str | None:
+        """The group whose input their outputs are added to, if it is one's."""
+        return None if self.added_to == "input" else self.added_to
+
 
 class Groups:
     """The groups of a block whose layers are given by their names within it, found while the block runs.
@@ -47,8 +50,8 @@ class Groups:
         self.found: list[Group] = []
         self.group_of: dict[str, Group] = {}
 
-    def add(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Take what the layers that one batch has reached have read, in the order in which they ran."""
+    def add(self, inputs: Mapping[str, object]) -> None:
+        """Take what the layers that one batch has reached have read, tensors, in the order in which they ran."""
         for inner, x in inputs.items():
             if inner in self.group_of:
                 continue
@@ -64,6 +67,25 @@ class Groups:
             group.writes[self.layers[inner].target.name] = self.written(inner)
             self.group_of[inner] = group
 
+    @property
+    def names(self) -> list[list[str]]:
+        """The names of each group's layers, of experts that of the first."""
+        inner_of = {id(layer): inner for inner, layer in self.layers.items()}
+        return [
+            [group.inner] if group.stack is not None else [inner_of[id(layer)] for layer in group.layers]
+            for group in self.found
+        ]
+
+    def joined(self, others: Sequence[list[list[str]]]) -> Groups:
+        """Return the groups of all parts of the text, given the `names` that each has found, in their order: the same
+        as if one part after the other had been added."""
+        if all(names == self.names for names in others):
+            return self
+        whole = Groups(self.layers, self.written)
+        for names in others:
+            whole.add(dict(_marked(names)))
+        return whole
+
     def _add_experts(self, stack: str) -> None:
         """Take all experts of a parameter, in portions, those too that nothing has reached yet."""
         names = {id(layer): name for name, layer in self.layers.items() if name.rpartition("[")[0] == stack}
@@ -75,3 +97,11 @@ class Groups:
     @property
     def unreached(self) -> list[LayerPlan]:
         return [layer for inner, layer in self.layers.items() if inner not in self.group_of]
+
+
+def _marked(names: list[list[str]]) -> Iterator[tuple[str, object]]:
+    """Yield each name with a mark that the names of its group share, as they share an input."""
+    for group in names:
+        mark = object()
+        for inner in group:
+            yield inner, mark

@@ -48,14 +48,14 @@ def in_front_of(
     row: Row,
     first: int,
     samples: Samples,
-    batch: int,
+    batches: list[Batch],
     directory: Path,
     ends: Sequence[Ends],
     sequential: bool,
 ) -> States | None:
-    """Take the text, `batch` samples at a time, as far as a row of blocks; `ends` has what is behind the rows before.
+    """Take the text, a batch at a time, as far as a row of blocks; `ends` has what is behind the rows before.
     Both models are one unless `sequential`. None: the text never gets there. Raises NotStreamable."""
-    tokens, batches = samples.tokens, list(batches_of(samples, batch))
+    tokens = samples.tokens
     streams = (3 if sequential else 1) * (2 * len(blocks.rows) - 1)
 
     def front(name: str, behind: Sequence[Carried | None], probe: Batch | None = None) -> Front | None:

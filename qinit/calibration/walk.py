@@ -6,7 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,29 +24,20 @@ from qinit.calibration.activations import (
 )
 from qinit.calibration.experts import ExpertMeters, caught_by_experts
 from qinit.calibration.groups import Group, Groups
+from qinit.calibration.kept_inputs import KeptInputs
+from qinit.calibration.kinds import Kinds
 from qinit.calibration.meter import Gap, Meter, Original
-from qinit.calibration.residual_stream import writes_to
+from qinit.calibration.seen import Seen
+from qinit.calibration.shards import share_of
 from qinit.calibration.states import Ends, States, in_front_of
 from qinit.clock import counted, section
 from qinit.events import Measuring, Passing
 from qinit.plan.plan import LayerPlan, Plan
-from qinit.solver.statistics import Statistics
+from qinit.processes.group import ALONE, Processes
 from qinit.stream.blocks import Blocks
 from qinit.stream.carried import Batch
 from qinit.stream.rows import Row
-from qinit.stream.shelf import Shelf
 from qinit.text.samples import Samples
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A layer, its weight [out, in] in float32 and what it has seen (None if the text never reached it). Where
-    `repair` is given, it is to be called with the layer and the weight that the trainer will have."""
-
-    layer: LayerPlan
-    weight: torch.Tensor
-    statistics: Statistics | None
-    repair: Callable[[LayerPlan, torch.Tensor], None] | None = None
 
 
 class Walk:
@@ -62,6 +53,9 @@ class Walk:
     All others see the same as if the walk had not been broken off, to the last bit. With `whole_blocks` a block is
     finished only if all of its layers are.
 
+    Of several `processes` each walks with its share of the text, and what layers see is added up over all. Each repairs
+    every layer, whoever has solved it.
+
     Raises NotStreamable (from the constructor and the first step), CalibrationError for NaN or Inf activations.
     """
 
@@ -75,20 +69,21 @@ class Walk:
         finished: Collection[str] = (),
         weight_of: Callable[[LayerPlan], torch.Tensor] | None = None,
         whole_blocks: bool = False,
+        processes: Processes = ALONE,
     ):
-        self.plan, self.samples, self.device = plan, samples.shortest_first(), device
+        share = share_of(samples.shortest_first(), batch_size(plan, samples, device), processes)
+        self.samples, self.batches, self.device, self.processes = share.samples, share.batches, device, processes
         self.sequential = mode == "sequential"
         self.blocks = Blocks.of(plan, device)
         self.rows = self.blocks.rows
         self.count = sum(map(len, self.rows))
         self.layers = {layer.target.name: layer for layer in plan.quantized}
-        self.batch = batch_size(plan, samples, device)
         self.scratch = scratch
         self.finished, self.weight_of, self.whole_blocks = frozenset(finished), weight_of, whole_blocks
         if whole_blocks:
             blocks = [self._names(row, index) for row in self.rows for index in range(len(row))]
             self.finished = frozenset(name for names in blocks if self.finished.issuperset(names) for name in names)
-        self.writes: dict[tuple[int, type, str], str | None] = {}  # what layers of a kind write to, where it was tried
+        self.kinds = Kinds(processes)
         self.diverged = False  # whether anything has been repaired yet
 
     def __iter__(self) -> Generator[OpenBlock, None, None]:
@@ -101,7 +96,7 @@ class Walk:
             first = 0  # the row's first block, counted through all rows
             for row in self.rows[: self.rows.index(open_rows[-1]) + 1]:
                 states = in_front_of(
-                    self.blocks, row, first, self.samples, self.batch, self.directory, ends, self.sequential
+                    self.blocks, row, first, self.samples, self.batches, self.directory, ends, self.sequential
                 )
                 first += len(row)
                 if states is None:
@@ -153,8 +148,10 @@ class OpenBlock:
         self.walk, self.module, self.repaired, self.states = walk, module, repaired, states
         self.prefix = states.row.prefix(states.index)
         self.names = walk._names(states.row, states.index)
-        self.groups = Groups({self._inner(name): walk.layers[name] for name in self.names}, self._written)
-        self.shelf: Shelf | None = None
+        self.kind = states.first, type(module)
+        layers = {self._inner(name): walk.layers[name] for name in self.names}
+        self.groups = Groups(layers, partial(walk.kinds.of, self.kind))
+        self.kept = KeptInputs(walk.directory / "shelf", walk.samples.tokens.numel(), walk.device)
         self.pools: dict[str, Meter] = {}  # what all experts of a parameter have seen together
         self.passed = False  # whether the text has run through the original module
         self.at_last = False  # whether it has run through the repaired one, all of it but for the last group repaired
@@ -178,12 +175,8 @@ class OpenBlock:
             if walk.sequential and not self._finished(group):
                 yield Measuring(index, count, tuple(layer.target.name for layer in group.layers))
                 meters[group.inner] = self._measured(group)
-            for layer in group.layers:
-                meter = meters.get(group.inner)
-                yield from self._given(layer, None if meter is None else meter.statistics(layer))
-            meters.pop(group.inner, None)
-        for layer in self.groups.unreached:
-            yield from self._given(layer, None)
+            yield from self._given(group.layers, meters.pop(group.inner, None))
+        yield from self._given(self.groups.unreached, None)
 
     def _visit_experts(self, group: Group) -> Iterator[Measuring | Seen]:
         """Yield experts of one parameter, each with what its own tokens say and what those of all do."""
@@ -192,8 +185,7 @@ class OpenBlock:
             names = tuple(layer.target.name for layer in group.layers)
             yield Measuring(self.states.first + self.states.index, self.walk.count, names)
             meters = self._measured_experts(group)
-        for layer in group.layers:
-            yield from self._given(layer, None if meters is None else meters.statistics(layer))
+        yield from self._given(group.layers, meters)
 
     @counted("forward")
     def _measured_experts(self, group: Group) -> ExpertMeters:
@@ -202,14 +194,15 @@ class OpenBlock:
         walk, states = self.walk, self.states
         stack = group.stack
         assert stack is not None
-        meters = ExpertMeters(group.layers, walk.device, self.pools.get(stack))
+        meters = ExpertMeters(group.layers, walk.device, self.pools.get(stack), walk.processes)
         module, carried = (self.module, states.original) if self.repaired is None else (self.repaired, states.repaired)
         for batch in states.batches:
             hidden = carried.read(batch).to(walk.device)
             found = caught_by_experts(module, states.calls.of(batch, states.index), hidden, stack)
             for inner, x in found.items():
                 require_finite_input(x, self.prefix + inner, batch.start, walk.samples)
-                meters.add(self.prefix + inner, x)
+                meters.add(self.prefix + inner, x, batch.shard)
+        meters.sum_up()
         self.pools[stack] = meters.pool
         return meters
 
@@ -220,6 +213,9 @@ class OpenBlock:
         walk, states = self.walk, self.states
         meters: dict[str, Meter] = {}
         self.passed = True
+        if walk.sequential:
+            hidden = states.original.read(states.probe).to(walk.device)
+            walk.kinds.find(self.kind, self.module, self.groups.layers, states.probe_calls[states.index], hidden)
         done = walk.finished.issuperset(self.names)
         for batch in states.batches:
             call = states.calls.of(batch, states.index)
@@ -233,12 +229,21 @@ class OpenBlock:
                         continue
                     if walk.sequential:
                         if number and not group.at_end and not self._finished(group):
-                            self._keep(group, batch, x, inputs.get(group.added_to or ""))
+                            self.kept.put(self.groups, group, batch, x, inputs.get(group.added_to or ""))
                     elif not self._finished(group):
-                        meter = meters.setdefault(group.inner, Meter(group.layers, walk.device))
+                        meter = meters.setdefault(group.inner, self._meter(group))
                         self._add(meter, group, batch, x)
             states.ahead.write(batch, end)
+        if walk.processes.several:
+            self.groups = self.groups.joined(walk.processes.gather(self.groups.names, "a block's groups"))
+        if not walk.sequential:
+            for group in self.groups.found:
+                if group.stack is None and not self._finished(group):
+                    meters.setdefault(group.inner, self._meter(group)).sum_up()
         return meters
+
+    def _meter(self, group: Group, originals: dict[str, Original] | None = None) -> Meter:
+        return Meter(group.layers, self.walk.device, originals, self.walk.processes)
 
     @counted("forward")
     def run_repaired(self) -> None:
@@ -262,8 +267,7 @@ class OpenBlock:
                 self._leave(last, batch, *self._through(last, batch))
         for batch in states.batches:
             end = states.repaired.read(batch).to(self.walk.device)
-            assert self.shelf is not None
-            x = self.shelf.take(last.inner, batch.start)
+            x = self.kept.take(last, batch)
             if x is not None:
                 x = rows_of(x).to(self.walk.device, torch.float32)
                 for change in changes:
@@ -289,7 +293,7 @@ class OpenBlock:
         """Keep where the text is once all but the last group is repaired."""
         self.at_last = True
         if x is not None:
-            self._keep(last, batch, x)
+            self.kept.put(self.groups, last, batch, x)
         self.states.repaired.write(batch, end)
 
     @counted("forward")
@@ -301,7 +305,7 @@ class OpenBlock:
         originals = {
             layer.target.name: Original(self._weight(layer), group.writes[layer.target.name]) for layer in group.layers
         }
-        meter = Meter(group.layers, device, originals if diverged else None)
+        meter = self._meter(group, originals if diverged else None)
         for batch in states.batches:
             now = states.repaired.read(batch).to(device)
             end = None
@@ -309,7 +313,7 @@ class OpenBlock:
             if diverged and any(kind == "output" for kind in group.writes.values()):
                 x, end = self._through(group, batch)
             else:
-                call, others = states.repaired_calls.of(batch, states.index), self._read_before(group)
+                call, others = states.repaired_calls.of(batch, states.index), [group.reader] if group.reader else []
                 inputs = caught_at(self.repaired, call, now, group.inner, others)
                 x = inputs.get(group.inner)
                 start = inputs.get(others[0]) if others else now
@@ -317,6 +321,7 @@ class OpenBlock:
                 self._add(meter, group, batch, x, self._gap(group, batch, x, start, end) if diverged else None)
             if group is self._last:
                 self._leave(group, batch, x, states.ahead.read(batch) if end is None else end)
+        meter.sum_up()
         return meter
 
     def _gap(
@@ -340,50 +345,34 @@ class OpenBlock:
             call = states.calls.of(batch, states.index)
             clean = caught_at(self.module, call, then.to(device), group.inner).get(group.inner)
         else:
-            clean = None if self.shelf is None else self.shelf.take(group.inner, batch.start)
+            clean = self.kept.take(group, batch)
         if clean is None or clean.shape != x.shape:
             return None
         before: torch.Tensor | None = then if group.added_to == "input" else None
-        if self._read_before(group) and self.shelf is not None:
-            before = self.shelf.take(f"{group.inner}+", batch.start)
+        if group.reader:
+            before = self.kept.take_start(group, batch)
         return Gap(
             apart(clean, x),
             None if before is None or start is None else apart(before, start),
             None if end is None else apart(states.ahead.read(batch), end),
         )
 
-    @staticmethod
-    def _read_before(group: Group) -> list[str]:
-        """Name the group whose input a group's output is added to, if it is one's."""
-        return [] if group.added_to in (None, "input") else [group.added_to]
-
     def _add(self, meter: Meter, group: Group, batch: Batch, x: torch.Tensor, gap: Gap | None = None) -> None:
         require_finite_input(x, group.layers[0].target.name, batch.start, self.walk.samples)
-        meter.add(unpadded(x, batch.mask), gap)
+        meter.add(unpadded(x, batch.mask), gap, batch.shard)
 
-    def _keep(self, group: Group, batch: Batch, x: torch.Tensor, added_to: torch.Tensor | None = None) -> None:
-        """Keep what a group reads in the original block, and what its output is `added_to`, until the repaired one has
-        come so far."""
-        if self.shelf is None:
-            linear = [other for other in self.groups.found if other.stack is None]
-            kept = [other for number, other in enumerate(linear) if number or other is self._last]
-            sizes = [other.layers[0].target.module for other in kept]
-            width = sum(size.in_features for size in sizes)
-            width += sum(size.out_features for size, other in zip(sizes, kept, strict=True) if self._read_before(other))
-            self.shelf = Shelf(
-                self.walk.directory / "shelf", 4 * width * self.walk.samples.tokens.numel(), self.walk.device
-            )
-        self.shelf.put(group.inner, batch.start, x)
-        if added_to is not None:
-            self.shelf.put(f"{group.inner}+", batch.start, added_to)
-
-    def _given(self, layer: LayerPlan, statistics: Statistics | None) -> Iterator[Seen]:
-        """Yield a layer to be solved, or repair one as it was before."""
-        if layer.target.name not in self.walk.finished:
-            yield Seen(layer, self._weight(layer), statistics, self.repair if self.walk.sequential else None)
-        elif self.walk.sequential:
-            assert self.walk.weight_of is not None
-            self.repair(layer, self.walk.weight_of(layer))
+    def _given(self, layers: list[LayerPlan], meter: Meter | ExpertMeters | None) -> Iterator[Seen]:
+        """Yield the layers of a group to be solved, and repair those that were finished before as they were."""
+        walk = self.walk
+        left = [layer for layer in layers if layer.target.name not in walk.finished]
+        for layer in layers if walk.sequential else ():
+            if layer.target.name in walk.finished:
+                assert walk.weight_of is not None
+                self.repair(layer, walk.weight_of(layer))
+        for layer in left:
+            measured = _nothing if meter is None else partial(meter.statistics, layer)
+            repair = self.repair if walk.sequential else None
+            yield Seen(layer, self._weight(layer), measured, repair, last=layer is left[-1])
 
     def _weight(self, layer: LayerPlan, module: nn.Module | None = None) -> torch.Tensor:
         """Return a layer's weight [out, in] in the original block, or in another `module` of its kind."""
@@ -392,18 +381,9 @@ class OpenBlock:
     def _finished(self, group: Group) -> bool:
         return all(layer.target.name in self.walk.finished for layer in group.layers)
 
-    def _written(self, inner: str) -> str | None:
-        """Find out, once for each kind of block, what a layer writes to; on one sample, as it takes many passes."""
-        walk, states = self.walk, self.states
-        hidden = states.original.read(states.probe).to(walk.device)
-        if not walk.sequential or self.groups.layers[inner].target.module.out_features != hidden.shape[-1]:
-            return None
-        kind = states.first, type(self.module), inner
-        if kind not in walk.writes:
-            linear, call = self.module.get_submodule(inner), states.probe_calls[states.index]
-            wide = [g.inner for g in self.groups.found if g.layers[0].target.module.in_features == hidden.shape[-1]]
-            walk.writes[kind] = writes_to(self.module, linear, call, hidden, wide)
-        return walk.writes[kind]
-
     def _inner(self, name: str) -> str:
         return name.removeprefix(self.prefix)
+
+
+def _nothing() -> None:
+    """What a layer has seen that the text never reached."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ import torch
 from qinit.calibration.activations import batch_size, oriented, require_finite_input, unpadded, weight_in
 from qinit.calibration.experts import PORTION_BYTES, ExpertMeters, listening, parameters_of, portions
 from qinit.calibration.meter import Meter
-from qinit.calibration.walk import Seen
+from qinit.calibration.seen import Seen
 from qinit.clock import section
 from qinit.events import Measuring
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.solver.statistics import Statistics
 from qinit.stream.whole import load_whole, read_tokens
 from qinit.text.samples import Samples
 
@@ -70,7 +72,7 @@ class WholeModel:
             if statistics is not None and layer.target.name in fisher:
                 statistics = replace(statistics, fisher=fisher.pop(layer.target.name))
             if layer.target.name not in self.finished:
-                yield Seen(layer, oriented(weight, layer), statistics)
+                yield Seen(layer, oriented(weight, layer), partial(_as_is, statistics))
         pools: dict[str, Meter] = {}
         for pack in _packs(plan, self.finished):
             stacked = {stack: ExpertMeters(some, device, pools.get(stack)) for stack, some in pack}
@@ -88,7 +90,11 @@ class WholeModel:
                     if found is not None and layer.target.name in fisher:
                         found = replace(found, fisher=fisher.pop(layer.target.name))
                     if layer.target.name not in self.finished:
-                        yield Seen(layer, weight_in(model, layer.target.name, layer), found)
+                        yield Seen(layer, weight_in(model, layer.target.name, layer), partial(_as_is, found))
+
+
+def _as_is(statistics: Statistics | None) -> Statistics | None:
+    return statistics
 
 
 def _packs(plan: Plan, finished: frozenset[str]) -> Iterator[list[tuple[str, list[LayerPlan]]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -42,25 +42,36 @@ def without(hessian: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     return torch.addmm(hessian, image, torch.linalg.solve(inner, image.T.double()).float(), alpha=-1)
 
 
-def add_second_moment(moment: torch.Tensor, x: torch.Tensor, old: float, new: float) -> None:
-    """Set M [n, n] to `old` M + `new` x' x in place for tokens x [tokens, n]: in blocks of columns, on and below the
-    diagonal only, which saves nearly half of the work. `mirror` fills in the rest."""
-    for chunk, _ in _halves(len(moment)):
-        start = slice(chunk.start, None)
-        moment[start, chunk].addmm_(x[:, start].T, x[:, chunk], beta=old, alpha=new)
+def lower_blocks(size: int, device: torch.device) -> list[torch.Tensor]:
+    """Return room for a symmetric matrix [size, size]: blocks of columns, each on and below the diagonal only, which
+    saves nearly half of the memory and of the work. `squared` makes the matrix of them."""
+    return [torch.zeros((size - chunk.start, chunk.stop - chunk.start), device=device) for chunk in _chunks(size)]
 
 
-def mirror(moment: torch.Tensor) -> None:
-    """Make a matrix that `add_second_moment` has summed symmetric, in place."""
-    for chunk, below in _halves(len(moment)):
-        moment[chunk, below].copy_(moment[below, chunk].T)
+def add_second_moment(blocks: Sequence[torch.Tensor], x: torch.Tensor, old: float, new: float) -> None:
+    """Set M to `old` M + `new` x' x in place for tokens x [tokens, n], M in `lower_blocks`."""
+    for chunk, block in zip(_chunks(x.shape[1]), blocks, strict=True):
+        block.addmm_(x[:, chunk.start :].T, x[:, chunk], beta=old, alpha=new)
 
 
-def _halves(size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut the columns of a symmetric matrix into blocks; yield each with the rows below it."""
+def squared(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Return the symmetric matrix [n, n] that `lower_blocks` hold; they are given back as it is filled."""
+    if len(blocks) == 1:
+        return blocks.pop()
+    size = len(blocks[0])
+    matrix = torch.empty((size, size), device=blocks[0].device)
+    for chunk in _chunks(size):
+        block = blocks.pop(0)
+        matrix[chunk.start :, chunk] = block
+        matrix[chunk, chunk.stop :] = block[chunk.stop - chunk.start :].T
+    return matrix
+
+
+def _chunks(size: int) -> Iterator[slice]:
+    """Cut the columns of a symmetric matrix into blocks."""
     step = max(NARROWEST, -(-size // MOST_CHUNKS))
     for first in range(0, size, step):
-        yield slice(first, min(first + step, size)), slice(first + step, None)
+        yield slice(first, min(first + step, size))
 
 
 def activation_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from qinit.calibration.output_metric import DIRECTIONS, STEPS
-from qinit.linalg.hessian import add_second_moment
+from qinit.linalg.hessian import add_second_moment, lower_blocks
 from qinit.linalg.low_rank import OutputMetric
 from qinit.solver.solve import solve
 from qinit.solver.spec import Gradient, LayerSpec
@@ -93,7 +93,7 @@ def _draw(shape: Shape, device: torch.device) -> Callable[[], Any]:
 
 def _moment(shape: Shape, device: torch.device) -> Callable[[], Any]:
     rows, width = shape
-    x, moment = torch.ones(rows, width, device=device), torch.zeros(width, width, device=device)
+    x, moment = torch.ones(rows, width, device=device), lower_blocks(width, device)
     return lambda: add_second_moment(moment, x, 0.5, 0.5 / rows)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
-from qinit.calibration.walk import OpenBlock, Seen, Walk
+from qinit.calibration.seen import Seen
+from qinit.calibration.walk import OpenBlock, Walk
 from qinit.calibration.whole import WholeModel
-from qinit.errors import CalibrationError
-from qinit.events import Done, Event, Noted, Working
+from qinit.errors import CalibrationError, ProcessesError
+from qinit.events import Done, Event, Noted
 from qinit.linalg.low_rank import OutputMetric
-from qinit.plan.plan import few_tokens
+from qinit.plan.plan import LayerPlan, few_tokens
+from qinit.processes.group import ALONE
+from qinit.runner.dealt import Solved, solve_together
 from qinit.runner.given import read_given
 from qinit.runner.job import Job
 from qinit.runner.layer import solve_layer
@@ -43,6 +47,8 @@ def solve_calibrated(job: Job) -> Generator[Event, None, None]:
         for block in blocks:
             if isinstance(block, Noted):
                 yield block
+            elif isinstance(block, WholeModel):
+                yield from _solve_whole(job, block, metrics)
             else:
                 yield from _solve_block(job, block, metrics)
     for note in _expert_notes(job):
@@ -74,71 +80,116 @@ def _expert_notes(job: Job) -> Iterator[str]:
 def _solve_block(
     job: Job, block: OpenBlock | WholeModel, metrics: dict[str, OutputMetric]
 ) -> Generator[Event, None, None]:
-    """Solve a block's layers, one after the other, each written at once; or, where the method has stages, all of them
-    when these have had their say."""
-    plan, store = job.plan, job.store
-    held = Held(plan) if plan.recipe.row.stages else None
+    """Solve a block's layers, each written at once; or, where the method has stages, all of them when these have had
+    their say. One process takes one after the other, several take those that are solved side by side together."""
+    held = Held(job.plan) if job.plan.recipe.row.stages else None
+    together: list[Seen] = []
     for event in block.visit():
         if not isinstance(event, Seen):
             yield event
-            continue
-        layer, statistics = event.layer, event.statistics
-        tensor = layer.target.tensor
-        yield Working(tensor.name, layer.target.nbytes)
-        if statistics is None and layer.target.module.expert is None:
-            yield job.note(f"{layer.target.name}: never reached by the calibration text, so solved without data")
-        if statistics is not None:
-            statistics = replace(statistics, output_metric=metrics.get(layer.target.name))
-        given = read_given(store, layer, event.weight)
-        tensors, row = solve_layer(plan, layer, event.weight, statistics, given)
-        if held is None:
-            store.put(layer, tensors, row)
-            weight = store.weight(layer, job.device)
         else:
-            weight = held.add(layer, event.weight, tensors, row).to(job.device)
-        if event.repair is not None:
-            event.repair(layer, weight)
-        if held is None:
-            yield Done(tensor.name, layer.target.nbytes, row)
+            together.append(event)
+            if event.last or not job.processes.several:
+                yield from _solve_seen(job, together, metrics, held)
+                together.clear()
+        del event  # what a layer has seen is large
     if held is not None:
         assert isinstance(block, OpenBlock)
         for layer, tensors, row in held.improved(block):
-            store.put(layer, tensors, row)
+            job.store.put(layer, tensors, row)
             yield Done(layer.target.tensor.name, layer.target.nbytes, row)
 
 
+def _solve_seen(
+    job: Job, together: list[Seen], metrics: dict[str, OutputMetric], held: Held | None
+) -> Generator[Event, None, None]:
+    """Solve layers that do not see each other's repair, and repair each for those that follow."""
+    seen = {one.layer.target.name: one for one in together}
+    solve = partial(_solved, job, metrics, seen)
+    solved = yield from solve_together(job, [one.layer for one in together], solve)
+    for one, (tensors, row) in zip(together, solved, strict=True):
+        layer = one.layer
+        if row.tokens is None and layer.target.module.expert is None:
+            yield job.note(f"{row.name}: never reached by the calibration text, so solved without data")
+        if held is None:
+            job.store.put(layer, tensors, row)
+            if one.repair is not None:
+                one.repair(layer, job.weight(layer, tensors))
+            yield Done(layer.target.tensor.name, layer.target.nbytes, row)
+            continue
+        weight = held.add(layer, one.weight, tensors, row)
+        if one.repair is not None:
+            one.repair(layer, weight.to(job.device))
+
+
+def _solve_whole(job: Job, model: WholeModel, metrics: dict[str, OutputMetric]) -> Generator[Event, None, None]:
+    """Solve the layers of a model that is taken as a whole; of several processes the first does it for all."""
+    if job.processes.first:
+        alone = copy.copy(job)
+        alone.processes = ALONE
+        yield from _solve_block(alone, model, metrics)
+    job.store.rows.update(job.processes.from_first(lambda: job.store.rows, "what is finished"))
+
+
+def _solved(job: Job, metrics: dict[str, OutputMetric], seen: dict[str, Seen], layer: LayerPlan) -> Solved:
+    """Solve a layer by what it has seen."""
+    one = seen[layer.target.name]
+    statistics = one.statistics
+    if statistics is not None:
+        statistics = replace(statistics, output_metric=metrics.get(layer.target.name))
+    return solve_layer(job.plan, layer, one.weight, statistics, read_given(job.store, layer, one.weight))
+
+
 def _blocks(job: Job, samples: Samples) -> Generator[OpenBlock | WholeModel | Noted, None, None]:
-    """Walk block by block, or take the whole model where that is not possible."""
-    plan, store, row = job.plan, job.store, job.plan.recipe.row
-    reason = "the method needs all gradients at once"
+    """Walk block by block, or take the whole model where that is not possible; that is done by the first process."""
+    plan, store, row, processes = job.plan, job.store, job.plan.recipe.row, job.processes
+    if row.stages and processes.several:
+        raise ProcessesError(f"method {row.name} works block by block in one process; start it without torchrun")
+    reason: str | None = "the method needs all gradients at once"
     if "fisher" not in row.needs:
-        under_way = False
-        try:
-            walk = Walk(
-                plan,
-                samples,
-                job.device,
-                plan.recipe.calibration_mode,
-                scratch=job.place.scratch,
-                finished=store.rows,
-                weight_of=partial(store.weight, device=job.device),
-                whole_blocks=bool(row.stages),
-            )
-            with closing(iter(walk)) as blocks:
-                for block in blocks:
-                    under_way = True
-                    yield block
+        with closing(_walked(job, samples)) as blocks:
+            reason = yield from blocks
+        if reason is None:
             return
-        except NotStreamable as error:
-            reason = str(error)
-            if under_way:
-                raise CalibrationError(
-                    f"{plan.checkpoint.directory}: {reason}; use --calibration none or --calibration-mode parallel"
-                ) from None
-            yield job.note(f"calibration with the whole model in memory: {reason}")
+        yield job.note(f"calibration with the whole model in memory: {reason}")
     if row.stages:
         raise CalibrationError(
             f"{plan.checkpoint.directory}: method {row.name} works block by block ({', '.join(row.stages)}), and this "
             f"model does not run so: {reason}"
         )
     yield WholeModel(plan, samples, job.device, store.rows)
+
+
+def _walked(job: Job, samples: Samples) -> Generator[OpenBlock, None, str | None]:
+    """Walk block by block; returns, where no process has a block yet, why that is not possible."""
+    plan, store = job.plan, job.store
+    reason, blocks, block = None, None, None
+    try:
+        walk = Walk(
+            plan,
+            samples,
+            job.device,
+            plan.recipe.calibration_mode,
+            scratch=job.place.scratch,
+            finished=store.rows,
+            weight_of=job.weight,
+            whole_blocks=bool(plan.recipe.row.stages),
+            processes=job.processes,
+        )
+        blocks = iter(walk)
+        block = next(blocks, None)
+    except NotStreamable as error:
+        reason = str(error)
+    found = [why for why in job.processes.gather(reason, "a model in blocks") if why]
+    if found or blocks is None:
+        return found[0]
+    with closing(blocks):
+        try:
+            while block is not None:
+                yield block
+                block = next(blocks, None)
+        except NotStreamable as error:
+            raise CalibrationError(
+                f"{plan.checkpoint.directory}: {error}; use --calibration none or --calibration-mode parallel"
+            ) from None
+    return None

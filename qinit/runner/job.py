@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,10 +14,12 @@ from qinit.calibration.output_metric import output_metrics
 from qinit.clock import section
 from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
-from qinit.plan.plan import Plan
+from qinit.plan.plan import LayerPlan, Plan
+from qinit.processes.group import ALONE, Processes
 from qinit.solver.spec import Gradient
 from qinit.text.for_run import more_text, text_for
 from qinit.text.samples import Samples
+from qinit.workplace.follower import Follower
 from qinit.workplace.journal import Journal
 from qinit.workplace.kept import POLISH_SAMPLES, load_samples, save_samples
 from qinit.workplace.place import Workplace
@@ -26,13 +28,15 @@ from qinit.workplace.store import Store
 
 @dataclass
 class Job:
-    """What the stages of a run share. `calibration` is what the report says of it."""
+    """What the stages of a run share. `calibration` is what the report says of it. Of several `processes` each has a
+    job; that of the first alone writes."""
 
     plan: Plan
     device: torch.device
     place: Workplace
     journal: Journal
     token: str | None
+    processes: Processes = ALONE
     calibration: dict[str, Any] = field(default_factory=dict)
     _samples: Samples | None = None
     _metrics: dict[str, OutputMetric] | None = None
@@ -41,7 +45,9 @@ class Job:
     @cached_property
     def store(self) -> Store:
         """Only once the widths are known: they decide the layout."""
-        return Store(self.plan, self.place, self.journal)
+        own = Store(self.plan, self.place, self.journal) if self.processes.first else None
+        rows = self.processes.from_first(lambda: {} if own is None else own.rows, "what is finished")
+        return Follower(self.plan, rows) if own is None else own
 
     @property
     def notes(self) -> list[str]:
@@ -55,13 +61,14 @@ class Job:
     def samples(self) -> Generator[Event, None, Samples]:
         """Return the text that the model is run on: what was kept of it, or read or written anew and then kept."""
         if self._samples is None:
-            self._samples = load_samples(self.place, self.journal)
+            self._samples = self.processes.from_first(lambda: load_samples(self.place, self.journal), "a kept text")
         if self._samples is None:
             recipe = self.plan.recipe
             yield Sampling(recipe.calibration if recipe.calibrated else "self")
             with section("text"):
-                self._samples = text_for(self.plan, self.device, self.token)
-            save_samples(self.place, self.journal, self._samples, written=recipe.calibration == "self")
+                self._samples = text_for(self.plan, self.device, self.token, self.processes)
+            if self.processes.first:
+                save_samples(self.place, self.journal, self._samples, written=recipe.calibration == "self")
         return self._samples
 
     def polish_samples(self, tokens: int) -> Generator[Event, None, Samples]:
@@ -81,7 +88,9 @@ class Job:
             if "output metric" in self.plan.recipe.row.needs:
                 samples = yield from self.samples()
                 with section("pass back"):
-                    self._metrics = yield from output_metrics(self.plan, samples, self.device, self.place.scratch)
+                    self._metrics = yield from output_metrics(
+                        self.plan, samples, self.device, self.place.scratch, self.processes
+                    )
         return self._metrics
 
     def gradients(self) -> Generator[Event, None, dict[str, Gradient]]:
@@ -93,3 +102,12 @@ class Job:
                 with section("pass back"):
                     self._gradients = yield from loss_gradients(self.plan, samples, self.device, self.place.scratch)
         return self._gradients
+
+    def weight(self, layer: LayerPlan, tensors: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Return Q + L [out, in] of a finished layer, on the device, as its trainer will have it: in the first process
+        from its files, in the others from its `tensors`, which come from the first where they are not at hand."""
+        if tensors is None and self.processes.several:
+            tensors = self.processes.from_first(lambda: self.store.tensors(layer), "a finished layer")
+        if tensors is None or self.processes.first:
+            return self.store.weight(layer, self.device)
+        return self.store.decoder.weight(layer, tensors, self.device)

@@ -14,15 +14,20 @@ from qinit.widths.validity import check_sensitivity
 
 
 def choose_widths(job: Job) -> Generator[Event, None, None]:
-    """Measure how sensitive each layer is and choose the widths."""
-    choices = options(job.plan)
-    record = job.journal.find("sensitivity")
+    """Measure how sensitive each layer is and choose the widths. Of several processes the first solves and measures
+    all layers at all widths, and tells the others."""
+    choices, first = options(job.plan), job.processes.first
+    record = job.processes.from_first(lambda: job.journal.find("sensitivity"), "kept sensitivities")
     if record is None:
         samples = yield from job.samples()
         metrics = yield from job.output_metrics()
-        with section("sensitivity"):
-            measured = yield from fisher.measure(job.plan, choices, samples, job.device, job.place.scratch, metrics)
-        job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
+        measured: Sensitivity | None = None
+        if first:
+            with section("sensitivity"):
+                measured = yield from fisher.measure(job.plan, choices, samples, job.device, job.place.scratch, metrics)
+            job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
+        measured = job.processes.from_first(lambda: measured, "sensitivities")
+        assert measured is not None
     else:
         measured = Sensitivity.from_json(record["measured"])
         check_sensitivity(measured, job.plan, choices, job.place.journal)

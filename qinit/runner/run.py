@@ -17,24 +17,33 @@ from qinit.events import Done, Event, Finished, Working
 from qinit.files.tensors import StoredTensor
 from qinit.machine import pick_device
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.processes.group import ALONE, Processes
 from qinit.report.finish import complete, copy_companions, make_report, write_configurations
 from qinit.report.report import Report
 from qinit.runner.calibrated import solve_calibrated
 from qinit.runner.checked import check
-from qinit.runner.given import read_given
+from qinit.runner.dealt import solve_dealt, solve_without_data
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight, solve_layer
 from qinit.runner.loadable import check_names
 from qinit.runner.mixed import choose_widths
 from qinit.runner.moved import in_its_coordinates
 from qinit.runner.polished import polish_adapters
+from qinit.runner.several import followed, lead, require_alike
 from qinit.source.checkpoint import count_nonfinite, require_finite
+from qinit.workplace.follower import NoJournal
 from qinit.workplace.place import check_output, check_space, working
 from qinit.workplace.resume import moved, opened
 
 
 def run(
-    plan: Plan, out: Path, *, overwrite: bool = False, command: str = "", token: str | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    command: str = "",
+    token: str | None = None,
+    processes: Processes = ALONE,
 ) -> Generator[Event, None, None]:
     """Carry out a plan and put the result at `out`; yields events, the last one is Finished.
 
@@ -44,22 +53,39 @@ def run(
     `peak_memory_bytes`) and SHA256SUMS, which has the sum of that. Without a finished layer, and where the input is to
     blame, nothing is kept.
 
-    `token` opens a private data set for calibration on the Hub; it is written nowhere.
+    `token` opens a private data set for calibration on the Hub; it is written nowhere. Several `processes` each make
+    the plan and call this; the first one writes, and it alone yields Finished. The result is the same for any number.
     Raises OutputError (also while another run is at work on `out`, and where what is kept is that of another plan),
-    CheckpointError (a damaged tensor), CalibrationError, HubError and RecipeError; then nothing is at `out`.
+    CheckpointError (a damaged tensor), CalibrationError, HubError, RecipeError and ProcessesError; then nothing is at
+    `out`.
     """
-    check_output(plan, out, overwrite)
     device = pick_device(plan.recipe.device)
+    if processes.several:
+        require_alike(plan, device, processes)
+    if not processes.first:
+        yield from follow(plan, out, device, token, processes)
+        return
+    check_output(plan, out, overwrite)
     with working(plan, out, command) as place:
         check_output(plan, out, overwrite)  # another run may just have ended
         plan, journal = yield from opened(plan, place, device, overwrite=overwrite)
         with closing(journal):
-            job = Job(plan, device, place, journal, token)
+            if processes.several:
+                lead(plan, place, processes)
+            job = Job(plan, device, place, journal, token, processes)
             yield from carried_out(job)
             report = yield from completed(job, command)
             with section("writing"):
                 place.finish()
     yield Finished(report, out)
+
+
+def follow(
+    plan: Plan, out: Path, device: torch.device, token: str | None, processes: Processes
+) -> Generator[Event, None, None]:
+    """Do this process's part of a run that the first process carries out."""
+    plan, place = followed(plan, out, processes)
+    yield from carried_out(Job(plan, device, place, NoJournal(), token, processes))
 
 
 def completed(
@@ -90,22 +116,38 @@ def completed(
 
 def carried_out(job: Job) -> Generator[Event, None, None]:
     """Write every tensor of base and adapter, but for what is finished already."""
-    if (elsewhere := moved(job.journal)) is not None:
+    if job.processes.first and (elsewhere := moved(job.journal)) is not None:
         yield job.note(elsewhere)
     if job.plan.pending:
         yield from choose_widths(job)
-        check_space(job.plan, job.place.out)
+        if job.processes.first:
+            check_space(job.plan, job.place.out)
     if job.plan.given is None:
-        with section("writing"):
-            copy_companions(job.plan, job.place.run)
+        if job.processes.first:
+            with section("writing"):
+                copy_companions(job.plan, job.place.run)
     elif not job.plan.on_source:
         with section("reading"):
             job.plan = in_its_coordinates(job.plan)
         if job.plan.moved:
             yield job.note(job.plan.moved)
-    plan, store = job.plan, job.store
+    plan = job.plan
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
+    if job.processes.several and "gradient" not in plan.recipe.row.needs:  # these are measured by the first
+        yield from solve_dealt(job)
+    if not job.processes.first:
+        return
+    yield from _write_rest(job)
+    if plan.recipe.polish:
+        with section("polish"):
+            yield from polish_adapters(job)
+    job.store.close()
+
+
+def _write_rest(job: Job) -> Generator[Event, None, None]:
+    """Copy what is not quantized, and solve what is left."""
+    plan, store = job.plan, job.store
     open_layers = any(layer.target.name not in store.rows for layer in plan.quantized)
     gradients = (yield from job.gradients()) if open_layers else {}
     for tensor, layer in store.left():
@@ -118,16 +160,10 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
             store.copy_weight(layer, _checked_chunks(tensor))
             row = store.put(layer, *solve_layer(plan, layer, None, None, _kept_weight(job, layer)))
         else:
-            weight = read_weight(layer, job.device)
-            given, gradient = read_given(store, layer, weight), gradients.get(layer.target.name)
-            row = store.put(layer, *solve_layer(plan, layer, weight, None, given, gradient))
+            row = store.put(layer, *solve_without_data(job, layer, gradients.get(layer.target.name)))
         yield Done(name, nbytes, row)
     store.copy_whole(_checked_chunks)
     store.sync()
-    if plan.recipe.polish:
-        with section("polish"):
-            yield from polish_adapters(job)
-    store.close()
 
 
 def _kept_weight(job: Job, layer: LayerPlan) -> torch.Tensor | None:

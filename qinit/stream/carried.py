@@ -20,11 +20,13 @@ CARRIED_SHARE = 0.25  # of the free memory, the device's or the machine's, that 
 @dataclass(frozen=True)
 class Batch:
     """The samples from `start` to `stop`; `mask` [batch, length] is False where they are padded, None: nowhere. Its
-    length is that of the longest of them, which may be less than all samples are padded to."""
+    length is that of the longest of them, which may be less than all samples are padded to. `shard` is the part of the
+    text that they belong to, where it is cut into parts that are summed alone."""
 
     start: int
     stop: int
     mask: torch.Tensor | None
+    shard: int = 0
 
     @property
     def rows(self) -> slice:
@@ -40,14 +42,15 @@ class Batch:
         return None if self.mask is None else self.mask.long()
 
 
-def batches_of(samples: Samples, size: int) -> Iterator[Batch]:
-    """Cut the samples into batches of `size`, the last one smaller."""
-    for start in range(0, len(samples.tokens), size):
-        stop = min(start + size, len(samples.tokens))
+def batches_of(samples: Samples, size: int, shard: int = 0, part: range | None = None) -> Iterator[Batch]:
+    """Cut the samples, or the `part` of them that is a shard, into batches of `size`, the last one smaller."""
+    part = range(len(samples.tokens)) if part is None else part
+    for start in part[::size]:
+        stop = min(start + size, part.stop)
         mask = None if samples.mask is None else samples.mask[start:stop]
         if mask is not None:
             mask = mask[:, : int(mask.any(0).nonzero().max()) + 1]
-        yield Batch(start, stop, mask)
+        yield Batch(start, stop, mask, shard)
 
 
 class Calls:

@@ -7,12 +7,13 @@ import torch
 from qinit.machine import free_memory
 from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES, LARGEST_SHARE
 from qinit.plan.plan import Plan
+from qinit.processes.group import ALONE, Processes
 from qinit.text.samples import Samples
 from qinit.text.self_text import model_bytes
 from qinit.text.sources import SELF, kind_of, load_samples
 
 
-def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
+def text_for(plan: Plan, device: torch.device, token: str | None, processes: Processes = ALONE) -> Samples:
     """Read or write the text that the recipe asks for; without calibration a little of the model's own, to allocate
     widths by, or random tokens where it writes none. Raises CalibrationError and HubError."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
@@ -20,7 +21,8 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
     if not recipe.calibrated:
         facts, needed = plan.facts, model_bytes(plan.bytes_before, device)
         writes = facts.writes and needed <= LARGEST_SHARE * free_memory(device)
-        source, count, length = "self" if writes else "random", GRADIENT_SAMPLES, GRADIENT_LENGTH
+        source = processes.from_first(lambda: "self" if writes else "random", "where text comes from")
+        count, length = GRADIENT_SAMPLES, GRADIENT_LENGTH
     return load_samples(
         source,
         checkpoint.directory,
@@ -32,6 +34,7 @@ def text_for(plan: Plan, device: torch.device, token: str | None) -> Samples:
         token=token,
         device=device,
         trust_remote_code=recipe.trust_remote_code,
+        processes=processes,
     )
 
 

@@ -14,14 +14,16 @@ import torch
 
 from qinit.errors import CalibrationError
 from qinit.machine import total_memory
+from qinit.processes.group import ALONE, Processes
 from qinit.source.checkpoint import read_json
 from qinit.source.quiet import no_progress_bar
 from qinit.source.skeleton import loader
 
 # Bytes for the key-value caches and the logits of one batch, and texts in it at most: a GPU takes as long for a few as
-# for many.
+# for many, on CPUs processes can share a usual text.
 MEMORY = {"cpu": 4 * 2**30, "cuda": 12 * 2**30}
-LARGEST_BATCH = {"cpu": 64, "cuda": 256}
+LARGEST_BATCH = {"cpu": 32, "cuda": 256}
+SEED_STEP = 1_000_003  # between the seeds of two batches; on the CPU torch looks at their last 32 bits alone
 FLOAT32_SHARE = 0.3  # of the machine's memory that the model may take in float32
 
 
@@ -35,6 +37,7 @@ def write_text(
     device: torch.device,
     memory: int | None = None,
     trust_remote_code: bool = False,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Return int64 ids [samples, length] on the CPU: `start`, then tokens sampled from the model's own distribution.
 
@@ -42,20 +45,33 @@ def write_text(
     FLOAT32_SHARE of the machine's memory, and on a GPU, in the dtype that it is stored in. eos is a token like any
     other: text goes on behind it.
     `memory` (bytes; MEMORY if left out) bounds the batch; the text depends on it, and on nothing that a machine happens
-    to have free.
+    to have free. Each batch is seeded with its place, so that `processes` can share them; each is given all of them.
     The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
     """
-    model = _load(directory, device, trust_remote_code)
-    size = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, device, memory)
-    batches = []
+    batches: dict[int, torch.Tensor] = {}
+    most = -(-samples // LARGEST_BATCH[device.type])
+    writing = min(processes.count, most)  # of the processes: no more of them hold the model
+    if processes.rank < writing:
+        model = _load(directory, device, trust_remote_code)
+        size = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, device, memory)
+        for done in range(processes.rank * size, samples, writing * size):
+            own = (seed + done // size * SEED_STEP) % 2**63
+            with _explained(directory, model, device, f"{size} texts of {length} tokens"), _seeded(own, device):
+                batches[done] = _sample(model, start, min(size, samples - done), length).cpu()
+    everyone = processes.gather(batches, "the text that the model writes")
+    written = {done: batch for share in everyone for done, batch in share.items()}
+    return torch.cat([written[done] for done in sorted(written)])
+
+
+@contextmanager
+def _explained(directory: Path, model: Any, device: torch.device, what: str) -> Iterator[None]:
+    """Turn what a model's writing fails with into a CalibrationError."""
     try:
-        with _seeded(seed, device):
-            for done in range(0, samples, size):
-                batches.append(_sample(model, start, min(size, samples - done), length).cpu())
+        yield
     except torch.OutOfMemoryError:
         raise CalibrationError(
-            f"{directory}: {device} has too little memory for the model to write {size} texts of {length} tokens at "
-            "once; use a shorter length, another device, or a text file"
+            f"{directory}: {device} has too little memory for the model to write {what} at once; use a shorter length, "
+            "another device, or a text file"
         ) from None
     except RuntimeError as error:
         if "probability tensor" not in str(error):
@@ -64,7 +80,6 @@ def write_text(
             f"{directory}: the model predicts NaN or Inf in {model.dtype}, so that it cannot write its own text; "
             "its weights are damaged or do not fit that type"
         ) from None
-    return torch.cat(batches)
 
 
 def batch_size(config: Any, length: int, itemsize: int, device: torch.device, memory: int | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from qinit.errors import CalibrationError
+from qinit.processes.group import ALONE, Processes
 from qinit.source.vocabulary import Facts
 from qinit.text.bundled import calibration_documents
 from qinit.text.documents import is_jsonl, read_file, read_text
@@ -40,6 +41,7 @@ def load_samples(
     token: str | None = None,
     device: torch.device = CPU,
     trust_remote_code: bool = False,
+    processes: Processes = ALONE,
 ) -> Samples:
     """Return up to `samples` samples of up to `length` tokens, on the CPU, for the model in `directory`.
 
@@ -47,8 +49,24 @@ def load_samples(
     (a plain text's paragraphs) on its own, padded; of the text that qinit brings, as many passages of all lengths as
     make `samples` x `length` tokens. `text_field` (default "text") names the text in JSONL and data
     sets, `token` opens private data sets, `device` runs the model for `self`. The same seed gives the same samples.
+    Of several `processes` all write for `self`; what is read is read by the first, for all.
     Raises CalibrationError for a source that cannot be used, HubError for what the Hub answers.
     """
+    if processes.several and source != SELF:
+        return processes.from_first(
+            lambda: load_samples(
+                source,
+                directory,
+                config,
+                samples=samples,
+                length=length,
+                seed=seed,
+                text_field=text_field,
+                token=token,
+                trust_remote_code=trust_remote_code,
+            ),
+            "the text",
+        )
     kind = kind_of(source)
     _check_field(source, kind, text_field)
     facts = Facts.read(directory, config, trust_remote_code)
@@ -68,6 +86,7 @@ def load_samples(
             seed=seed,
             device=device,
             trust_remote_code=trust_remote_code,
+            processes=processes,
         )
         return Samples(tokens, None, f"{samples} texts of {length} tokens that the model wrote itself, seed {seed}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -17,13 +16,13 @@ from qinit.clock import counted
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor
 from qinit.files.writer import SafetensorsWriter
-from qinit.formats import FORMATS, Format
+from qinit.formats import FORMATS
 from qinit.grids import Quantized
 from qinit.linalg.low_rank import LowRank
 from qinit.machine import CPU
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.report import LayerRow
-from qinit.stream.weights import ModelWeights
+from qinit.workplace.decoded import Decoder
 from qinit.workplace.journal import Journal, Record
 from qinit.workplace.place import Workplace
 
@@ -38,7 +37,7 @@ class Store:
     """
 
     def __init__(self, plan: Plan, place: Workplace, journal: Journal) -> None:
-        self.plan, self.place, self.journal = plan, place, journal
+        self.plan, self.place, self.journal, self.decoder = plan, place, journal, Decoder(plan)
         directory = plan.adapter_directory(place.run)
         directory.mkdir(exist_ok=True)
         size, split = plan.max_shard_bytes, plan.split_base
@@ -155,59 +154,44 @@ class Store:
     ) -> torch.Tensor:
         """Return Q [out, in] of a finished layer in float32 on the device, as a loader has it, or would with other
         tensors in the place of those `changed`."""
-        if (given := self.given(layer)) is not None:
-            return given.to(device)
-        tensors = {name: value.to(device) for name, value in {**self._base_of(layer), **(changed or {})}.items()}
-        return self._format.decode(layer.target, tensors, layer.bits, layer.group_size)
+        base = {} if self.plan.given is not None else self._base_of(layer)
+        return self.decoder.quantized(layer, {**base, **(changed or {})}, device)
 
     def codes(self, layer: LayerPlan) -> Quantized | None:
         """Return Q of a finished layer as codes; None where the format stores none, and for a base that is there."""
         if self.plan.given is not None:
             return None
-        return self._format.codes(layer.target, self._base_of(layer), layer.bits, layer.group_size)
+        found = self._base_of(layer)
+        return FORMATS[self.plan.recipe.format].codes(layer.target, found, layer.bits, layer.group_size)
 
-    @counted("reading")
     def given(self, layer: LayerPlan) -> torch.Tensor | None:
-        """Return Q [out, in] of a layer in float32 where the base is there already, on the CPU; else None. Raises
-        CheckpointError for NaN and Inf, and for tensors that do not fit the base's config.json."""
-        if self._given is None:
-            return None
-        module = layer.target.module
-        value = self._given.read(module.parameter, CPU)
-        assert value is not None
-        return value.T.contiguous() if module.transposed else value
-
-    @cached_property
-    def _given(self) -> ModelWeights | None:
-        given, trusted = self.plan.given, self.plan.recipe.trust_remote_code
-        if given is None:
-            return None
-        return ModelWeights(given.checkpoint, given.architecture, trust_remote_code=trusted)
-
-    @property
-    def _format(self) -> Format:
-        return FORMATS[self.plan.recipe.format]
-
-    def _base_of(self, layer: LayerPlan) -> dict[str, torch.Tensor]:
-        return {spec.name: self.base.read(spec.name) for spec in layer.specs}
+        """Return Q [out, in] of a layer of a base that is there, as `Decoder.given` does."""
+        return self.decoder.given(layer)
 
     def low_rank(self, layer: LayerPlan) -> LowRank:
         """Return L = B A of a finished layer, as PEFT computes it."""
-        module, adapter = layer.target.module, self.plan.adapter
-        if not layer.rank:
-            return LowRank.none(module.out_features, module.in_features)
-        tensors = {name: self.factors.read(name) for name in adapter.names(module)}
-        return adapter.decode(module, tensors, self.plan.recipe.lora_scale)
+        return self.decoder.low_rank(layer, self._factors_of(layer))
 
     @counted("writing")
-    def weight(self, layer: LayerPlan, device: torch.device) -> torch.Tensor:
-        """Return Q + L [out, in] of a finished layer: what its trainer will have.
+    def tensors(self, layer: LayerPlan) -> dict[str, torch.Tensor]:
+        """Return all that was written of a finished layer, base and factors by name.
 
         It comes from the files whether the layer has been solved just now or before a crash, so that all that is
         measured behind it is the same.
         """
-        low_rank = self.low_rank(layer)
-        return self.quantized(layer, device=device).addmm_(low_rank.B.to(device), low_rank.A.to(device))
+        base = {} if self.plan.given is not None else self._base_of(layer)
+        return {**base, **self._factors_of(layer)}
+
+    def weight(self, layer: LayerPlan, device: torch.device) -> torch.Tensor:
+        """Return Q + L [out, in] of a finished layer, from its files: what its trainer will have."""
+        return self.decoder.weight(layer, self.tensors(layer), device)
+
+    def _base_of(self, layer: LayerPlan) -> dict[str, torch.Tensor]:
+        return {spec.name: self.base.read(spec.name) for spec in layer.specs}
+
+    def _factors_of(self, layer: LayerPlan) -> dict[str, torch.Tensor]:
+        names = self.plan.adapter.names(layer.target.module) if layer.rank else ()
+        return {name: self.factors.read(name) for name in names}
 
 
 def _row(value: Any) -> LayerRow | None:

@@ -130,3 +130,15 @@ def test_debug_says_at_the_end_where_the_time_of_a_run_went(command, tiny_llama)
     assert {"solving", "reading", "writing", "other"} <= {line.rpartition("  ")[2] for line in rest}
     code, out, err = command(*options, "--overwrite")
     assert (code, out, err) == (0, "", "")
+
+
+@pytest.mark.parametrize(("rank", "said"), [(0, "error: methods: is done by one process, and 2 were started"), (1, "")])
+def test_a_command_for_one_process_is_refused_in_several_and_the_first_says_so(rank, said, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))  # as they are, after the test
+    code, out, err = command("methods")
+    assert (code, out) == (2, "")
+    assert err.startswith(said)
+    assert bool(err) is bool(said)

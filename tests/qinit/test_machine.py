@@ -66,3 +66,19 @@ def test_what_the_system_caches_of_files_counts_as_free(monkeypatch):
     assert free_memory(torch.device("cpu")) == 70 * 1024
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "nothing\n")
     assert free_memory(torch.device("cpu")) > 1e6
+
+
+def test_processes_of_one_machine_have_a_part_of_what_is_free_each(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemAvailable:       80 kB\n")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == 20 * 1024
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_takes_the_gpu_of_its_number(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(name) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")

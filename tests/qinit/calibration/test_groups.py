@@ -72,6 +72,24 @@ def test_experts_of_a_parameter_are_one_group_from_the_first_of_them_on(monkeypa
     assert not found.unreached
 
 
+def test_groups_that_parts_of_a_text_have_found_are_those_of_the_whole_text():
+    batches = [{"a": X, "b": X}, {"c": Y, "b": X}, {"d": Y, "c": Y, "e[1]": X}]
+    layers = {
+        **{name: layer(f"blocks.0.{name}") for name in "abcd"},
+        "e[0]": expert("e[0]", 0),
+        "e[1]": expert("e[1]", 1),
+    }
+    whole, *parts = (Groups(layers, lambda inner: inner) for _ in range(4))
+    for batch, part in zip(batches, parts, strict=True):
+        whole.add(batch)
+        part.add(batch)
+    for part in parts:
+        joined = part.joined([one.names for one in parts])
+        assert joined.names == whole.names == [["a", "b"], ["c", "d"], ["e[0]"]]
+        assert [group.writes for group in joined.found] == [group.writes for group in whole.found]
+    assert whole.joined([whole.names] * 2) is whole
+
+
 def expert(name, index):
     made = layer(name)
     module = replace(made.target.module, expert=Expert(index, count=3, behind=0, told=False))

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from qinit.calibration.meter import Gap, Meter, Original
+from qinit.calibration.shards import SPARE
 from qinit.files.tensors import StoredTensor
 from qinit.plan.plan import LayerPlan
 from qinit.source.targets import LinearModule, Target
@@ -57,6 +58,30 @@ def test_batches_of_any_size_add_up_to_the_mean_over_all_tokens(seen, sizes):
     assert meter.statistics(layers[0]).hessian is meter.statistics(layers[1]).hessian
 
 
+def test_shards_are_summed_alone_and_added_up_in_order(seen):
+    x, gap, layers, weights = seen
+    meter, parts = Meter(layers, CPU, originals(**weights)), []
+    for shard, part in enumerate((slice(0, 7), slice(7, 8), slice(8, 40))):
+        alone = Meter(layers, CPU, originals(**weights))
+        for one in (part,) if shard else (slice(0, 3), slice(3, 7)):
+            meter.add(x[one], part_of(gap, one), shard)
+            alone.add(x[one], part_of(gap, one))
+        parts.append((part.stop - part.start, alone))
+    meter.add(x, gap, SPARE)  # does not count
+    for member in layers:
+        found = meter.statistics(member)
+        assert found.tokens == 40
+        for name in ("hessian", "magnitude"):
+            total, tokens = torch.zeros(()), 0
+            for count, alone in parts:
+                tokens += count
+                own = getattr(alone.statistics(member), name)
+                total = total * ((tokens - count) / tokens) + own * (count / tokens)
+            torch.testing.assert_close(getattr(found, name), total, rtol=1e-6, atol=1e-7)
+        missing = {"q": gap.x @ weights["q"].T, "k": gap.x @ weights["k"].T + gap.start, "v": gap.end}
+        torch.testing.assert_close(found.drift, missing[member.target.name].T @ x / 40)
+
+
 def test_a_layer_s_statistics_are_the_same_each_time_they_are_asked_for(seen):
     x, gap, layers, weights = seen
     meter = Meter(layers, CPU, originals(**weights))
@@ -100,9 +125,7 @@ def test_large_activations_do_not_overflow_while_they_add_up():
 def test_a_layer_that_has_seen_nothing_has_no_statistics():
     meter = Meter([layer()], CPU)
     assert meter.statistics(layer()) is None
-    meter.add(torch.empty(0, 6))
-    assert meter.statistics(layer()) is None
-    meter.add(torch.zeros(9, 6))  # zeros say nothing either
-    assert meter.statistics(layer()) is None
-    meter.add(torch.ones(1, 6))
-    assert meter.statistics(layer()).tokens == 10
+    for rows in (torch.empty(0, 6), torch.zeros(9, 6)):  # zeros say nothing either
+        meter = Meter([layer()], CPU)
+        meter.add(rows)
+        assert meter.statistics(layer()) is None

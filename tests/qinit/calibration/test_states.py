@@ -3,6 +3,7 @@ import torch
 
 from qinit.calibration.states import Ends, in_front_of
 from qinit.stream.blocks import Blocks
+from qinit.stream.carried import batches_of
 from tests.helpers import calibrated_plan, random_samples
 from tests.models import make_float32
 
@@ -16,7 +17,9 @@ def plan(tmp_path_factory):
 
 def start(plan, directory, number=0, ends=(), sequential=True):
     blocks = Blocks.of(plan, CPU)
-    return in_front_of(blocks, blocks.rows[number], number, random_samples(3), 2, directory, ends, sequential)
+    samples = random_samples(3)
+    batches = list(batches_of(samples, 2))
+    return in_front_of(blocks, blocks.rows[number], number, samples, batches, directory, ends, sequential)
 
 
 def test_one_model_has_one_stream_and_two_have_three(plan, tmp_path):

@@ -147,7 +147,7 @@ def test_what_a_layer_writes_to_is_found_out(family, plan):
             event.repair(event.layer, event.weight)
     config = plan(family).checkpoint.config
     width = next(config[key] for key in ("hidden_size", "n_embd", "d_model") if key in config)
-    found = {inner: kind for (*_, inner), kind in walked.writes.items()}
+    found = {inner: kind for (*_, inner), kind in walked.kinds.known.items()}
     assert found == {inner: written(family, "x." + inner) for inner in found}
     for end in WRITES[family]:
         assert any(("." + inner).endswith("." + end) for inner in found)

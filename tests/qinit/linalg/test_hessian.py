@@ -3,9 +3,27 @@ import torch
 
 from qinit.errors import QinitError
 from qinit.grids.integer.rounding import round_gptq
-from qinit.linalg.hessian import activation_norm, damped_cholesky, without
+from qinit.linalg.hessian import (
+    activation_norm,
+    add_second_moment,
+    damped_cholesky,
+    lower_blocks,
+    squared,
+    without,
+)
 from tests.helpers import gauss
 from tests.layers import correlated, fading, output_error
+
+
+@pytest.mark.parametrize("size", [1, 256, 600])
+def test_a_second_moment_in_blocks_is_that_of_all_tokens(size):
+    x, blocks = gauss(50, size), lower_blocks(size, torch.device("cpu"))
+    assert sum(map(torch.numel, blocks)) <= size * max(256, 0.75 * size)
+    add_second_moment(blocks, x[:20], 0.0, 1 / 20)
+    add_second_moment(blocks, x[20:], 20 / 50, 1 / 50)
+    found = squared(blocks)
+    torch.testing.assert_close(found, x.T @ x / 50)
+    torch.testing.assert_close(found, found.T)
 
 
 class TestWithout:

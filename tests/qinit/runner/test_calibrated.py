@@ -1,6 +1,7 @@
 """Runs with calibration: what is written is what the report says, the same every time, and better."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -136,7 +137,7 @@ class TestReport:
         def unreached(block):
             for event in real(block):
                 is_it = getattr(event, "layer", None) and event.layer.target.name == "model.layers.0.mlp.up_proj"
-                yield type(event)(event.layer, event.weight, None, event.repair) if is_it else event
+                yield replace(event, measured=lambda: None) if is_it else event
 
         monkeypatch.setattr(OpenBlock, "visit", unreached)
         report = quantize(strong_llama, tmp_path / "out", **FEW)

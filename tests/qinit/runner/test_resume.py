@@ -13,7 +13,6 @@ from qinit.workplace.place import partial_of
 from tests.broken_off import RANDOM, RUNS, TEXT, Crash, finish, result_in, start, undisturbed
 from tests.helpers import names
 from tests.models import ENTANGLED, make_checkpoint, make_float32
-from tests.qinit.runner.forking import Forks
 
 KILLS = 5
 
@@ -139,33 +138,32 @@ def arguments(source, out, options):
     return [command, source, "--out", out, "--rank", 4, *(part for part in given if part is not True)]
 
 
-def test_a_real_run_that_is_killed_at_random_moments_ends_with_the_same_bytes(strong_llama, tmp_path):
+def test_a_real_run_that_is_killed_at_random_moments_ends_with_the_same_bytes(forks, strong_llama, tmp_path):
     """KILLS times SIGKILL in all, over runs of five kinds, at any moment of the run but its first quarter, in which the
     options are read and the plan is made."""
     rng, log = random.Random(0), tmp_path / "log"
     kinds = ["data-free", "sequential", "parallel", "mixed", "polish"]
     kills = dict.fromkeys(kinds, 0)
     resumed = 0
-    with Forks(*arguments(strong_llama, tmp_path / "warm", RUNS["polish"])) as forks:
-        for kind in kinds:
-            place = tmp_path / kind
-            place.mkdir()
-            line = arguments(strong_llama, place / "out", RUNS[kind])
-            code, seconds = forks.run(log, *line)
-            assert code == 0, log.read_text()
-            wanted = result_in(place / "out")
-            shutil.rmtree(place / "out")
-            while kills[kind] < KILLS // len(kinds) or not (place / "out").exists():
-                left = KILLS // len(kinds) - kills[kind]
-                code, _ = forks.run(log, *line, kill_after=rng.uniform(0.25, 0.95) * seconds if left else None)
-                resumed += "resuming: " in log.read_text()
-                kills[kind] += code == -9
-                assert code in (0, -9), log.read_text()
-                if (place / "out").exists():  # killed or not: at its name it is whole
-                    assert result_in(place / "out") == wanted, kind
-                    if left:
-                        shutil.rmtree(place / "out")
-                else:
-                    assert code == -9
+    for kind in kinds:
+        place = tmp_path / kind
+        place.mkdir()
+        line = arguments(strong_llama, place / "out", RUNS[kind])
+        code, seconds = forks.run(log, *line)
+        assert code == 0, log.read_text()
+        wanted = result_in(place / "out")
+        shutil.rmtree(place / "out")
+        while kills[kind] < KILLS // len(kinds) or not (place / "out").exists():
+            left = KILLS // len(kinds) - kills[kind]
+            code, _ = forks.run(log, *line, kill_after=rng.uniform(0.25, 0.95) * seconds if left else None)
+            resumed += "resuming: " in log.read_text()
+            kills[kind] += code == -9
+            assert code in (0, -9), log.read_text()
+            if (place / "out").exists():  # killed or not: at its name it is whole
+                assert result_in(place / "out") == wanted, kind
+                if left:
+                    shutil.rmtree(place / "out")
+            else:
+                assert code == -9
     assert sum(kills.values()) == KILLS
     assert resumed >= len(kinds)

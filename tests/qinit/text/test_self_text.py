@@ -179,7 +179,7 @@ def test_too_little_memory(tiny_llama, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory\nTried to allocate")
 
     monkeypatch.setattr("qinit.text.self_text._sample", fail)
-    assert "cpu has too little memory for the model to write 64 texts of 4 tokens" in refusal(tiny_llama, planned=False)
+    assert "cpu has too little memory for the model to write 32 texts of 4 tokens" in refusal(tiny_llama, planned=False)
 
 
 def test_other_errors_are_not_swallowed(tiny_llama, monkeypatch):

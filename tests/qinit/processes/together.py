@@ -1,0 +1,44 @@
+"""A function carried out by several processes that talk to each other, forked from this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+
+def together(count: int, do: Callable[[Any], Any]) -> list[Any]:
+    """Call `do` with the Processes of `count` processes; return what each returned, or the error it raised, by rank."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    started = [context.Process(target=_child, args=(rank, count, port, do, queue)) for rank in range(count)]
+    for process in started:
+        process.start()
+    results = dict(queue.get(timeout=60) for _ in started)
+    for process in started:
+        process.join()
+    return [results[rank] for rank in range(count)]
+
+
+def _child(rank: int, count: int, port: int, do: Callable[[Any], Any], queue: Any) -> None:
+    import torch
+
+    from qinit.processes.join import joined
+
+    torch.set_num_threads(1)
+    words = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in words.items()})
+    result: Any = None
+    try:
+        with joined() as processes:
+            result = do(processes)
+            queue.put((rank, result))
+    except Exception as error:
+        queue.put((rank, error))
+        queue.close()
+        queue.join_thread()
