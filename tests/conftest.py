@@ -141,7 +141,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     Calibration `auto` is none there, and fast, no run is measured at its end, and `qinit verify` loads none, for which
     it would start a process; `qinit.planner.make.choose`, `qinit.runner.run.check` and
-    `qinit.verification.loading.check_loading` are what a test may put back.
+    `qinit.verification.loading.check_loading` are what a test may put back. How long a run will take is said from one
+    call of an operation, and not from a second and a half of them.
     """
     from qinit_cli import main
 
@@ -152,6 +153,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(directory)
     monkeypatch.setattr("qinit.planner.make.choose", lambda plan, device: Choice("none", ""))
     monkeypatch.setattr("qinit.runner.run.check", _no_check)
+    monkeypatch.setattr("qinit.planner.operations.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("qinit.planner.operations.MOST_SECONDS", 0.0)
     monkeypatch.setattr("qinit.verification.loading.check_loading", lambda *_, **__: iter(()))
 
     def call(*arguments: Any) -> tuple[int, str, str]:
