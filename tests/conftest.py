@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,16 @@ def _no_check(job: Any) -> Generator[Any, None, None]:
     yield
 
 
+@pytest.fixture(scope="session")
+def tree() -> Any:
+    """Return a function that makes typer's commands of an app, once: it takes longer than most commands run."""
+    import typer.main
+
+    return cache(typer.main.get_command)
+
+
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def command(tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return a function that runs `qinit ARGUMENTS` in an empty directory: (exit code, stdout, stderr).
 
     Calibration `auto` is none there, and fast, no run is measured at its end, and `qinit verify` loads none, for which
@@ -161,6 +170,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(directory)
     monkeypatch.setattr("qinit.planner.make.choose", lambda plan, device: Choice("none", ""))
     monkeypatch.setattr("qinit.runner.run.check", _no_check)
+    monkeypatch.setattr("typer.main.get_command", tree)
     monkeypatch.setattr("qinit.planner.operations.LEAST_SECONDS", 0.0)
     monkeypatch.setattr("qinit.planner.operations.MOST_SECONDS", 0.0)
     monkeypatch.setattr("qinit.verification.loading.check_loading", lambda *_, **__: iter(()))
