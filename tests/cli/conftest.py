@@ -1,4 +1,4 @@
-"""Fixtures of tests of `qinit compare`."""
+"""Fixtures of tests of several commands."""
 
 import shutil
 import sys
@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from qinit.planner.auto import choose
 from tests.compared import STARTS, TEXT, TRAINING, TUNING
 from tests.models import words
+
+
+@pytest.fixture
+def auto(command, monkeypatch):
+    """Let `auto` choose as it does for users; the machine is always fast and empty."""
+    monkeypatch.setattr("qinit.planner.make.choose", choose)
+    monkeypatch.setattr("qinit.planner.auto.free_memory", lambda device: 10**10)
 
 
 @pytest.fixture
