@@ -3,20 +3,22 @@
     python benchmarks/gpu.py [--device cuda] [--parts card,parity,...] [--tiny] [--json FILE]
 
 The model has Llama-3.1-8B's shapes, 4 of its 32 blocks, and random weights, which are drawn on the device and written
-to a temporary directory (4 GB). A whole run is 4 blocks' run with the time between its first and its last block eight
-times over. The parts come in the order of what they are worth, and each is printed and kept as soon as it is there.
+to a temporary directory (4 GB). The time of a whole run is that of 4 blocks, and 28 times what these take more than 2,
+halved. The parts come in the order of what they are worth, and each is printed and kept as soon as it is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ from common import conclude
 from safetensors.torch import load_file, save_file
 
 from qinit.clock import Clock
-from qinit.events import Done
+from qinit.machine import CPU
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.run import run
+from qinit.solver.methods import get_method
 from qinit.solver.solve import solve
+from qinit.solver.spec import LayerSpec, Solution
 from qinit.solver.statistics import Statistics
 from qinit.text.self_text import write_text
 
@@ -101,15 +105,42 @@ def make_model(directory: Path, config: dict[str, Any], device: torch.device) ->
             shapes[f"{prefix}mlp.{name}_proj"] = shape
         norms += [prefix + "input_layernorm", prefix + "post_attention_layernorm"]
     generator = torch.Generator(device).manual_seed(0)
-    tensors = {}
+    shards: dict[str, dict[str, torch.Tensor]] = {}
     for name, shape in shapes.items():
         drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * 0.02
-        tensors[f"{name}.weight"] = drawn.to(torch.bfloat16).cpu()
-    tensors |= {f"{name}.weight": torch.ones(width, dtype=torch.bfloat16) for name in norms}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        shards.setdefault(shard_of(name), {})[f"{name}.weight"] = drawn.to(torch.bfloat16).cpu()
+    for name in norms:
+        shards[shard_of(name)][f"{name}.weight"] = torch.ones(width, dtype=torch.bfloat16)
+    for file, tensors in shards.items():
+        save_file(tensors, directory / file, {"format": "pt"})
+    write_index(directory, {name: file for file, tensors in shards.items() for name in tensors})
     kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps({**kind, **ids, **config}))
+
+
+def shard_of(name: str) -> str:
+    """Every block has a file of its own, so that a model of fewer blocks is a directory of (hard) links."""
+    return f"block-{name.split('.')[2]}.safetensors" if name.startswith("model.layers.") else "ends.safetensors"
+
+
+def write_index(directory: Path, files: dict[str, str]) -> None:
+    index = {"metadata": {"total_size": 0}, "weight_map": files}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def shortened(source: Path, blocks: int) -> Path:
+    """Return the same model with its first blocks alone."""
+    directory = source.with_name(f"{source.name}-{blocks}")
+    directory.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": blocks}))
+    files = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    kept = {*(f"block-{i}.safetensors" for i in range(blocks)), "ends.safetensors"}
+    write_index(directory, {name: file for name, file in files.items() if file in kept})
+    for file in kept:
+        (directory / file).hardlink_to(source / file)
+    return directory
 
 
 def card(setting: Setting) -> dict[str, Any]:
@@ -128,31 +159,81 @@ def card(setting: Setting) -> dict[str, Any]:
 
 
 def parity(setting: Setting) -> dict[str, Any]:
-    """The same tiny model on the CPU and on the device: how many codes differ, and by how much the errors do."""
+    """The same layer, from the same statistics, and the same tiny model, on the CPU and on the device: the share of
+    codes that differ, and by how much of itself the error does. A code that falls to the other side by a last bit is
+    fed back to those after it, so that codes part and the error must not."""
+    found = {"a layer": layer_parity(setting.device)}
     source = setting.place / "tiny"
     make_model(source, TINY, torch.device("cpu"))
-    found = {}
+    samples = {"calibration": "random", "calibration_samples": 16, "calibration_length": 64}
     for name, options in (
         ("without data", {"calibration": "none"}),
-        ("calibrated", {"calibration": "random", "calibration_samples": 16, "calibration_length": 64}),
-        ("polished", {"calibration": "random", "calibration_samples": 16, "calibration_length": 64, "polish": 4}),
+        ("calibrated", samples),
+        ("polished", {**samples, "polish": 4}),
     ):
         reports, codes = [], []
         for device in ("cpu", str(setting.device)):
             out = setting.place / f"parity-{name.replace(' ', '-')}-{len(reports)}"
             recipe = make_recipe(**{**RECIPE, "model": str(source), "device": device, **options})
             *_, last = run(make_plan(recipe, source, "tiny"), out)
-            reports.append(last.report)
+            reports.append([layer.output_error or layer.error for layer in last.report.layers])
             tensors = load_file(out / "model.safetensors")
             codes.append(torch.cat([t.flatten() for n, t in sorted(tensors.items()) if n.endswith("qweight")]))
         different = codes[0] ^ codes[1]
         fields = sum(int(((different >> shift) & 3).ne(0).sum()) for shift in range(0, 32, 2))
-        pairs = zip(reports[0].layers, reports[1].layers, strict=True)
         found[name] = {
             "codes that differ": fields / (16 * len(codes[0])),
-            "largest difference of an error": max(abs(one.error - other.error) for one, other in pairs),
+            "largest difference of a layer's error": max(abs(a / b - 1) for a, b in zip(*reports, strict=True)),
+            "difference of the mean error": abs(sum(reports[0]) / sum(reports[1]) - 1),
         }
     return found
+
+
+def layer_parity(device: torch.device) -> dict[str, Any]:
+    """Return the largest differences over widths, with data and without."""
+    weight, known = layer_of()
+    there = Statistics(known.hessian.to(device), known.magnitude.to(device), known.tokens, known.drift.to(device))
+    return largest(
+        apart(*(solve(weight.to(place), spec_of(bits, given), 0, given) for place, given in pair))
+        for bits in (2, 3, 4)
+        for pair in (((CPU, None), (device, None)), ((CPU, known), (device, there)))
+    )
+
+
+def last_bits(setting: Setting) -> dict[str, Any]:
+    """What one part in ten million of the statistics moves, on the CPU alone: to hold the layer of `parity` against."""
+    weight, known = layer_of()
+    found = {}
+    for bits in (2, 3, 4):
+        first, others = solve(weight, spec_of(bits, known), 0, known), []
+        for seed in range(3):
+            noise = 1 + 1e-7 * torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(seed))
+            other = replace(known, hessian=known.hessian * noise[:, None] * noise)
+            others.append(apart(first, solve(weight, spec_of(bits, other), 0, other)))
+        found[f"{bits} bits"] = largest(others)
+    return found
+
+
+def layer_of() -> tuple[torch.Tensor, Statistics]:
+    shape = 512, 768
+    weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return weight, make_statistics(shape, CPU)
+
+
+def spec_of(bits: int, statistics: Statistics | None) -> LayerSpec:
+    method = get_method("eqft", calibrated=statistics is not None)
+    return LayerSpec(method, bits, 64, 16, method.iterations)
+
+
+def apart(one: Solution, other: Solution) -> dict[str, float]:
+    a, b = (solution.output_error or solution.error for solution in (one, other))
+    codes = (solution.quantized.codes.cpu() for solution in (one, other))
+    return {"codes that differ": float(torch.ne(*codes).float().mean()), "difference of the error": abs(a / b - 1)}
+
+
+def largest(found: Iterable[dict[str, float]]) -> dict[str, float]:
+    rows = list(found)
+    return {name: max(row[name] for row in rows) for name in rows[0]}
 
 
 def layers(setting: Setting) -> dict[str, Any]:
@@ -183,15 +264,9 @@ def calibrated_layers(setting: Setting) -> dict[str, Any]:
     for shape, layer in sorted(first.items(), key=lambda pair: math.prod(pair[0])):
         weight, spec = layer.target.tensor.read().to(setting.device, torch.float32), plan.layer_spec(layer)
         statistics = make_statistics(shape, setting.device)
-        if not found:
-            side = min(256, *shape)  # the first call compiles
-            solve(weight[:side, :side].contiguous(), spec, 0, make_statistics((side, side), setting.device))
-        wait(setting.device)
-        started = time.perf_counter()
-        solve(weight, spec, 0, statistics)
-        wait(setting.device)
-        found[" x ".join(map(str, shape))] = time.perf_counter() - started
-        print(shape, found[" x ".join(map(str, shape))], flush=True)
+        found[" x ".join(map(str, shape))] = timed(
+            setting.device, lambda weight=weight, spec=spec, known=statistics: solve(weight, spec, 0, known)
+        )
     whole = sum(found[" x ".join(map(str, shape))] * count for shape, count in counts.items())
     return {**found, f"{BLOCKS} blocks": whole * BLOCKS / setting.model["num_hidden_layers"]}
 
@@ -217,7 +292,8 @@ def calibrated(setting: Setting) -> dict[str, Any]:
     samples = {"calibration_samples": setting.samples, "calibration_length": setting.length}
     found = whole_run(setting, {"calibration": "random", **samples})
     config, tokens = setting.model, setting.samples * setting.length
-    block = config["hidden_size"] ** 2 * 2 + 3 * config["hidden_size"] * config["intermediate_size"]
+    keys = config["hidden_size"] * config["num_key_value_heads"] // config["num_attention_heads"]
+    block = config["hidden_size"] * (2 * config["hidden_size"] + 2 * keys + 3 * config["intermediate_size"])
     found["TFLOP/s forward, of a block's matrix products"] = (
         2.7 * 2 * block * tokens * config["num_hidden_layers"] / max(found["split"].get("forward", 0.0), 1e-9) / 1e12
     )
@@ -225,50 +301,58 @@ def calibrated(setting: Setting) -> dict[str, Any]:
 
 
 def whole_run(setting: Setting, options: dict[str, Any]) -> dict[str, Any]:
-    """Quantize from disk to disk; the seconds of 4 blocks, and of the whole model from these."""
-    out = setting.place / f"run-{options['calibration']}"
-    recipe = make_recipe(**{**RECIPE, "model": str(setting.source), "device": str(setting.device), **options})
-    peak(setting.device)
-    started, ends = time.perf_counter(), {}
-    with Clock() as clock:
-        for event in run(make_plan(recipe, setting.source, "model"), out):
-            now = time.perf_counter() - started
-            if isinstance(event, Done) and ".layers." in event.name and event.row is not None:
-                ends[int(event.name.split(".layers.")[1].split(".")[0])] = now
-        wait(setting.device)
-    seconds = time.perf_counter() - started
-    blocks = setting.model["num_hidden_layers"]
-    each = (ends[blocks - 1] - ends[0]) / (blocks - 1)
-    split = {name: round(value, 3) for name, value in clock.split().items()}
-    return {
-        **{f"{blocks} blocks": seconds, "a block": each, f"{BLOCKS} blocks": seconds + each * (BLOCKS - blocks)},
-        **{"split": split, "peak, GB": peak(setting.device)},
-    }
+    """Quantize from disk to disk: the seconds of half of the blocks, of all, and of the whole model from these."""
+    split: dict[str, float] = {}
+
+    def quantize(source: Path) -> None:
+        out = setting.place / f"run-{options['calibration']}-{source.name}"
+        recipe = make_recipe(**{**RECIPE, "model": str(source), "device": str(setting.device), **options})
+        with Clock() as clock:
+            for _ in run(make_plan(recipe, source, "model"), out):
+                pass
+            wait(setting.device)
+        split.update({name: round(value, 3) for name, value in clock.split().items()})
+        shutil.rmtree(out)
+
+    return {**two_sizes(setting, quantize), "split": split}
 
 
 def own_text(setting: Setting) -> dict[str, Any]:
-    """Seconds for the model to write the text; that of the whole one is what blocks take more."""
-    peak(setting.device)
-    started = time.perf_counter()
-    write_text(setting.source, 1, samples=setting.samples, length=setting.length, seed=0, device=setting.device)
-    seconds = time.perf_counter() - started
+    """Seconds for the model to write the text, loading included."""
+    options = {"samples": setting.samples, "length": setting.length, "seed": 0, "device": setting.device}
+    return two_sizes(setting, lambda source: write_text(source, 1, **options))
+
+
+def two_sizes(setting: Setting, do: Callable[[Path], Any]) -> dict[str, Any]:
+    """Return the seconds for a model of half of the blocks (the second time, as the first loads and compiles what is
+    needed), for one of all, and from these two for the whole model; and the peak of the device's memory."""
     blocks = setting.model["num_hidden_layers"]
+    half = setting.place / f"model-{blocks // 2}"
+    half = half if half.exists() else shortened(setting.source, blocks // 2)
+    seconds = []
+    for source in (half, half, setting.source):
+        gc.collect()
+        peak(setting.device)
+        started = time.perf_counter()
+        do(source)
+        seconds.append(time.perf_counter() - started)
+    each = (seconds[2] - seconds[1]) / (blocks - blocks // 2)
     return {
-        **{f"{blocks} blocks": seconds, f"at most, {BLOCKS} blocks": seconds * BLOCKS / blocks},
-        "peak, GB": peak(setting.device),
+        "the first time beside the second": seconds[0] - seconds[1],
+        **{f"{blocks // 2} blocks": seconds[1], f"{blocks} blocks": seconds[2], "a block more": each},
+        **{f"{BLOCKS} blocks": seconds[2] + each * (BLOCKS - blocks), "peak, GB": peak(setting.device)},
     }
 
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
-    **{
-        "card": card,
-        "parity": parity,
-        "layers": layers,
-        "calibrated layers": calibrated_layers,
-        "without data": without_data,
-        "calibrated": calibrated,
-    },
+    "card": card,
+    "parity": parity,
+    "layers": layers,
+    "calibrated layers": calibrated_layers,
+    "without data": without_data,
+    "calibrated": calibrated,
     "own text": own_text,
+    "last bits": last_bits,
 }
 
 

@@ -21,7 +21,7 @@ from qinit.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "model_zoo" / "results"
-PAGES = ("README.md", "docs/families.md", "docs/study.md")
+PAGES = ("README.md", "docs/after-training.md", "docs/families.md", "docs/study.md")
 FILES = (*(ROOT / page for page in PAGES), *sorted((ROOT / "docs" / "results").glob("*.md")))
 BLOCK = re.compile(
     r"(?P<begin><!-- results:(?P<name>[\w.-]+)(?::(?P<view>[\w-]+))? -->\n).*?(?P<end><!-- /results -->)", re.DOTALL

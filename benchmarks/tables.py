@@ -319,6 +319,20 @@ def snndlft(result: Result) -> list[Table]:
     return [Table(title, [*header, "peak MB", "spike rate", "nJ / token", "nJ without spikes"], rows)]
 
 
+def combined(result: Result) -> list[Table]:
+    """Two adapters made one: the loss of either text as PEFT combines them and with the start once."""
+    texts, rows = result["texts"], []
+    for row in result["rows"]:
+        kinds = ("naive", "ours") if "weights" in row else ("losses",)
+        figures = [f"{row[kind][text]:.3f}" for kind in kinds for text in texts]
+        weights = ", ".join(f"{weight:g}" for weight in row.get("weights", ()))
+        rows.append([weights or "-", row["what"], *(figures if len(kinds) == 2 else ["-"] * len(texts) + figures)])
+    title = f"{result['model']}, 2 bits, rank 16, {result['steps']} steps at {result['rate']:g}, density "
+    title += f"{result['density']:g}; loss in nats per token"
+    header = ["weights", "what", *(f"PEFT: {text}" for text in texts), *(f"start once: {text}" for text in texts)]
+    return [Table(title, header, rows)]
+
+
 def _spread(values: list[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
@@ -327,7 +341,7 @@ KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
     **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
-    "snndlft": snndlft,
+    **{"snndlft": snndlft, "combined": combined},
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

@@ -1,4 +1,4 @@
-"""`qinit merge`: a finished run and an adapter on it as one ordinary model."""
+"""`qinit merge`: a finished run and an adapter on it as one ordinary model, or several adapters as one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from qinit_cli.combine import merge_adapters
 from qinit_cli.eqft import interruptible, typed
-from qinit_cli.options import AS_JSON, DEBUG, RUN, TRUSTED
+from qinit_cli.options import AS_JSON, DEBUG, TRUSTED
 
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
@@ -19,9 +20,20 @@ if TYPE_CHECKING:
     from qinit.report.merged import MergeReport
 
 
+TOGETHER = "Several adapters of one base, as one adapter"
+
+
 def merge(
-    directory: RUN,
-    out: Annotated[Path, typer.Option(metavar="OUT", help="Where the merged model goes.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="Where the result goes.", show_default=False)],
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DIR",
+            help="A run's directory, which holds qinit.json. With --adapters what they were trained from, where "
+            "that is not what they name as their base.",
+            show_default=False,
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -48,6 +60,33 @@ def merge(
     device: Annotated[
         str | None, typer.Option(help="Of --requantize: auto, cpu, cuda or cuda:N.", show_default="auto")
     ] = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Adapters that were trained on one base, as PEFT saved them.",
+            show_default=False,
+            rich_help_panel=TOGETHER,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="X,Y", help="A number for each of them.", show_default=False, rich_help_panel=TOGETHER),
+    ] = None,
+    combination: Annotated[
+        str | None,
+        typer.Option(
+            help="linear, svd, ties, dare_ties, dare_linear or magnitude_prune, as PEFT's add_weighted_adapter.",
+            show_default="linear",
+            rich_help_panel=TOGETHER,
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help="The share of values that all but linear and svd keep.", show_default="0.5", rich_help_panel=TOGETHER
+        ),
+    ] = None,
     trust_remote_code: TRUSTED = False,
     json_output: AS_JSON = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
@@ -57,12 +96,30 @@ def merge(
 
     Never into the 16-bit original, which nobody trained on. The adapter may come from any trainer. A merge that was
     broken off goes on with the same command.
+
+    With --adapters, several adapters of one base become one: what training added to each, weighted, and the start that
+    all of them had once.
     """
     from qinit_cli.draw import Screen
     from qinit_cli.hush import hush
 
     hush()
     from qinit.errors import RecipeError
+
+    own = {"--weights": weights, "--combination": combination, "--density": density}
+    if adapters is not None:
+        others = {"--adapter": adapter, "--dtype": dtype, "--requantize": requantize}
+        _require_none({**others, "--max-shard-size": max_shard_size, "--device": device}, "a merge into the base")
+        merge_adapters(
+            *(directory, out, adapters, weights, combination, density),
+            trust_remote_code=trust_remote_code,
+            json_output=json_output,
+            quiet=quiet,
+        )
+        return
+    _require_none(own, "--adapters, which is not given")
+    if directory is None:
+        raise RecipeError("DIR: missing; give a run's directory, or several adapters with --adapters A,B")
     from qinit.merge.plan import plan_merge
     from qinit.merge.requantize import recipe_for
     from qinit.merge.run import Merged, check_place
@@ -91,6 +148,13 @@ def merge(
     _draw(screen, report, out)
     if json_output:
         sys.stdout.write(json.dumps({"directory": str(out.resolve()), **asdict(report)}) + "\n")
+
+
+def _require_none(options: dict[str, Any], about: str) -> None:
+    from qinit.errors import RecipeError
+
+    if given := [name for name, value in options.items() if value is not None]:
+        raise RecipeError(f"{given[0]}: is about {about}")
 
 
 def _follow(screen: Screen, progress: Any, task: Any, event: Any) -> None:

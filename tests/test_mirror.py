@@ -1,4 +1,4 @@
-"""Every module of qinit and of the command line has a test file of its own, or stands here with the reason."""
+"""Every module of qinit, command line and examples has a test file of its own, or stands here with the reason."""
 
 from pathlib import Path
 
@@ -30,6 +30,7 @@ ELSEWHERE = {
         for name in ("awq", "bitsandbytes", "compressed_tensors")
     },
     "qinit/grids/integer/block.py": "data alone",
+    "qinit/grids/integer/triton_steps.py": "runs inside of the kernels of the two files beside it, which are tested",
     "qinit/plan/limits.py": "data alone",
     **{
         f"qinit/servers/{name}.py": "data alone; tests/qinit/verification/test_serving.py holds directories against it"
@@ -52,7 +53,7 @@ ELSEWHERE = {
 
 def modules() -> list[str]:
     """Return the modules that do something, as paths from the root."""
-    paths = (path for package in ("qinit", "cli") for path in (ROOT / package).rglob("*.py"))
+    paths = (path for package in ("qinit", "cli", "examples") for path in (ROOT / package).rglob("*.py"))
     return sorted(path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py")
 
 

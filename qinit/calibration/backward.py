@@ -18,6 +18,7 @@ from qinit.calibration.activations import unpadded, weight_in
 from qinit.calibration.experts import parameters_of
 from qinit.events import Measuring
 from qinit.files.tensors import slice_name
+from qinit.machine import fast_products
 from qinit.plan.limits import GRADIENT_BATCH_TOKENS, GRADIENT_LENGTH, GRADIENT_LOGITS_BYTES, GRADIENT_SAMPLES
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.source.products import Product, Products, one_by_one
@@ -160,8 +161,15 @@ class Probe(ABC):
             return (rows * noise).sum() / rows.detach().square().sum(-1).mean().sqrt()
         rows = unpadded(logits, self.mask).float().log_softmax(-1)
         require_number(rows.detach().sum(), "the model's output")
-        labels = torch.multinomial(rows.detach().exp().cpu(), 1, generator=self.generator)
-        return -rows.gather(1, labels.to(rows.device)).sum()
+        return -rows.gather(1, drawn(rows.detach().exp(), self.generator)[:, None]).sum()
+
+
+def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a label for each row of probabilities [tokens, vocabulary], by a number of the CPU's `generator`: the same
+    on every device, but for ties."""
+    up_to = probabilities.cumsum(-1)
+    chance = torch.rand(len(up_to), 1, generator=generator).to(up_to.device)
+    return torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp(max=up_to.shape[1] - 1)[:, 0]
 
 
 def backward(make: Callable[[], Any], scratch: Path | None) -> Generator[Measuring, None, Any]:
@@ -243,7 +251,7 @@ class _Pass:
             return
         self.calls = front.calls
         shape = tuple(front.hidden.states.shape)
-        later = [Carried(shape, self.place / str(i + 1), self.streams) for i in range(len(self.row))]
+        later = [Carried(shape, self.place / str(i + 1), self.streams, probe.device) for i in range(len(self.row))]
         self.states = [front.hidden, *later]
         for index in range(len(self.row)):
             block = self.row.load(index)
@@ -254,7 +262,7 @@ class _Pass:
         self.end = self.states[-1]
         # Behind the last row nobody asks for the states again.
         last = self.row is self.blocks.rows[-1]
-        self.gradient = self.end if last else Carried(shape, self.place / "gradient", self.streams)
+        self.gradient = self.end if last else Carried(shape, self.place / "gradient", self.streams, probe.device)
 
     def back(self, before: Sequence[_Pass], done: int, count: int) -> Iterator[Measuring]:
         """Take the gradient back through the blocks, and on to the ends of the rows before, where these are read;
@@ -287,7 +295,9 @@ class _Pass:
                     probe.mask = batch.mask
                     hidden = self.states[index].read(batch).to(device, copy=True).requires_grad_()
                     given = [value.clone().requires_grad_() for value in self.calls.read(batch)]
-                    run(batch, hidden=hidden, given=given).backward(self.gradient.read(batch).to(device))
+                    output, gradient = run(batch, hidden=hidden, given=given), self.gradient.read(batch).to(device)
+                    with fast_products(device):
+                        output.backward(gradient)
                     self.gradient.write(batch, _gradient(hidden))
                     for total, value in zip(made, given, strict=True):
                         total.write(batch, total.read(batch).to(device) + _gradient(value))
@@ -317,7 +327,9 @@ class _Pass:
 
 
 def _zeros(states: Carried, streams: int) -> Carried:
-    other = Carried(tuple(states.states.shape), states.file.with_name(f"{states.file.name}-gradient"), streams)
+    other = Carried(
+        tuple(states.states.shape), states.file.with_name(f"{states.file.name}-gradient"), streams, states.device
+    )
     other.states.zero_()
     return other
 

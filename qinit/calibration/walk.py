@@ -370,7 +370,9 @@ class OpenBlock:
             sizes = [other.layers[0].target.module for other in kept]
             width = sum(size.in_features for size in sizes)
             width += sum(size.out_features for size, other in zip(sizes, kept, strict=True) if self._read_before(other))
-            self.shelf = Shelf(self.walk.directory / "shelf", 4 * width * self.walk.samples.tokens.numel())
+            self.shelf = Shelf(
+                self.walk.directory / "shelf", 4 * width * self.walk.samples.tokens.numel(), self.walk.device
+            )
         self.shelf.put(group.inner, batch.start, x)
         if added_to is not None:
             self.shelf.put(f"{group.inner}+", batch.start, added_to)

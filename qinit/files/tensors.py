@@ -12,7 +12,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from io import FileIO
+from itertools import cycle
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 
 from qinit.errors import CheckpointError
 from qinit.files.reading import open_regular, parse_json
+from qinit.machine import CPU
 
 INDEX_NAME = "model.safetensors.index.json"
 CHUNK_BYTES = 16 << 20
@@ -101,6 +104,12 @@ class StoredTensor(TensorSpec):
                 _read_into(handle, buffer, self)
                 yield buffer
 
+    def announce(self) -> None:
+        """Have the system fetch it from the disk while something else is done, where it can."""
+        if hasattr(os, "posix_fadvise"):
+            with _open(self.file) as handle:
+                os.posix_fadvise(handle.fileno(), self.offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+
     def first_bytes(self, count: int) -> bytes:
         """Read the first `count` bytes of its data, or all if it has fewer."""
         buffer = torch.empty(min(count, self.nbytes), dtype=torch.uint8)
@@ -109,12 +118,19 @@ class StoredTensor(TensorSpec):
             _read_into(handle, buffer, self)
         return buffer.numpy().tobytes()
 
-    def read(self) -> torch.Tensor:
-        """Read the whole tensor in its stored dtype."""
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+    def read(self, device: torch.device = CPU) -> torch.Tensor:
+        """Read the whole tensor in its stored dtype, to the device."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         with _open(self.file) as handle:
             handle.seek(self.offset)
-            _read_into(handle, buffer, self)
+            if device.type == "cuda":
+                for part, stage in zip(buffer.split(CHUNK_BYTES), cycle(_stages(device)), strict=False):
+                    stage.done.synchronize()
+                    _read_into(handle, stage.buffer[: len(part)], self)
+                    part.copy_(stage.buffer[: len(part)], non_blocking=True)
+                    stage.done.record(torch.cuda.current_stream(device))
+            else:
+                _read_into(handle, buffer, self)
         return buffer.view(self.dtype).reshape(self.shape)
 
 
@@ -129,8 +145,8 @@ class Strand(StoredTensor):
     def step(self) -> int:
         return self.whole.numel // self.numel
 
-    def read(self) -> torch.Tensor:
-        return self.whole.read().flatten()[self.first :: self.step].contiguous().reshape(self.shape)
+    def read(self, device: torch.device = CPU) -> torch.Tensor:
+        return self.whole.read(device).flatten()[self.first :: self.step].contiguous().reshape(self.shape)
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[torch.Tensor]:
         yield from self.read().flatten().view(torch.uint8).split(size)
@@ -140,6 +156,24 @@ class Strand(StoredTensor):
         whole = self.whole.read().flatten()
         whole[self.first :: self.step] = raw.view(self.dtype)
         return whole.view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Memory that a GPU copies from by itself, on its way to `done`: twice as fast as from other memory, and asked for
+    once."""
+
+    buffer: torch.Tensor
+    done: torch.cuda.Event
+
+
+@cache
+def _stages(device: torch.device) -> tuple[_Stage, ...]:
+    """Return two, of which one is filled while the other is copied."""
+    with torch.cuda.device(device):
+        return tuple(
+            _Stage(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
+        )
 
 
 def slice_name(name: str, index: int) -> str:

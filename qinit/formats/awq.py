@@ -56,7 +56,7 @@ class AwqReader(Reader):
         self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any], device: torch.device
     ) -> torch.Tensor:
         _, group_size = self.grid_of(module, parts, config)
-        qweight, qzeros, scales = (read_finite(parts[part]).to(device) for part in self.parts)
+        qweight, qzeros, scales = (read_finite(parts[part], device) for part in self.parts)
         zeros, scales = _unpacked(qzeros, module.out_features), scales.float()
         result = torch.empty((module.out_features, module.in_features), device=device)
         for rows in row_chunks(module.in_features, module.out_features):

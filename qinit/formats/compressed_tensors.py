@@ -76,7 +76,7 @@ class CompressedTensorsReader(Reader):
     ) -> torch.Tensor:
         bits, group_size = self.grid_of(module, parts, config)
         outputs, inputs = module.out_features, module.in_features
-        packed, stored = (read_finite(parts[part]).to(device) for part in self.parts)
+        packed, stored = (read_finite(parts[part], device) for part in self.parts)
         scales = stored.float().reshape(-1, inputs // group_size).expand(outputs, -1)
         zeros = torch.full_like(scales, float(1 << (bits - 1)))  # of the codes as they are packed
         if ZEROS in parts:

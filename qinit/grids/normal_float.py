@@ -49,7 +49,7 @@ class NormalFloatGrid(Grid):
         codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
         scales = torch.empty((rows, -(-columns // group_size)), device=weight.device)
         residual = torch.empty_like(weight)
-        for part in row_chunks(rows, columns):
+        for part in row_chunks(rows, columns, device=weight.device):
             x = grouped(target[part], group_size)
             scale = x.abs().amax(-1)
             if search == "mse":
@@ -64,7 +64,7 @@ class NormalFloatGrid(Grid):
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         table = levels(quantized.bits).to(quantized.codes.device)
         result = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
-        for rows in row_chunks(*result.shape):
+        for rows in row_chunks(*result.shape, device=result.device):
             values = table[grouped(quantized.codes[rows], quantized.group_size).int()]
             result[rows] = (values * quantized.scales[rows, :, None]).flatten(1)[:, : result.shape[1]]
         return result

@@ -21,7 +21,8 @@ def corrected(weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor) -
     have left of their own error (as GPTAQ's asymmetric calibration, arXiv:2504.02692, equation 6, here for the
     residual stream too), in so far as that H vouches for it."""
     half = torch.linalg.solve_triangular(factor.T, drift, upper=True, left=False)
-    return torch.linalg.solve_triangular(factor, half, upper=False, left=False).add_(weight)
+    # The solver returns columns side by side; the kernels take rows.
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False).contiguous().add_(weight)
 
 
 def output_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -66,7 +67,7 @@ def activation_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
     """Return sqrt(tr(E H E')) for E = `matrix` [out, in] and H = `hessian` [in, in], in float64: with H = E[x x'], the
     root of the layer's expected squared output error."""
     hessian, total = hessian.double(), 0.0
-    for rows in row_chunks(*matrix.shape):
+    for rows in row_chunks(*matrix.shape, device=matrix.device):
         part = matrix[rows].double()
         total += float(((part @ hessian) * part).sum())
     return max(total, 0.0) ** 0.5

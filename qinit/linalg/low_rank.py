@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.nn import functional
 
 OVERSAMPLE = 8  # extra directions: the r wanted ones converge at the rate of the (r + 8)-th singular value
 COLD_STEPS = 4
@@ -121,6 +122,17 @@ def full_svd(matrix: torch.Tensor, rank: int) -> Approximation:
     """The exact truncated SVD (Eckart-Young): what the published methods use, and the tests' reference."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return _balanced(U, S, Vh, rank, basis=Vh[: rank + OVERSAMPLE].T)
+
+
+def truncated(factors: LowRank, rank: int) -> LowRank:
+    """Return the same of a product B A (Eckart-Young), balanced, from its factors alone: the product [out, in] is never
+    made. Directions beyond min(out, in) are zero."""
+    left, upper = torch.linalg.qr(factors.B)
+    right, lower = torch.linalg.qr(factors.A.T)
+    small = full_svd(upper @ lower.T, rank).factors
+    missing = rank - len(small.A)
+    A, B = functional.pad(small.A, (0, 0, 0, missing)), functional.pad(small.B, (0, missing))
+    return LowRank(B=left @ B, A=A @ right.T)
 
 
 def _balanced(U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, rank: int, basis: torch.Tensor) -> Approximation:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME
+from qinit.adapters import CONFIG_NAME
 from qinit.adapters.trained import read_trained
-from qinit.errors import CheckpointError, ReportError
+from qinit.errors import CheckpointError
+from qinit.files.manifest import MANIFEST_NAME, bytes_sum, file_sum, read_manifest
 from qinit.files.tensors import StoredTensor
-from qinit.report.report import Report
-from qinit.source.checkpoint import read_json
+from qinit.source.checkpoint import read_json, weight_files
 from qinit.stock.adapting import Refused, adapt
 from qinit.stock.skeleton import Skeleton
 from qinit.trial.names import shown
@@ -44,29 +45,35 @@ def require_names(
         )
 
 
-def require_made_for(adapter: Path, settings: dict[str, Any], run: Path, report: Report) -> str | None:
-    """Compare the base that an adapter names with a run's; returns what is to be known where neither the directory nor
+def require_made_for(
+    adapter: Path, settings: dict[str, Any], base: Path, own: str | None = None, source: str | None = None
+) -> str | None:
+    """Compare the base that an adapter names with `base`; returns what is to be known where neither the directory nor
     the name can be compared. Raises CheckpointError for another one.
 
-    The run itself, wherever it lies now: the directory that is named is it, or holds the same layers with the same
-    errors; or the name is the one that the run's own adapter has, as it was when the run was made or pushed. What lies
-    in the run's directory belongs to it.
+    The base itself, wherever it lies now: the directory that is named is it, or holds the same weights by their sums;
+    or the name is `own`, the one that the start has, as it was when the run was made or pushed. What lies in the base's
+    directory belongs to it. `source` is the 16-bit model that the base was made from.
     """
-    if run.resolve() in adapter.resolve().parents:
+    if base.resolve() in adapter.resolve().parents:
         return None
     named = settings.get(BASE_KEY)
     if not isinstance(named, str) or not named:
         return f"the adapter names no base, so that it was compared by names and shapes alone: {adapter}"
-    start = run / ADAPTER_DIRECTORY / CONFIG_NAME
-    own = read_json(start, "").get(BASE_KEY) if start.is_file() else None  # pushed with a trained one, it has none
-    if named == own or Path(named).resolve() == run.resolve():
+    if named == own or Path(named).resolve() == base.resolve():
         return None
     if Path(named).is_dir():
-        if _is_same(Path(named), report):
+        theirs, ours = base_sum(Path(named)), base_sum(base)
+        if theirs == ours:
             return None
-        raise _other(adapter, named, run, "which is another model")
-    if named == report.source.get("model"):
-        raise _other(adapter, named, run, "the 16-bit model that the run was made from, and not the run's base")
+        raise _other(
+            adapter,
+            named,
+            base,
+            f"which is another model (its weights have the sum {theirs[:12]}..., not {ours[:12]}...)",
+        )
+    if named == source:
+        raise _other(adapter, named, base, "the 16-bit model that the run was made from, and not the run's base")
     if not PurePath(named).is_absolute() and _ends_with(str(own), named):
         return None  # as it was given, from the directory where the trainer ran
     return (
@@ -75,18 +82,27 @@ def require_made_for(adapter: Path, settings: dict[str, Any], run: Path, report:
     )
 
 
-def open_adapter(adapter: Path) -> dict[str, Any]:
-    """Return the configuration of a saved adapter. Raises CheckpointError for what is none."""
+def named_base(adapter: Path) -> str | None:
+    """Return the base that an adapter's directory names, None where it names none or holds no adapter."""
+    file = adapter / CONFIG_NAME
+    named = read_json(file, "").get(BASE_KEY) if file.is_file() else None
+    return named if isinstance(named, str) and named else None
+
+
+def base_sum(directory: Path) -> str:
+    """Return a SHA-256 over the sums of a model's weight files and their names; those of SHA256SUMS where they are
+    there. Raises CheckpointError for a directory that holds no weights, ReportError for a damaged list."""
+    listed = read_manifest(directory) if (directory / MANIFEST_NAME).is_file() else {}
+    names = [file.relative_to(directory).as_posix() for file, _ in weight_files(directory)]
+    sums = {name: listed.get(name) or file_sum(directory / name) for name in names}
+    return bytes_sum(json.dumps(sums, sort_keys=True).encode())
+
+
+def open_adapter(adapter: Path, option: str = "--adapter") -> dict[str, Any]:
+    """Return the configuration of a saved adapter that an option gives. Raises CheckpointError for what is none."""
     if not adapter.is_dir():
-        raise CheckpointError(f"{adapter}: no such directory; --adapter takes what PEFT has saved")
+        raise CheckpointError(f"{adapter}: no such directory; {option} takes what PEFT has saved")
     return read_trained(adapter)
-
-
-def _is_same(directory: Path, report: Report) -> bool:
-    try:
-        return Report.read(directory).layers == report.layers
-    except ReportError:
-        return False
 
 
 def _ends_with(path: str, end: str) -> bool:
@@ -94,10 +110,10 @@ def _ends_with(path: str, end: str) -> bool:
     return bool(parts) and PurePath(path).parts[-len(parts) :] == parts
 
 
-def _other(adapter: Path, named: str, run: Path, what: str) -> CheckpointError:
+def _other(adapter: Path, named: str, base: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{adapter / CONFIG_NAME}: {BASE_KEY} is '{named}', {what}; merge it onto the base that it was trained on, or "
-        f"if that is {run}, say so there"
+        f"if that is {base}, say so there"
     )
 
 

@@ -16,7 +16,7 @@ from qinit.errors import RecipeError, ReportError, did_you_mean
 from qinit.exports.finished import open_base
 from qinit.files.manifest import MANIFEST_NAME, file_sum, read_manifest
 from qinit.files.tensors import read_header
-from qinit.merge.fitting import open_adapter, require_made_for, require_names
+from qinit.merge.fitting import named_base, open_adapter, require_made_for, require_names
 from qinit.merge.steps import Laying, Layout
 from qinit.merge.ties import ties, untied
 from qinit.report.card import TRAINED_DIRECTORY
@@ -104,7 +104,8 @@ def plan_merge(
     kind = kind_of(place, settings)
     changes = kind.changes(place, settings, tensors, architecture)
     require_names(place, settings, tensors, Skeleton.of(weights.checkpoint, trust_remote_code))
-    note = require_made_for(place, settings, run, report)
+    own = named_base(run / ADAPTER_DIRECTORY)  # pushed with a trained one, it has none
+    note = require_made_for(place, settings, run, own, report.source.get("model"))
     layout = Laying(weights, architecture, report, changes, DTYPES.get(dtype or "")).laid_out(ties(weights))
     return MergePlan(
         run,

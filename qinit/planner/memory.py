@@ -6,10 +6,10 @@ import re
 
 from qinit.calibration.experts import PORTION_BYTES
 from qinit.formats import FORMATS
-from qinit.machine import pick_device
+from qinit.machine import CPU, pick_device
 from qinit.plan.limits import CHECK_WINDOW, GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
 from qinit.plan.plan import LayerPlan, Plan
-from qinit.stream.carried import fits_in_memory
+from qinit.stream.carried import place_for
 from qinit.text.self_text import model_bytes
 from qinit.train.bases import NIBBLE
 from qinit.train.polish import MICRO_BYTES, polish_tokens
@@ -28,7 +28,7 @@ def scratch_bytes(plan: Plan) -> int:
     """Estimate what the activations of a calibrated run will take on disk: nothing where memory holds them."""
     if not plan.recipe.calibrated:
         return 0
-    return sum(size for size in (carried_bytes(plan), _shelf_bytes(plan)) if not fits_in_memory(size))
+    return sum(size for size in (carried_bytes(plan), _shelf_bytes(plan)) if place_for(size, CPU) is None)
 
 
 def working_bytes(plan: Plan) -> int:

@@ -39,7 +39,7 @@ def calibrating_seconds(plan: Plan, source: str, samples: int) -> float:
     if source != AUTO_SOURCE:
         return operations / speed
     parts = len({layer.target.name.rsplit(".", 1)[0] for layer in plan.quantized})
-    steps = length * -(-samples // LARGEST_BATCH)
+    steps = length * -(-samples // LARGEST_BATCH[_kind(plan)])
     return (operations + WRITING * parameters * samples * length) / speed + STEP_SECONDS * parts * steps
 
 

@@ -265,7 +265,7 @@ class _Model:
         config: Any = SimpleNamespace(**{**self.config, "vocab_size": self.vocabulary or 1})
         stored = self.plan.bytes_before
         itemsize = 4 if model_bytes(stored, device) > stored else 2
-        batches = -(-samples // batch_size(config, length, itemsize))
+        batches = -(-samples // batch_size(config, length, itemsize, device))
         batch, steps = -(-samples // batches), batches * (length - 1)
         yield from self.products(part, batch * steps, batch)
         cache = (batch, self.heads, self.shared, max(1, length // 2), self.head_width)

@@ -223,7 +223,7 @@ def _take_over(job: Job, before: Before, layer: LayerPlan, tensors: dict[str, St
     if layer.kept is not None or row.error_start is None or row.error is None:
         return
     low_rank = job.store.low_rank(layer).to(job.device)
-    found = relative_errors(read_weight(layer, job.device), job.store.quantized(layer).to(job.device), low_rank)
+    found = relative_errors(read_weight(layer, job.device), job.store.quantized(layer, device=job.device), low_rank)
     if not (same_error(found[0], row.error_start) and same_error(found[1], row.error)):
         what = f"{row.name}: expected the errors {row.error_start:.6f} and {row.error:.6f}, found "
         raise another_model(before.directory, plan.checkpoint.directory, f"{what}{found[0]:.6f} and {found[1]:.6f}")

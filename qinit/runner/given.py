@@ -22,7 +22,7 @@ def read_given(store: Store, layer: LayerPlan, weight: torch.Tensor) -> torch.Te
     if given is None:
         return None
     given, both = given.to(weight.device), 0.0
-    for rows in row_chunks(*weight.shape):
+    for rows in row_chunks(*weight.shape, device=weight.device):
         both += float((given[rows].double() * weight[rows]).sum())
     sizes = float(torch.linalg.vector_norm(given, dtype=torch.float64) * torch.linalg.vector_norm(weight))
     if sizes and both < ALIKE * sizes:

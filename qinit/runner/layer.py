@@ -21,9 +21,9 @@ from qinit.source.checkpoint import not_decomposable, read_finite
 def read_weight(layer: LayerPlan, device: torch.device) -> torch.Tensor:
     """Return W [out, in] in float32 on the device. Raises CheckpointError for NaN and Inf."""
     target = layer.target
-    parts = [read_finite(tensor) for tensor in target.tensors]
+    parts = [read_finite(tensor, device) for tensor in target.tensors]
     raw = parts[0] if len(parts) == 1 else torch.cat(parts, dim=target.outputs_side)
-    return (raw.T if target.module.transposed else raw).to(device, torch.float32).contiguous()
+    return (raw.T if target.module.transposed else raw).to(torch.float32).contiguous()
 
 
 @counted("solving")

@@ -113,5 +113,5 @@ def _encoded(job: Job, layer: LayerPlan, trained: Trained) -> dict[str, torch.Te
 
 def _errors(job: Job, layer: LayerPlan, low_rank: LowRank, changed: dict[str, torch.Tensor]) -> tuple[float, float]:
     """Return the errors of Q alone and of Q + L, relative to the weight."""
-    quantized = job.store.quantized(layer, changed).to(job.device)
+    quantized = job.store.quantized(layer, changed, job.device)
     return relative_errors(read_weight(layer, job.device), quantized, low_rank.to(job.device))

@@ -78,7 +78,7 @@ def solve_data_free(weight: torch.Tensor, spec: LayerSpec, seed: int) -> Solutio
 def _moved(target: torch.Tensor, weight: torch.Tensor, low_rank: LowRank, relaxation: float) -> torch.Tensor:
     """Return `target` moved by `relaxation` of its way to W - B A; in place unless it is W itself."""
     result = torch.empty_like(weight) if target is weight else target
-    for rows in row_chunks(*weight.shape):
+    for rows in row_chunks(*weight.shape, device=weight.device):
         part = weight[rows]
         if relaxation != 1.0:
             part = torch.lerp(target[rows], part, relaxation)

@@ -34,7 +34,7 @@ def residual_norm(residual: torch.Tensor, low_rank: LowRank | None) -> float:
         return frobenius(residual)
     parts = [
         torch.linalg.vector_norm(torch.addmm(residual[rows], low_rank.B[rows], low_rank.A, alpha=-1), dim=1)
-        for rows in row_chunks(*residual.shape)
+        for rows in row_chunks(*residual.shape, device=residual.device)
     ]
     return float(torch.cat(parts).double().norm())
 

@@ -13,6 +13,7 @@ import torch
 from qinit.errors import CheckpointError
 from qinit.files.reading import JSON_BYTES, UnfitError, parse_json, parse_yaml, printable, read_regular, require_inside
 from qinit.files.tensors import INDEX_NAME, StoredTensor, read_header
+from qinit.machine import CPU
 
 SINGLE_NAME = "model.safetensors"
 # Never copied beside a quantized base: other forms of the same weights.
@@ -215,9 +216,9 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     return int((~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)).sum())
 
 
-def read_finite(tensor: StoredTensor) -> torch.Tensor:
-    """Read a tensor in its stored dtype; raises CheckpointError for NaN and Inf."""
-    raw = tensor.read()
+def read_finite(tensor: StoredTensor, device: torch.device = CPU) -> torch.Tensor:
+    """Read a tensor in its stored dtype, to the device; raises CheckpointError for NaN and Inf."""
+    raw = tensor.read(device)
     require_finite(tensor, count_nonfinite(raw))
     return raw
 

@@ -34,6 +34,10 @@ class Weights(Protocol):
         """Return it in float32 on the device, in the module's own layout; None if there is none."""
         ...
 
+    def announce(self, prefix: str) -> None:
+        """Have the system fetch the parameters whose names begin so, as they will be read next."""
+        ...
+
     def same(self, one: str, other: str) -> bool:
         """Whether two parameters that are both there hold the same."""
         ...
@@ -139,6 +143,10 @@ class Blocks:
     def read(self, name: str) -> torch.Tensor | None:
         """Return a parameter in float32 on the device, None if the checkpoint has none of that name."""
         return self.weights.read(name, self.device)
+
+    def announce(self, prefix: str) -> None:
+        """Have the system fetch the parameters whose names begin so, as they will be read next."""
+        self.weights.announce(prefix)
 
     def run(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> Any:
         """Run the model on tokens [batch, length]."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qinit.machine import fast_products
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -39,9 +41,10 @@ class Call:
 
     def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Run the block on `hidden` [batch, length, width] and return its output, of the same shape."""
-        output = (
-            block(hidden_states=hidden, **self.kwargs) if self.by_name else block(hidden, *self.args, **self.kwargs)
-        )
+        with fast_products(hidden.device):
+            output = (
+                block(hidden_states=hidden, **self.kwargs) if self.by_name else block(hidden, *self.args, **self.kwargs)
+            )
         return output[0] if isinstance(output, tuple | list) else output
 
     def parted(self, made: list[torch.Tensor]) -> Call:

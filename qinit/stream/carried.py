@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from qinit.machine import free_memory
+from qinit.machine import CPU, free_memory
 from qinit.stream.calls import Call, alike
 from qinit.text.samples import Samples
 
-CARRIED_SHARE = 0.25  # of the free memory; more hidden states than that are kept on disk
+CARRIED_SHARE = 0.25  # of the free memory, the device's or the machine's, that hidden states may take
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,15 @@ class Calls:
 
 
 class Carried:
-    """Hidden states of all samples between two blocks, float32; on disk when `streams` of them would take too much
-    memory."""
+    """Hidden states of all samples between two blocks, float32; on the device where `streams` of them fit there, else
+    in the machine's memory, else on disk."""
 
-    def __init__(self, shape: tuple[int, ...], file: Path, streams: int) -> None:
-        self.file, self.streams = file, streams
+    def __init__(self, shape: tuple[int, ...], file: Path, streams: int, device: torch.device) -> None:
+        self.file, self.streams, self.device = file, streams, device
         size = 4 * torch.Size(shape).numel()
-        if fits_in_memory(streams * size):
-            self.states = torch.empty(shape)
+        place = place_for(streams * size, device)
+        if place is not None:
+            self.states = torch.empty(shape, device=place, pin_memory=place != device)
         else:
             _reserve(file, size)
             flat = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=torch.float32)
@@ -97,7 +98,7 @@ class Carried:
 
     def twin(self, name: str) -> Carried:
         """Return another store with the same contents, its file under another name."""
-        other = Carried(tuple(self.states.shape), self.file.with_name(name), self.streams)
+        other = Carried(tuple(self.states.shape), self.file.with_name(name), self.streams, self.device)
         other.states.copy_(self.states)
         return other
 
@@ -108,9 +109,10 @@ class Carried:
         batch.of(self.states).copy_(hidden.detach())
 
 
-def fits_in_memory(size: int) -> bool:
-    """Whether hidden states of so many bytes are kept in memory, not on disk."""
-    return size <= CARRIED_SHARE * free_memory(torch.device("cpu"))
+def place_for(size: int, device: torch.device) -> torch.device | None:
+    """Return where hidden states of so many bytes are kept: on the device, in the machine's memory, or (None) on
+    disk."""
+    return next((place for place in (device, CPU) if size <= CARRIED_SHARE * free_memory(place)), None)
 
 
 def _reserve(file: Path, size: int) -> None:

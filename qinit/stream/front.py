@@ -43,7 +43,7 @@ def in_front(
     calls, hidden = Calls(blocks.device), None
 
     def store(value: torch.Tensor, name: str) -> Carried:
-        return Carried((*tokens.shape, *value.shape[2:]), file.with_name(name), streams)
+        return Carried((*tokens.shape, *value.shape[2:]), file.with_name(name), streams, blocks.device)
 
     with blocks.surroundings():
         for batch in batches:

@@ -36,6 +36,8 @@ class Owner(Protocol):
 
     def read(self, name: str) -> torch.Tensor | None: ...
 
+    def announce(self, prefix: str) -> None: ...
+
     def run(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> Any: ...
 
 
@@ -211,12 +213,14 @@ class Row:
                 self.blocks[index] = block
 
     def load(self, index: int) -> nn.Module:
-        """Return one block with its weights in float32 on the device."""
+        """Return one block with its weights in float32 on the device; the next one is fetched meanwhile."""
         block = self.blocks[index]
         for name, _ in list(block.named_parameters()):
             value = self._owner.read(self.prefix(index) + name)
             assert value is not None
             put(block, name, frozen(value))
+        if index + 1 < len(self):
+            self._owner.announce(self.prefix(index + 1))
         return block
 
     def unload(self, index: int) -> None:

@@ -1,4 +1,4 @@
-"""What a block's layers have read, kept for a while: in memory, or on disk where that would take too much of it."""
+"""What a block's layers have read, kept for a while: on the device, in memory, or on disk, by how much it is."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from pathlib import Path
 
 import torch
 
-from qinit.stream.carried import fits_in_memory
+from qinit.stream.carried import place_for
 
 
 class Shelf:
-    """Activations by name and batch, float32, all but those on disk on the device that they were put from.
+    """Activations by name and batch, float32, put from `device`.
 
     `directory` is for this shelf alone. `expected` is how many bytes will be put at most.
     """
 
-    def __init__(self, directory: Path, expected: int) -> None:
-        self.directory = None if fits_in_memory(expected) else directory
+    def __init__(self, directory: Path, expected: int, device: torch.device) -> None:
+        self.place = place_for(expected, device)
+        self.directory = None if self.place is not None else directory
         if self.directory is not None:
             self.directory.mkdir(exist_ok=True)
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
@@ -27,7 +28,7 @@ class Shelf:
         key = name, start
         self.shapes[key] = value.shape
         if self.directory is None:
-            self.kept[key] = value.to("cpu", copy=False)
+            self.kept[key] = value.to(self.place, copy=False)
         else:
             value.float().contiguous().cpu().numpy().tofile(self._file(*key))
 

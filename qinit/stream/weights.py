@@ -52,7 +52,7 @@ class ModelWeights:
             value = self.format.read(module, parts, self.checkpoint.config, device)
             value = value.T.contiguous() if module.transposed else value
         elif stored is not None:
-            value = read_finite(stored).to(device, torch.float32)
+            value = read_finite(stored, device).to(torch.float32)
         elif name in self.stacks:
             value = self._stacked(self.stacks[name], device)
         elif (made := self.names.make(name, read_finite)) is not None:
@@ -67,6 +67,12 @@ class ModelWeights:
             if added is not None:
                 value += added.T if module.transposed else added
         return value
+
+    def announce(self, prefix: str) -> None:
+        """Have the system fetch the parameters whose names begin so, as they will be read next."""
+        for name, parameter in self.names.parameter_of.items():
+            if parameter.startswith(prefix):
+                self.names.tensors[name].announce()
 
     def width(self, module: LinearModule) -> tuple[int, int] | None:
         """Return bits and group size of a packed layer, from headers alone; None for one that is not packed. Raises
@@ -105,7 +111,7 @@ class ModelWeights:
         shape = (first.module.out_features, first.module.in_features)[:: -1 if first.module.transposed else 1]
         value = torch.empty((len(experts), *shape), device=device)
         for matrix, expert in zip(value, experts, strict=True):
-            parts = [read_finite(tensor) for tensor in expert.tensors]
+            parts = [read_finite(tensor, device) for tensor in expert.tensors]
             matrix.copy_(torch.cat(parts, dim=expert.outputs_side))
         return value
 

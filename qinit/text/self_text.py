@@ -18,8 +18,10 @@ from qinit.source.checkpoint import read_json
 from qinit.source.quiet import no_progress_bar
 from qinit.source.skeleton import loader
 
-MEMORY = 4 * 2**30  # bytes for the key-value caches and the logits of one batch
-LARGEST_BATCH = 64
+# Bytes for the key-value caches and the logits of one batch, and texts in it at most: a GPU takes as long for a few as
+# for many.
+MEMORY = {"cpu": 4 * 2**30, "cuda": 12 * 2**30}
+LARGEST_BATCH = {"cpu": 64, "cuda": 256}
 FLOAT32_SHARE = 0.3  # of the machine's memory that the model may take in float32
 
 
@@ -31,7 +33,7 @@ def write_text(
     length: int,
     seed: int,
     device: torch.device,
-    memory: int = MEMORY,
+    memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> torch.Tensor:
     """Return int64 ids [samples, length] on the CPU: `start`, then tokens sampled from the model's own distribution.
@@ -39,11 +41,12 @@ def write_text(
     On a CPU the model runs in float32, as few have instructions for 16 bits; where it would take more than
     FLOAT32_SHARE of the machine's memory, and on a GPU, in the dtype that it is stored in. eos is a token like any
     other: text goes on behind it.
-    `memory` (bytes) bounds the batch; the text depends on it, and on nothing that a machine happens to have free.
+    `memory` (bytes; MEMORY if left out) bounds the batch; the text depends on it, and on nothing that a machine happens
+    to have free.
     The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
     """
     model = _load(directory, device, trust_remote_code)
-    size = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, memory)
+    size = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, device, memory)
     batches = []
     try:
         with _seeded(seed, device):
@@ -64,8 +67,8 @@ def write_text(
     return torch.cat(batches)
 
 
-def batch_size(config: Any, length: int, itemsize: int, memory: int = MEMORY) -> int:
-    """Return how many texts of `length` tokens fit into `memory` bytes, from 1 to LARGEST_BATCH.
+def batch_size(config: Any, length: int, itemsize: int, device: torch.device, memory: int | None = None) -> int:
+    """Return how many texts of `length` tokens fit into `memory` bytes of the device, from 1 to LARGEST_BATCH.
 
     Counts the key-value cache in `itemsize` bytes per value and four float32 copies of a step's logits.
     """
@@ -74,7 +77,7 @@ def batch_size(config: Any, length: int, itemsize: int, memory: int = MEMORY) ->
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     layers = getattr(config, "num_hidden_layers", None) or 1
     per_text = 2 * layers * kv_heads * width * length * itemsize + 4 * 4 * config.vocab_size
-    return max(1, min(LARGEST_BATCH, memory // per_text))
+    return max(1, min(LARGEST_BATCH[device.type], (MEMORY[device.type] if memory is None else memory) // per_text))
 
 
 @torch.inference_mode()

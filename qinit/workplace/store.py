@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from qinit.files.writer import SafetensorsWriter
 from qinit.formats import FORMATS, Format
 from qinit.grids import Quantized
 from qinit.linalg.low_rank import LowRank
+from qinit.machine import CPU
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.report import LayerRow
 from qinit.stream.weights import ModelWeights
@@ -85,11 +87,13 @@ class Store:
         """Yield the source's tensors that are not finished when they are asked for, each with its layer, None for one
         that is copied; of the tensors of one layer only the first, where it is finished then."""
         layers = {tensor.name: layer for layer in self.plan.layers for tensor in layer.target.tensors}
-        for tensor in self.plan.pieces:
+        for tensor, following in zip_longest(self.plan.pieces, self.plan.pieces[1:]):
             layer = layers.get(tensor.name)
             if layer is None and self.plan.given is not None:
                 continue
             if tensor.name not in self.copied and (layer is None or layer.target.name not in self.rows):
+                if following is not None:
+                    following.announce()
                 yield tensor, layer
 
     def copy(self, name: str, chunks: Iterable[torch.Tensor]) -> None:
@@ -143,12 +147,17 @@ class Store:
         self.base.close()
         self.factors.close()
 
-    def quantized(self, layer: LayerPlan, changed: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Return Q [out, in] of a finished layer in float32, as a loader has it, or would with other tensors in the
-        place of those `changed`."""
+    def quantized(
+        self,
+        layer: LayerPlan,
+        changed: Mapping[str, torch.Tensor] | None = None,
+        device: torch.device = CPU,
+    ) -> torch.Tensor:
+        """Return Q [out, in] of a finished layer in float32 on the device, as a loader has it, or would with other
+        tensors in the place of those `changed`."""
         if (given := self.given(layer)) is not None:
-            return given
-        tensors = {**self._base_of(layer), **(changed or {})}
+            return given.to(device)
+        tensors = {name: value.to(device) for name, value in {**self._base_of(layer), **(changed or {})}.items()}
         return self._format.decode(layer.target, tensors, layer.bits, layer.group_size)
 
     def codes(self, layer: LayerPlan) -> Quantized | None:
@@ -164,7 +173,7 @@ class Store:
         if self._given is None:
             return None
         module = layer.target.module
-        value = self._given.read(module.parameter, torch.device("cpu"))
+        value = self._given.read(module.parameter, CPU)
         assert value is not None
         return value.T.contiguous() if module.transposed else value
 
@@ -198,7 +207,7 @@ class Store:
         measured behind it is the same.
         """
         low_rank = self.low_rank(layer)
-        return self.quantized(layer).to(device).addmm_(low_rank.B.to(device), low_rank.A.to(device))
+        return self.quantized(layer, device=device).addmm_(low_rank.B.to(device), low_rank.A.to(device))
 
 
 def _row(value: Any) -> LayerRow | None:

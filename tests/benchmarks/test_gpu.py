@@ -26,7 +26,7 @@ def test_every_part_but_those_for_a_card_runs_on_a_cpu(gpu, tmp_path):
     parts = {name: gpu.PARTS[name](setting) for name in ("layers", "without data", "calibrated", "own text")}
     assert parts["layers"]["512 x 256"] > 0
     for name in ("without data", "calibrated"):
-        assert parts[name]["32 blocks"] > parts[name]["4 blocks"] > 0
+        assert parts[name]["4 blocks"] > 0
         assert parts[name]["split"]["solving"] > 0
     (table,) = gpu.conclude.__globals__["KINDS"]["gpu"](
         {"model": "tiny", "device": "cpu", "machine": {"gpu": None}, **parts}

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def copy_to(directory):
     """Put what the site is made of elsewhere."""
-    for name in ("docs", "benchmarks", "mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"):
+    pages = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
+    for name in ("docs", "benchmarks", "examples", "mkdocs.yml", *pages):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, directory / name, ignore=shutil.ignore_patterns("out", "__pycache__"))

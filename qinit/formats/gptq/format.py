@@ -100,17 +100,17 @@ class GptqFormat(Format):
 
     def encode(self, target: Target, quantized: Quantized, grid: Grid) -> dict[str, torch.Tensor]:
         assert quantized.zeros is not None
-        codes, bits = quantized.codes.cpu(), quantized.bits
+        codes, bits = quantized.codes, quantized.bits
         g_idx = _group_indices(codes.shape[1], quantized.group_size)
         return {
             target.prefix + "qweight": pack_rows(codes, bits).T.contiguous(),
-            target.prefix + "qzeros": pack_rows(quantized.zeros.cpu().T, bits),
-            target.prefix + "scales": quantized.scales.cpu().T.contiguous().half(),
+            target.prefix + "qzeros": pack_rows(quantized.zeros.T, bits),
+            target.prefix + "scales": quantized.scales.T.contiguous().half(),
             target.prefix + "g_idx": g_idx,
         }
 
     def decode(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> torch.Tensor:
-        return dequantized(*(tensors[target.prefix + part].cpu() for part in PARTS), bits=bits)
+        return dequantized(*(tensors[target.prefix + part] for part in PARTS), bits=bits)
 
     def codes(self, target: Target, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int) -> Quantized:
         qweight, qzeros, scales, _ = (tensors[target.prefix + part].cpu() for part in PARTS)

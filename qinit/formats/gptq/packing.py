@@ -14,10 +14,10 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, count = codes.shape
     if count % WORD:
         raise ValueError(f"cannot pack {count} values: not divisible by {WORD}")
-    packed = torch.empty((rows, count * bits // WORD), dtype=torch.int32)
-    for part in row_chunks(rows, count):
+    packed = torch.empty((rows, count * bits // WORD), dtype=torch.int32, device=codes.device)
+    for part in row_chunks(rows, count, device=codes.device):
         values = codes[part].reshape(-1, count // WORD, WORD)
-        words = torch.zeros((*values.shape[:2], bits), dtype=torch.int64)
+        words = torch.zeros((*values.shape[:2], bits), dtype=torch.int64, device=codes.device)
         for i in range(WORD):
             word, offset = divmod(i * bits, WORD)
             value = values[..., i].long()

@@ -41,7 +41,7 @@ def dequantized(
     """Return the weight [out, in] that four packed tensors stand for, s (q - z), in float32."""
     zeros, scales, groups = unpack_rows(qzeros, bits).T.float(), scales.T.float(), g_idx.long()
     result = torch.empty((qweight.shape[1], len(groups)), device=qweight.device)
-    for rows in row_chunks(*result.shape):
+    for rows in row_chunks(*result.shape, device=result.device):
         codes = unpack_rows(qweight[:, rows].T, bits).float()
         torch.mul(codes - zeros[rows][:, groups], scales[rows][:, groups], out=result[rows])
     return result
@@ -94,7 +94,7 @@ def read_layer(
     Raises CheckpointError for NaN and Inf, and for tensors that are not of the width that `quantization` says.
     """
     bits, _ = stored_grid(module, parts, quantization)
-    qweight, scales, g_idx = (read_finite(parts[part]).to(device) for part in ("qweight", "scales", "g_idx"))
+    qweight, scales, g_idx = (read_finite(parts[part], device) for part in ("qweight", "scales", "g_idx"))
     qzeros = _zeros(parts, quantization, bits).to(device)
     return dequantized(qweight, qzeros, scales, g_idx, bits=bits).half().float()
 

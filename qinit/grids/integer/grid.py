@@ -8,8 +8,8 @@ import torch
 
 from qinit.grids.base import Grid, Quantized
 from qinit.grids.integer.candidates import NEARBY, REFINEMENTS, clip_ratios, zero_points
+from qinit.grids.integer.kernels import kernels_for
 from qinit.grids.integer.rounding import descend, round_gptq
-from qinit.grids.integer.search_torch import quantize_torch
 from qinit.linalg.chunks import grouped, row_chunks
 
 
@@ -35,16 +35,12 @@ class IntegerGrid(Grid):
         else:
             ratios, refinements = clip_ratios(bits) if previous is None else torch.tensor(NEARBY), REFINEMENTS
         arguments = (target, weight, bits, group_size, ratios, refinements, previous, zero_points(bits, self.symmetric))
-        if weight.device.type == "cpu":
-            from qinit.grids.integer.search_cpu import quantize_cpu  # late: numba takes half a second to import
-
-            return quantize_cpu(*arguments)
-        return quantize_torch(*arguments)
+        return kernels_for(weight.device).quantize(*arguments)
 
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         assert quantized.zeros is not None
         result = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
-        for rows in row_chunks(*result.shape):
+        for rows in row_chunks(*result.shape, device=result.device):
             codes = grouped(quantized.codes[rows], quantized.group_size).float()
             values = (codes - quantized.zeros[rows, :, None].float()) * quantized.scales[rows, :, None]
             result[rows] = values.flatten(1)[:, : result.shape[1]]

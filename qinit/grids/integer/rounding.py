@@ -13,7 +13,8 @@ import torch
 from qinit.grids.base import DAMPING, Quantized
 from qinit.grids.integer.block import Block
 from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios, zero_points
-from qinit.grids.integer.rounding_torch import descend_block_torch, feed_back_block_torch, fit_weighted
+from qinit.grids.integer.kernels import kernels_for
+from qinit.grids.integer.rounding_torch import fit_weighted
 from qinit.linalg.chunks import row_chunks
 from qinit.linalg.hessian import damped_cholesky
 
@@ -45,9 +46,10 @@ def round_gptq(
     """
     columns = target.shape[1]
     ratios, refinements = (clip_ratios(bits), REFINEMENTS) if search == "mse" else (torch.ones(1), 0)
-    quantized, zero_range = _empty(target, bits, group_size), zero_points(bits, symmetric)
+    ratios, zero_range = ratios.to(target.device), zero_points(bits, symmetric)
+    quantized = _empty(target, bits, group_size)
     order = torch.argsort(hessian.diagonal(), stable=True) if act_order else None  # the last is taken first
-    x, group_of = target, torch.arange(columns, device=target.device) // group_size
+    x, group_of = target.contiguous(), torch.arange(columns, device=target.device) // group_size
     if order is not None:
         _find_scales(target, hessian.diagonal(), quantized, ratios, refinements, zero_range)
         ratios = ratios[:0]
@@ -56,7 +58,7 @@ def round_gptq(
     conditional = feedback.diagonal().square()
     feedback.div_(feedback.diagonal().clone())
     residual = torch.empty_like(x)
-    step = _steps(target)[0]
+    step = kernels_for(target.device).feed_back_block
     for part in reversed(column_blocks(columns, group_size)):
         moved = x[:, part].clone(memory_format=torch.contiguous_format)  # a view of it all would be x itself
         if part.stop < columns:
@@ -77,7 +79,7 @@ def descend(quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor,
     Block by block, with so many `passes` over each: every code goes to its best value, all others held; after a group's
     codes, its scale does. Neither step raises the error.
     """
-    step = _steps(residual)[1]
+    step = kernels_for(residual.device).descend_block
     for part in column_blocks(residual.shape[1], quantized.group_size):
         gradient = residual @ hessian[:, part]
         block = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0)
@@ -102,14 +104,6 @@ def _empty(target: torch.Tensor, bits: int, group_size: int) -> Quantized:
     )
 
 
-def _steps(tensor: torch.Tensor) -> tuple:
-    if tensor.device.type == "cpu":
-        from qinit.grids.integer.rounding_cpu import descend_block, feed_back_block  # late, as numba is slow to import
-
-        return feed_back_block, descend_block
-    return feed_back_block_torch, descend_block_torch
-
-
 def _find_scales(
     target: torch.Tensor,
     weights: torch.Tensor,
@@ -122,7 +116,7 @@ def _find_scales(
     assert quantized.zeros is not None
     size = quantized.group_size
     for group, first in enumerate(range(0, target.shape[1], size)):
-        for rows in row_chunks(len(target), size):
+        for rows in row_chunks(len(target), size, device=target.device):
             part = slice(first, first + size)
             search = 2**quantized.bits - 1, ratios, refinements, zero_range
             scale, zero = fit_weighted(target[rows, part], weights[part], *search)

@@ -1,4 +1,5 @@
-"""The block steps of rounding under H in plain torch: what CUDA runs, and the reference for the CPU kernels."""
+"""The block steps of rounding under H in plain torch: the reference for the kernels, and what a GPU without Triton
+runs."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def feed_back_block_torch(
     weights: torch.Tensor,
     group_of: torch.Tensor,
 ) -> None:
-    """Round one block from its last column to its first: what CUDA runs, and the CPU kernel's reference.
+    """Round one block from its last column to its first.
 
     `moved` [out, b] is x with the feedback of the columns behind the block; feedback [b, b] is L's block.
     """

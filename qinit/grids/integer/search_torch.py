@@ -1,4 +1,4 @@
-"""The integer grid's search in plain torch: what CUDA runs, and the reference for the CPU kernel.
+"""The integer grid's search in plain torch: the reference for the kernels, and what a GPU without Triton runs.
 
 Scale search `mse`: for a zero point z and codes c = q - z, the least-squares scale is <x,c>/<c,c> and the
 error |x|^2 - <x,c>^2/<c,c>, so a candidate costs one pass over the group and no second one for its scale.
@@ -6,11 +6,6 @@ The best of a set of clipping ratios and three zero points is then refined by al
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 
@@ -37,7 +32,7 @@ def quantize_torch(
     scales = torch.empty((rows, groups), device=weight.device)
     zeros = torch.empty((rows, groups), dtype=torch.uint8, device=weight.device)
     residual = torch.empty_like(weight)
-    for part in row_chunks(rows, columns) if weight.device.type == "cpu" else [slice(0, rows)]:
+    for part in row_chunks(rows, columns, device=weight.device):
         x = grouped(target[part], group_size)
         start = None
         if previous is not None:
@@ -62,7 +57,6 @@ def fit_groups(
 
     `start` holds scales and zero points to search around; without it the ratios clip the group's range.
     """
-    consider, refine = (_compiled(_consider), _compiled(_refine)) if x.is_cuda else (_consider, _refine)
     if start is None:
         base, centre = range_of(x, levels, zero_range)
     else:
@@ -71,9 +65,9 @@ def fit_groups(
     if len(ratios) > 1:
         gain = torch.full_like(base, -1.0)
         for ratio in ratios:
-            gain, scale, zero = consider(x, base * ratio, centre, levels, zero_range, gain, scale, zero)
+            gain, scale, zero = _consider(x, base * ratio, centre, levels, zero_range, gain, scale, zero)
     for _ in range(refinements):
-        scale = refine(x, scale, zero, levels)
+        scale = _refine(x, scale, zero, levels)
     scale = scale.clamp(max=F16_MAX).half().float()
     scale = torch.where(scale > 0, scale, 1.0)
     return _round_to(x, scale, zero, levels), zero, scale
@@ -121,9 +115,3 @@ def _refine(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, levels: in
     c = _round_to(x, scale, zero, levels)
     cc = (c * c).sum(-1)
     return torch.where(cc > 0, (x * c).sum(-1) / cc.clamp(min=1.0), scale)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Fuse a step by torch.compile where triton is installed: one pass over x, not one per operation."""
-    return torch.compile(function, dynamic=True) if find_spec("triton") else function

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qinit.calibration import backward as module
-from qinit.calibration.backward import OverflowedError, Probe, backward, require_number
+from qinit.calibration.backward import OverflowedError, Probe, backward, drawn, require_number
 from qinit.events import Measuring
 from qinit.stream.calls import NotStreamable
 from qinit.stream.feeding import inputs_of
@@ -46,8 +46,8 @@ def expected(plan, samples):
     mask = torch.ones_like(samples.tokens, dtype=torch.bool) if samples.mask is None else samples.mask
     output = model(**inputs_of(model, samples.tokens, None if samples.mask is None else mask.long()))
     rows = output.logits[mask].log_softmax(-1)
-    labels = torch.multinomial(rows.detach().exp(), 1, generator=torch.Generator().manual_seed(plan.recipe.seed))
-    (-rows.gather(1, labels).sum()).backward()
+    labels = drawn(rows.detach().exp(), torch.Generator().manual_seed(plan.recipe.seed))
+    (-rows.gather(1, labels[:, None]).sum()).backward()
     return {
         layer.target.name: oriented(model.get_submodule(layer.target.name).weight.grad, layer)
         for layer in plan.quantized
@@ -135,3 +135,10 @@ def test_what_is_no_number_is_an_overflow(value):
 def test_a_token_that_cannot_be_is_none():
     require_number(-inf, "")
     require_number(torch.tensor(-3e38), "")
+
+
+def test_labels_are_drawn_as_often_as_they_are_likely():
+    likely = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
+    labels = drawn(likely.expand(20000, -1), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(labels.bincount(minlength=6) / 20000, likely, rtol=0, atol=0.015)
+    assert not set(labels.unique().tolist()) & {0, 3, 5}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qinit.calibration import backward
+from qinit.calibration.backward import drawn
 from qinit.calibration.output_metric import DIRECTIONS, FLOOR, SHRINKAGE, output_metrics
 from qinit.events import Measuring
 from qinit.stream.calls import NotStreamable
@@ -39,8 +40,8 @@ def moments(plan, samples):
         model.get_submodule(name).register_forward_hook(keep)
     generator = torch.Generator().manual_seed(plan.recipe.seed)
     rows = model(input_ids=samples.tokens).logits.flatten(0, 1).log_softmax(-1)
-    labels = torch.multinomial(rows.detach().exp(), 1, generator=generator)
-    (-rows.gather(1, labels).sum()).backward()
+    labels = drawn(rows.detach().exp(), generator)
+    (-rows.gather(1, labels[:, None]).sum()).backward()
     products = {name: torch.cat(found).T @ torch.cat(found) for name, found in gradients.items()}
     return {name: product / product.diagonal().mean() for name, product in products.items()}
 

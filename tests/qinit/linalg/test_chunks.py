@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from qinit.linalg.chunks import ROW_CHUNK_ELEMENTS, grouped, row_chunks
+from qinit.linalg.chunks import ROW_CHUNK_ELEMENTS as SIZES
+from qinit.linalg.chunks import grouped, row_chunks
+
+ROW_CHUNK_ELEMENTS = SIZES["cpu"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from qinit.linalg.low_rank import COLD_STEPS, OutputMetric, full_svd, output_subspace, random_basis, subspace
+from qinit.linalg.low_rank import (
+    COLD_STEPS,
+    LowRank,
+    OutputMetric,
+    full_svd,
+    output_subspace,
+    random_basis,
+    subspace,
+    truncated,
+)
 from qinit.linalg.weighting import closed_form
 from tests.helpers import gauss
 from tests.layers import decaying, fading, output_error
@@ -41,6 +50,15 @@ def test_the_full_svd_captures_all_that_the_rank_allows(shape, rank):
     rest = (matrix - approximation.factors.B @ approximation.factors.A).double().square().sum()
     assert float(rest) == pytest.approx(float(matrix.double().square().sum()) - best, rel=1e-4)
     assert_balanced(approximation, best)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((48, 32), 4), ((6, 32), 4), ((32, 6), 9)])
+def test_a_product_is_truncated_as_its_full_svd_is(shape, rank):
+    B, A = gauss(shape[0], 12), gauss(12, shape[1], seed=1)
+    found, expected = truncated(LowRank(B, A), rank), full_svd(B @ A, rank).factors
+    assert (found.B.shape, found.A.shape) == ((shape[0], rank), (rank, shape[1]))
+    torch.testing.assert_close(found.B @ found.A, expected.B @ expected.A, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.B.T @ found.B, found.A @ found.A.T, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

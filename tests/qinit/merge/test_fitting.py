@@ -63,7 +63,8 @@ def test_another_base_is_refused(finished, trained, tmp_path):
     source = json.loads((finished / "qinit.json").read_text())["source"]["model"]
     for base in (str(tmp_path / "other"), source):
         named(trained, base)
-        with pytest.raises(CheckpointError, match=rf"{BASE_KEY} is '{base}', which is another model; merge it onto"):
+        words = r"which is another model \(its weights have the sum \w+\.\.\., not \w+\.\.\.\); merge it onto"
+        with pytest.raises(CheckpointError, match=rf"{BASE_KEY} is '{base}', {words}"):
             plan_merge(finished, trained)
     moved = shutil.copytree(finished, tmp_path / "moved")
     edit_json(moved / "qinit.json", lambda report: report["source"].update(model="meta-llama/Llama-3.2-1B"))

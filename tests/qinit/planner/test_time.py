@@ -130,8 +130,8 @@ class TestText:
         found = plan(calibration="self", calibration_samples=2 * LARGEST_BATCH, calibration_length=17)
         steps = 2 * 16
         head = 64 * 256
-        assert sums(found, "product")["text"] == pytest.approx(steps * LARGEST_BATCH * (weights(found) + head))
-        assert sums(found, "draw")["text"] == pytest.approx(steps * LARGEST_BATCH * 256)
+        assert sums(found, "product")["text"] == pytest.approx(steps * LARGEST_BATCH["cpu"] * (weights(found) + head))
+        assert sums(found, "draw")["text"] == pytest.approx(steps * LARGEST_BATCH["cpu"] * 256)
         assert sums(found, "small")["text"] == pytest.approx(steps * 3 * module.CALLS)  # two blocks, and around them
         (recall,) = (work for work in work_of(found, CPU) if work.operation == "recall")
         assert (recall.shape, recall.count) == ((LARGEST_BATCH, 4, 2, 8, 16), steps * 2)

@@ -27,7 +27,7 @@ def test_q_is_what_the_storage_makes_of_it(storage):
 
 @pytest.mark.parametrize("elements", [1, 100, 1 << 18])
 def test_the_norm_of_what_is_left_is_the_same_in_pieces(elements, monkeypatch):
-    monkeypatch.setattr(chunks, "ROW_CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(chunks.ROW_CHUNK_ELEMENTS, "cpu", elements)
     residual, low_rank = gauss(37, 50), LowRank(gauss(37, 4, seed=1), gauss(4, 50, seed=2))
     whole = residual.double() - low_rank.B.double() @ low_rank.A.double()
     assert residual_norm(residual, low_rank) == pytest.approx(float(whole.norm()), rel=1e-6)

@@ -4,9 +4,10 @@ import os
 import pytest
 import torch
 
+from qinit.machine import CPU
 from qinit.stream import carried as module
 from qinit.stream.calls import Call
-from qinit.stream.carried import Batch, Calls, Carried, batches_of, fits_in_memory
+from qinit.stream.carried import Batch, Calls, Carried, batches_of, place_for
 from tests.helpers import gauss, padded, random_samples
 
 
@@ -56,7 +57,7 @@ def room(request, monkeypatch):
 class TestCarried:
     def test_what_is_written_is_read_and_a_twin_goes_its_own_way(self, tmp_path, room):
         states = gauss(7, 12, 4)
-        store = Carried((7, 12, 4), tmp_path / "original", 2)
+        store = Carried((7, 12, 4), tmp_path / "original", 2, CPU)
         for batch in batches_of(random_samples(7), 3):
             store.write(batch, states[batch.rows])
         twin = store.twin("repaired")
@@ -69,11 +70,16 @@ class TestCarried:
 
     def test_all_streams_together_have_to_fit(self, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "free_memory", lambda device: 4 * 4 * 1000)
-        assert fits_in_memory(4000)
-        assert not fits_in_memory(4001)
+        assert place_for(4000, CPU) == CPU
+        assert place_for(4001, CPU) is None
         for streams, files in ((1, []), (2, ["two"])):
-            Carried((1000,), tmp_path / ("one" if streams == 1 else "two"), streams)
+            Carried((1000,), tmp_path / ("one" if streams == 1 else "two"), streams, CPU)
             assert [path.name for path in tmp_path.iterdir()] == files
+
+    @pytest.mark.parametrize(("size", "place"), [(100, "cuda"), (101, "cpu"), (1001, None)])
+    def test_the_device_comes_before_memory_and_memory_before_the_disk(self, size, place, monkeypatch):
+        monkeypatch.setattr(module, "free_memory", lambda device: {"cuda": 400, "cpu": 4000}[device.type])
+        assert place_for(size, torch.device("cuda")) == (place and torch.device(place))
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
     def test_a_full_disk_is_an_error_at_once_and_not_the_end_of_the_process(self, tmp_path, monkeypatch, number):
@@ -83,7 +89,7 @@ class TestCarried:
         monkeypatch.setattr(module, "CARRIED_SHARE", 0)
         monkeypatch.setattr(os, "posix_fallocate", full)
         with pytest.raises(OSError, match=os.strerror(number)):
-            Carried((10,), tmp_path / "states", 1)
+            Carried((10,), tmp_path / "states", 1, CPU)
 
     def test_a_file_system_that_promises_nothing_is_written_to_all_the_same(self, tmp_path, monkeypatch):
         def cannot(*_):
@@ -91,6 +97,6 @@ class TestCarried:
 
         monkeypatch.setattr(module, "CARRIED_SHARE", 0)
         monkeypatch.setattr(os, "posix_fallocate", cannot)
-        store = Carried((10, 2), tmp_path / "states", 1)
+        store = Carried((10, 2), tmp_path / "states", 1, CPU)
         store.write(Batch(0, 10, None), torch.ones(10, 2))
         assert store.read(Batch(0, 10, None)).all()

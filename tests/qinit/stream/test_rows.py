@@ -32,7 +32,7 @@ class Owner:
         self.second = nn.ModuleList([Block(), Block()])
         self.rows = (Row(self, "first", self.first), Row(self, "second", self.second))
         self.runs_second = second
-        self.loaded = []
+        self.loaded, self.announced = [], []
 
     def has(self, name):
         return True
@@ -40,6 +40,9 @@ class Owner:
     def read(self, name):
         self.loaded.append(name)
         return torch.ones(4)
+
+    def announce(self, prefix):
+        self.announced.append(prefix)
 
     def run(self, tokens, mask):
         hidden, other = torch.ones(*tokens.shape, 4), None
@@ -89,3 +92,10 @@ def test_blocks_that_hand_on_what_depends_on_their_hidden_states_are_refused():
     owner = Owner(hands_on=lambda hidden: hidden.mean(0))
     with pytest.raises(NotStreamable, match="hand on more than their hidden states"):
         owner.rows[0].start(TOKENS, None)
+
+
+def test_the_next_block_is_fetched_while_one_is_at_work():
+    owner = Owner()
+    for index in range(3):
+        owner.rows[0].load(index)
+    assert owner.announced == ["first.1.", "first.2."]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from qinit.machine import CPU
 from qinit.stream import carried
 from qinit.stream.shelf import Shelf
 from tests.helpers import gauss
@@ -9,7 +10,7 @@ from tests.helpers import gauss
 @pytest.fixture(params=["memory", "disk"])
 def shelf(request, monkeypatch, tmp_path):
     monkeypatch.setattr(carried, "CARRIED_SHARE", 0.25 if request.param == "memory" else 0)
-    return Shelf(tmp_path / "shelf", 1000)
+    return Shelf(tmp_path / "shelf", 1000, CPU)
 
 
 def test_what_is_put_is_taken_once(shelf):
@@ -26,7 +27,7 @@ def test_what_is_put_is_taken_once(shelf):
 
 def test_on_disk_is_what_would_take_too_much_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(carried, "CARRIED_SHARE", 0)
-    shelf = Shelf(tmp_path / "shelf", 1000)
+    shelf = Shelf(tmp_path / "shelf", 1000, CPU)
     shelf.put("a", 0, gauss(2, 3))
     assert [file.stat().st_size for file in (tmp_path / "shelf").iterdir()] == [4 * 2 * 3]
     shelf.take("a", 0)
@@ -35,7 +36,7 @@ def test_on_disk_is_what_would_take_too_much_memory(tmp_path, monkeypatch):
 
 def test_half_precision_comes_back_in_float32_from_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(carried, "CARRIED_SHARE", 0)
-    shelf = Shelf(tmp_path / "shelf", 1000)
+    shelf = Shelf(tmp_path / "shelf", 1000, CPU)
     value = gauss(2, 3).bfloat16()
     shelf.put("a", 0, value)
     assert torch.equal(shelf.take("a", 0), value.float())

@@ -58,3 +58,14 @@ def test_what_is_no_number_is_named(tiny_llama):
     save_file(tensors, tiny_llama / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"'model.norm.weight' holds 1 NaN or Inf"):
         weights_of(tiny_llama).read("model.norm.weight", CPU)
+
+
+def test_what_is_announced_are_the_bytes_of_a_block(tiny_llama, monkeypatch):
+    told = []
+    monkeypatch.setattr("os.posix_fadvise", lambda _, offset, size, advice: told.append((offset, size)))
+    found = weights_of(tiny_llama)
+    found.announce("model.layers.1.")
+    tensors = found.checkpoint.tensors.values()
+    inside = [(each.offset, each.nbytes) for each in tensors if each.name.startswith("model.layers.1.")]
+    assert sorted(told) == sorted(inside)
+    assert inside

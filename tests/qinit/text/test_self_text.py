@@ -90,7 +90,7 @@ def test_the_seed_decides_and_the_caller_s_generator_is_left_alone(tiny_llama):
 def test_texts_differ_from_each_other_within_and_between_batches(tiny_llama):
     texts = write(tiny_llama, samples=5, memory=1)  # one text at a time
     assert len({tuple(row) for row in texts.tolist()}) == 5
-    assert write(tiny_llama, samples=LARGEST_BATCH + 2, length=3).shape == (LARGEST_BATCH + 2, 3)
+    assert write(tiny_llama, samples=LARGEST_BATCH["cpu"] + 2, length=3).shape == (LARGEST_BATCH["cpu"] + 2, 3)
 
 
 def test_tokens_come_from_the_model_s_own_distribution_eos_included(opinionated):
@@ -198,9 +198,9 @@ def test_the_batch_is_bounded_by_memory():
         **{"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096, "vocab_size": 32000},
     )
     # 2 * 32 layers * 4096 values * 2 bytes * 2048 tokens are 1 GiB per text; the logits add half a megabyte.
-    assert batch_size(config, 2048, 2, memory=4 * 2**30) == 3
-    assert batch_size(config, 2048, 2, memory=1) == 1
-    assert batch_size(config, 1, 2, memory=2**40) == LARGEST_BATCH
+    assert batch_size(config, 2048, 2, CPU, memory=4 * 2**30) == 3
+    assert batch_size(config, 2048, 2, CPU, memory=1) == 1
+    assert batch_size(config, 1, 2, CPU, memory=2**40) == LARGEST_BATCH["cpu"]
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(2**40, torch.float32), (2**10, torch.bfloat16)])

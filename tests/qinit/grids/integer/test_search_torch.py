@@ -53,7 +53,7 @@ def test_rows_in_chunks_are_the_rows_alone(monkeypatch):
     weight = of_kind("heavy-tailed", 7, 100)
     arguments = (2, 32, clip_ratios(2), REFINEMENTS, None, (0, 3))
     quantized, residual = quantize_torch(weight, weight, *arguments)
-    monkeypatch.setattr(chunks, "ROW_CHUNK_ELEMENTS", 200)
+    monkeypatch.setitem(chunks.ROW_CHUNK_ELEMENTS, "cpu", 200)
     pieces, rest = quantize_torch(weight, weight, *arguments)
     assert torch.equal(pieces.codes, quantized.codes)
     assert torch.equal(pieces.scales, quantized.scales)
