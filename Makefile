@@ -80,9 +80,10 @@ results-table: $(STAMP)  ## The tables of README.md and docs/, from model_zoo/re
 picture: $(STAMP)  ## The README's picture, from model_zoo/results
 	$(BIN)/python benchmarks/picture.py
 
-commands: $(STAMP)  ## docs/commands.md, from the command line's own help, and the files in docs/trainers
+commands: $(STAMP)  ## docs/commands.md, from the command line's own help, the files in docs/trainers, the table in docs/starts.md
 	$(BIN)/python docs/commands.py
 	$(BIN)/python docs/trainer_files.py
+	$(BIN)/python docs/start_table.py
 
 clean:  ## Remove .venv and what the tools left
 	rm -rf .venv build .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

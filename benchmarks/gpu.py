@@ -151,6 +151,8 @@ def card(setting: Setting) -> dict[str, Any]:
         one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         seconds = timed(device, lambda one=one, other=other: one @ other, 3)
         found[f"TFLOP/s {name}"] = 2 * size**3 / seconds / 1e12
+    one = torch.ones(64, device=device)
+    found["us of a small call"] = timed(device, lambda: [one * 0.5 for _ in range(1000)]) * 1e3
     block = torch.empty(1 << (30 if device.type == "cuda" else 24), dtype=torch.uint8, device=device)
     found["GB/s copied"] = 2 * block.numel() / timed(device, block.clone, 3) / 1e9
     if device.type == "cuda":

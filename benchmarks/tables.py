@@ -7,20 +7,10 @@ A result is a JSON object with `kind` (which of the functions below draws it), `
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
 
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, the names of the columns, and rows of words."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
+from plan_tables import finetune_memory, scale
+from table import Result, Table
 
 
 def fidelity(result: Result) -> list[Table]:
@@ -341,7 +331,7 @@ KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
     **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
-    **{"snndlft": snndlft, "combined": combined},
+    **{"snndlft": snndlft, "combined": combined, "finetune-memory": finetune_memory, "scale": scale},
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
 VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}

@@ -14,6 +14,7 @@ from qinit_cli.options import DEBUG
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
 
+    from qinit.doctor.devices import Device
     from qinit.doctor.examine import Row
     from qinit.doctor.hardware import Hardware
     from qinit.doctor.trainers import Misfit
@@ -41,6 +42,7 @@ def doctor(
     here = hardware()
     installed = packages(need for probe in PROBES.values() for need in probe.needs)
     _draw(screen, here, installed)
+    found = _devices(screen)
     trainers = _misfits()
     for each in trainers:
         screen.say(f"{each.trainer} {each.version} {'; '.join(each.problems)}")
@@ -55,6 +57,7 @@ def doctor(
     if json_output:
         value = {
             **{"python": platform.python_version(), "works": works, "pip": command, "machine": asdict(here)},
+            "devices": [asdict(device) for device in found],
             "packages": [asdict(package) for package in installed],
             "trainers": [asdict(each) for each in trainers],
             "probes": [asdict(row) for row in rows],
@@ -64,11 +67,31 @@ def doctor(
         raise typer.Exit(BROKEN)
 
 
-def _misfits() -> list[Misfit]:
-    """Return the trainers that do not fit what is here; none where qinit, which knows them, cannot be imported."""
+def _devices(screen: Screen) -> list[Device]:
+    """Draw the devices that torch sees, and return them; none where qinit cannot be imported."""
+    from qinit_cli.draw import size
+
+    if not _is_whole():
+        return []
+    from qinit.doctor.devices import devices, process_words
+
+    found = devices()
+    for device in found:
+        taken = "; a run takes it" if device.used else ""
+        screen.say(f"device {device.device}: {device.name}, {size(device.free)} of {size(device.memory)} free{taken}")
+    screen.say(f"processes: {process_words(found)}")
+    return found
+
+
+def _is_whole() -> bool:
     from qinit.requirements import core, package
 
-    if any(package(name).installed is None for name in core()):
+    return all(package(name).installed is not None for name in core())
+
+
+def _misfits() -> list[Misfit]:
+    """Return the trainers that do not fit what is here; none where qinit, which knows them, cannot be imported."""
+    if not _is_whole():
         return []
     from qinit.doctor.trainers import misfits
 

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from qinit.files.reading import printable
 if TYPE_CHECKING:
     from qinit.events import Event
     from qinit.plan.plan import Plan
-    from qinit.planner.time import Estimate
     from qinit.report.report import Report
 
 SPENT_ON = {"bits": "more bits", "group_size": "smaller groups", "rank": "larger ranks"}
@@ -29,6 +27,15 @@ METHOD_COLUMNS = {
     **{"name": "method", "calibration": "calibration", "grid": "grid", "bits": "bits", "search": "scales"},
     **{"rounding": "rounding", "metric": "metric", "schedule": "schedule", "source": "source"},
 }
+START_COLUMNS = {
+    **{"name": "start", "calibration": "calibration", "factors": "A and B", "base": "base", "bits": "bits"},
+    **{"grids": "grids", "peft": "of PEFT", "source": "source"},
+}
+
+
+def words(value: Any) -> str:
+    """Say a list as its items."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def size(nbytes: float) -> str:
@@ -40,21 +47,7 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} GB"
 
 
-def _calibration_words(plan: Plan) -> str:
-    recipe = plan.recipe
-    if not recipe.calibrated:
-        return "none"
-    size = f"{recipe.calibration_samples} samples of up to {recipe.calibration_length} tokens"
-    return f"{recipe.calibration}, {size}" + (f", then {recipe.polish} steps of polish" if recipe.polish else "")
-
-
-def _time_words(seconds: Estimate) -> str:
-    from qinit.planner.time import in_words
-
-    return in_words(seconds)
-
-
-def _allocation_words(plan: Plan) -> list[str]:
+def allocation_words(plan: Plan) -> list[str]:
     """Say how the widths, and what else is chosen, were given to the layers."""
     shares = _shares([layer.bits for layer in plan.quantized], "bits")
     words = [f"widths: {shares}; {plan.grid_bits_per_weight:.3f} bits per weight with scales and zero points"]
@@ -144,7 +137,7 @@ class Screen:
                         what = f"measuring {layers[0]}" if layers else "none of the chosen layers"
                         progress.update(task, description=printable(f"block {block + 1} of {blocks}: {what}"))
                     case Allotted(allotted):
-                        for line in _allocation_words(allotted):
+                        for line in allocation_words(allotted):
                             self.say(line)
                     case Noted(text):
                         self.say(f"note: {text}")
@@ -197,11 +190,11 @@ class Screen:
             outputs["of the outputs"] = f"{start:.4f} base alone -> {end:.4f} with the adapter"
         if "calibration" in totals:
             outputs |= calibration_words(totals["calibration"])
-        self._table(
+        self.facts(
             f"{report.model}: {totals['nominal_bits']:g} bits, rank {report.recipe['rank']}, {report.method}",
             {
                 "layers": f"{totals['layers']}{kept}",
-                **weight_words(totals["quantized_weights"], totals["weights"], totals["left"]),
+                **weight_words(totals["quantized_weights"], totals["weights"], totals["left"], report.done),
                 "bits per weight": bits,
                 "weights on disk": disk,
                 **(check_words(totals["check"]) if "check" in totals else {}),
@@ -216,82 +209,24 @@ class Screen:
         for line in snippet_of(report, str(directory)):
             self.say(f"    {line}")
 
-    def plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:
-        """Draw the plan of a dry run, and how long the run would take."""
-        if self._quiet:
-            return
-        from qinit_cli.layer_rows import rows_of
-
-        from qinit.plan.shares import weight_words
-        from qinit.planner.memory import working_bytes
-
-        table = Table("layer", "shape", "bits", "group", "rank", "before", "after", "kept because", box=None)
-        for name, layers in rows_of(plan):
-            layer = layers[0]
-            module = layer.target.module
-            table.add_row(
-                printable(name),
-                f"{module.out_features} x {module.in_features}",
-                "-" if layer.kept else str(layer.bits),
-                "-" if layer.kept else str(layer.group_size),
-                str(layer.rank),
-                size(sum(layer.target.nbytes for layer in layers)),
-                size(sum(layer.bytes_after for layer in layers)),
-                layer.kept or "",
-            )
-        self._console.print(table)
-        if plan.recipe.mixed:
-            for line in _allocation_words(plan):
-                self.say(line)
-        self._table(
-            f"plan for {plan.model_name}: method {plan.recipe.method}, format {plan.recipe.format}",
-            {
-                "layers": f"{len(plan.quantized)} quantized of {len(plan.architecture.modules)} linear",
-                **weight_words(
-                    sum(layer.weights for layer in plan.quantized),
-                    plan.checkpoint.parameters,
-                    [share.to_json() for share in plan.shares],
-                ),
-                "bits per weight": f"{plan.bits_per_weight:.3f} as stored",
-                "weights on disk": f"{size(plan.bytes_before)} -> {size(plan.base_bytes)} base "
-                f"+ {size(plan.adapter_bytes)} adapter",
-                "calibration": _calibration_words(plan),
-                "working memory": f"about {size(working_bytes(plan))} beside the libraries",
-                "time": _time_words(seconds),
-                "would be written to": str(out),
-            },
-        )
-        for note in plan.notes:
-            self.say(f"note: {note}")
-
-    def qualities(self, plans: dict[str, tuple[Plan, Estimate]]) -> None:
-        """Draw what each quality would take, and what it has given elsewhere."""
-        from qinit.planner.memory import working_bytes
-        from qinit.planner.quality import found_words
-        from qinit.words import duration
-
-        columns = ("--quality", "calibration", "polish", "time here", "memory", "SmolLM2-135M gave")
-        rows = [
-            [
-                name,
-                _calibration_words(plan).split(", then ")[0],
-                f"{plan.recipe.polish} steps" if plan.recipe.polish else "-",
-                duration(seconds.total),
-                size(working_bytes(plan)),
-                found_words(plan.recipe) or "-",
-            ]
-            for name, (plan, seconds) in plans.items()
-        ]
-        self.table(*columns, rows=rows)
-
     def methods(self, rows: list[dict[str, Any]]) -> None:
         """Draw the method table."""
         table = Table(*METHOD_COLUMNS.values(), box=None, pad_edge=False)
         table.columns[0].no_wrap = table.columns[-1].no_wrap = True
         for row in rows:
-            cells = {**row, "bits": ", ".join(map(str, row["bits"])), "schedule": "; ".join(row["schedule"])}
-            table.add_row(*(str(cells[key]) for key in METHOD_COLUMNS))
+            cells = {**row, "schedule": "; ".join(row["schedule"])}
+            table.add_row(*(words(cells[key]) for key in METHOD_COLUMNS))
         self._console.print(table)
+
+    def starts(self, rows: list[dict[str, Any]]) -> None:
+        """Draw the table of starts."""
+        self._console.print()
+        table = Table(*START_COLUMNS.values(), box=None, pad_edge=False)
+        table.columns[0].no_wrap = table.columns[-1].no_wrap = True
+        for row in rows:
+            table.add_row(*(words(row[key]) for key in START_COLUMNS))
+        self._console.print(table)
+        self.say(f"Trainers that go on from them: {words(rows[0]['trainers'])}.")
 
     def report(self, report: Report) -> None:
         """Draw a run's report: a line for each module type, then the totals."""
@@ -313,7 +248,7 @@ class Screen:
             cells = ["-" if error is None else f"{error:.4f}" for error in errors]
             table.add_row(printable(kind), str(len(rows)), bits_words(rows), *cells)
         self._console.print(table)
-        self._table(heading(report), summary(report))
+        self.facts(heading(report), summary(report))
         if pareto_front(report) is None:
             self.say(f"note: {NO_FRONT}")
 
@@ -326,7 +261,10 @@ class Screen:
             table.add_row(*row)
         self._console.print(table)
 
-    def _table(self, title: str, rows: dict[str, str]) -> None:
+    def facts(self, title: str, rows: dict[str, str]) -> None:
+        """Draw a title and, under it, names with what there is to say of each."""
+        if self._quiet:
+            return
         self._console.print(
             printable(title), style="italic", soft_wrap=True
         )  # a table's own title is wrapped at its width
@@ -337,38 +275,3 @@ class Screen:
 
     def json_report(self, report: Report, out: Path, **beside: Any) -> None:
         sys.stdout.write(json.dumps({"directory": str(out.resolve()), **report.to_dict(), **beside}) + "\n")
-
-    def json_plan(self, plan: Plan, out: Path, seconds: Estimate) -> None:
-        layers = [
-            {
-                "name": layer.target.name,
-                "shape": [layer.target.module.out_features, layer.target.module.in_features],
-                "bits": None if layer.kept else layer.bits,
-                "group_size": None if layer.kept else layer.group_size,
-                "rank": layer.rank,
-                "bytes_before": layer.target.nbytes,
-                "bytes_after": layer.bytes_after,
-                "kept": layer.kept,
-            }
-            for layer in plan.layers
-        ]
-        from qinit.planner.memory import working_bytes
-
-        value = {
-            "directory": str(out.resolve()),
-            "recipe": plan.recipe.model_dump(),
-            "bits_per_weight": plan.bits_per_weight,
-            "grid_bits_per_weight": plan.grid_bits_per_weight,
-            "pending": plan.pending,
-            "weights": plan.checkpoint.parameters,
-            "quantized_weights": sum(layer.weights for layer in plan.quantized),
-            "left": [share.to_json() for share in plan.shares],
-            "bytes_before": plan.bytes_before,
-            "base_bytes": plan.base_bytes,
-            "adapter_bytes": plan.adapter_bytes,
-            "working_bytes": working_bytes(plan),
-            "seconds": {**asdict(seconds), "total": seconds.total},
-            "notes": list(plan.notes),
-            "layers": layers,
-        }
-        sys.stdout.write(json.dumps(value) + "\n")

@@ -69,7 +69,7 @@ class EvalScreen(Screen):
         for task, metrics in done.tasks.items():
             words[task] = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
         words["time"] = f"{done.seconds:.1f} s"
-        self._table(name, words)
+        self.facts(name, words)
         if written:
             self.say(f"written to {' and '.join(written)}")
 

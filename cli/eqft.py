@@ -1,4 +1,4 @@
-"""`qinit eqft` and `qinit meqft`: quantize a checkpoint and initialize its LoRA adapter; `qinit plan`: only plan it."""
+"""`qinit eqft` and `qinit meqft`: quantize a checkpoint and initialize its LoRA adapter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
-from qinit_cli.hush import hush
 from qinit_cli.options import (
     CALIBRATING,
     CHOOSING,
@@ -23,15 +22,9 @@ from qinit_cli.options import (
     recipe_options,
     takes,
 )
-from qinit_cli.push import push_after_run, quiet_hub
+from qinit_cli.plan import find_plan, show_plan
+from qinit_cli.push import push_after_run
 from qinit_cli.verify import WANTING
-
-if TYPE_CHECKING:
-    from qinit_cli.draw import Screen
-
-    from qinit.plan.plan import Plan
-    from qinit.planner.operations import Machine
-    from qinit.planner.time import Estimate
 
 
 @takes(*READING, "bits", *QUANTIZING, *CALIBRATING, *CHOOSING, *WRITING, "check", *RUNNING)
@@ -44,15 +37,6 @@ def eqft(**options: Any) -> None:
 def meqft(**options: Any) -> None:
     """Quantize with a width for each layer, chosen under a budget (--ratio, --target-bits, --target-size)."""
     _quantize("meqft", options)
-
-
-@takes(
-    *READING, "bits", *MIXING, *QUANTIZING, *CALIBRATING, *CHOOSING,
-    "format", "save_dir", "out", "max_shard_size", "device", "json_output", "quiet", "debug",
-)  # fmt: skip
-def plan(**options: Any) -> None:
-    """Show what eqft or meqft would do: every layer and byte, from headers alone, the time and the memory."""
-    _quantize("plan", {"dry_run": True, "overwrite": False, **options})
 
 
 def _quantize(command: str, options: dict[str, Any]) -> None:
@@ -74,20 +58,10 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         from qinit.hub.push import require_name, require_ready
 
         require_name(repo_id) if options["dry_run"] else require_ready(repo_id, options["token"])
-    made, out = _planned(screen, recipe, options)
     if options["dry_run"]:
-        from qinit.machine import pick_device
-        from qinit.planner.operations import Machine
-        from qinit.planner.time import estimate
-
-        machine = Machine(pick_device(recipe.device))
-        seconds = estimate(made, machine.device, machine)
-        screen.plan(made, out, seconds)
-        if qualities := _qualities(made, seconds, options, machine):
-            screen.qualities(qualities)
-        if options["json_output"]:
-            screen.json_plan(made, out, seconds)
+        show_plan(screen, recipe, options)
         return
+    made, out = find_plan(screen, recipe, options)
 
     from qinit.clock import Clock
     from qinit.machine import pick_device
@@ -122,27 +96,6 @@ def _quantize(command: str, options: dict[str, Any]) -> None:
         raise typer.Exit(WANTING)
 
 
-def _qualities(
-    made: Plan, seconds: Estimate, options: dict[str, Any], machine: Machine
-) -> dict[str, tuple[Plan, Estimate]]:
-    """Plan the same with each quality; nothing for a method or a model that takes no calibration."""
-    from qinit.planner.make import make_plan
-    from qinit.planner.time import estimate
-    from qinit.recipe import QUALITIES, make_recipe
-
-    if not made.recipe.calibrated:
-        return {}
-    found: dict[str, tuple[Plan, Estimate]] = {}
-    for quality in QUALITIES:
-        if quality == made.recipe.quality:
-            found[quality] = made, seconds
-            continue
-        recipe = make_recipe(options["recipe"], **{**recipe_options(options), "quality": quality})
-        plan = make_plan(recipe, made.checkpoint.directory, made.model_name)
-        found[quality] = plan, estimate(plan, machine.device, machine)
-    return found
-
-
 @contextmanager
 def interruptible(out: Path, left: Callable[[Path], str] | None = None) -> Iterator[None]:
     """Let SIGTERM end the run as Ctrl-C does, and say what is kept of it then: what `left` says of `out`."""
@@ -165,34 +118,6 @@ def show_split(seconds: dict[str, float]) -> None:
     print(f"where {total:.1f} s went, those of the host:", file=sys.stderr)
     for name, value in seconds.items():
         print(f"{value:9.1f} s {100 * value / total:4.0f} %  {name}", file=sys.stderr)
-
-
-def _planned(screen: Screen, recipe: Any, options: dict[str, Any]) -> tuple[Plan, Path]:
-    """Find the model, make the plan and say what it costs; returns it and the run's directory."""
-    from qinit.source.demo import DEMO_NAME, DEMO_TITLE, demo_directory
-
-    if recipe.model is None:
-        screen.say(f"No MODEL given: using {DEMO_TITLE}.")
-
-    hush()
-    from qinit.hub.download import header_directory, local_directory
-    from qinit.machine import pick_device
-    from qinit.planner.make import make_plan
-
-    quiet_hub(options["quiet"], options["debug"])
-    pick_device(recipe.device)  # before anything is fetched
-    if recipe.model is None:
-        directory, name = demo_directory(), DEMO_NAME
-    else:
-        find = header_directory if options["dry_run"] else local_directory
-        directory, name = find(recipe.model, recipe.revision, options["token"]), recipe.model
-    made = make_plan(recipe, directory, name)
-    out = options["out"]
-    if out is None:
-        short = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
-        place = options["save_dir"] or Path("model_zoo") / ("meqft" if recipe.mixed else "eqft")
-        out = place / f"{short}-{recipe.size_words}"
-    return made, out
 
 
 def typed(arguments: list[str]) -> str:

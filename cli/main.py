@@ -11,12 +11,13 @@ import typer
 from qinit_cli.adapter import adapter
 from qinit_cli.compare import compare
 from qinit_cli.doctor import doctor
-from qinit_cli.eqft import eqft, meqft, plan
+from qinit_cli.eqft import eqft, meqft
 from qinit_cli.eval import evaluate
 from qinit_cli.export import export
 from qinit_cli.hide_token import hide_token
 from qinit_cli.merge import merge
 from qinit_cli.methods import methods
+from qinit_cli.plan import plan
 from qinit_cli.polish import polish
 from qinit_cli.push import push
 from qinit_cli.report import report

@@ -1,4 +1,4 @@
-"""`qinit methods`: the method table, every row with its choice on each axis."""
+"""`qinit methods`: the method table, every row with its choice on each axis; and the published starts."""
 
 from __future__ import annotations
 
@@ -11,24 +11,63 @@ import typer
 if TYPE_CHECKING:
     from qinit.solver.methods import Method
 
+# What A and B start as, and what of PEFT's LoraConfig it is.
+STARTS_IN_WORDS = {
+    "lora": ("A Kaiming-uniform, B zero", "init_lora_weights=True"),
+    "rslora": ("as lora; s is lora_alpha / sqrt(rank)", "use_rslora=True"),
+    "dora": ("as lora; and the lengths of the rows of W", "use_dora=True"),
+    "pissa": ("leading singular triplets of W", 'init_lora_weights="pissa"; with --niter N "pissa_niter_N"'),
+    "olora": ("first columns and rows of W = Q R", 'init_lora_weights="olora"'),
+    "milora": ("last singular triplets of W", "none"),
+    "corda": ("leading triplets of W C, C the inputs' E[x x']", 'init_lora_weights="corda", corda_method="ipm"'),
+    "eva": ("A leading directions of the inputs, B zero", 'init_lora_weights="eva", rho=1'),
+    "lora-ga": ("singular vectors of the loss's gradient", 'init_lora_weights="lora_ga"'),
+}
+
 
 def methods(
     json_output: Annotated[bool, typer.Option("--json", help="The table as JSON on stdout.")] = False,
 ) -> None:
-    """List the methods that a recipe can name, and what each of them does."""
+    """List the methods that a recipe can name, and what each of them does: those that quantize, and the starts of
+    `qinit adapter`."""
     from qinit_cli.draw import Screen
 
-    from qinit.solver.methods import CALIBRATED, METHODS
+    from qinit.solver.methods import CALIBRATED, METHODS, STARTS
 
     rows = []
     for name, row in METHODS.items():
         rows.append(_described(row, "needed" if row.needs else "none"))
         if name in CALIBRATED:
             rows.append(_described(CALIBRATED[name], "where there is some"))
+    starts = [started(row) for row in STARTS.values()]
     if json_output:
-        sys.stdout.write(json.dumps({"methods": rows}) + "\n")
+        sys.stdout.write(json.dumps({"methods": rows, "starts": starts}) + "\n")
     else:
-        Screen().methods(rows)
+        screen = Screen()
+        screen.methods(rows)
+        screen.starts(starts)
+
+
+def started(row: Method) -> dict[str, Any]:
+    """Return what there is to say of a start: its axes, the bases that it takes, the argument of PEFT that it takes the
+    place of, and the trainers that go on from it."""
+    from qinit.grids import GRIDS
+    from qinit.solver.methods import SEARCHES
+    from qinit.trainers import TRAINERS
+    from qinit.trainers.base import Untrainable
+
+    factors, peft = STARTS_IN_WORDS.get(row.name, ("", ""))
+    return {
+        "name": row.name,
+        "calibration": "needed" if row.needs else "none",
+        "factors": factors,
+        "base": "W - s B A" if row.start == "low-rank" else "W",
+        "bits": sorted({16, *(bits for grid in SEARCHES for bits in GRIDS[grid].bits)}),
+        "grids": [row.grid, *SEARCHES],
+        "peft": peft,
+        "trainers": [name for name, trainer in TRAINERS.items() if not isinstance(trainer, Untrainable)],
+        "source": row.source,
+    }
 
 
 def _described(row: Method, calibration: str) -> dict[str, Any]:

@@ -145,7 +145,10 @@ OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(help="Names (experts) or a regular expression to leave out.", rich_help_panel=METHOD_PANEL),
     ],
-    "lora_alpha": Annotated[float | None, typer.Option(show_default="the rank", rich_help_panel=METHOD_PANEL)],
+    "lora_alpha": Annotated[
+        float | None,
+        typer.Option("--lora-alpha", "--alpha", show_default="the rank", rich_help_panel=METHOD_PANEL),
+    ],
     "use_rslora": Annotated[
         bool | None,
         typer.Option(
@@ -340,9 +343,10 @@ BESIDE_THE_RECIPE = {
 
 
 def takes(*names: str, **own: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command its `own` options and these, in this order; it gets them by keyword, None (a flag False) when left
-    out. One whose type has no None must be given."""
-    options = {**own, **{name: OPTIONS[name] for name in names}}
+    """Give a command its `own` options and these, in this order (own ones may have a place among the names); it gets
+    them by keyword, None (a flag False) when left out. One whose type has no None must be given."""
+    first = {name: option for name, option in own.items() if name not in names}
+    options = {**first, **{name: own.get(name) or OPTIONS[name] for name in names}}
 
     def give(command: Callable[..., None]) -> Callable[..., None]:
         parameters = [

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,15 @@ from qinit.errors import RecipeError
 
 CPU = torch.device("cpu")
 PACKAGES = ("qinit", "torch", "transformers", "peft", "numba", "numpy")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device that need not be here: its name, torch's word for what it is, and its memory in bytes."""
+
+    name: str
+    type: str
+    memory: int
 
 
 def pick_device(name: str) -> torch.device:
@@ -40,6 +50,13 @@ def ran_on() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": _processor_name() or platform.processor() or None, "cores": cores, "gpu": gpu}
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is called: a GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor_name() or platform.processor() or "cpu"
 
 
 def free_memory(device: torch.device) -> int:

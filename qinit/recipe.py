@@ -14,13 +14,13 @@ from qinit.errors import RecipeError, did_you_mean
 from qinit.files.reading import YAML_BYTES, parse_yaml, read_regular
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.solver.methods import CALIBRATED, METHODS, Method, get_method, on_base
+from qinit.solver.methods import CALIBRATED, METHODS, STARTS, Method, get_method, on_base, on_grid
+from qinit.solver.start_options import start_defaults, start_problem
 from qinit.source.targets import ALL_LINEAR
 from qinit.words import parse_size, parse_time
 
 MOST_TOKENS = 2**28
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
-
 
 BUDGETS = ("ratio", "target_bits", "target_size")  # a recipe that has one is of mixed widths
 
@@ -49,6 +49,9 @@ class Recipe(BaseModel):
     format: str = "gptq"
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)  # None: the rank
     use_rslora: bool = False
+    use_dora: bool = False
+    grid: str | None = None  # of a start's base below 16 bits; None: int
+    niter: int | None = Field(None, ge=1, le=100)  # power iterations in the place of a start's full decomposition
     target_modules: str = ALL_LINEAR
     exclude: str | None = None
     calibration: str = "auto"  # decided by the plan; "none", or what `load_samples` takes
@@ -80,8 +83,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _quality_defaults(cls, values: Any) -> Any:
-        return {**QUALITIES.get(str(values.get("quality")), {}), **values} if isinstance(values, dict) else values
+    def _quality_and_method_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {**QUALITIES.get(str(values.get("quality")), {}), **start_defaults(values), **values}
 
     @field_validator("polish", mode="before")
     @classmethod
@@ -167,6 +172,9 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"format: no '{self.format}'{did_you_mean(self.format, FORMATS)}; known are {', '.join(FORMATS)}"
             )
+        own = {key: getattr(self, key) for key in ("bits", "grid", "niter", "polish", "use_dora")}
+        if (problem := start_problem(self.method, **own)) is not None:
+            raise ValueError(problem)
         self._check_widths(method)
         self._check_mixed(method)
         self._check_calibration(method)
@@ -196,9 +204,11 @@ class Recipe(BaseModel):
         return row
 
     def _check_widths(self, method: Method) -> None:
-        if self.symmetric and method.grid != "int":
-            raise ValueError(f"symmetric: is about integer grids, and method {self.method} has grid {method.grid}")
-        offered = GRIDS[method.grid].bits
+        grid = (self.grid or "int") if method.name in STARTS and self.bits != 16 else method.grid
+        if self.symmetric and grid != "int":
+            raise ValueError(f"symmetric: is about integer grids, and method {self.method} has grid {grid}")
+        full = (16,) if method.name in STARTS and self.base is None else ()
+        offered = tuple(sorted({*GRIDS[grid].bits, *full}))
         for option in ("bits", "bits_low", "bits_high", "bits_choices"):
             given = getattr(self, option)
             for width in given if isinstance(given, tuple) else (given,):
@@ -319,12 +329,18 @@ class Recipe(BaseModel):
     def row(self) -> Method:
         """The method's row, with the recipe's own choice of grid and rounding."""
         row = get_method(self.method, calibrated=self.calibrated)
+        row = on_grid(row, self.grid or "int") if row.name in STARTS and self.bits != 16 else row
         row = replace(row, grid="sym") if self.symmetric else row
         if self.base is not None and (row_on_base := on_base(row)) is not None:
             return row_on_base
         if not row.adjustable or not self.calibrated:
             return row
         return replace(row, rounding=self.rounding or row.rounding, act_order=self.act_order)
+
+    @property
+    def adapter(self) -> str:
+        """The kind of adapter that is written."""
+        return "dora" if self.use_dora else self.row.adapter
 
     @property
     def iterations(self) -> int:

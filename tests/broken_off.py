@@ -23,6 +23,7 @@ RUNS = {
     "mixed without calibration": {**PLAIN, "target_bits": 3.0, "format": "gptq"},
     "polish": {**RANDOM, "calibration_samples": 128, "calibration_mode": "parallel", "polish": 5},
     "whole model": {**RANDOM, "method": "lq-lora", "format": "dense"},
+    "a start": {**RANDOM, "method": "lora-ga", "use_dora": True},
 }
 
 

@@ -77,6 +77,12 @@ def test_the_demo_model_is_in_it(wheel):
     assert {f"qinit_demo/{name}" for name in data} <= names
 
 
+def test_the_kinds_of_devices_that_were_measured_are_in_it(wheel):
+    kinds = {file.relative_to(ROOT).as_posix() for file in (ROOT / "qinit/planner/kinds").iterdir()}
+    assert "qinit/planner/kinds/h100.json" in kinds
+    assert kinds <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_the_text_to_calibrate_on_is_in_wheel_and_source_distribution(wheel, source, tmp_path):
     folder = ROOT / "qinit/text/bundled"
     data = {file.relative_to(ROOT).as_posix() for file in folder.rglob("*.*") if file.suffix in (".txt", ".md")}

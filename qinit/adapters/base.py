@@ -33,6 +33,11 @@ class Adapter(ABC):
     name: str
     peft_type: str  # in adapter_config.json
     experts = False  # whether experts that are slices of a 3-D parameter get one; what that takes has no defaults
+    reads_base = False  # whether what is stored depends on Q too
+
+    def recognises(self, config: dict[str, Any]) -> bool:
+        """Whether a saved adapter with this adapter_config.json is of this kind."""
+        return bool(config.get("peft_type") == self.peft_type)
 
     @abstractmethod
     def specs(self, module: LinearModule, rank: int) -> list[TensorSpec]:
@@ -49,9 +54,16 @@ class Adapter(ABC):
 
     @abstractmethod
     def encode(
-        self, module: LinearModule, low_rank: LowRank | None, rank: int, scale: float, seed: int
+        self,
+        module: LinearModule,
+        low_rank: LowRank | None,
+        rank: int,
+        scale: float,
+        seed: int,
+        base: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return those tensors for L = B A, on the CPU; without one PEFT's own start, which changes nothing."""
+        """Return those tensors for L = B A, on the CPU; without one PEFT's own start, which changes nothing. `base`
+        is Q [out, in], float32, for a kind that reads it."""
 
     @abstractmethod
     def decode(self, module: LinearModule, tensors: Mapping[str, torch.Tensor], scale: float) -> LowRank:
@@ -73,6 +85,12 @@ class Adapter(ABC):
     @abstractmethod
     def change(self, module: str, parts: Mapping[str, torch.Tensor], config: dict[str, Any]) -> torch.Tensor:
         """Return what PEFT adds to a module's weight [out, in], in float32, from all its parts."""
+
+    def apply(
+        self, module: str, weight: torch.Tensor, parts: Mapping[str, torch.Tensor], config: dict[str, Any]
+    ) -> torch.Tensor:
+        """Return what PEFT makes of a module's weight [out, in], float32, which is changed in place."""
+        return weight.add_(self.change(module, parts, config))
 
     def change_of_stack(
         self, expert: LinearModule, parts: Mapping[str, torch.Tensor], config: dict[str, Any]

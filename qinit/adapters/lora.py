@@ -45,6 +45,9 @@ class LoraAdapter(Adapter):
     peft_type = "LORA"
     experts = True
 
+    def recognises(self, config: dict[str, Any]) -> bool:
+        return super().recognises(config) and not config.get("use_dora")
+
     def specs(self, module: LinearModule, rank: int) -> list[TensorSpec]:
         name_a, name_b = _names(self.stack_of(module))
         expert = module.expert
@@ -87,10 +90,16 @@ class LoraAdapter(Adapter):
         return module.parameter.rpartition(".")[0] + ".base_layer" * module.expert.behind
 
     def encode(
-        self, module: LinearModule, low_rank: LowRank | None, rank: int, scale: float, seed: int
+        self,
+        module: LinearModule,
+        low_rank: LowRank | None,
+        rank: int,
+        scale: float,
+        seed: int,
+        base: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """As `Adapter.encode`; PEFT's own start is A Kaiming-uniform and B zero."""
-        name_a, name_b = self.names(module)
+        name_a, name_b = self.names(module)[:2]
         if low_rank is None:
             bound = 1 / math.sqrt(module.in_features)  # kaiming_uniform_(a=sqrt(5)), as PEFT's reset_lora_parameters
             generator = torch.Generator().manual_seed(seed)
@@ -101,7 +110,7 @@ class LoraAdapter(Adapter):
         return {name_a: A.cpu() / root, name_b: B.cpu() / root}
 
     def decode(self, module: LinearModule, tensors: Mapping[str, torch.Tensor], scale: float) -> LowRank:
-        name_a, name_b = self.names(module)
+        name_a, name_b = self.names(module)[:2]
         root = math.sqrt(scale)
         A, B = tensors[name_a] * root, tensors[name_b] * root
         return LowRank(A.T, B.T) if _swapped(module) else LowRank(B, A)

@@ -56,6 +56,11 @@ class SavedAdapter:
         read = self._read(module, device)
         return None if read is None else self.kind.change(module, read, self.settings)
 
+    def apply(self, module: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return what becomes of a module's weight [out, in], float32, which is changed in place."""
+        read = self._read(module, weight.device)
+        return weight if read is None else self.kind.apply(module, weight, read, self.settings)
+
     def change_of_stack(self, expert: LinearModule, device: torch.device) -> torch.Tensor | None:
         """Return what is added to the 3-D parameter that an expert is a slice of, in its layout, as above."""
         read = self._read(self.kind.stack_of(expert), device)

@@ -74,13 +74,14 @@ class Part:
 class Probe(ABC):
     """What is done with the gradient g of minus the log-probability of a token drawn from the model's own distribution,
     as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information. `experts`: whether
-    it looks at experts too."""
+    it looks at experts too; `whole`: whether it reads all of the text, and not only its beginning."""
 
     experts = False
+    whole = False
 
     def __init__(self, plan: Plan, samples: Samples, device: torch.device) -> None:
         self.plan, self.device = plan, device
-        part = slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH)
+        part = (slice(None), slice(None)) if self.whole else (slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH))
         mask = None if samples.mask is None else samples.mask[part]
         self.samples = Samples(samples.tokens[part], mask, samples.origin)
         self.layers = {
@@ -88,10 +89,14 @@ class Probe(ABC):
         }
         tokens = min(GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES // (4 * (plan.facts.vocabulary or 1)))
         self.batches = list(batches_of(self.samples, max(1, tokens // self.samples.tokens.shape[1])))
-        self.mask: torch.Tensor | None = None
+        self.batch: Batch | None = None  # that is under way
         self.generator = torch.Generator().manual_seed(plan.recipe.seed)
         self.start = torch.zeros((), device=device, requires_grad=True)  # gives a gradient to what has none yet
         self.outside: list[LayerPlan] = []  # layers in front of the blocks or behind them
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        return None if self.batch is None else self.batch.mask
 
     def prepare(self, part: Part, run: Run) -> None:  # noqa: B027 - optional
         """Called before the pass back reaches these layers."""
@@ -99,6 +104,9 @@ class Probe(ABC):
     @abstractmethod
     def add(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         """Called with a layer's input [tokens, in] and the gradient [tokens, out] at its output, for each batch."""
+
+    def done(self, part: Part) -> None:  # noqa: B027 - optional
+        """Called after the pass back has gone through these layers."""
 
     @contextmanager
     def listening(self, part: Part) -> Iterator[None]:
@@ -222,12 +230,13 @@ def _through_the_end(
             probe.prepare(part, end)
         with probe.listening(part), torch.enable_grad():
             for batch in probe.batches:
-                probe.mask = batch.mask
+                probe.batch = batch
                 ends = ends_of(batch, states, probe.device)
                 probe.loss(end(batch, ends)).backward()
                 for gradient, hidden in zip(gradients, ends, strict=True):
                     if gradient is not None and hidden is not None:
                         gradient.write(batch, _gradient(hidden))
+        probe.done(part)
 
 
 class _Pass:
@@ -292,7 +301,7 @@ class _Pass:
                 probe.prepare(part, run)
             with probe.listening(part), torch.enable_grad():
                 for batch in probe.batches:
-                    probe.mask = batch.mask
+                    probe.batch = batch
                     hidden = self.states[index].read(batch).to(device, copy=True).requires_grad_()
                     given = [value.clone().requires_grad_() for value in self.calls.read(batch)]
                     output, gradient = run(batch, hidden=hidden, given=given), self.gradient.read(batch).to(device)
@@ -301,6 +310,7 @@ class _Pass:
                     self.gradient.write(batch, _gradient(hidden))
                     for total, value in zip(made, given, strict=True):
                         total.write(batch, total.read(batch).to(device) + _gradient(value))
+            probe.done(part)
             row.unload(index)
         if made or any(one.end is not None for one in before):
             self._hand_over(before, made)
@@ -352,5 +362,6 @@ def _whole(probe: Probe) -> Iterator[Measuring]:
         probe.prepare(part, run)
     with probe.listening(part), torch.enable_grad():
         for batch in probe.batches:
-            probe.mask = batch.mask
+            probe.batch = batch
             probe.loss(run(batch)).backward()
+    probe.done(part)

@@ -98,10 +98,13 @@ class ExpertMeters:
 
     def statistics(self, layer: LayerPlan) -> Statistics | None:
         """Return an expert's statistics, shrunk, None if no token has reached it."""
-        own, pool = self.own.pop(layer.target.name).statistics(layer), self.pool.statistics(layer)
-        if own is None or pool is None:
+        own, pool = self.own.pop(layer.target.name), self.pool
+        if own.statistics(layer) is None or pool.statistics(layer) is None:
             return None
         shared = min(len(own.hessian), pool.tokens - own.tokens)
         weight = shared / (own.tokens + shared)
-        hessian = torch.lerp(own.hessian, pool.hessian, weight)
-        return Statistics(hessian, torch.lerp(own.magnitude, pool.magnitude, weight), own.tokens, shared=shared)
+        hessian, magnitude, mean = (
+            torch.lerp(mine, all_, weight)
+            for mine, all_ in ((own.hessian, pool.hessian), (own.magnitude, pool.magnitude), (own.mean, pool.mean))
+        )
+        return Statistics(hessian, magnitude, own.tokens, shared=shared, mean=mean)

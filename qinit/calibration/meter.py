@@ -46,7 +46,7 @@ class Meter:
         size = layers[0].target.module.in_features
         self.tokens = 0
         self.hessian = torch.zeros((size, size), device=device)
-        self.magnitude = torch.zeros(size, device=device)
+        self.magnitude, self.mean = torch.zeros(size, device=device), torch.zeros(size, device=device)
         self.originals = originals
         self.gap: torch.Tensor | None = None
         self.own: dict[str, torch.Tensor] = {}
@@ -70,6 +70,7 @@ class Meter:
         old, new = 1 - len(x) / self.tokens, 1 / self.tokens
         add_second_moment(self.hessian, x, old, new)
         self.magnitude.mul_(old).add_(x.abs().sum(0), alpha=new)
+        self.mean.mul_(old).add_(x.sum(0), alpha=new)
         if self.gap is not None:
             _mean(self.gap, None if gap is None else gap.x, x, old, new)
         for name, own in self.own.items():
@@ -94,7 +95,7 @@ class Meter:
         if not self.tokens or not bool(self.hessian.any()):
             return None
         mirror(self.hessian)
-        return Statistics(self.hessian, self.magnitude, self.tokens, self._drift(layer.target.name))
+        return Statistics(self.hessian, self.magnitude, self.tokens, self._drift(layer.target.name), mean=self.mean)
 
     def _drift(self, name: str) -> torch.Tensor | None:
         if self.originals is None:

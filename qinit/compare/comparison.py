@@ -12,8 +12,10 @@ from typing import Any
 
 from qinit.compare.texts import Text
 from qinit.machine import versions
+from qinit.plan.plan import Plan
+from qinit.planner.make import make_plan
 from qinit.recipe import Recipe
-from qinit.solver.methods import METHODS
+from qinit.solver.methods import get_method
 from qinit.source.checkpoint import Checkpoint
 from qinit.train.finetune import Training
 
@@ -50,7 +52,10 @@ class Row:
     @property
     def fresh(self) -> bool:
         """Whether the adapter is PEFT's own start, that a seed draws."""
-        return self.method == LORA or (self.recipe is not None and METHODS[self.recipe.method].start == "none")
+        if self.recipe is None:
+            return self.method == LORA
+        method = get_method(self.recipe.method)
+        return method.start == "none" and method.factors is None
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,10 @@ class Comparison:
     def cells(self) -> int:
         return sum(1 + len(self.sweep(row)) + (len(self.seeds) - 1) * bool(self.training) for row in self.rows)
 
+    def plan(self, recipe: Recipe) -> Plan:
+        """Plan the run of a row's recipe."""
+        return make_plan(recipe, self.directory, self.model, self.directory if recipe.base is not None else None)
+
     def run_directory(self, row: Row) -> Path:
         return self.out / CELLS / row.name / "run"
 
@@ -141,7 +150,7 @@ def recipe_facts(recipe: Recipe | None) -> dict[str, Any] | None:
     """Return what of a recipe decides the bytes that are written, with the hash of a file that it calibrates on."""
     if recipe is None:
         return None
-    facts = recipe.model_dump(exclude={"model", "revision", "device", "max_shard_size"})
+    facts = recipe.model_dump(exclude={"model", "base", "revision", "device", "max_shard_size"})
     file = Path(recipe.calibration)
     if recipe.calibrated and file.is_file():
         facts["calibration"] = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}

@@ -12,7 +12,6 @@ from qinit.compare.measure import load_start
 from qinit.compare.schedule import Schedule, best_rate
 from qinit.evaluate.figures import perplexity
 from qinit.machine import pick_device
-from qinit.planner.make import make_plan
 from qinit.planner.operations import Machine
 from qinit.planner.time import estimate
 from qinit.train.finetune import Training, finetune
@@ -41,7 +40,7 @@ def forecast(schedule: Schedule, jobs: int) -> dict[str, Any]:
             if cell.rate is not None and comparison.training and comparison.validation:
                 seconds += step * comparison.training.steps + token * len(comparison.validation.ids)
             elif cell.row.recipe is not None:
-                plan = make_plan(cell.row.recipe, comparison.directory, comparison.model)
+                plan = comparison.plan(cell.row.recipe)
                 seconds += estimate(plan, machine.device, machine).total
     finally:
         torch.set_num_threads(threads)

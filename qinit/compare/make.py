@@ -18,12 +18,13 @@ from qinit.machine import pick_device
 from qinit.plan.plan import Plan
 from qinit.planner.make import make_plan
 from qinit.recipe import Recipe, make_recipe
-from qinit.solver.methods import CALIBRATED, METHODS
+from qinit.solver.methods import CALIBRATED, METHODS, STARTS, get_method
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.vocabulary import Facts
 from qinit.train.finetune import Training
 
 RESULT_NAME = "compare.json"
+FULL_WIDTH = 16  # bits: a method that rounds has none, a start has
 METHODS_DEFAULT = ("eqft", "eqft:none", "loftq", "qpissa", "qlora")
 
 
@@ -60,8 +61,10 @@ def make_comparison(
     rows = _ceilings(ceilings, rates, full_rates) if training else [Row(FULL, 16, None, (), 16.0)]
     for width in bits:
         for method in methods:
-            recipe = _recipe(method, width, options)
-            plan = make_plan(recipe, checkpoint.directory, model)
+            if width == FULL_WIDTH and not _at_full_width(method, bits, ceilings if training else ()):
+                continue
+            recipe = _recipe(method, width, options, checkpoint.directory)
+            plan = make_plan(recipe, checkpoint.directory, model, None if recipe.base is None else checkpoint.directory)
             rows.append(Row(method, width, plan.recipe, tuple(rates), _bits_as_stored(plan)))
     names = [row.name for row in rows]
     if len(set(names)) < len(names):
@@ -188,13 +191,24 @@ def _ceilings(names: Sequence[str], rates: Sequence[float], full_rates: Sequence
     return [Row(name, 16, None, tuple(rates if name == LORA else full_rates), 16.0) for name in names]
 
 
-def _recipe(method: str, bits: float, options: dict[str, Any]) -> Recipe:
+def _at_full_width(method: str, bits: Sequence[float], ceilings: Sequence[str]) -> bool:
+    """Whether a method has a row at 16 bits: a start has, if it is no ceiling. Raises CompareError for one that rounds
+    where no other width is given."""
+    if method.partition(":")[0] in STARTS:
+        return method not in ceilings
+    if set(bits) == {FULL_WIDTH}:
+        raise CompareError(f"--bits: 16 is for {', '.join(STARTS)}; {method} rounds, so give it fewer too")
+    return False
+
+
+def _recipe(method: str, bits: float, options: dict[str, Any], directory: Path) -> Recipe:
     """Return a method's recipe; it gets the calibration options only if it can use them."""
     named, _, quality = method.partition("@")
     name, _, source = named.partition(":")
-    if name not in METHODS:
-        raise RecipeError(f"--methods: no '{name}'{did_you_mean(name, METHODS)}; known are {', '.join(METHODS)}")
-    row = METHODS[name]
+    try:
+        row = get_method(name)
+    except RecipeError as error:
+        raise RecipeError(f"--methods:{str(error).removeprefix('method:')}") from None
     values = {key: value for key, value in options.items() if value is not None}
     if quality:
         values["quality"] = quality
@@ -214,13 +228,18 @@ def _recipe(method: str, bits: float, options: dict[str, Any]) -> Recipe:
     values = {key: value for key, value in values.items() if key not in dropped}
     if row.grid != "int":
         values["format"] = "dense"  # no packed format holds it
+    if name in STARTS:
+        values.pop("polish", None)
+        if bits == FULL_WIDTH and row.start == "none":
+            values["base"] = str(directory)
+            values.pop("group_size", None)
     values["check"] = False  # a comparison measures on its own text
     return make_recipe(**{"format": "dense", **values, "method": name, **_widths(name, bits)})
 
 
 def _widths(method: str, bits: float) -> dict[str, Any]:
     """Return the recipe's options for a width: one for all layers, or the two of the grid's that it lies between."""
-    row = METHODS[method]
+    row = get_method(method)
     offered = GRIDS[row.grid].bits
     if row.mixes_widths and bits not in offered and min(offered) < bits < max(offered):
         low, high = max(width for width in offered if width < bits), min(width for width in offered if width > bits)

@@ -15,12 +15,13 @@ import torch
 from qinit.compare.comparison import FULL, LORA, Cell, Comparison, Row
 from qinit.errors import OutputError
 from qinit.evaluate.figures import perplexity
-from qinit.loading import load
+from qinit.loading import load, load_parts
 from qinit.machine import pick_device
-from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.report.report import REPORT_NAME, Report
 from qinit.runner.run import run
+from qinit.solver.methods import STARTS
+from qinit.source.checkpoint import read_json
 from qinit.train.finetune import DivergedError, finetune
 
 MOST_LOGITS = 2**28  # values: a gigabyte in float32
@@ -65,13 +66,13 @@ def _start(comparison: Comparison, row: Row) -> dict[str, Any]:
     """Quantize, unless that was done under the same digest, and measure the start, unless that was done."""
     directory, known = comparison.run_directory(row), kept_result(comparison, Cell(row))
     if row.recipe is not None and not (known and ready(comparison, row)):
-        for _ in run(make_plan(row.recipe, comparison.directory, comparison.model), directory, overwrite=True):
+        for _ in run(comparison.plan(row.recipe), directory, overwrite=True):
             pass
     if known:
         return {key: value for key, value in known.items() if key not in ("signature", "seconds")}
-    found: dict[str, Any] = {
-        "perplexities": _perplexities(comparison, load_start(comparison, row, comparison.seeds[0]))
-    }
+    model = load_start(comparison, row, comparison.seeds[0])
+    found: dict[str, Any] = {"perplexities": _perplexities(comparison, model)}
+    found["trainable"] = sum(each.numel() for each in model.parameters() if each.requires_grad)
     if row.recipe is not None:
         report = Report.read(directory)
         found |= {"weight_error": report.totals["error"], "output_error": report.totals.get("output_error")}
@@ -108,13 +109,17 @@ def _load(comparison: Comparison, row: Row, seed: int) -> Any:
     device = pick_device(comparison.device)
     dtype = torch.bfloat16 if device.type == "cuda" and row.method != FULL else torch.float32
     if row.recipe is not None:
-        model = load(
-            comparison.run_directory(row),
-            trainable=True,
-            dtype=dtype,
-            device=str(device),
-            trust_remote_code=comparison.trust_remote_code,
-        )
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "device": str(device),
+            "trust_remote_code": comparison.trust_remote_code,
+        }
+        directory = comparison.run_directory(row)
+        if row.recipe.base is None:
+            model = load(directory, trainable=True, **options)
+        else:
+            base, class_name = comparison.directory, Report.read(directory).source["class"]
+            model = load_parts(base, directory, class_name, read_json(base / "config.json", ""), True, **options)
         if row.fresh:
             torch.manual_seed(seed)
             for module in model.modules():
@@ -139,10 +144,15 @@ def _load(comparison: Comparison, row: Row, seed: int) -> Any:
 
 
 def _same_adapters(comparison: Comparison) -> dict[str, Any]:
-    """Return the configuration of the adapters that the quantized rows have: the same modules, ranks and scales."""
-    recipe = next((row.recipe for row in comparison.rows if row.recipe is not None), None)
-    recipe = (recipe or make_recipe()).model_copy(update={"calibration": "none", "format": "dense"})
-    plan = make_plan(recipe, comparison.directory, comparison.model)
+    """Return the configuration of the adapters that the other rows have: the same modules, ranks and scales."""
+    recipes = [row.recipe for row in comparison.rows if row.recipe is not None]
+    recipe = next((each for each in recipes if each.method not in STARTS), next(iter(recipes), make_recipe()))
+    plainly: dict[str, Any] = {"calibration": "none", "format": "dense", "base": None}
+    if recipe.method in STARTS:
+        stabilized = recipe.use_rslora and recipe.method != "rslora"
+        plainly |= {"method": make_recipe().method, "use_dora": False, "use_rslora": stabilized}
+    recipe = recipe.model_copy(update=plainly)
+    plan = comparison.plan(recipe)
     config = plan.adapter.config(recipe, plan.architecture, plan.ranks, "")
     return {**config, "inference_mode": False, "base_model_name_or_path": None}
 

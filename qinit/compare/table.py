@@ -20,7 +20,7 @@ def rows(comparison: Comparison, found: Found) -> list[dict[str, Any]]:
     and spread of the differences to 16-bit LoRA seed by seed.
     """
     lines = [_row(comparison, row, found) for row in comparison.rows]
-    lora = next((line["end"] for line in lines if line["method"] == LORA), None)
+    lora = next((line["end"] for line in lines if line["method"] == LORA and line["bits"] == 16), None)
     for line in lines:
         line["to_lora"] = line["less_lora"] = None
         if lora and line["end"]:
@@ -46,6 +46,7 @@ def _row(comparison: Comparison, row: Row, found: Found) -> dict[str, Any]:
         "method": row.method,
         "bits": row.bits,
         "bits_per_weight": row.bits_per_weight,
+        "trainable": start.get("trainable"),
         "weight_error": start.get("weight_error"),
         "start": dict(zip(names, start["perplexities"], strict=True)) if "perplexities" in start else None,
         "rates": [_swept(names, cell, found.get(cell, {})) for cell in comparison.sweep(row)],
@@ -89,7 +90,7 @@ def header(result: dict[str, Any]) -> list[str]:
     """Return the columns' names."""
     texts = result["texts"]
     names = [text["name"] for text in texts]
-    columns = ["bits", "method", "bits/weight", *(f"start {name}" for name in names)]
+    columns = ["bits", "method", "bits/weight", *_trained_column(result), *(f"start {name}" for name in names)]
     if result["training"]:
         columns += [f"end {name}" for name in names]
         columns += ["rate", *(f"/ LoRA {name}" for name in names), *(f"- LoRA {name}" for name in names)]
@@ -99,12 +100,19 @@ def header(result: dict[str, Any]) -> list[str]:
 def lines(result: dict[str, Any]) -> list[list[str]]:
     """Return the rows of compare.json in words; a row that failed says so at its end."""
     names = [text["name"] for text in result["texts"]]
-    return [_line(row, names, bool(result["training"])) for row in result["rows"]]
+    counted = bool(_trained_column(result))
+    return [_line(row, names, bool(result["training"]), counted) for row in result["rows"]]
 
 
-def _line(row: dict[str, Any], names: list[str], trained: bool) -> list[str]:
+def _trained_column(result: dict[str, Any]) -> list[str]:
+    """Return the column of how many numbers are trained, where a comparison has counted them."""
+    return ["trained"] if any(row.get("trainable") for row in result["rows"]) else []
+
+
+def _line(row: dict[str, Any], names: list[str], trained: bool, counted: bool) -> list[str]:
     method = _name(row, trained)
     line = [str(row["bits"]), method, f"{row['bits_per_weight']:.3f}"]
+    line += [f"{row['trainable']:,}" if row.get("trainable") else "-"] if counted else []
     line += [_number((row["start"] or {}).get(name)) for name in names]
     if trained:
         line += [_spread((row["end"] or {}).get(name)) for name in names]
@@ -115,7 +123,8 @@ def _line(row: dict[str, Any], names: list[str], trained: bool) -> list[str]:
 
 
 def _name(row: dict[str, Any], trained: bool) -> str:
-    return NAMES.get(row["method"], row["method"]) if trained else row["method"].replace(FULL, "full precision")
+    known = NAMES if row["bits"] == 16 else {}
+    return known.get(row["method"], row["method"]) if trained else row["method"].replace(FULL, "full precision")
 
 
 def _number(value: float | None) -> str:
@@ -158,7 +167,7 @@ def sweep_lines(result: dict[str, Any]) -> list[list[str]]:
         for one in row["rates"]:
             ends = [_number((one["end"] or {}).get(name)) for name in names]
             chosen = "diverged" if one["diverged"] else "yes" if one["rate"] == row["rate"] else ""
-            method = NAMES.get(row["method"], row["method"])
+            method = _name(row, trained=True)
             found.append([str(row["bits"]), method, f"{one['rate']:g}", _number(one["validation"]), *ends, chosen])
     return found
 

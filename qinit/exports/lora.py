@@ -36,6 +36,8 @@ def no_factors(run: FinishedRun) -> str | None:
     adapter, linear = run.adapter, {module.name: module for module in run.architecture.linear}
     if not isinstance(adapter.kind, LoraAdapter):
         return f"its reader knows LoRA alone, and the adapter is {adapter.kind.peft_type}"
+    if adapter.kind.reads_base:
+        return "its reader knows LoRA alone, and the adapter is DoRA; merge it instead"
     if whole := adapter.settings.get("modules_to_save"):
         return f"the adapter holds whole modules beside its factors ({', '.join(whole)}); merge it instead"
     for name, parts in adapter.parts.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -55,14 +55,26 @@ def subspace(matrix: torch.Tensor, rank: int, basis: torch.Tensor, steps: int = 
     Block power iteration with a Rayleigh-Ritz step (Halko, Martinsson, Tropp 2011, algorithm 4.4 and
     section 5.1). One step from the basis of a nearby matrix is enough; from a random one use COLD_STEPS.
     """
+    range_basis, right, (U, S, Vh) = _iterated(matrix, basis, steps)
+    return _balanced(range_basis @ U, S, Vh @ right.T, rank, basis=right @ Vh.T)
+
+
+def leading(
+    matrix: torch.Tensor, count: int, basis: torch.Tensor, steps: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the `count` leading singular triplets U [out, count], S, V' [count, in], as `subspace` finds them."""
+    range_basis, right, (U, S, Vh) = _iterated(matrix, basis, steps)
+    return range_basis @ U[:, :count], S[:count], Vh[:count] @ right.T
+
+
+def _iterated(matrix: torch.Tensor, basis: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
     for step in range(steps):
         range_basis = torch.linalg.qr(matrix @ basis).Q
         basis = matrix.T @ range_basis
         if step + 1 < steps:
             basis = torch.linalg.qr(basis).Q
     right, small = torch.linalg.qr(basis)  # basis = right small, so U'M = small' right'
-    U, S, Vh = torch.linalg.svd(small.T, full_matrices=False)
-    return _balanced(range_basis @ U, S, Vh @ right.T, rank, basis=right @ Vh.T)
+    return range_basis, right, torch.linalg.svd(small.T, full_matrices=False)
 
 
 @dataclass(frozen=True)

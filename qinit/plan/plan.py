@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from qinit.adapters import ADAPTER_DIRECTORY, ADAPTERS, Adapter
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
+from qinit.machine import Card, pick_device
 from qinit.plan.allocation import Allocation, Option
 from qinit.plan.shares import EXPERTS, Share, shares_of
 from qinit.recipe import Recipe
-from qinit.solver.methods import CALIBRATED, UNREACHED, Method, on_base
+from qinit.solver.methods import CALIBRATED, STARTS, UNREACHED, Method, on_base, plain
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, LinearModule, Target
@@ -87,11 +90,22 @@ class Plan:
     format_reason: str = ""  # why the recipe's format is another than was asked for
     remarks: tuple[str, ...] = ()  # what of the model nobody asked for, and how to ask
     given: Given | None = None  # the base, where one is there already: then only an adapter is written
+    card: Card | None = None  # the device that it is planned for, where that is another than is here
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it is planned for; raises RecipeError where the recipe names one that is not here."""
+        return pick_device(self.recipe.device) if self.card is None else torch.device(self.card.type)
+
+    @property
+    def on_source(self) -> bool:
+        """Whether the base that is there is the source itself, which an adapter starts from."""
+        return self.given is not None and self.given.checkpoint.directory == self.checkpoint.directory
 
     @property
     def adapter(self) -> Adapter:
         """The kind of adapter that repairs the layers."""
-        return ADAPTERS[self.recipe.row.adapter]
+        return ADAPTERS[self.recipe.adapter]
 
     @cached_property
     def quantized(self) -> tuple[LayerPlan, ...]:
@@ -241,7 +255,7 @@ class Plan:
                 notes.append(f"{how}: {self.calibration_reason}")
         if self.polish_reason:
             notes.append(f"polish: {self.polish_reason}")
-        if self.recipe.calibrated and self.quantized:
+        if self.recipe.calibrated and self.recipe.row.walks and self.quantized:
             tokens = self.recipe.calibration_samples * self.facts.clip(self.recipe.calibration_length)
             more = -(-8 * self.widest // self.facts.clip(self.recipe.calibration_length))
             notes += few_tokens(self, tokens, f"give --calibration-samples {more}")
@@ -319,9 +333,11 @@ class Plan:
         """Return what the solver is asked for this layer."""
         storage = FORMATS[self.recipe.format].storage(layer.target) if self.given is None else None
         method, iterations = self.recipe.row, self.recipe.iterations
-        if not layer.rank and method.solver == "published":  # these are about the low rank
-            method, iterations = self._unreached, UNREACHED.iterations
-        return LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
+        if not layer.rank and method.solver in ("published", "start"):  # these are about the low rank
+            method = self._unreached
+            iterations = method.iterations
+        spec = LayerSpec(method, layer.bits, layer.group_size, layer.rank, iterations, storage)
+        return replace(spec, scale=self.recipe.lora_scale, niter=self.recipe.niter)
 
     def data_free_spec(self, layer: LayerPlan) -> LayerSpec:
         """Return the same for a layer that the calibration text never reaches."""
@@ -329,6 +345,8 @@ class Plan:
 
     @property
     def _unreached(self) -> Method:
+        if self.recipe.method in STARTS:
+            return plain(self.recipe.row)
         if self.given is None:
             return replace(UNREACHED, grid="sym") if self.recipe.symmetric else UNREACHED
         row = on_base(UNREACHED)

@@ -48,10 +48,10 @@ def shares_of(checkpoint: Checkpoint, architecture: Architecture, left: Iterable
     return tuple(sorted(shares, key=lambda share: -share.weights))
 
 
-def weight_words(quantized: int, model: int, left: list[dict[str, Any]]) -> dict[str, str]:
-    """Return a table's rows on how many of a model's weights are quantized, and the largest part that is not, from
-    `Share.to_json` of each part."""
-    rows = {"weights": f"{_count(quantized)} of {_count(model)} quantized, {100 * quantized / model:.0f} %"}
+def weight_words(quantized: int, model: int, left: list[dict[str, Any]], what: str = "quantized") -> dict[str, str]:
+    """Return a table's rows on how many of a model's weights are quantized (or `what` else), and the largest part that
+    is not, from `Share.to_json` of each part."""
+    rows = {"weights": f"{_count(quantized)} of {_count(model)} {what}, {100 * quantized / model:.0f} %"}
     if left:
         share = Share(str(left[0]["what"]), int(left[0]["weights"]), int(left[0]["bytes"]))
         rows[f"stays in {share.bits} bits"] = share.words(model)

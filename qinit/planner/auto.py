@@ -121,7 +121,7 @@ def _cannot_write(plan: Plan, device: torch.device) -> str:
         beyond = facts.causal and facts.start is not None and facts.start >= (facts.vocabulary or 0)
         why = f", as it starts with token {facts.start} of a vocabulary of {facts.vocabulary}" if beyond else ""
         return f"the model writes no text of its own{why}"
-    free = free_memory(device)
+    free = free_memory(device) if plan.card is None else plan.card.memory
     needed = model_bytes(plan.bytes_before, device)
     if needed <= LARGEST_SHARE * free:
         return ""

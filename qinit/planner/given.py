@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,11 +43,10 @@ def given_layers(plan: Plan, targets: tuple[Target, ...]) -> tuple[LayerPlan, ..
     given, recipe = plan.given, plan.recipe
     weights = ModelWeights(given.checkpoint, given.architecture, trust_remote_code=recipe.trust_remote_code)
     packed = weights.packed()
+    require_rank(recipe, targets)
     layers = []
     for target in targets:
-        module, rank = target.module, min(target.module.out_features, target.module.in_features)
-        if recipe.rank > rank:
-            raise TargetError(f"rank: {recipe.rank} is beyond {target.name}, whose shape allows {rank} at most")
+        module = target.module
         parts = packed.get(module.parameter)
         if parts is not None and weights.format is not None:
             bits, group_size = weights.format.grid_of(module, parts, given.checkpoint.config)
@@ -68,6 +68,16 @@ def given_layers(plan: Plan, targets: tuple[Target, ...]) -> tuple[LayerPlan, ..
     return tuple(layers)
 
 
+def require_rank(recipe: Recipe, targets: Sequence[Target]) -> None:
+    """Raise TargetError for a rank that the shape of a layer does not allow; LoRA-GA takes twice as many directions of
+    the gradient."""
+    share = 2 if "gradient" in recipe.row.needs else 1
+    for target in targets:
+        rank = min(target.module.out_features, target.module.in_features) // share
+        if recipe.rank > rank:
+            raise TargetError(f"rank: {recipe.rank} is beyond {target.name}, whose shape allows {rank} at most")
+
+
 def no_base_of(base: Path, source: Path, what: str) -> CheckpointError:
     """Return the error for a base of another model than the source; `what` says by what that is known."""
     return CheckpointError(
@@ -87,7 +97,7 @@ def _require_same_model(directory: Path, source: Path, expected: Architecture, f
             raise no_base_of(
                 directory, source, f"{name} is {there or 'not there'}, and in the source {here or 'not there'}"
             )
-    if expected.stacks:
+    if expected.stacks and directory.resolve() != source.resolve():
         raise CheckpointError(f"{directory}: bases of models with experts are not repaired; make one with `qinit eqft`")
 
 

@@ -10,14 +10,15 @@ from qinit.adapters import ADAPTERS
 from qinit.errors import RecipeError, TargetError
 from qinit.files.tensors import TensorSpec
 from qinit.formats import FORMATS, DenseFormat
-from qinit.machine import pick_device
+from qinit.machine import Card
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.auto import choose
-from qinit.planner.given import given_layers, open_given
+from qinit.planner.given import given_layers, open_given, require_rank
 from qinit.planner.left import left_alone
 from qinit.planner.polish import choose_polish
 from qinit.planner.settled import require_packed, settled
 from qinit.recipe import Recipe
+from qinit.solver.methods import STARTS
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.names import Names
 from qinit.source.targets import Architecture, Target, quantizable, read_architecture, select
@@ -25,9 +26,11 @@ from qinit.text.sources import check_source
 from qinit.widths.budget import planned
 
 
-def make_plan(recipe: Recipe, directory: Path, model_name: str, base: Path | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, directory: Path, model_name: str, base: Path | None = None, card: Card | None = None
+) -> Plan:
     """Open the checkpoint, choose its layers and lay out the output; reads headers and configuration only. `base` is
-    where the base lies that the recipe names, if it names one.
+    where the base lies that the recipe names, if it names one, and `card` what to plan for, if that is not here.
 
     Raises CheckpointError and TargetError.
     """
@@ -36,17 +39,19 @@ def make_plan(recipe: Recipe, directory: Path, model_name: str, base: Path | Non
     known = quantizable(checkpoint, architecture)
     targets = select(known, recipe.target_modules, recipe.exclude, architecture.in_language)
     names = architecture.names_in(checkpoint)
-    plan = Plan(recipe, model_name, checkpoint, architecture, ())
+    plan = Plan(recipe, model_name, checkpoint, architecture, (), card=card)
     reason = FORMATS[recipe.format].cannot_load(architecture)
     if reason is not None:
         plan = replace(plan, recipe=recipe.model_copy(update={"format": DenseFormat.name}), format_reason=reason)
     holds_experts = FORMATS[plan.recipe.format].holds_experts
     held = [target for target in targets if target.module.expert is None or holds_experts]
+    if recipe.method in STARTS:
+        require_rank(recipe, held)
     if base is not None:
         plan = replace(plan, given=open_given(recipe, base, directory, architecture))
-        layers = given_layers(plan, targets)
+        layers = given_layers(plan, tuple(target for target in targets if target.module.expert is None))
     else:
-        experts = _adapted(held, architecture) if ADAPTERS[recipe.row.adapter].experts else set()
+        experts = _adapted(held, architecture) if ADAPTERS[recipe.adapter].experts else set()
         layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
     remarks = tuple(left_alone(architecture, names, known, targets))
     plan = settled(replace(plan, layers=layers, remarks=remarks))
@@ -79,7 +84,7 @@ def _with_calibration(plan: Plan) -> Plan:
     """Decide `auto`, and check what was asked for before anything expensive happens."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
     if recipe.calibration == "auto":
-        choice = choose(plan, pick_device(recipe.device))
+        choice = choose(plan, plan.device)
         asked = {key: getattr(recipe, key) for key in ("rounding", "act_order", "polish") if getattr(recipe, key)}
         if choice.source == "none" and asked:
             raise RecipeError(f"{', '.join(asked)}: needs calibration, and there is none: {choice.reason}")
@@ -96,6 +101,8 @@ def _with_calibration(plan: Plan) -> Plan:
             recipe.text_field,
             trust_remote_code=recipe.trust_remote_code,
         )
+    if "gradient" in recipe.row.needs and not plan.facts.causal:
+        raise RecipeError(f"method: {recipe.method} takes the loss of the next token, and this model predicts none")
     if recipe.row.needs and not recipe.calibrated:
         raise RecipeError(f"calibration: method {recipe.method} needs it; give --calibration self, text or a text file")
     return plan
@@ -107,7 +114,7 @@ def _with_polish(plan: Plan) -> Plan:
         raise RecipeError("polish: trains linear layers, and only experts are chosen; choose others too")
     if plan.recipe.polish is not None:
         return plan
-    steps, reason = choose_polish(plan, pick_device(plan.recipe.device))
+    steps, reason = choose_polish(plan, plan.device)
     return replace(plan, recipe=plan.recipe.model_copy(update={"polish": steps}), polish_reason=reason)
 
 

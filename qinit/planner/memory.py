@@ -6,7 +6,7 @@ import re
 
 from qinit.calibration.experts import PORTION_BYTES
 from qinit.formats import FORMATS
-from qinit.machine import CPU, pick_device
+from qinit.machine import CPU
 from qinit.plan.limits import CHECK_WINDOW, GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.stream.carried import place_for
@@ -31,10 +31,11 @@ def scratch_bytes(plan: Plan) -> int:
     return sum(size for size in (carried_bytes(plan), _shelf_bytes(plan)) if place_for(size, CPU) is None)
 
 
-def working_bytes(plan: Plan) -> int:
+def working_bytes(plan: Plan, processes: int = 1) -> int:
     """Estimated peak memory on top of the libraries' own: set by the largest layer, not by the model; with
-    calibration by the largest block, its statistics and the text under way. A model that writes its own text is
-    in memory meanwhile, and a polish has Q of all layers, as codes, and what is no layer of the source."""
+    calibration by the largest block, its statistics and the text under way, of which each of several `processes` has a
+    part. A model that writes its own text is in memory meanwhile, and a polish has Q of all layers, as codes, and what
+    is no layer of the source."""
     solving = PEAK_BYTES_PER_WEIGHT * max(layer.weights for layer in plan.quantized)
     checking = _checking_bytes(plan)
     if not plan.recipe.calibrated:
@@ -43,8 +44,8 @@ def working_bytes(plan: Plan) -> int:
     held = 4 * sum(layer.weights for layer in plan.quantized)
     squares = 4 * sum(layer.target.module.in_features**2 for layer in _linear(plan)) + _portion_bytes(plan)
     streamed = "fisher" not in plan.recipe.row.needs  # else a gradient and its square beside every weight
-    solving += _measuring_bytes(plan) if streamed else source + 2 * held + squares
-    if "output metric" in plan.recipe.row.needs:  # the pass back has the head and some copies of its outputs
+    solving += _measuring_bytes(plan, processes) if streamed else source + 2 * held + squares
+    if plan.recipe.row.passes_back:  # the pass back has the head and some copies of its outputs
         head = max(plan.checkpoint.tensors.values(), key=lambda tensor: tensor.numel)
         tokens = min(GRADIENT_BATCH_TOKENS, _tokens(plan))
         solving = max(
@@ -52,7 +53,7 @@ def working_bytes(plan: Plan) -> int:
         )
     writing = 0
     if plan.recipe.calibration == "self":
-        writing = model_bytes(plan.bytes_before, pick_device(plan.recipe.device))
+        writing = model_bytes(plan.bytes_before, plan.device)
     return max(writing, solving, (polishing_bytes(plan) if plan.recipe.polish else 0), checking)
 
 
@@ -118,7 +119,7 @@ def _checking_bytes(plan: Plan) -> int:
     return 4 * (sum(outside) + max(outside, default=0)) + 2 * CHECK_COPIES * logits
 
 
-def _measuring_bytes(plan: Plan) -> int:
+def _measuring_bytes(plan: Plan, processes: int) -> int:
     streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
     blocks: dict[str, int] = {}
     for layer in plan.quantized:
@@ -126,7 +127,8 @@ def _measuring_bytes(plan: Plan) -> int:
         blocks[block] = blocks.get(block, 0) + 4 * layer.weights
     widest = max(layer.target.module.in_features for layer in plan.quantized)
     hessians = HESSIANS * 4 * widest**2 + _portion_bytes(plan)
-    return streams * max(blocks.values()) + carried_bytes(plan) + _shelf_bytes(plan) + hessians
+    text = (carried_bytes(plan) + _shelf_bytes(plan)) // processes
+    return streams * max(blocks.values()) + text + hessians
 
 
 def _portion_bytes(plan: Plan) -> int:

@@ -7,7 +7,6 @@ this machine is just now, so that a busy one writes the same bytes as an idle on
 
 from __future__ import annotations
 
-from qinit.machine import pick_device
 from qinit.plan.limits import AUTO_SOURCE, GRADIENT_LENGTH, GRADIENT_PASSES, GRADIENT_SAMPLES
 from qinit.plan.plan import Plan
 from qinit.source.targets import LinearModule
@@ -98,4 +97,4 @@ def check_tokens(plan: Plan) -> int:
 
 
 def _kind(plan: Plan) -> str:
-    return pick_device(plan.recipe.device).type
+    return plan.device.type

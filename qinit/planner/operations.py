@@ -15,7 +15,7 @@ from qinit.calibration.output_metric import DIRECTIONS, STEPS
 from qinit.linalg.hessian import add_second_moment
 from qinit.linalg.low_rank import OutputMetric
 from qinit.solver.solve import solve
-from qinit.solver.spec import LayerSpec
+from qinit.solver.spec import Gradient, LayerSpec
 from qinit.solver.statistics import Statistics
 
 LEAST_SECONDS = 0.02  # that an operation is repeated for: less than one turn of a busy neighbour says nothing
@@ -133,6 +133,7 @@ def _cut_last(shape: Shape, kind: str) -> Shape:
 
 OPERATIONS = {
     "product": Operation(_product, _cut_product),  # rows, inputs, outputs
+    "step": Operation(_product, _cut_product),  # the same, of one token for each text that is written
     "attention": Operation(_attention, _cut_attention, lambda shape: math.prod(shape) * shape[1]),  # heads, length, dim
     "recall": Operation(_recall, _cut_recall),  # batch, heads, heads of the cache, length, dim
     "draw": Operation(_draw, _cut_last),  # batch, vocabulary
@@ -251,11 +252,15 @@ def _cut_solve(rows: int, columns: int, group_size: int, most: int) -> Shape:
 
 def _solve_cost(spec: LayerSpec, shape: Shape) -> float:
     """What a solve's time is in proportion to."""
-    rows, columns = shape
-    size = rows * columns
     if spec.method.svd == "full":
-        return size * min(rows, columns)
-    return size * (1 + columns / INPUTS_OF_HALF) if spec.method.needs else size
+        return math.prod(shape) * min(shape)
+    return calibrated_cost(shape) if spec.method.needs else math.prod(shape)
+
+
+def calibrated_cost(shape: Shape) -> float:
+    """Return what a calibrated solve's time is in proportion to, where no full SVD is a part of it."""
+    rows, columns = shape
+    return rows * columns * (1 + columns / INPUTS_OF_HALF)
 
 
 def _solve(spec: LayerSpec, shape: Shape, device: torch.device) -> Callable[[], Any]:
@@ -263,10 +268,12 @@ def _solve(spec: LayerSpec, shape: Shape, device: torch.device) -> Callable[[], 
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(rows, columns, generator=generator).to(device)
     inputs = torch.eye(columns, device=device)
-    statistics = Statistics(inputs, inputs.diagonal(), columns, drift=0.01 * weight)
+    statistics = Statistics(inputs, inputs.diagonal(), columns, drift=0.01 * weight, mean=torch.zeros_like(inputs[0]))
     if "fisher" in spec.method.needs:
         statistics = replace(statistics, fisher=weight.square())
     if "output metric" in spec.method.needs:
         leading = torch.randn(min(DIRECTIONS, rows), rows, generator=generator).to(device)
         statistics = replace(statistics, output_metric=OutputMetric(leading, torch.ones(rows, device=device)))
+    if "gradient" in spec.method.needs:
+        spec = replace(spec, gradient=Gradient(*torch.linalg.svd(weight, full_matrices=False)))
     return lambda: solve(weight, spec, 0, statistics)

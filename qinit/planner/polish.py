@@ -26,7 +26,8 @@ def choose_polish(plan: Plan, device: torch.device) -> tuple[int, str]:
         return 0, "none, as there is no calibration text of a language model" if asked else ""
     if not plan.polishable:
         return 0, "none, as it trains linear layers, and only experts are chosen" if asked else ""
-    needed, there = polishing_bytes(plan), total_memory(device)
+    needed = polishing_bytes(plan)
+    there = total_memory(device) if plan.card is None else plan.card.memory
     if needed > 2 * LARGEST_SHARE * there:
         return 0, f"none, it needs {needed / 1e9:.1f} GB and the device has {there / 1e9:.1f} GB" if asked else ""
     steps, budget = MOST_STEPS[quality], BUDGET[quality]

@@ -28,8 +28,7 @@ ADAPTER_TEMPLATE = """\
 
 # {title}
 
-An adapter of rank {rank} by qinit that repairs `{base_name}` ({form}, {bpw:.2f} bits per quantized weight as stored)
-towards `{model}`, which it was quantized from: fine-tuning starts from both. The base itself is not in here.
+{lead}
 
 ## Load
 ```python
@@ -39,7 +38,7 @@ towards `{model}`, which it was quantized from: fine-tuning starts from both. Th
 ## Measured
 | | |
 |---|---|
-| repaired layers | {layers} ({kept} that the base has not quantized) |
+| {done} layers | {layers} ({kept} that the base has not quantized) |
 {weights}| bits per weight as stored | {bpw:.3f} |
 | weights on disk | {base:.1f} MB base (there already) + {adapter_mb:.1f} MB adapter |
 """

@@ -15,6 +15,7 @@ from qinit.formats import FORMATS, READERS
 from qinit.plan.shares import weight_words
 from qinit.report.adapter_card import ADAPTER_TEMPLATE, MEASURED, adapter_snippet, is_adapter
 from qinit.report.check import check_words
+from qinit.report.lead import lead
 from qinit.report.report import Report
 from qinit.source.demo import DEMO_NAME
 
@@ -43,8 +44,7 @@ TEMPLATE = """\
 
 # {title}
 
-`{model}` quantized to {bits} bits by qinit ({format}, {bpw:.2f} bits per quantized weight as stored), with a
-LoRA adapter of rank {rank} in `{adapter}/` that already repairs the quantization: fine-tuning starts from both.
+{lead}
 
 ## Load
 ```python
@@ -54,7 +54,7 @@ LoRA adapter of rank {rank} in `{adapter}/` that already repairs the quantizatio
 ## Measured
 | | |
 |---|---|
-| quantized layers | {layers} ({kept} kept as they are) |
+| {done} layers | {layers} ({kept} kept as they are) |
 {weights}| bits per weight as stored | {bpw:.3f} |
 | weights on disk | {before:.1f} MB before, {base:.1f} MB base + {adapter_mb:.1f} MB adapter after |
 """
@@ -158,9 +158,12 @@ def is_hub_id(model: object) -> bool:
     return bool(named) and not Path(str(model)).exists()
 
 
-def weight_rows(totals: dict[str, Any]) -> dict[str, str]:
+def weight_rows(report: Report) -> dict[str, str]:
     """Return the table's rows on what is quantized; none for a run by an older qinit, which does not say."""
-    return weight_words(totals["quantized_weights"], totals["weights"], totals["left"]) if "left" in totals else {}
+    totals = report.totals
+    if "left" not in totals:
+        return {}
+    return weight_words(totals["quantized_weights"], totals["weights"], totals["left"], report.done)
 
 
 def measured_rows(totals: dict[str, Any]) -> dict[str, str]:
@@ -211,20 +214,15 @@ def card_text(report: Report, source: dict[str, Any]) -> str:
     packages = next((each.packages for each in (*FORMATS.values(), *READERS) if each.name == base["form"]), ())
     requires = f"Needs `pip install {' '.join(packages)}` beside transformers and peft.\n" if packages else ""
     text = ((ADAPTER_TEMPLATE if is_adapter(report) else TEMPLATE) + MEASURED).format(
-        base_name=base["name"],
-        form=base["form"],
+        lead=lead(report),
+        done=report.done,
         front=yaml.safe_dump(front, sort_keys=False),
         title=title,
-        model=report.model,
-        bits=f"{totals['nominal_bits']:g}",
-        format=report.recipe["format"],
-        rank=report.recipe["rank"],
-        adapter=ADAPTER_DIRECTORY,
         snippet="\n".join(snippet_of(report, ".")),
         requires=requires,
         layers=totals["layers"],
         kept=totals["layers_kept"],
-        weights="".join(f"| {what} | {value} |\n" for what, value in weight_rows(totals).items()),
+        weights="".join(f"| {what} | {value} |\n" for what, value in weight_rows(report).items()),
         bpw=totals["bits_per_weight"],
         before=totals["bytes_before"] / 1e6,
         base=totals["base_bytes"] / 1e6,

@@ -54,7 +54,7 @@ def write_export_card(
     bits = f"{totals['nominal_bits']:g}"
     rows = {
         "quantized layers": f"{totals['layers']} ({totals['layers_kept']} kept as they are)",
-        **weight_rows(totals),
+        **weight_rows(report),
         "relative weight error, base alone": f"{totals['error_start']:.4f}",
         "relative weight error, base + adapter": f"{totals['error']:.4f}",
         **measured_rows(totals),

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from qinit.errors import ReportError
 from qinit.files.reading import parse_json, read_regular
+from qinit.solver.methods import STARTS
 
 REPORT_NAME = "qinit.json"
 REPORT_BYTES = 64 << 20  # a model of 70,000 experts has half of that
@@ -73,6 +74,18 @@ class Report:
         """The method's name, as the command is called."""
         mixed = any(self.recipe.get(key) is not None for key in ("ratio", "target_bits", "target_size"))
         return "meqft" if mixed else str(self.recipe.get("method", ""))
+
+    @property
+    def start(self) -> bool:
+        """Whether it is a published start of a full-precision model."""
+        return self.recipe.get("method") in STARTS
+
+    @property
+    def done(self) -> str:
+        """What was done with the layers' weights, in a word."""
+        if self.recipe.get("base") is not None and not self.start:
+            return "repaired"
+        return "adapted" if self.start and self.recipe.get("bits") == 16 else "quantized"
 
     @property
     def loader(self) -> str:

@@ -31,6 +31,8 @@ def solve_calibrated(job: Job) -> Generator[Event, None, None]:
             f"{len(samples.tokens)} ({samples.origin}); give more or longer text"
         )
     job.calibration = {"text": samples.origin, "tokens": samples.count}
+    if not recipe.row.walks:
+        return
     if samples.count < recipe.calibration_samples * plan.facts.clip(recipe.calibration_length):  # else the plan says it
         for note in few_tokens(plan, samples.count, "give more text"):
             yield job.note(note)

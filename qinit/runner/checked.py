@@ -46,7 +46,7 @@ def check(job: Job) -> Generator[Event, None, dict[str, Any] | None]:
     try:
         text, tokens, windows = _windows(plan)
         way, figures = yield from _figures(job, windows)
-        alone = None if plan.given is None else (yield from _figures(job, windows, adapter=False))[1]
+        alone = None if plan.given is None or plan.on_source else (yield from _figures(job, windows, adapter=False))[1]
     except FAILED as error:
         yield job.note(f"check: left out ({_reason(job, error)})")
         return None

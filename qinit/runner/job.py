@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from qinit.calibration.loss_gradient import loss_gradients
 from qinit.calibration.output_metric import output_metrics
 from qinit.clock import section
 from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import Plan
+from qinit.solver.spec import Gradient
 from qinit.text.for_run import more_text, text_for
 from qinit.text.samples import Samples
 from qinit.workplace.journal import Journal
@@ -34,6 +36,7 @@ class Job:
     calibration: dict[str, Any] = field(default_factory=dict)
     _samples: Samples | None = None
     _metrics: dict[str, OutputMetric] | None = None
+    _gradients: dict[str, Gradient] | None = None
 
     @cached_property
     def store(self) -> Store:
@@ -80,3 +83,13 @@ class Job:
                 with section("pass back"):
                     self._metrics = yield from output_metrics(self.plan, samples, self.device, self.place.scratch)
         return self._metrics
+
+    def gradients(self) -> Generator[Event, None, dict[str, Gradient]]:
+        """Measure, once, the loss's gradient with respect to the layers' weights, if the method asks for it."""
+        if self._gradients is None:
+            self._gradients = {}
+            if "gradient" in self.plan.recipe.row.needs:
+                samples = yield from self.samples()
+                with section("pass back"):
+                    self._gradients = yield from loss_gradients(self.plan, samples, self.device, self.place.scratch)
+        return self._gradients

@@ -11,8 +11,9 @@ from qinit.clock import counted
 from qinit.formats import FORMATS
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.report import LayerRow
+from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
-from qinit.solver.spec import seed_of
+from qinit.solver.spec import Gradient, seed_of
 from qinit.solver.statistics import Statistics
 from qinit.source.checkpoint import not_decomposable, read_finite
 
@@ -33,10 +34,12 @@ def solve_layer(
     weight: torch.Tensor | None,
     statistics: Statistics | None,
     given: torch.Tensor | None = None,
+    gradient: Gradient | None = None,
 ) -> tuple[dict[str, torch.Tensor], LayerRow]:
     """Solve a layer from its weight W [out, in], float32, and what it has seen (None: nothing); return its tensors, of
     base and adapter by name, on the CPU, and its row. Without a weight the layer is kept, and only gets an adapter.
-    With `given`, Q [out, in] of a base that is there, no tensors of a base are made.
+    With `given`, Q [out, in] of a base that is there, or of a layer that is kept, no tensors of a base are made. The
+    `gradient` is that of the weight, for a method that needs it.
 
     It depends on its arguments alone and changes nothing, so it can be carried out by another process.
     Raises CheckpointError for a weight that cannot be decomposed.
@@ -46,9 +49,9 @@ def solve_layer(
     seed = seed_of(target.name, recipe.seed)
     solution, tensors = None, {}
     if weight is not None:
-        without_data = recipe.calibrated and statistics is None
+        without_data = recipe.calibrated and statistics is None and gradient is None
         spec = plan.data_free_spec(layer) if without_data else plan.layer_spec(layer)
-        spec = replace(spec, given=given)
+        spec = replace(spec, given=given, gradient=gradient)
         try:
             solution = solve(weight, spec, seed, statistics)
         except torch.linalg.LinAlgError as error:
@@ -57,10 +60,13 @@ def solve_layer(
             encoded = FORMATS[recipe.format].encode(target, solution.quantized, spec.grid)
             tensors = {name: tensor.cpu() for name, tensor in encoded.items()}
     low_rank = solution.low_rank if solution else None
-    if given is not None and low_rank is not None and not low_rank.B.any():
+    if given is not None and recipe.row.refit and low_rank is not None and not low_rank.B.any():
         low_rank = None  # nothing to repair: factors that are both zero would not be trained
     if layer.rank:
-        tensors |= plan.adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed)
+        base = given
+        if plan.adapter.reads_base and solution is not None:
+            base = as_loaded(solution.quantized, spec)
+        tensors |= plan.adapter.encode(target.module, low_rank, layer.rank, recipe.lora_scale, seed, base)
     row = LayerRow(
         name=target.name,
         shape=(target.module.out_features, target.module.in_features),

@@ -16,7 +16,7 @@ from qinit.clock import section
 from qinit.events import Done, Event, Finished, Working
 from qinit.files.tensors import StoredTensor
 from qinit.machine import pick_device
-from qinit.plan.plan import Plan
+from qinit.plan.plan import LayerPlan, Plan
 from qinit.report.finish import complete, copy_companions, make_report, write_configurations
 from qinit.report.report import Report
 from qinit.runner.calibrated import solve_calibrated
@@ -98,10 +98,12 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
     if plan.given is None:
         with section("writing"):
             copy_companions(plan, job.place.run)
-    else:
+    elif not plan.on_source:
         require_same_rest(plan)
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
+    open_layers = any(layer.target.name not in store.rows for layer in plan.quantized)
+    gradients = (yield from job.gradients()) if open_layers else {}
     for tensor, layer in store.left():
         name, row = tensor.name, None
         nbytes = tensor.nbytes if layer is None else layer.target.nbytes
@@ -110,10 +112,11 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
             store.copy(name, _checked_chunks(tensor))
         elif layer.kept is not None:
             store.copy_weight(layer, _checked_chunks(tensor))
-            row = store.put(layer, *solve_layer(plan, layer, None, None))
+            row = store.put(layer, *solve_layer(plan, layer, None, None, _kept_weight(job, layer)))
         else:
             weight = read_weight(layer, job.device)
-            row = store.put(layer, *solve_layer(plan, layer, weight, None, read_given(store, layer, weight)))
+            given, gradient = read_given(store, layer, weight), gradients.get(layer.target.name)
+            row = store.put(layer, *solve_layer(plan, layer, weight, None, given, gradient))
         yield Done(name, nbytes, row)
     store.copy_whole(_checked_chunks)
     store.sync()
@@ -121,6 +124,14 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
         with section("polish"):
             yield from polish_adapters(job)
     store.close()
+
+
+def _kept_weight(job: Job, layer: LayerPlan) -> torch.Tensor | None:
+    """Return the weight [out, in] of a layer that stays as it is, where its adapter depends on it."""
+    if not job.plan.adapter.reads_base:
+        return None
+    given = job.store.given(layer)
+    return read_weight(layer, job.device) if given is None else given.to(job.device)
 
 
 def _checked_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from qinit.grids import Quantized
@@ -12,6 +14,7 @@ from qinit.solver.data_free import solve_data_free
 from qinit.solver.published import solve_published
 from qinit.solver.residual import frobenius, residual_norm, residual_of
 from qinit.solver.spec import LayerSpec, Solution
+from qinit.solver.starts import solve_start
 from qinit.solver.statistics import Statistics
 
 OUTPUT_ROWS = 256  # enough to know an output error to a few percent, and nearly free
@@ -26,6 +29,9 @@ def solve(weight: torch.Tensor, spec: LayerSpec, seed: int = 0, statistics: Stat
     """
     if spec.method.solver == "data-free":
         return solve_data_free(weight, spec, seed)
+    if spec.method.solver == "start":
+        found = _measured(weight, spec, (*solve_start(weight, spec, seed, statistics), ()), statistics)
+        return replace(found, trace=(found.error,))
     if statistics is None:
         raise ValueError(f"method {spec.method.name} needs statistics of the layer's inputs")
     return _measured(weight, spec, SOLVERS[spec.method.solver](weight, spec, statistics, seed), statistics)
@@ -45,19 +51,26 @@ def _published(weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, se
 SOLVERS = {"calibrated": _calibrated, "published": _published}
 
 
-def _measured(weight: torch.Tensor, spec: LayerSpec, split: Split, statistics: Statistics) -> Solution:
-    """Measure a solution: exactly in the weights' norm, at the output on OUTPUT_ROWS rows spread over the layer."""
+def _measured(weight: torch.Tensor, spec: LayerSpec, split: Split, statistics: Statistics | None) -> Solution:
+    """Measure a solution: exactly in the weights' norm, and where there are statistics at the output on OUTPUT_ROWS
+    rows spread over the layer."""
     quantized, factors, trace = split
     residual = residual_of(weight, quantized, spec)
-    rows = slice(0, None, max(1, len(weight) // OUTPUT_ROWS))
-    left = torch.addmm(residual[rows], factors.B[rows], factors.A, alpha=-1)
-    norm, output = frobenius(weight), output_norm(weight[rows], statistics.hessian)
-    return Solution(
+    norm = frobenius(weight)
+    solution = Solution(
         quantized,
         factors,
         error=residual_norm(residual, factors) / norm if norm else 0.0,
         quantized_error=frobenius(residual) / norm if norm else 0.0,
         trace=trace,
+    )
+    if statistics is None:
+        return solution
+    rows = slice(0, None, max(1, len(weight) // OUTPUT_ROWS))
+    left = torch.addmm(residual[rows], factors.B[rows], factors.A, alpha=-1)
+    output = output_norm(weight[rows], statistics.hessian)
+    return replace(
+        solution,
         output_error=output_norm(left, statistics.hessian) / output if output else 0.0,
         quantized_output_error=output_norm(residual[rows], statistics.hessian) / output if output else 0.0,
     )

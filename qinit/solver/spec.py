@@ -13,10 +13,21 @@ from qinit.solver.methods import Method
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """The leading singular triplets of the loss's mean gradient with respect to a weight [out, in], float32: U [out,
+    k], S [k], Vh [k, in]."""
+
+    U: torch.Tensor
+    S: torch.Tensor
+    Vh: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What to do with one matrix. `storage` is the dtype that Q will be rounded to when it is stored
     unpacked (None: stored as codes, nothing is lost). `given` is Q itself [out, in], float32, where a base that exists
-    has it."""
+    has it. Of starts alone: `scale` is s of Q + s B A, `niter` how many power iterations take the place of a full
+    decomposition, `gradient` that of the weight."""
 
     method: Method
     bits: int
@@ -25,6 +36,9 @@ class LayerSpec:
     iterations: int
     storage: torch.dtype | None = None
     given: torch.Tensor | None = None
+    scale: float = 1.0
+    niter: int | None = None
+    gradient: Gradient | None = None
 
     @property
     def grid(self) -> Grid:

@@ -15,6 +15,7 @@ class Statistics:
 
     hessian [in, in]: E[x x'], x as the repaired model in front of the layer delivers it.
     magnitude [in]: E|x|.
+    mean [in]: E[x].
     shared: how many tokens of other layers of its kind are in both, beside its own.
     drift [out, in]: E[d x'], with d the difference at the layer's output between the original model and the
     repaired one if this layer kept its weight: what is still to be made good. None: nothing upstream has changed.
@@ -29,3 +30,4 @@ class Statistics:
     fisher: torch.Tensor | None = None
     output_metric: OutputMetric | None = None
     shared: int = 0
+    mean: torch.Tensor | None = None

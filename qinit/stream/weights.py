@@ -63,9 +63,7 @@ class ModelWeights:
             change = self.adapter.change_of_stack(self.stacks[name][0].module, device)
             value = value if change is None else value.add_(change)
         if module is not None and self.adapter is not None:
-            added = self.adapter.change(module.name, device)
-            if added is not None:
-                value += added.T if module.transposed else added
+            self.adapter.apply(module.name, value.T if module.transposed else value)
         return value
 
     def announce(self, prefix: str) -> None:

@@ -59,7 +59,7 @@ def _bounds(row: LayerRow, recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
 
 def check_totals(report: Report, recipe: Recipe) -> Iterator[Finding]:
     """Compare the report's totals with its rows, which must be sound."""
-    adapter = ADAPTERS[recipe.row.adapter]
+    adapter = ADAPTERS[recipe.adapter]
     quantized = [row for row in report.layers if row.kept is None]
     whole, rows = report.totals.get("whole_bytes", 0), [row for row in report.layers if row.rank]
     factors = sum(spec.nbytes for row in rows for spec in adapter.specs(_module(row), row.rank))

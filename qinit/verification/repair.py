@@ -55,7 +55,7 @@ def check_repair(directory: Path, base: str, source: Path | None, *, trust_remot
         return
     if unsound:
         return
-    kind = ADAPTERS[recipe.row.adapter]
+    kind = ADAPTERS[recipe.adapter]
     modules = [(LinearModule(row.name, *row.shape, transposed=False), row.rank) for row in report.layers]
     yield Stage("values", sum(tensor.nbytes for tensor in found.values()))
     sound = True
@@ -85,7 +85,7 @@ def _check_errors(
     report: Report, recipe: Recipe, adapter: SavedAdapter, base: Path, source: Path, trust_remote_code: bool
 ) -> Iterator[Event]:
     """Measure every layer anew, from the base's tensors and the source's."""
-    cpu, asked = torch.device("cpu"), {"calibration": "none", "polish": 0, "method": "eqft"}  # these change no layer
+    cpu, asked = torch.device("cpu"), {"calibration": "none", "polish": 0, "method": "qlora"}  # these change no layer
     plan = make_plan(recipe.model_copy(update=asked), source, report.model, base)
     assert plan.given is not None
     weights = ModelWeights(plan.given.checkpoint, plan.given.architecture, trust_remote_code=trust_remote_code)
@@ -99,11 +99,9 @@ def _check_errors(
             yield Finding(REPORT_NAME, f"{row.name}: is no layer of the base that is repaired")
             continue
         given = value.T.contiguous() if layer.target.module.transposed else value
-        change = adapter.change(row.name, cpu)
         weight, nothing = read_weight(layer, cpu), LowRank.none(*given.shape)
-        measured = [
-            relative_errors(weight, each, nothing)[0] for each in (given, given if change is None else given + change)
-        ]
+        repaired = adapter.apply(row.name, given.clone())
+        measured = [relative_errors(weight, each, nothing)[0] for each in (given, repaired)]
         for key, expected, error in zip(("error_start", "error"), (row.error_start, row.error), measured, strict=True):
             if not same_error(error, expected):
                 yield Finding(WEIGHTS_FILE, f"{row.name}: {key} against base and source", expected, error)

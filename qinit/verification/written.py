@@ -62,7 +62,7 @@ class Written:
     @property
     def adapter(self) -> Adapter:
         """The kind of adapter that the run has."""
-        return ADAPTERS[self.recipe.row.adapter]
+        return ADAPTERS[self.recipe.adapter]
 
 
 def open_written(directory: Path, *, trust_remote_code: bool = False) -> Generator[Finding, None, Written | None]:

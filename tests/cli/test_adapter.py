@@ -29,9 +29,37 @@ def test_an_adapter_is_made_verified_and_no_run(command, llama, base):
     assert command("adapter", *arguments, "--overwrite", "--quiet")[0] == 0
 
 
+def test_a_start_is_made_verified_and_an_adapter_alone_where_the_base_stays(command, reader):
+    before = contents(reader)
+    code, out, err = command("adapter", reader, "--method", "dora", "--alpha", 8, "--rank", 4, "--out", "a", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["totals"]["base"]["name"] == str(reader)
+    assert report["totals"]["error"] == report["totals"]["error_start"] == 0
+    assert command("verify", "a", "--source", reader)[0] == 0
+    code, _, err = command("adapter", reader, "--method", "pissa", "--niter", 4, "--rank", 4, "--out", "b", "--quiet")
+    assert code == 0, err
+    assert command("verify", "b", "--source", reader)[0] == 0
+    assert contents(reader) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
+        (("LLAMA",), "name a start that `qinit methods` lists, or give --source"),
+        (("LLAMA", "--method", "pisa"), "did you mean 'pissa'"),
+        (("LLAMA", "--method", "loftq"), "rounds the base, so give --bits"),
+        (("LLAMA", "--method", "pissa", "--rank", 33), "rank: 33 is beyond model.layers.0.self_attn.k_proj"),
+        (("LLAMA", "--method", "lora-ga", "--rank", 17), "rank: 17 is beyond model.layers.0.self_attn.k_proj"),
+        (("LLAMA", "--method", "olora", "--bits", 5), "method olora offers 2, 3, 4, 8 or 16, found 5"),
+        (("LLAMA", "--method", "olora", "--bits", 4, "--grid", "in"), "grid: no 'in' (did you mean 'int'?)"),
+        (("LLAMA", "--method", "olora", "--grid", "nf"), "in fewer than 16 bits"),
+        (("LLAMA", "--method", "olora", "--niter", 4), "niter: is about pissa alone, found method olora"),
+        (("LLAMA", "--method", "corda", "--calibration", "none"), "method corda needs it"),
+        (("LLAMA", "--method", "dora", "--polish", 4), "polish: method dora stays as it starts"),
+        (("LLAMA", "--method", "lora", "--target-modules", "q_prj"), "did you mean 'q_proj'"),
+        (("BASE", "--method", "lora"), "is already quantized"),
+        (("BASE", "--source", "LLAMA", "--method", "olora"), "chooses Q itself"),
         (("nowhere", "--source", "LLAMA"), "nowhere"),
         (("LLAMA", "--source", "LLAMA"), "is not quantized"),
         (("BASE", "--source", "LLAMA", "--rank", 64), "rank: 64 is beyond"),

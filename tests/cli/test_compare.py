@@ -12,6 +12,19 @@ from tests.compared import STARTS, TEXT, TUNING, cells, result
 from tests.models import words
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_starts_of_16_bits_are_where_the_model_is(compare):
+    names = ("--methods", "dora,olora", "--bits", 16, "--ceilings", "lora", *STARTS[4:])
+    code, _, err = compare(*names, "--finetune", 1, *TUNING[2:-6], "--learning-rates", 0.001, "--seeds", 0)
+    assert (code, err) == (0, "")
+    lora, dora, olora = result()["rows"]
+    assert [(row["method"], row["bits"]) for row in (lora, dora, olora)] == [("lora", 16), ("dora", 16), ("olora", 16)]
+    for row in (dora, olora):
+        assert row["start"]["test.txt"] == pytest.approx(lora["start"]["test.txt"], rel=1e-3)
+        assert row["end"]["test.txt"]["mean"] > 0
+    assert dora["trainable"] > olora["trainable"] == lora["trainable"]
+
+
 class TestTable:
     @pytest.fixture
     def orders(self, monkeypatch):
@@ -57,8 +70,10 @@ class TestTable:
         assert len(orders) == 12
         assert len(set(orders)) == len({seed for seed, _ in orders}) == 2
         lines = [line.split() for line in out.splitlines()]
-        assert ["bits", "method", "bits/weight"] in [line[:3] for line in lines]
-        assert ["2", "loftq", "2.500", f"{loftq['start']['test.txt']:.3f}"] in [line[:4] for line in lines]
+        assert ["bits", "method", "bits/weight", "trained"] in [line[:4] for line in lines]
+        counted = f"{loftq['trainable']:,}"
+        assert lora["trainable"] == loftq["trainable"] < full["trainable"]
+        assert ["2", "loftq", "2.500", counted, f"{loftq['start']['test.txt']:.3f}"] in [line[:5] for line in lines]
         assert "16/16" in out
         markdown = Path("out/compare.md").read_text()
         assert f"| 2 | loftq | 0.001 | {loftq['rates'][0]['validation']:.3f} |" in markdown

@@ -3,7 +3,6 @@ import json
 import pytest
 from qinit_cli.draw import Screen, size
 
-from qinit.planner.time import Estimate
 from qinit.runner.run import run
 from tests.helpers import plan_of
 from tests.models import make_checkpoint
@@ -30,7 +29,6 @@ def test_a_long_line_is_not_wrapped_in_a_file(capsys):
 def test_quiet_says_nothing(tiny_llama, tmp_path, capsys):
     plan, screen = plan_of(tiny_llama, iter=1), Screen(quiet=True)
     screen.say("hello")
-    screen.plan(plan, tmp_path / "out", Estimate(solving=3.0))
     report = screen.follow(plan, run(plan, tmp_path / "out"))
     assert report.totals["layers"] == 14
     assert capsys.readouterr() == ("", "")
@@ -69,17 +67,6 @@ def test_kept_layers_and_lowered_ranks_are_said_before_and_during_the_run(tmp_pa
     assert "note: model.layers.0.self_attn.k_proj: rank lowered from 48 to 32" in text
     assert "model.layers.0.mlp.up_proj.weight: kept, " in text
     assert "8 (+ 6 kept)" in text
-
-
-def test_the_plan_lists_every_layer_and_why_it_is_kept(tmp_path, capsys):
-    plan = plan_of(make_checkpoint(tmp_path / "m", intermediate_size=80), iter=1)
-    Screen().plan(plan, tmp_path / "out", Estimate(solving=3.0))
-    text = capsys.readouterr().out
-    for layer in plan.layers:
-        assert any(line.lstrip().startswith(layer.target.name + " ") for line in text.splitlines())
-    assert "8 quantized of 14 linear" in text
-    assert "not divisible by 32" in text
-    assert str(tmp_path / "out") in text
 
 
 def test_an_interrupt_while_drawing_ends_the_run_and_keeps_what_is_finished(tiny_llama, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from qinit.grids import GRIDS
-from qinit.solver.methods import CALIBRATED, METHODS
+from qinit.solver.methods import CALIBRATED, METHODS, STARTS
 
 ROWS = [*METHODS.values(), *CALIBRATED.values()]
 
@@ -39,6 +39,17 @@ def test_json_has_the_axes_of_every_row(command):
     assert {row["name"] for row in found if row["calibration"] == "needed"} == {
         name for name, row in METHODS.items() if row.needs
     }
+
+
+def test_every_start_is_listed_with_its_bases_and_what_it_takes_the_place_of(command):
+    found = {row["name"]: row for row in json.loads(command("methods", "--json")[1])["starts"]}
+    assert found.keys() == STARTS.keys()
+    assert {name for name, row in found.items() if row["base"] == "W"} == {"lora", "rslora", "dora", "eva"}
+    assert all(row["factors"] and row["peft"] and "trl" in row["trainers"] for row in found.values())
+    assert found["pissa"]["bits"] == [2, 3, 4, 8, 16]
+    lines = command("methods")[1].splitlines()
+    for name, row in STARTS.items():
+        assert any(line.split()[:1] == [name] and row.source in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def weighed(report: Report) -> dict[str, str]:
     try:
         if "left" not in totals:
             return {}
-        return weight_words(totals["quantized_weights"], totals["weights"], totals["left"])
+        return weight_words(totals["quantized_weights"], totals["weights"], totals["left"], report.done)
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise damaged("left", error) from None
 

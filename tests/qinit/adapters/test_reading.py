@@ -65,7 +65,8 @@ class TestStored:
     @pytest.mark.parametrize(
         ("config", "more", "said"),
         [
-            ({"use_dora": True}, {}, "use_dora"),
+            ({"use_dora": True}, {}, "without its magnitude"),
+            ({"lora_bias": True}, {}, "lora_bias"),
             ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
             ({}, {"base_model.model.lm_head.weight": torch.zeros(2)}, "base_model.model.lm_head.weight"),
             ({}, {"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, "x with one of its factors"),

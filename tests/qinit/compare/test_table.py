@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
-from qinit.compare.comparison import Cell
+from qinit.compare.comparison import LORA, Cell
 from qinit.compare.table import document, failures, header, lines, rows, sweep_lines, title
 from tests.qinit.compare.comparisons import comparison, found_for, result_of
 
@@ -31,6 +33,17 @@ class TestTable:
         assert lines(result)[1] == ["2", "loftq", "2.500", *["-"] * 9]
         assert len(header(result)) == 12
         assert failures(result) == []
+
+    def test_what_is_trained_is_a_column_where_it_was_counted_and_16_bit_lora_is_at_16_bits_alone(self):
+        made = comparison()
+        low = replace(made.rows[1], method=LORA)
+        made = replace(made, rows=(low, *made.rows))
+        found = found_for(made)
+        found[Cell(low)]["trainable"] = 12345
+        result = result_of(made, found)
+        assert [line[1] for line in lines(result)] == ["lora", "16-bit LoRA", "loftq", "loftq"]
+        assert [line[header(result).index("trained")] for line in lines(result)] == ["12,345", "-", "-", "-"]
+        assert result["rows"][1]["less_lora"]["other"]["mean"] == 0
 
     def test_every_learning_rate_is_shown(self):
         made = comparison()

@@ -11,6 +11,7 @@ from qinit.solver.spec import LayerSpec
 CPU = torch.device("cpu")
 SMALL = {
     "product": (8, 16, 24),
+    "step": (8, 16, 24),
     "attention": (2, 8, 4),
     "recall": (2, 4, 2, 8, 4),
     "draw": (3, 50),
@@ -22,6 +23,7 @@ SMALL = {
 }
 LARGE = {
     "product": (65536, 8192, 28672),
+    "step": (256, 8192, 28672),
     "attention": (64, 4096, 128),
     "recall": (64, 64, 8, 2048, 128),
     "draw": (1024, 262144),
@@ -66,7 +68,7 @@ def test_of_a_large_shape_a_part_is_measured_and_scaled(name, kind):
     cut = operation.cut(shape, kind)
     assert all(1 <= part <= whole for part, whole in zip(cut, shape, strict=True))
     assert operation.cost(cut) < operation.cost(shape)
-    if name == "product":
+    if name in ("product", "step"):
         assert math.prod(cut) <= module.LARGEST[kind]
         assert cut[1] * cut[2] <= module.LARGEST_MATRIX[kind]
     if name in ("draw", "pass", "exponential"):
