@@ -41,8 +41,9 @@ lint: $(STAMP)  ## Style, formatting, types, and the order of the pipeline
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# The workers share the cores.
+# The workers share the cores. Bytecode is kept whatever the environment says: the tests start many child processes.
 test: export OMP_NUM_THREADS = 1
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(STAMP)  ## The tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 

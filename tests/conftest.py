@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
 import time
 from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(variable, None)
+
+
+def pytest_collection_finish() -> None:
+    """Take what the imports have left, millions of objects, out of the garbage collector's sight: gptqmodel calls it
+    whenever it loads."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -135,13 +144,22 @@ def _no_check(job: Any) -> Generator[Any, None, None]:
     yield
 
 
+@pytest.fixture(scope="session")
+def tree() -> Any:
+    """Return a function that makes typer's commands of an app, once: it takes longer than most commands run."""
+    import typer.main
+
+    return cache(typer.main.get_command)
+
+
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def command(tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return a function that runs `qinit ARGUMENTS` in an empty directory: (exit code, stdout, stderr).
 
     Calibration `auto` is none there, and fast, no run is measured at its end, and `qinit verify` loads none, for which
     it would start a process; `qinit.planner.make.choose`, `qinit.runner.run.check` and
-    `qinit.verification.loading.check_loading` are what a test may put back.
+    `qinit.verification.loading.check_loading` are what a test may put back. How long a run will take is said from one
+    call of an operation, and not from a second and a half of them.
     """
     from qinit_cli import main
 
@@ -152,6 +170,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(directory)
     monkeypatch.setattr("qinit.planner.make.choose", lambda plan, device: Choice("none", ""))
     monkeypatch.setattr("qinit.runner.run.check", _no_check)
+    monkeypatch.setattr("typer.main.get_command", tree)
+    monkeypatch.setattr("qinit.planner.operations.LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("qinit.planner.operations.MOST_SECONDS", 0.0)
     monkeypatch.setattr("qinit.verification.loading.check_loading", lambda *_, **__: iter(()))
 
     def call(*arguments: Any) -> tuple[int, str, str]:

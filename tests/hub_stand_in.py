@@ -13,48 +13,16 @@ import re
 import socket
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import yaml
+from tests.hub_repository import OWNER, Blob, Refused, Repository, discussion, entry, validated
 
-OWNER = "me"
 WRITER, READER = "hf_secretWriter", "hf_secretReader"
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A file's content; `source` is a path for one that is served from a directory."""
-
-    source: bytes | Path
-    is_lfs: bool = False
-
-    @property
-    def data(self) -> bytes:
-        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-
-    @property
-    def oid(self) -> str:
-        """What the Hub compares: the SHA-256 of a large file, git's SHA-1 of any other."""
-        data = self.data
-        plain = b"blob %d\0" % len(data) + data
-        return hashlib.sha256(data).hexdigest() if self.is_lfs else hashlib.sha1(plain).hexdigest()
-
-
-@dataclass
-class Repository:
-    private: bool = False
-    refs: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    pull_requests: list[str] = field(default_factory=list)
-
-    def tree(self, revision: str) -> tuple[str, dict[str, Blob]] | None:
-        commit = self.refs.get(revision, revision)
-        return (commit, self.commits[commit]) if commit in self.commits else None
 
 
 @dataclass
@@ -68,11 +36,6 @@ class Fault:
     retry_after: int | None
     cut: bool
     times: float
-
-
-class Refused(Exception):  # noqa: N818 - an answer
-    def __init__(self, status: int, code: str = "", message: str = "", **body: Any):
-        self.status, self.code, self.message, self.body = status, code, message, body
 
 
 class StandInHub:
@@ -149,7 +112,7 @@ class StandInHub:
                 role = "write" if token == WRITER else "read"
                 return _json({"name": OWNER, "orgs": [], "auth": {"accessToken": {"role": role}}})
             case "POST", "api", "validate-yaml":
-                return _json(_validated(value["content"]))
+                return _json(validated(value["content"]))
             case "POST", "api", "repos", "create":
                 return _json(self._create(value, token))
             case _, "api", "models", owner, name, *rest:
@@ -241,7 +204,7 @@ class StandInHub:
                 repository.refs[f"refs/pr/{number}"] = repository.refs["main"]
                 return {"num": number}
             case "GET", "discussions":
-                return _discussion(repo_id, int(revision), repository)
+                return discussion(repo_id, int(revision), repository)
         found = repository.tree(revision)
         if found is None:
             raise Refused(404, "RevisionNotFound")
@@ -252,12 +215,12 @@ class StandInHub:
                 return {"id": repo_id, "sha": commit, "private": repository.private, "siblings": siblings, "tags": []}
             case "GET", "tree":
                 place = "".join(f"{word}/" for word in rest)
-                entries = [_entry(name, blob) for name, blob in tree.items() if name.startswith(place)]
+                entries = [entry(name, blob) for name, blob in tree.items() if name.startswith(place)]
                 if not entries and place:
                     raise Refused(404, "EntryNotFound")
                 return entries
             case "POST", "paths-info":
-                return [_entry(name, tree[name]) for name in value["paths"] if name in tree]
+                return [entry(name, tree[name]) for name in value["paths"] if name in tree]
             case "POST", "preupload":
                 return {"files": [self._upload_mode(each, tree) for each in value["files"]]}
             case "POST", "commit":
@@ -388,36 +351,3 @@ class StandInHub:
 
 def _json(value: Any) -> tuple[int, dict[str, str], bytes]:
     return 200, {}, json.dumps(value).encode()
-
-
-def _entry(name: str, blob: Blob) -> dict[str, Any]:
-    size = blob.source.stat().st_size if isinstance(blob.source, Path) else len(blob.source)
-    entry = {"type": "file", "path": name, "size": size, "oid": hashlib.sha1(name.encode()).hexdigest()}
-    if blob.is_lfs:
-        return {**entry, "lfs": {"oid": blob.oid, "size": size, "pointerSize": 100}}
-    return {**entry, "oid": blob.oid}
-
-
-def _validated(card: str) -> dict[str, Any]:
-    """Check a card's front matter as far as the Hub is known to refuse what qinit could write."""
-    metadata = yaml.safe_load(card.split("---\n")[1]) if card.startswith("---\n") else {}
-    base = metadata.get("base_model")
-    if base is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base)):
-        message = f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.'
-        raise Refused(400, errors=[{"message": message}])
-    return {"errors": [], "warnings": []}
-
-
-def _discussion(repo_id: str, number: int, repository: Repository) -> dict[str, Any]:
-    return {
-        "num": number,
-        "title": repository.pull_requests[number - 1],
-        "author": {"name": OWNER},
-        "createdAt": "2026-01-01T00:00:00.000Z",
-        "status": "draft",
-        "repo": {"name": repo_id, "type": "model"},
-        "isPullRequest": True,
-        "events": [],
-        "filesWithConflicts": [],
-        "changes": {"base": "refs/heads/main"},
-    }

@@ -1,7 +1,6 @@
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,52 +8,8 @@ import torch
 
 from qinit.compare import measure, workers
 from qinit.train import finetune
-from tests.models import add_tokenizer, make_bert, make_checkpoint, make_reader, words
-
-TEXT = words(*(4 + i * 37 % 250 for i in range(400)))
-TRAINING = words(*(4 + i * i % 97 for i in range(900)))
-STARTS = (
-    "--methods",
-    "loftq,eqft:none",
-    "--bits",
-    2,
-    "--rank",
-    4,
-    "--text",
-    "test.txt",
-    "--length",
-    16,
-    "--out",
-    "out",
-)
-TUNING = ("--finetune", 2, "--train-text", "train.txt", "--train-length", 16, "--batch", 2)
-TUNING = (*TUNING, "--learning-rates", "0.001,0.01", "--seeds", "0,1", "--micro-batch", 1)
-
-
-@pytest.fixture
-def compare(command, strong_reader):
-    """Return a function that runs `qinit compare MODEL ARGUMENTS` where test.txt and train.txt are."""
-    Path("test.txt").write_text(TEXT)
-    Path("train.txt").write_text(TRAINING)
-    Path("short.txt").write_text(words(7, 8, 9))
-    return lambda *arguments, model=strong_reader: command("compare", model, *arguments)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Leave the pictures out, which take a second."""
-    for module in ("matplotlib.figure", "plotly.graph_objects"):
-        monkeypatch.setitem(sys.modules, module, None)
-
-
-def result():
-    return json.loads(Path("out/compare.json").read_text())
-
-
-def cells():
-    """Return every cell's file with its contents and the time it was written."""
-    files = sorted(Path("out/cells").glob("*/*.json"))
-    return {str(path.relative_to("out/cells")): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+from tests.compared import STARTS, TEXT, TUNING, cells, result
+from tests.models import words
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -199,8 +154,8 @@ class TestTable:
 
 
 class TestResuming:
-    def test_nothing_is_done_twice(self, compare, undrawn):
-        compare(*STARTS, *TUNING)
+    def test_nothing_is_done_twice(self, compare, compared):
+        compared()
         before, first = cells(), result()
         code, out, _ = compare(*STARTS, *TUNING)
         assert code == 0
@@ -208,7 +163,7 @@ class TestResuming:
         assert result() == first
         assert "16 of 16 cells are there from an earlier run" in out
 
-    def test_after_an_interrupt_finished_cells_are_kept(self, compare, undrawn, monkeypatch):
+    def test_after_an_interrupt_finished_cells_are_kept(self, compare, compared, monkeypatch):
         done = []
         work = measure.work
 
@@ -230,11 +185,12 @@ class TestResuming:
         assert {name: after[name] for name in before} == before
         assert len(after) == 16
         resumed = result()
-        assert compare(*STARTS, *TUNING, "--overwrite")[0] == 0
+        Path("out").rename("resumed")
+        compared()
         assert result()["rows"] == resumed["rows"]
 
-    def test_other_steps_keep_the_starts_and_other_text_keeps_nothing(self, compare, undrawn):
-        compare(*STARTS, *TUNING, "--ceilings", "lora")
+    def test_other_steps_keep_the_starts_and_other_text_keeps_nothing(self, compare, compared):
+        compared("--ceilings", "lora")
         before = cells()
         compare(*STARTS, *TUNING, "--ceilings", "lora", "--finetune", 3)
         after = cells()
@@ -249,11 +205,10 @@ class TestResuming:
         compare(*STARTS, *TUNING, "--ceilings", "lora", "--finetune", 3)
         assert not {name for name, value in after.items() if cells()[name] == value}
 
-    def test_another_learning_rate_is_added(self, compare, undrawn):
-        asked = (*STARTS, *TUNING, "--ceilings", "lora", "--methods", "loftq")
-        compare(*asked)
+    def test_another_learning_rate_is_added(self, compare, compared):
+        compared("--ceilings", "lora")
         before = cells()
-        compare(*asked, "--learning-rates", "0.001,0.003,0.01")
+        compare(*STARTS, *TUNING, "--ceilings", "lora", "--methods", "loftq", "--learning-rates", "0.001,0.003,0.01")
         after = cells()
         assert {name for name in before if "rate" in name and before[name] == after[name]} >= {
             *("lora-16bit/rate0.001-seed0.json", "loftq-2bit/rate0.01-seed0.json")
@@ -267,13 +222,13 @@ class TestResuming:
         assert compare(*STARTS)[0] == 0
         assert result()["rows"] == first["rows"]
 
-    def test_a_dry_run_says_what_is_left_and_writes_nothing(self, compare, undrawn):
+    def test_a_dry_run_says_what_is_left_and_writes_nothing(self, compare, compared):
         code, out, err = compare(*STARTS, *TUNING, "--dry-run")
         assert (code, err) == (0, "")
         assert not Path("out").exists()
         assert "left  eqft-none-2bit/rate0.001-seed0" in out
         assert "16 of 16 cells are left: about " in out
-        compare(*STARTS, *TUNING, "--ceilings", "lora")
+        compared("--ceilings", "lora")
         before = cells()
         code, out, _ = compare(*STARTS, *TUNING, "--dry-run", "--json")
         found = json.loads(out)
@@ -336,75 +291,6 @@ class TestFailures:
         assert result()["rows"][1]["end"]
         assert {name: cells()[name] for name in before} == before
 
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (("--methods", "loftqq"), "--methods: no 'loftqq' (did you mean 'loftq'?); known are qlora, loftq, "),
-            (("--methods", "loftq,loftq"), "--methods, --bits: some are given twice (loftq, loftq; 2)"),
-            (("--bits", "8"), "bits: method loftq offers 2, 3 or 4, found 8"),
-            (
-                ("--bits", "2.5"),
-                "--bits: 2.5 is a mix of two widths, which eqft alone has, between 2 and 8 bits; found loftq,",
-            ),
-            (("--methods", "eqft:none", "--bits", "1.5"), "--bits: 1.5 is a mix of two widths, which eqft alone has"),
-            (("--bits", "inf"), "--bits: expected numbers like 2,3,4, found 'inf'"),
-            (("--bits", "two"), "--bits: expected numbers like 2,3,4, found 'two'"),
-            (("--text", "short.txt"), "short.txt: has 3 tokens, fewer than one window of 16"),
-            (("--length", 129), "--length: the model takes 128 tokens, found 129"),
-            (("--length", 1), "--length: expected 2 tokens or more, found 1"),
-            (("--windows", 0), "--windows: expected 1 or more, found 0"),
-            (("--jobs", 0), "--jobs: expected 1 or more, found 0"),
-            (("--text", "gone.txt"), "gone.txt: no such file, and no data set id"),
-            (
-                ("--text", "test.txt", "--text", "./test.txt"),
-                "--text: two texts have the same name (test.txt, test.txt",
-            ),
-            (("--finetune", 2), "--finetune: needs a text to train on; give --train-text FILE"),
-            (("--train-text", "train.txt"), "--train-text: there is nothing to train; give --finetune STEPS"),
-            ((*TUNING, "--finetune", 0), "--finetune: expected 1 or more, found 0"),
-            ((*TUNING, "--batch", 60), "train.txt: has 900 tokens to train on, a tenth of them kept for validation"),
-            ((*TUNING, "--micro-batch", 0), "--micro-batch: expected 1 or more, found 0"),
-            ((*TUNING, "--learning-rates", "0,1"), "--learning-rates: expected different positive numbers, found 0, 1"),
-            ((*TUNING, "--learning-rates", "nan"), "--learning-rates: expected different positive numbers, found nan"),
-            ((*TUNING, "--full-learning-rates", "-1"), "--full-learning-rates: expected different positive numbers"),
-            (
-                (*TUNING, "--ceilings", "lorra"),
-                "--ceilings: no 'lorra' (did you mean 'lora'?); known are lora and full",
-            ),
-            ((*TUNING, "--seeds", "1,1"), "--seeds: expected different numbers from 0 up, found 1, 1"),
-            (("--calibration", "gone.txt", "--methods", "eqft"), "gone.txt: no such file"),
-            (("--rank", 0), "rank: input should be greater than or equal to 1, found 0"),
-        ],
-    )
-    def test_bad_input_is_one_line_and_leaves_nothing(self, compare, arguments, message):
-        code, out, err = compare(*STARTS, *arguments)
-        assert (code, out) == (2, "")
-        assert err.startswith(f"error: {message}")
-        assert err.count("\n") == 1
-        assert not Path("out").exists()
-
-    def test_no_text_for_a_model_of_ones_own(self, compare):
-        code, _, err = compare("--bits", 2)
-        assert code == 2
-        assert "--text: what to measure on is missing" in err
-
-    def test_a_tokenizer_of_another_model(self, compare, tmp_path):
-        model = add_tokenizer(make_checkpoint(tmp_path / "other"), size=300)
-        Path("test.txt").write_text(words(*range(200, 299)))
-        code, _, err = compare(*STARTS, model=model)
-        assert code == 2
-        assert "the tokenizer made token id 298, but the model has ids up to 255" in err
-
-    def test_a_model_without_a_tokenizer(self, compare, tiny_llama):
-        code, _, err = compare(*STARTS, model=tiny_llama)
-        assert code == 2
-        assert "has no tokenizer files" in err or "no tokenizer" in err
-
-    def test_an_encoder(self, compare, tmp_path):
-        code, _, err = compare(*STARTS, model=make_bert(tmp_path / "bert"))
-        assert code == 2
-        assert "bert: is no causal language model (BertForMaskedLM)" in err
-
     def test_a_full_disk_is_one_line_and_finished_cells_are_kept(self, compare, undrawn, monkeypatch):
         replace = Path.replace
 
@@ -422,30 +308,3 @@ class TestFailures:
             "finished cells are kept\n"
         )
         assert list(cells()) == ["full-16bit/start.json"]
-
-    def test_a_directory_that_holds_something_else(self, compare, undrawn, tmp_path):
-        Path("out").mkdir()
-        Path("out/diary.txt").write_text("mine")
-        for more in ((), ("--overwrite",)):
-            code, _, err = compare(*STARTS, *more)
-            assert code == 2
-            assert "out: exists and has no compare.json, so qinit compare did not write it" in err
-        assert Path("out/diary.txt").read_text() == "mine"
-
-    def test_a_directory_that_holds_another_models_comparison(self, compare, undrawn, tmp_path):
-        assert compare(*STARTS, "--methods", "loftq")[0] == 0
-        before = cells()
-        other = make_reader(tmp_path / "other", seed=1)
-        code, _, err = compare(*STARTS, model=other)
-        assert code == 2
-        assert "out: holds a comparison of another model (llama); choose another place with --out" in err
-        assert cells() == before
-        assert compare(*STARTS, "--methods", "loftq", "--overwrite", model=other)[0] == 0
-        assert result()["model"] == "other"
-
-    def test_damaged_results_are_not_built_on(self, compare):
-        Path("out").mkdir()
-        Path("out/compare.json").write_text("[]")
-        code, _, err = compare(*STARTS)
-        assert code == 2
-        assert "out/compare.json: not what qinit compare writes" in err

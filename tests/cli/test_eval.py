@@ -309,13 +309,3 @@ def test_a_run_with_mixed_widths_shows_the_measured_point_on_its_front(command, 
     row = report.totals["evaluations"][0]
     excess = row["loss"] - torch.tensor(row["reference_perplexity"], dtype=torch.float64).log().item()
     assert front.measured == [(front.chosen[0][0], pytest.approx(excess))]
-
-
-def test_its_help_needs_no_torch(tmp_path):
-    script = (
-        "import sys; from qinit_cli import main; sys.argv = ['qinit', 'eval', '--help']\n"
-        "try: main.main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0
-    assert "--reference" in result.stdout

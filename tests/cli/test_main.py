@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -28,16 +29,6 @@ def test_without_arguments_it_shows_its_help(command):
 
 def test_version(command):
     assert command("--version") == (0, __version__ + "\n", "")
-
-
-def test_help_needs_no_torch(tmp_path):
-    script = (
-        "import sys; from qinit_cli import main; sys.argv = ['qinit', 'eqft', '--help']\n"
-        "try: main.main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0
-    assert "--group-size" in result.stdout
 
 
 def test_an_error_of_the_user_is_one_line_and_2(command):
@@ -88,35 +79,54 @@ def test_a_wrong_usage_is_2_without_a_traceback(command, arguments):
     assert "Traceback" not in err
 
 
-def test_as_a_process_a_run_writes_plain_lines_and_nothing_to_stderr(tiny_llama, tmp_path):
-    (tmp_path / "cwd").mkdir()
-    result = process("eqft", tiny_llama, "--rank", 4, "--calibration", "none", cwd=tmp_path / "cwd")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "\x1b" not in result.stdout
-    assert (tmp_path / "cwd/model_zoo/eqft/tiny-llama-2bit-4rank/qinit.json").is_file()
+# Runs commands one after the other in one process, as most of the time that one takes are its imports.
+ONE_BY_ONE = """
+import json, os, sys
+codes = []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    for descriptor, name in (1, "out"), (2, "err"):
+        os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
+    from qinit_cli import main
+    sys.argv = ["qinit", *arguments]
+    try:
+        main.main()
+    except SystemExit as stop:
+        codes.append(stop.code or 0)
+    else:
+        codes.append(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+json.dump(codes, open("codes", "w"))
+"""
 
 
-def test_as_a_process_a_run_with_the_whole_model_in_memory_shows_no_bars_of_others(tiny_llama, tmp_path, monkeypatch):
-    (tmp_path / "recipe.yaml").write_text("method: lq-lora\nformat: dense\nrank: 4\n")
-    options = ("--calibration", "self", "--calibration-samples", 2, "--calibration-length", 8, "--out", "out")
-    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
-    result = process("eqft", tiny_llama, "--recipe", "recipe.yaml", *options, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"{tiny_llama}: 2 bits, rank 4, lq-lora\n" in result.stdout  # however long the name is
-
-
-def test_as_a_process_an_unknown_hub_model_is_one_line(tmp_path, hub):
-    result = process(
-        *("eqft", "someone/tiny", "--token", "hf_secret", "--revision", "v2"),
-        cwd=tmp_path,
-        HF_ENDPOINT=hub.endpoint,
-        HF_HUB_OFFLINE="0",
-        HF_HUB_CACHE=str(tmp_path / "other-cache"),
+def test_as_a_process_it_writes_plain_lines_and_nothing_of_others(tiny_llama, tmp_path, hub, monkeypatch):
+    place = tmp_path / "cwd"
+    place.mkdir()
+    (place / "recipe.yaml").write_text("method: lq-lora\nformat: dense\nrank: 4\n")
+    short = ("--calibration", "self", "--calibration-samples", 2, "--calibration-length", 8, "--out", "out")
+    commands = (
+        ("eqft", tiny_llama, "--rank", 4, "--calibration", "none"),
+        ("eqft", tiny_llama, "--recipe", "recipe.yaml", *short),  # the whole model in memory, loaded by transformers
+        ("eqft", "someone/tiny", "--token", "hf_secret", "--revision", "v2"),
     )
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: someone/tiny at revision v2: no such directory here and no such model")
-    assert result.stderr.count("\n") == 1
-    assert "hf_secret" not in result.stderr
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "other-cache")}
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    words = json.dumps([list(map(str, arguments)) for arguments in commands])
+    done = subprocess.run([sys.executable, "-c", ONE_BY_ONE, words], cwd=place, env={**os.environ, **environment})
+    assert done.returncode == 0
+    first, second, unknown = (
+        [(place / f"{number}.{name}").read_text() for name in ("out", "err")] for number in range(3)
+    )
+    assert json.loads((place / "codes").read_text()) == [0, 0, 2]
+    assert (first[1], second[1], unknown[0]) == ("", "", "")
+    assert "\x1b" not in first[0] + second[0]
+    assert (place / "model_zoo/eqft/tiny-llama-2bit-4rank/qinit.json").is_file()
+    assert f"{tiny_llama}: 2 bits, rank 4, lq-lora\n" in second[0]  # however long the name is
+    error = unknown[1]
+    assert error.startswith("error: someone/tiny at revision v2: no such directory here and no such model")
+    assert error.count("\n") == 1
+    assert "hf_secret" not in error
     assert {token for _, token in hub.requests} == {"Bearer hf_secret"}
 
 

@@ -243,12 +243,14 @@ def environment(hub, tmp_path):
     return {**caches, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": WRITER}
 
 
-def test_as_a_process_what_was_pushed_is_loaded_by_the_repo_id_alone(run, hub, tmp_path, environment):
+def test_in_a_process_of_its_own_what_was_pushed_is_loaded_by_the_repo_id_alone(
+    command, run, hub, tmp_path, environment
+):
     # Not offline: PEFT 0.21 looks for SUBFOLDER/SUBFOLDER/adapter_model.safetensors in the cache then.
     hub.chunk_size = 50_000
-    pushed = process("push", run, REPO, "--private", "--json", cwd=tmp_path, **environment)
-    assert pushed.returncode == 0, pushed.stderr
-    lines = json.loads(pushed.stdout)["load"]
+    code, out, err = command("push", run, REPO, *TOKEN, "--private", "--json")
+    assert code == 0, err
+    lines = json.loads(out)["load"]
     assert 'subfolder="eqft_init"' in lines[-1]
     hub.requests.clear()
     command = [sys.executable, "-c", LOADED, str(run), json.dumps(lines)]
@@ -259,7 +261,9 @@ def test_as_a_process_what_was_pushed_is_loaded_by_the_repo_id_alone(run, hub, t
     assert {*shards, "config.json", "eqft_init/adapter_model.safetensors"} <= hub.fetched()
 
 
-def test_as_a_process_a_sharded_model_of_the_hub_at_a_revision_and_then_offline(hub, tmp_path, environment):
+def test_a_sharded_model_of_the_hub_at_a_revision_and_then_offline_by_the_environment_in_another_process(
+    command, hub, tmp_path, environment
+):
     repo = make_checkpoint(tmp_path / "repo", max_shard_size="50KB")
     for name in ("pytorch_model.bin", "onnx/model.onnx", "model-q4.gguf", "model.onnx"):
         (repo / name).parent.mkdir(exist_ok=True)
@@ -267,13 +271,13 @@ def test_as_a_process_a_sharded_model_of_the_hub_at_a_revision_and_then_offline(
     hub.repos["someone/tiny"] = repo
     hub.revisions.append("v2")
     options = ("--revision", "v2", "--rank", 4, "--iter", 1, "--calibration", "none", "--format", "dense")
-    first = process("eqft", "someone/tiny", *options, "--out", "a", cwd=tmp_path, **environment)
-    assert (first.returncode, first.stderr) == (0, "")
+    code, _, err = command("eqft", "someone/tiny", *options, *TOKEN, "--out", tmp_path / "a")
+    assert (code, err) == (0, "")
     assert any(path.endswith("/revision/v2") for path, _ in hub.requests)
     wanted = {*(p.name for p in repo.glob("*.safetensors*")), "config.json", "generation_config.json"}
     assert hub.fetched() == wanted
     hub.requests.clear()
-    environment["HF_HUB_OFFLINE"] = "1"
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub-cache")}  # where the first has it
     second = process("eqft", "someone/tiny", *options, "--out", "b", cwd=tmp_path, **environment)
     assert (second.returncode, second.stderr) == (0, "")
     weights = [contents(tmp_path / name)["model.safetensors"] for name in "ab"]

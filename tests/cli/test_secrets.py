@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,14 +79,14 @@ def test_a_token_of_the_command_line_is_in_no_file_output_or_process_title(hub, 
 
 
 def test_a_token_of_the_environment_that_the_hub_repeats_in_its_error_is_nowhere_either(
-    hub, source, place, monkeypatch
+    hub, finished, place, monkeypatch
 ):
     hub.fail("commit", 403, message=f"{WRITER} may not commit")
-    arguments = ("--rank", 4, "--iter", 1, "--calibration", "none", "--format", "dense", "--out", "out", "--debug")
-    code, output, _ = start(hub, place, monkeypatch, "eqft", source, *arguments, "--push-to-hub", REPO, HF_TOKEN=WRITER)
+    shutil.copytree(finished, place / "out")
+    code, output, _ = start(hub, place, monkeypatch, "push", "out", REPO, "--debug", HF_TOKEN=WRITER)
     assert code == 2, output
+    assert b"Send: curl" in output
     assert b"Traceback" in output
     assert b"status 403 (*** may not commit); check HF_TOKEN" in output
-    assert (place / "out/qinit.json").is_file()
     assert list((place / "temporary").iterdir()) == []
     require_nowhere(place, output)

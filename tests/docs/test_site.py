@@ -13,17 +13,16 @@ pytest.importorskip("material", reason="pip install 'qinit[docs]'")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """What the site is made of, elsewhere."""
+def copy_to(directory):
+    """Put what the site is made of elsewhere."""
     pages = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
     for name in ("docs", "benchmarks", "examples", "mkdocs.yml", *pages):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("out", "__pycache__"))
+            shutil.copytree(source, directory / name, ignore=shutil.ignore_patterns("out", "__pycache__"))
         else:
-            shutil.copy(source, tmp_path / name)
-    return tmp_path
+            shutil.copy(source, directory / name)
+    return directory
 
 
 def build(directory):
@@ -31,10 +30,15 @@ def build(directory):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_files_outside_docs_are_part_of_the_site(copy):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    copy = copy_to(tmp_path_factory.mktemp("site"))
     result = build(copy)
     assert result.returncode == 0, result.stderr
-    site = copy / "build/site"
+    return copy / "build/site"
+
+
+def test_files_outside_docs_are_part_of_the_site(site):
     front = (site / "index.html").read_text()
     assert 'href="commands.html#qinit-eqft"' in front
     assert 'href="contributing.html"' in front
@@ -47,27 +51,27 @@ def test_files_outside_docs_are_part_of_the_site(copy):
     assert not list(site.glob("*.py"))
 
 
-def test_nothing_is_loaded_from_elsewhere(copy):
-    build(copy)
-    pages = "".join(page.read_text() for page in (copy / "build/site").rglob("*.html"))
+def test_nothing_is_loaded_from_elsewhere(site):
+    pages = "".join(page.read_text() for page in site.rglob("*.html"))
     assert not [word for word in ('src="http', 'rel="stylesheet" href="http', "fonts.googleapis") if word in pages]
 
 
-@pytest.mark.parametrize(
-    ("page", "link"),
-    [
-        ("README.md", "[gone](docs/gone.md)"),
-        ("README.md", "[gone](docs/method.md#gone)"),
-        ("docs/extend/index.md", "[gone](../../GONE.md)"),
-        ("docs/method.md", "![gone](images/gone.svg)"),
-    ],
-)
-def test_a_broken_link_fails(copy, page, link):
-    with (copy / page).open("a", encoding="utf-8") as file:
-        file.write(f"\n{link}\n")
+def test_a_broken_link_fails_and_is_named(tmp_path):
+    broken = (
+        ("README.md", "[gone](docs/gone-1.md)"),
+        ("README.md", "[gone](docs/method.md#gone-2)"),
+        ("docs/extend/index.md", "[gone](../../GONE-3.md)"),
+        ("docs/method.md", "![gone](images/gone-4.svg)"),
+    )
+    copy = copy_to(tmp_path)
+    for page, link in broken:
+        with (copy / page).open("a", encoding="utf-8") as file:
+            file.write(f"\n{link}\n")
     result = build(copy)
     assert result.returncode == 1
-    assert "gone" in result.stderr.lower()
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("WARNING")]
+    assert [sum(f"gone-{number}" in line.lower() for line in warnings) for number in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert len(warnings) == len(broken)
 
 
 def test_links_are_taken_by_the_path_in_the_repository(monkeypatch):

@@ -46,6 +46,9 @@ MOE = {
 }
 
 
+MANY_MODULES = ("a thousand layers", "a billion experts")  # ten thousand are made before it is known: seconds
+
+
 for name, damage, says in (
     ("a billion layers", edit_config(num_hidden_layers=BILLION), "num_hidden_layers is 1000000000, but the checkpoint"),
     ("a billion layers, as 1e9", edit_config(num_hidden_layers=1e9), "num_hidden_layers is 1000000000.0, but"),
@@ -106,7 +109,7 @@ for name, damage, says in (
     ("folder", instead("config.json", folder), "config.json: cannot be read (Is a directory)"),
     ("endless device", instead("config.json", device), OUT_OF),
 ):
-    add(f"config: {name}", says, damage)
+    add(f"config: {name}", says, damage, *((EQFT,) if name in MANY_MODULES else ()))
 
 
 for name, damage, says in (
