@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from qinit.grids import GRIDS
-from qinit.grids.integer import rounding
+from qinit.grids.integer import kernels, rounding
 from qinit.grids.integer.rounding import descend, round_gptq
-from qinit.grids.integer.rounding_torch import descend_block_torch, feed_back_block_torch
 from tests.helpers import gauss
 from tests.layers import correlated
 from tests.qinit.grids.integer.test_rounding import BITS, SHAPES, error
@@ -19,7 +18,7 @@ def reference(monkeypatch):
 
     def call(function, *arguments, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(rounding, "_steps", lambda _: (feed_back_block_torch, descend_block_torch))
+            patch.setattr(rounding, "kernels_for", lambda _: kernels._of_torch())
             return function(*arguments, **options)
 
     return call
@@ -81,7 +80,8 @@ def test_the_number_of_threads_changes_no_bit(bits):
             residual, moved = torch.empty_like(target), target.clone()
             ratios = rounding.clip_ratios(bits)
             block = rounding.Block(slice(0, 96), 2**bits - 1, 32, ratios, rounding.REFINEMENTS, (0, 2**bits - 1))
-            feed, sweep = rounding._steps(target)
+            found = rounding.kernels_for(target.device)
+            feed, sweep = found.feed_back_block, found.descend_block
             feed(block, quantized, target, moved, residual, feedback, torch.ones(96), torch.arange(96) // 32)
             swept = rounding.replace(start, codes=start.codes.clone(), scales=start.scales.clone())
             swept_residual = start_residual.clone()
