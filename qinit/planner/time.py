@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from heapq import heapreplace
 
 import torch
 
+from qinit.calibration.shards import SHARDS
 from qinit.plan.plan import Plan
 from qinit.planner.kinds import Kind
 from qinit.planner.operations import Machine
 from qinit.planner.work import DISK_SPEED, Work, file_bytes, loading, work_of
+from qinit.processes.deal import deal
 from qinit.solver.spec import LayerSpec
 from qinit.widths.knapsack import tied
 from qinit.words import duration
 
-SHARDS = 8  # that the text is cut into for several processes
 SHARED = ("calibrating", "allocating", "polishing")  # by the tokens of the text
 STARTING = 2.0  # seconds of a check: its text is read, and two models are set up
 
@@ -101,11 +101,10 @@ def _solving(plan: Plan, machine: Machine | Kind, processes: int) -> float:
 
 
 def busiest(costs: Sequence[float], processes: int) -> float:
-    """Return what the busiest of the processes has to do: the largest piece goes to the one that has the least, and so
-    on."""
+    """Return what the busiest of the processes has to do."""
     loads = [0.0] * processes
-    for cost in sorted(costs, reverse=True):
-        heapreplace(loads, loads[0] + cost)
+    for cost, owner in zip(costs, deal(costs, processes), strict=True):
+        loads[owner] += cost
     return max(loads)
 
 

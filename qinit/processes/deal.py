@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def deal(sizes: Sequence[int], count: int) -> list[int]:
+def deal(sizes: Sequence[float], count: int) -> list[int]:
     """Return which of `count` processes takes each piece of work: the largest first, each to the one that has the
     least."""
-    loads = [0] * count
+    loads = [0.0] * count
     owners = [0] * len(sizes)
     for piece in sorted(range(len(sizes)), key=lambda piece: -sizes[piece]):
         owners[piece] = min(range(count), key=loads.__getitem__)
