@@ -31,6 +31,13 @@ START_COLUMNS = {
     **{"name": "start", "calibration": "calibration", "factors": "A and B", "base": "base", "bits": "bits"},
     **{"grids": "grids", "peft": "of PEFT", "source": "source"},
 }
+FAMILY_COLUMNS = {
+    "name": "family",
+    "peft": "peft's configuration",
+    "changes": "changes",
+    "rank": "rank is",
+    "source": "source",
+}
 
 
 def words(value: Any) -> str:
@@ -227,6 +234,15 @@ class Screen:
             table.add_row(*(words(row[key]) for key in START_COLUMNS))
         self._console.print(table)
         self.say(f"Trainers that go on from them: {words(rows[0]['trainers'])}.")
+
+    def families(self, rows: list[dict[str, Any]]) -> None:
+        """Draw the table of PEFT's other families."""
+        self._console.print()
+        table = Table(*FAMILY_COLUMNS.values(), box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(words(row[key] or "-") for key in FAMILY_COLUMNS))
+        self._console.print(table)
+        self.say("Which bases each of them takes is tried when it is written.")
 
     def report(self, report: Report) -> None:
         """Draw a run's report: a line for each module type, then the totals."""

@@ -1,4 +1,5 @@
-"""`qinit methods`: the method table, every row with its choice on each axis; and the published starts."""
+"""`qinit methods`: the method table, every row with its choice on each axis; the published starts; PEFT's other
+families."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from qinit.families import Family
     from qinit.solver.methods import Method
 
 # What A and B start as, and what of PEFT's LoraConfig it is.
@@ -28,10 +30,11 @@ STARTS_IN_WORDS = {
 def methods(
     json_output: Annotated[bool, typer.Option("--json", help="The table as JSON on stdout.")] = False,
 ) -> None:
-    """List the methods that a recipe can name, and what each of them does: those that quantize, and the starts of
-    `qinit adapter`."""
+    """List the methods that a recipe can name, and what each of them does: those that quantize, and the starts and
+    other families of `qinit adapter`."""
     from qinit_cli.draw import Screen
 
+    from qinit.families import FAMILIES
     from qinit.solver.methods import CALIBRATED, METHODS, STARTS
 
     rows = []
@@ -40,12 +43,14 @@ def methods(
         if name in CALIBRATED:
             rows.append(_described(CALIBRATED[name], "where there is some"))
     starts = [started(row) for row in STARTS.values()]
+    families = [_of_family(name, family) for name, family in FAMILIES.items()]
     if json_output:
-        sys.stdout.write(json.dumps({"methods": rows, "starts": starts}) + "\n")
+        sys.stdout.write(json.dumps({"methods": rows, "starts": starts, "families": families}) + "\n")
     else:
         screen = Screen()
         screen.methods(rows)
         screen.starts(starts)
+        screen.families(families)
 
 
 def started(row: Method) -> dict[str, Any]:
@@ -67,6 +72,16 @@ def started(row: Method) -> dict[str, Any]:
         "peft": peft,
         "trainers": [name for name, trainer in TRAINERS.items() if not isinstance(trainer, Untrainable)],
         "source": row.source,
+    }
+
+
+def _of_family(name: str, family: Family) -> dict[str, Any]:
+    return {
+        "name": name,
+        "peft": family.config,
+        "changes": "linear layers" if family.adapts else "what goes through the model",
+        "rank": family.rank or None,
+        "source": family.paper,
     }
 
 

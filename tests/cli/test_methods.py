@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from qinit.families import FAMILIES
 from qinit.grids import GRIDS
 from qinit.solver.methods import CALIBRATED, METHODS, STARTS
 
@@ -50,6 +51,15 @@ def test_every_start_is_listed_with_its_bases_and_what_it_takes_the_place_of(com
     lines = command("methods")[1].splitlines()
     for name, row in STARTS.items():
         assert any(line.split()[:1] == [name] and row.source in line for line in lines)
+
+
+def test_every_family_is_listed_with_its_configuration_and_paper(command):
+    found = {row["name"]: row for row in json.loads(command("methods", "--json")[1])["families"]}
+    assert found.keys() == FAMILIES.keys()
+    assert {name for name, row in found.items() if row["rank"]} == {name for name, row in FAMILIES.items() if row.rank}
+    lines = command("methods")[1].splitlines()
+    for name, row in FAMILIES.items():
+        assert any(line.split()[:2] == [name, row.config] and row.paper in line for line in lines)
 
 
 @pytest.mark.parametrize(
