@@ -15,6 +15,9 @@ if [ -e "${wheels[0]}" ]; then
   ${PYTHON:-python3} -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$place/site" "${wheels[@]}" || exit 1
 fi
 # setup.py gives these folders their names.
-mkdir -p "$place/links" && ln -s "$PWD/cli" "$place/links/qinit_cli" && ln -s "$PWD/model_zoo/demo" "$place/links/qinit_demo" && ln -s "$PWD/model_zoo/adapters" "$place/links/qinit_templates"
+mkdir -p "$place/links"
+ln -s "$PWD/cli" "$place/links/qinit_cli"
+ln -s "$PWD/model_zoo/demo" "$place/links/qinit_demo"
+ln -s "$PWD/model_zoo/adapters" "$place/links/qinit_templates"
 export PYTHONPATH="$place/site:$PWD:$place/links" PYTHONUNBUFFERED=1 NUMBA_CACHE_DIR="$place/numba"
 timeout "${LIMIT:-470}" ${PYTHON:-python3} benchmarks/gpu.py "$@"

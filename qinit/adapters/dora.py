@@ -48,7 +48,7 @@ class DoraAdapter(LoraAdapter):
         stored = self.decode(module, tensors, scale).to(base.device)
         lengths = [
             torch.linalg.vector_norm(torch.addmm(base[rows], stored.B[rows], stored.A), dim=1)
-            for rows in row_chunks(*base.shape)
+            for rows in row_chunks(*base.shape, device=base.device)
         ]
         return {**tensors, _magnitude(module): torch.cat(lengths).cpu()}
 

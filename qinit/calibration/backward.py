@@ -183,13 +183,13 @@ class Probe(ABC):
             return (rows * noise).sum() / rows.detach().square().sum(-1).mean().sqrt()
         rows = unpadded(logits, self.mask).float().log_softmax(-1)
         require_number(rows.detach().sum(), "the model's output")
-        return -rows.gather(1, drawn(rows.detach().exp(), self.generator)[:, None]).sum()
+        return -rows.gather(1, drawn(rows.detach(), self.generator)[:, None]).sum()
 
 
-def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw a label for each row of probabilities [tokens, vocabulary], by a number of the CPU's `generator`: the same
-    on every device, but for ties."""
-    up_to = probabilities.cumsum(-1)
+def drawn(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a label for each row of log-probabilities [tokens, vocabulary], by a number of the CPU's `generator`: the
+    same on every device, but for ties. Takes the memory of one copy."""
+    up_to = rows.exp().cumsum_(-1)
     chance = torch.rand(len(up_to), 1, generator=generator).to(up_to.device)
     return torch.searchsorted(up_to, chance * up_to[:, -1:], right=True).clamp(max=up_to.shape[1] - 1)[:, 0]
 

@@ -11,6 +11,7 @@ import yaml
 from qinit.adapters.base import WEIGHTS_STEM
 from qinit.families.table import Family
 from qinit.files.reading import printable
+from qinit.report.calls import from_pretrained, own_code
 
 CARD = """\
 ---
@@ -34,10 +35,9 @@ def snippet_of(base: str, loader: str | None, place: str, *, prompts: bool, cach
     PEFT loads what it puts before the text only to be used, so that it is made anew and given these values; `cache`
     says whether the base may keep one. Without a `loader` of transformers' the base is one that qinit.load loads."""
     name, adapter = (json.dumps(each, ensure_ascii=False) for each in (base, place))
-    own = ", trust_remote_code=True" if trusted else ""
     first = "import qinit" if loader is None else f"from transformers import {loader}"
-    call = f"qinit.load({name}, adapter=False" if loader is None else f'{loader}.from_pretrained({name}, dtype="auto"'
-    lines = [f"base = {call}{own})"]
+    packed = f"qinit.load({name}, adapter=False{own_code(trusted)})"
+    lines = [f"base = {packed if loader is None else from_pretrained(loader, name, trusted)}"]
     lines += [] if cache else ["base.config.use_cache = False"]
     if not prompts:
         lines.append(f"model = PeftModel.from_pretrained(base, {adapter}, is_trainable=True)")

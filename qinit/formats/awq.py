@@ -60,7 +60,7 @@ class AwqReader(Reader):
         qweight, qzeros, scales = (read_finite(parts[part], device) for part in self.parts)
         zeros, scales = _unpacked(qzeros, module.out_features), scales.float()
         result = torch.empty((module.out_features, module.in_features), device=device)
-        for rows in row_chunks(module.in_features, module.out_features):
+        for rows in row_chunks(module.in_features, module.out_features, device=device):
             groups = torch.arange(rows.start, rows.stop, device=device) // group_size
             codes = _unpacked(qweight[rows], module.out_features)
             result[:, rows] = ((codes - zeros[groups]) * scales[groups]).half().float().T

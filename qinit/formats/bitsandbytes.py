@@ -64,7 +64,7 @@ class BitsandbytesReader(Reader):
         absmax, packed = _absmax(parts, state).to(device), parts["weight"].read().flatten().to(device)
         count = module.out_features * module.in_features
         result = torch.empty(count, device=device)
-        for blocks in row_chunks(len(absmax), block):
+        for blocks in row_chunks(len(absmax), block, device=device):
             values = slice(blocks.start * block, min(blocks.stop * block, count))
             pairs = packed[values.start // 2 : -(-values.stop // 2)].int()
             codes = torch.stack((pairs >> 4, pairs & 15), dim=1).flatten()[: values.stop - values.start]

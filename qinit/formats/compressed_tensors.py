@@ -86,7 +86,7 @@ class CompressedTensorsReader(Reader):
         if GROUPS in parts and not bool(((order := parts[GROUPS].read().to(device).long()) < 0).any()):
             groups = order
         result = torch.empty((outputs, inputs), device=device)
-        for rows in row_chunks(outputs, inputs):
+        for rows in row_chunks(outputs, inputs, device=device):
             codes = unpack_rows(packed[rows], bits, inputs).float()
             result[rows] = ((codes - zeros[rows][:, groups]) * scales[rows][:, groups]).to(stored.dtype).float()
         return result

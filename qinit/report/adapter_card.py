@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from qinit.errors import ReportError
+from qinit.report.calls import from_pretrained
 from qinit.report.report import Report
 
 MEASURED = """\
@@ -57,10 +58,9 @@ def require_base(report: Report, directory: Path, advice: str) -> None:
 
 def adapter_snippet(report: Report, place: str) -> list[str]:
     """Return the lines of Python that load the base and the adapter that lies in `place`, for training."""
-    trusted = ", trust_remote_code=True" if report.recipe.get("trust_remote_code") else ""
     base, adapter = (json.dumps(each, ensure_ascii=False) for each in (report.totals["base"]["name"], place))
     return [
         f"from transformers import {report.loader}; from peft import PeftModel",
-        f'base = {report.loader}.from_pretrained({base}, dtype="auto"{trusted})',
+        f"base = {from_pretrained(report.loader, base, bool(report.recipe.get('trust_remote_code')))}",
         f"model = PeftModel.from_pretrained(base, {adapter}, is_trainable=True)",
     ]

@@ -14,6 +14,7 @@ from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.formats import FORMATS, READERS
 from qinit.plan.shares import weight_words
 from qinit.report.adapter_card import ADAPTER_TEMPLATE, MEASURED, adapter_snippet, is_adapter
+from qinit.report.calls import from_pretrained, own_code
 from qinit.report.check import check_words
 from qinit.report.lead import lead
 from qinit.report.report import Report
@@ -73,11 +74,11 @@ def load_snippet(
     """Return the lines of Python that load base and adapter for training from `place`, a directory or a Hub id (with
     its `revision`), by the class `loader` of transformers; stock transformers reads no `packed_mixed` widths. A
     `trained` adapter is loaded to be used."""
-    trusted = ", trust_remote_code=True" if trust_remote_code else ""
+    trusted = own_code(trust_remote_code)
     quoted = json.dumps(place, ensure_ascii=False)  # quotes and backslashes as Python reads them
     at = quoted + (f", revision={json.dumps(revision)}" if revision else "")
     if trained:
-        own = f'{loader}.from_pretrained({at}, dtype="auto"{trusted})'
+        own = from_pretrained(loader, at, trust_remote_code)
         mixed = f"qinit.load(snapshot_download({at}), adapter=False{trusted})"
         imports = "import qinit; from huggingface_hub import snapshot_download"
         return [
@@ -92,7 +93,7 @@ def load_snippet(
         return ["import qinit", f"model = qinit.load({quoted}, trainable=True{trusted})"]
     return [
         f"from transformers import {loader}; from peft import PeftModel",
-        f'base = {loader}.from_pretrained({at}, dtype="auto"{trusted})',
+        f"base = {from_pretrained(loader, at, trust_remote_code)}",
         f'model = PeftModel.from_pretrained(base, {at}, subfolder="{ADAPTER_DIRECTORY}", is_trainable=True)',
     ]
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from qinit.errors import ReportError
 from qinit.files.reading import read_regular
 from qinit.formats import FORMATS
+from qinit.report.calls import from_pretrained
 from qinit.report.card import CARD_NAME, inherited, is_hub_id
 from qinit.report.report import REPORT_BYTES, REPORT_NAME, Measure, Size, kind_of_report
 
@@ -121,11 +122,8 @@ def is_merge(directory: Path) -> bool:
 def merged_snippet(report: MergeReport, place: str, revision: str | None = None) -> list[str]:
     """Return the lines of Python that load a merge from a directory or a Hub id."""
     at = json.dumps(place, ensure_ascii=False) + (f", revision={json.dumps(revision)}" if revision else "")
-    trusted = ", trust_remote_code=True" if report.source.get("trust_remote_code") else ""
-    return [
-        f"from transformers import {report.loader}",
-        f'model = {report.loader}.from_pretrained({at}, dtype="auto"{trusted})',
-    ]
+    call = from_pretrained(report.loader, at, bool(report.source.get("trust_remote_code")))
+    return [f"from transformers import {report.loader}", f"model = {call}"]
 
 
 def write_merged_card(directory: Path, report: MergeReport, source: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def expected(plan, samples):
     mask = torch.ones_like(samples.tokens, dtype=torch.bool) if samples.mask is None else samples.mask
     output = model(**inputs_of(model, samples.tokens, None if samples.mask is None else mask.long()))
     rows = output.logits[mask].log_softmax(-1)
-    labels = drawn(rows.detach().exp(), torch.Generator().manual_seed(plan.recipe.seed))
+    labels = drawn(rows.detach(), torch.Generator().manual_seed(plan.recipe.seed))
     (-rows.gather(1, labels[:, None]).sum()).backward()
     return {
         layer.target.name: oriented(model.get_submodule(layer.target.name).weight.grad, layer)
@@ -139,6 +139,6 @@ def test_a_token_that_cannot_be_is_none():
 
 def test_labels_are_drawn_as_often_as_they_are_likely():
     likely = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
-    labels = drawn(likely.expand(20000, -1), torch.Generator().manual_seed(0))
+    labels = drawn(likely.log().expand(20000, -1), torch.Generator().manual_seed(0))
     torch.testing.assert_close(labels.bincount(minlength=6) / 20000, likely, rtol=0, atol=0.015)
     assert not set(labels.unique().tolist()) & {0, 3, 5}

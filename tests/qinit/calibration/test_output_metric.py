@@ -40,7 +40,7 @@ def moments(plan, samples):
         model.get_submodule(name).register_forward_hook(keep)
     generator = torch.Generator().manual_seed(plan.recipe.seed)
     rows = model(input_ids=samples.tokens).logits.flatten(0, 1).log_softmax(-1)
-    labels = drawn(rows.detach().exp(), generator)
+    labels = drawn(rows.detach(), generator)
     (-rows.gather(1, labels[:, None]).sum()).backward()
     products = {name: torch.cat(found).T @ torch.cat(found) for name, found in gradients.items()}
     return {name: product / product.diagonal().mean() for name, product in products.items()}
