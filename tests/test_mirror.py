@@ -37,7 +37,7 @@ ELSEWHERE = {
         f"qinit/formats/{name}.py": "tests/qinit/formats/test_reader.py reads every form"
         for name in ("auto_round", "awq", "bitsandbytes", "compressed_tensors")
     },
-    "qinit/grids/integer/block.py": "data alone",
+    "qinit/grids/integer/block.py": "data, and memory that every search of the files beside it fills",
     "qinit/grids/integer/triton_steps.py": "runs inside of the kernels of the two files beside it, which are tested",
     "qinit/plan/limits.py": "data alone",
     **{

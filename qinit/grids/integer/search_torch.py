@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from qinit.grids.base import Quantized
+from qinit.grids.integer.block import room_for
 from qinit.grids.integer.candidates import F16_MAX, TINY
 from qinit.linalg.chunks import grouped, row_chunks
 
@@ -27,11 +28,8 @@ def quantize_torch(
     """Round `target` [out, in] to the grid; `ratios` clip each group's range, or the scales of `previous`; `zero_range`
     holds the least and the largest zero point."""
     rows, columns = weight.shape
-    groups = -(-columns // group_size)
-    codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
-    scales = torch.empty((rows, groups), device=weight.device)
-    zeros = torch.empty((rows, groups), dtype=torch.uint8, device=weight.device)
-    residual = torch.empty_like(weight)
+    quantized, residual = room_for(weight, bits, group_size)
+    assert quantized.zeros is not None
     for part in row_chunks(rows, columns, device=weight.device):
         x = grouped(target[part], group_size)
         start = None
@@ -39,10 +37,10 @@ def quantize_torch(
             assert previous.zeros is not None
             start = (previous.scales[part], previous.zeros[part].float())
         c, z, s = fit_groups(x, 2**bits - 1, ratios.tolist(), refinements, start, zero_range)
-        scales[part], zeros[part] = s, z.to(torch.uint8)
-        codes[part] = (c + z[..., None]).to(torch.uint8).flatten(1)[:, :columns]
+        quantized.scales[part], quantized.zeros[part] = s, z.to(torch.uint8)
+        quantized.codes[part] = (c + z[..., None]).to(torch.uint8).flatten(1)[:, :columns]
         residual[part] = weight[part] - (c * s[..., None]).flatten(1)[:, :columns]
-    return Quantized(bits, group_size, codes, scales, zeros), residual
+    return quantized, residual
 
 
 def fit_groups(

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qinit.grids.base import Quantized
+from qinit.grids.integer.block import room_for
 from qinit.grids.integer.triton_steps import fit, on, range_of, rounded
 
 TILE = 2048  # weights that one program holds
@@ -24,24 +25,18 @@ def quantize_triton(
 ) -> tuple[Quantized, torch.Tensor]:
     """As `quantize_torch`; the sums of a group are added in another order."""
     rows, columns = weight.shape
-    groups, device = -(-columns // group_size), weight.device
-    codes = torch.empty((rows, columns), dtype=torch.uint8, device=device)
-    scales = torch.empty((rows, groups), device=device)
-    zeros = torch.empty((rows, groups), dtype=torch.uint8, device=device)
-    residual = torch.empty((rows, columns), device=device)
-    if previous is not None:
-        assert previous.zeros is not None
-        scales.copy_(previous.scales)
-        zeros.copy_(previous.zeros)
+    quantized, residual = room_for(weight, bits, group_size, previous)
+    groups = quantized.scales.shape[1]
     width = triton.next_power_of_2(group_size)
     tile = max(1, TILE // width)
-    with on(device):
+    with on(weight.device):
         _search[(triton.cdiv(rows * groups, tile),)](
-            *(target.contiguous(), weight.contiguous(), ratios.to(device), codes, scales, zeros, residual),
+            *(target.contiguous(), weight.contiguous(), ratios.to(weight.device)),
+            *(quantized.codes, quantized.scales, quantized.zeros, residual),
             *(rows * groups, columns, groups, float(2**bits - 1), *map(float, zero_range)),
             *(len(ratios) if len(ratios) > 1 else 0, refinements, previous is not None, group_size, width, tile),
         )
-    return Quantized(bits, group_size, codes, scales, zeros), residual
+    return quantized, residual
 
 
 @triton.jit
