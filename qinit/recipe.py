@@ -182,6 +182,8 @@ class Recipe(BaseModel):
         problem = FORMATS[self.format].cannot_hold(self.row.grid, self.widths[0], self.group_size)
         if problem:
             raise ValueError(f"format: {self.format} {problem}")
+        if (problem := FORMATS[self.format].cannot_adapt(self.adapter)) is not None:
+            raise ValueError(f"format: {problem}; give dense")
         return self
 
     def _check_base(self, method: Method) -> Method:

@@ -24,6 +24,7 @@ class Reader(ABC):
     moves_scales = False  # whether its writers move scales between layers, as AWQ does
     parts: tuple[str, ...] = ()  # what a packed layer's tensors are called in the place of `weight`
     more_parts: tuple[str, ...] = ()  # those that not every layer has
+    adapters: tuple[str, ...] = ("lora", "dora")  # the kinds that PEFT puts on a packed layer
 
     @abstractmethod
     def recognises(self, config: dict[str, Any]) -> bool:
@@ -37,6 +38,12 @@ class Reader(ABC):
     def cannot_read(self, config: dict[str, Any]) -> str | None:
         """Return why `read` does not read the weights of a base that is recognised, or None."""
         return None
+
+    def cannot_adapt(self, adapter: str) -> str | None:
+        """Return why PEFT does not put this kind of adapter on a base of this form, or None."""
+        if adapter in self.adapters:
+            return None
+        return f"PEFT puts no {adapter} on layers packed as {self.title} (its classes for them say so)"
 
     def grid_of(
         self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]

@@ -56,11 +56,13 @@ def require_base(report: Report, directory: Path, advice: str) -> None:
         raise ReportError(f"{directory}: holds an adapter alone, for the base {report.recipe['base']}; {advice}")
 
 
-def adapter_snippet(report: Report, place: str) -> list[str]:
-    """Return the lines of Python that load the base and the adapter that lies in `place`, for training."""
+def adapter_snippet(report: Report, place: str, *, revision: str | None = None, trained: bool = False) -> list[str]:
+    """Return the lines of Python that load the base and the adapter that lies in `place`, a directory or a Hub id (with
+    its `revision`), for training; a `trained` one to be used."""
     base, adapter = (json.dumps(each, ensure_ascii=False) for each in (report.totals["base"]["name"], place))
+    adapter += f", revision={json.dumps(revision)}" if revision else ""
     return [
         f"from transformers import {report.loader}; from peft import PeftModel",
         f"base = {from_pretrained(report.loader, base, bool(report.recipe.get('trust_remote_code')))}",
-        f"model = PeftModel.from_pretrained(base, {adapter}, is_trainable=True)",
+        f"model = PeftModel.from_pretrained(base, {adapter}{'' if trained else ', is_trainable=True'})",
     ]

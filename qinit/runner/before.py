@@ -24,6 +24,8 @@ ADAPTER = (WEIGHTS, f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}")
 ANEW = {*ADAPTER, "config.json", REPORT_NAME, CARD_NAME, MANIFEST_NAME, INDEX_NAME}  # written anew by every run
 PICTURES = ("report.png", "report.html")  # of the run as it was; `qinit report` makes them
 SHOWN = 5  # names in an error
+START = "it loses nothing that a polish could win back, so train it as it is"
+REPAIR = "a polish is for runs; give --polish as the adapter is made"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Before:
         """Read the report of a run and make sure of all its files. Raises ReportError for what is no finished run, for
         damage, and for an adapter that was trained since."""
         report = Report.read(directory)
-        require_base(report, directory, "a polish is for runs; give --polish as the adapter is made")
+        require_base(report, directory, START if report.start else REPAIR)
         before = cls(directory, report, read_manifest(directory))
         for name in (*ADAPTER, "config.json", REPORT_NAME):
             if name not in before.sums:

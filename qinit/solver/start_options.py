@@ -21,7 +21,8 @@ def start_defaults(values: dict[str, Any]) -> dict[str, Any]:
         found["calibration"] = "none"
     if "gradient" in row.needs:
         found["calibration_samples"] = FEW_SAMPLES
-    if values.get("bits", 16) == 16 or values.get("grid") == "nf":  # no packed format holds it
+    dora = values.get("use_dora", found["use_dora"])
+    if values.get("bits", 16) == 16 or values.get("grid") == "nf" or dora:  # no packed format holds it, or takes it
         found["format"] = "dense"
     return found
 
