@@ -21,7 +21,10 @@ STARTS_IN_WORDS = {
     "pissa": ("leading singular triplets of W", 'init_lora_weights="pissa"; with --niter N "pissa_niter_N"'),
     "olora": ("first columns and rows of W = Q R", 'init_lora_weights="olora"'),
     "milora": ("last singular triplets of W", "none"),
-    "corda": ("leading triplets of W C, C the inputs' E[x x']", 'init_lora_weights="corda", corda_method="ipm"'),
+    "corda": (
+        "leading triplets of W C, C the inputs' E[x x']; with --corda-method kpm the last ones",
+        'init_lora_weights="corda", corda_method="ipm" or "kpm"',
+    ),
     "eva": ("A leading directions of the inputs, B zero", 'init_lora_weights="eva", rho=1'),
     "lora-ga": ("singular vectors of the loss's gradient", 'init_lora_weights="lora_ga"'),
 }
