@@ -54,6 +54,14 @@ def test_a_start_is_made_verified_and_an_adapter_alone_where_the_base_stays(comm
     assert contents(reader) == before
 
 
+def test_a_start_on_a_base_that_others_have_quantized_needs_no_source(command, base):
+    code, _, err = command("adapter", base, "--method", "rslora", "--rank", 4, "--out", "a", "--quiet")
+    assert code == 0, err
+    assert command("verify", "a", "--source", base)[0] == 0
+    report = json.loads(Path("a/qinit.json").read_text())
+    assert (report["totals"]["base"]["form"], report["layers"][0]["bits"]) == ("gptq", 4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
@@ -69,7 +77,8 @@ def test_a_start_is_made_verified_and_an_adapter_alone_where_the_base_stays(comm
         (("LLAMA", "--method", "corda", "--calibration", "none"), "method corda needs it"),
         (("LLAMA", "--method", "dora", "--polish", 4), "polish: method dora stays as it starts"),
         (("LLAMA", "--method", "lora", "--target-modules", "q_prj"), "did you mean 'q_proj'"),
-        (("BASE", "--method", "lora"), "is already quantized"),
+        (("BASE", "--method", "pissa"), "is already quantized"),
+        (("BASE", "--method", "dora"), "PEFT puts no dora on layers packed as GPTQ"),
         (("BASE", "--source", "LLAMA", "--method", "olora"), "chooses Q itself"),
         (("nowhere", "--source", "LLAMA"), "nowhere"),
         (("LLAMA", "--source", "LLAMA"), "is not quantized"),
