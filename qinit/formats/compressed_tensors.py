@@ -34,11 +34,16 @@ class CompressedTensorsReader(Reader):
     title = "compressed-tensors"
     packages = ("compressed_tensors",)
     moves_scales = True
+    opening = "base.hf_quantizer.compressor.decompress_model(base)"  # PEFT wants weights, and they are packed till then
     parts = ("weight_packed", "weight_scale")
     more_parts = ("weight_shape", ZEROS, GROUPS)
 
     def recognises(self, config: dict[str, Any]) -> bool:
         return method_of(config) == "compressed-tensors"
+
+    def opened(self, base: Any) -> Any:
+        base.hf_quantizer.compressor.decompress_model(base)
+        return base
 
     def cannot_read(self, config: dict[str, Any]) -> str | None:
         quantization = config["quantization_config"]

@@ -25,6 +25,8 @@ class Reader(ABC):
     parts: tuple[str, ...] = ()  # what a packed layer's tensors are called in the place of `weight`
     more_parts: tuple[str, ...] = ()  # those that not every layer has
     adapters: tuple[str, ...] = ("lora", "dora")  # the kinds that PEFT puts on a packed layer
+    opening = ""  # what is done with a loaded `base` before PEFT gets it, in Python
+    exact = True  # whether a model that is loaded in float32 computes in it
 
     @abstractmethod
     def recognises(self, config: dict[str, Any]) -> bool:
@@ -34,6 +36,10 @@ class Reader(ABC):
         """Return what `from_pretrained` of a base that is recognised needs to be told. Raises CheckpointError for a
         damaged configuration and where a package is missing."""
         return {}
+
+    def opened(self, base: Any) -> Any:
+        """Return a loaded model after what `opening` says."""
+        return base
 
     def cannot_read(self, config: dict[str, Any]) -> str | None:
         """Return why `read` does not read the weights of a base that is recognised, or None."""

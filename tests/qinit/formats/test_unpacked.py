@@ -11,6 +11,7 @@ from qinit.formats import format_of
 from qinit.formats.unpacked import unpacked
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import read_architecture
+from qinit.trial.names import lost_names
 from tests.helpers import edit_config, edit_tensors, plan_of, repair, weights_of
 from tests.others import packed_base
 
@@ -44,6 +45,7 @@ def test_a_start_is_that_of_the_unpacked_base(form, method, llama, tmp_path):
     assert {row.bits for row in report.layers} == {4, 16}
     assert {(row.error_start, row.error) for row in report.layers} == {(0.0, 0.0)}
     assert report.totals["base"]["form"] == form.removesuffix("_v2")
+    assert lost_names(base, tmp_path / "out", base, "LlamaForCausalLM") == []
 
 
 def test_what_is_unpacked_is_read_in_every_way_alike(llama, tmp_path):
