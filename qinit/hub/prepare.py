@@ -204,7 +204,8 @@ def _completed(
     sizes |= {name: len(content) for name, content in rewritten.items()}
     left_out = [name for name in there if name not in sizes]
     adapter = prepared.trained
-    left_out += [str(adapter / name) for name in _others(adapter)] if adapter is not None else []
+    if adapter is not None and adapter.resolve() != prepared.directory.resolve():
+        left_out += [str(adapter / name) for name in _others(adapter)]
     files, left = dict(sorted(sizes.items())), tuple(left_out)
     return replace(prepared, files=files, rewritten=rewritten, changes=tuple(changes), left_out=left)
 
@@ -257,11 +258,14 @@ def _is_state(name: str) -> bool:
 
 
 def _changed(directory: Path, name: str) -> str:
-    trained = f"; if it was trained there, push it with --adapter {directory / ADAPTER_DIRECTORY}"
+    alone = name in (CONFIG_NAME, WEIGHTS_NAME)
+    trained = (
+        f"; if it was trained there, push it with --adapter {directory if alone else directory / ADAPTER_DIRECTORY}"
+    )
     return (
         f"{directory / name}: is not what the run wrote (its sum is not the one in {MANIFEST_NAME}); run "
         f"`qinit eqft` again, or remove {MANIFEST_NAME} if you changed it on purpose"
-        + (trained if name.startswith(f"{ADAPTER_DIRECTORY}/") else "")
+        + (trained if alone or name.startswith(f"{ADAPTER_DIRECTORY}/") else "")
     )
 
 

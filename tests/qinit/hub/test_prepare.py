@@ -75,5 +75,5 @@ def test_what_does_not_fit_is_refused(alone, finished):
     with pytest.raises(ReportError, match="--base: is about an adapter alone"):
         prepare(finished, REPO, base=BASE)
     (alone / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(ReportError, match="is not what the run wrote"):
+    with pytest.raises(ReportError, match=f"is not what the run wrote .* push it with --adapter {alone}$"):
         prepare(alone, REPO)
