@@ -34,6 +34,7 @@ class CompressedTensorsReader(Reader):
     title = "compressed-tensors"
     packages = ("compressed_tensors",)
     moves_scales = True
+    exact = False  # in float32 it keeps products that `read`, as in its own type, rounds
     opening = "base.hf_quantizer.compressor.decompress_model(base)"  # PEFT wants weights, and they are packed till then
     parts = ("weight_packed", "weight_scale")
     more_parts = ("weight_shape", ZEROS, GROUPS)

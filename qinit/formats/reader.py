@@ -26,7 +26,7 @@ class Reader(ABC):
     more_parts: tuple[str, ...] = ()  # those that not every layer has
     adapters: tuple[str, ...] = ("lora", "dora")  # the kinds that PEFT puts on a packed layer
     opening = ""  # what is done with a loaded `base` before PEFT gets it, in Python
-    exact = True  # whether a model that is loaded in float32 computes in it
+    exact = True  # whether a model that is loaded in float32 has the values of `read`, and computes in it
 
     @abstractmethod
     def recognises(self, config: dict[str, Any]) -> bool:
