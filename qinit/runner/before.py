@@ -42,7 +42,7 @@ class Before:
         require_base(
             report,
             directory,
-            "a run is needed, with the base that it wrote; `qinit adapter --polish` polishes as it is made",
+            "a run is needed, with the base that it wrote",
         )
         before = cls(directory, report, read_manifest(directory))
         for name in (*ADAPTER, "config.json", REPORT_NAME):

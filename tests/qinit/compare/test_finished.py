@@ -55,5 +55,5 @@ def test_what_is_no_finished_run_is_refused(run, strong_reader, damage, error, m
 
 def test_a_run_of_another_model_is_refused(command, run, tmp_path):
     other = make_checkpoint(tmp_path / "other", hidden_size=96)
-    with pytest.raises(CheckpointError, match="--run: .*other: is not the model that run was made from"):
+    with pytest.raises(CheckpointError, match=r"--run: .*other: is not the model that run was made from"):
         finished_row(run, Checkpoint.open(other), (), trust_remote_code=False)
