@@ -16,6 +16,7 @@ ELSEWHERE = {
     "qinit/calibration/seen.py": "data alone",
     "qinit/compare/forecast.py": "one dry run of the command says it all: tests/cli/test_compare.py",
     "qinit/compare/measure.py": "loads and trains real starts, once for all tests of tests/cli/test_compare.py",
+    "qinit/compare/stored.py": "a column of the table of tests/cli/test_compare.py",
     "qinit/doctor/probes.py": "each probe is a part of tests/qinit/doctor/test_examine.py",
     "qinit/events.py": "data alone",
     **{

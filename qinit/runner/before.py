@@ -24,8 +24,6 @@ ADAPTER = (WEIGHTS, f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}")
 ANEW = {*ADAPTER, "config.json", REPORT_NAME, CARD_NAME, MANIFEST_NAME, INDEX_NAME}  # written anew by every run
 PICTURES = ("report.png", "report.html")  # of the run as it was; `qinit report` makes them
 SHOWN = 5  # names in an error
-START = "it loses nothing that a polish could win back, so train it as it is"
-REPAIR = "a polish is for runs; give --polish as the adapter is made"
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,11 @@ class Before:
         """Read the report of a run and make sure of all its files. Raises ReportError for what is no finished run, for
         damage, and for an adapter that was trained since."""
         report = Report.read(directory)
-        require_base(report, directory, START if report.start else REPAIR)
+        require_base(
+            report,
+            directory,
+            "a run is needed, with the base that it wrote",
+        )
         before = cls(directory, report, read_manifest(directory))
         for name in (*ADAPTER, "config.json", REPORT_NAME):
             if name not in before.sums:
@@ -60,8 +62,7 @@ class Before:
             if name in ADAPTER and path.is_file():
                 raise ReportError(
                     f"{path}: was changed since the run was made (its sum is not the one in {MANIFEST_NAME}), so the "
-                    "adapter was trained or replaced; a polish is for starts: train on, or make the run again and "
-                    "polish that"
+                    "adapter was trained or replaced; needed is the start that the run wrote: make it again"
                 )
             if name != CARD_NAME:  # it is written anew
                 what = "is not what the run wrote" if path.is_file() else "is missing"

@@ -44,7 +44,7 @@ def test_a_start_is_made_verified_and_an_adapter_alone_where_the_base_stays(comm
     assert report["totals"]["error"] == report["totals"]["error_start"] == 0
     assert command("verify", "a", "--source", reader)[0] == 0
     code, _, err = command("polish", "a")
-    assert (code, "nothing that a polish could win back" in err, err.count("\n")) == (2, True, 1), err
+    assert (code, "a run is needed, with the base that it wrote" in err, err.count("\n")) == (2, True, 1), err
     code, out, err = command("push", "a", "me/x", "--dry-run")
     assert (code, err) == (0, "")
     assert f"note: the base is not named, as {reader} is a place on this machine" in out
