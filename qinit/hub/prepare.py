@@ -78,7 +78,8 @@ class Prepared:
 
     def source(self, name: str) -> Path:
         """Return the file that is pushed under this name, unless it is made anew."""
-        path, place = PurePosixPath(name), "." if is_adapter(self.report) else TRAINED_DIRECTORY
+        alone = isinstance(self.report, Report) and is_adapter(self.report)
+        path, place = PurePosixPath(name), "." if alone else TRAINED_DIRECTORY
         if self.trained is not None and str(path.parent) == place and path.name in (CONFIG_NAME, WEIGHTS_NAME):
             return self.trained / path.name
         return self.directory / name

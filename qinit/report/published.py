@@ -55,8 +55,8 @@ class Published:
         lines = "\n".join(adapter_snippet(self.report, repo_id, trained=trained))
         text = text.replace("\n".join(adapter_snippet(self.own, ".")), lines)
         text = text.replace(lead(self.own), lead(self.report)).replace(self.own.command, self.report.command)
-        recipes = (yaml.safe_dump(each.recipe, sort_keys=False) for each in (self.own, self.report))
-        text = text.replace(*recipes)
+        own, there = (yaml.safe_dump(each.recipe, sort_keys=False) for each in (self.own, self.report))
+        text = text.replace(own, there)
         told = {str(self.own.recipe[key]): str(value) for key, value in self.report.recipe.items()}
         told |= {self.own.totals["base"]["name"]: self.report.totals["base"]["name"], self.own.model: self.report.model}
         for place in sorted((each for each in told if each.startswith("/")), key=len, reverse=True):
