@@ -24,6 +24,7 @@ class Reader(ABC):
     moves_scales = False  # whether its writers move scales between layers, as AWQ does
     parts: tuple[str, ...] = ()  # what a packed layer's tensors are called in the place of `weight`
     more_parts: tuple[str, ...] = ()  # those that not every layer has
+    head_note = ""  # why its loader reads no packed output head, "" where it does
 
     @abstractmethod
     def recognises(self, config: dict[str, Any]) -> bool:

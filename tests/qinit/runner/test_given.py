@@ -169,14 +169,40 @@ def tensor_of(directory, name):
     return load_file(directory / "model.safetensors")[name]
 
 
-def test_a_quantized_head_is_refused(source, tmp_path):
-    base = packed_base(source, tmp_path / "base", "gptq")
+HEAD = ("_proj.weight", "lm_head.weight")
 
-    def pack(tensors):
-        tensors["lm_head.qweight"] = tensors.pop("lm_head.weight").int()
 
-    edit_tensors(base / "model.safetensors", pack)
-    refused(source, base, tmp_path, "has 'lm_head.qweight' in the place of lm_head.weight")
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_a_quantized_head_that_no_loader_reads_is_refused(form, source, tmp_path):
+    base = packed_base(source, tmp_path / "base", form, kinds=HEAD)
+    refused(source, base, tmp_path, "lm_head is quantized, and .* starts? .* at random")
+    gptq_only()
+    assert not torch.equal(*(load(base).lm_head.weight for _ in range(2)))  # so it does
+
+
+@pytest.mark.parametrize(
+    ("form", "config"),
+    [
+        ("bitsandbytes", {"llm_int8_skip_modules": ["none"]}),
+        ("compressed-tensors", {"ignore": []}),
+    ],
+)
+def test_a_quantized_head_is_read_and_stays_as_it_is(form, config, source, tmp_path):
+    pytest.importorskip(form.replace("-", "_"))
+    base = packed_base(source, tmp_path / "base", form, kinds=HEAD, **config)
+    report = repair(source, base, tmp_path / "out", **TEXT, rank=16, check=True)
+    assert any(note.startswith("lm_head is quantized in the base") for note in report.notes)
+    assert not any("lm_head" in module for module in SavedAdapter.open(tmp_path / "out").parts)
+    assert report.totals["check"]["kl"] < report.totals["check"]["base_alone"]["kl"]
+    assert not [event for event in verify(tmp_path / "out", source) if getattr(event, "grave", False)]
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.update(shuffled(tensors)))
+    refused(source, base, tmp_path / "again", "the cosine of lm_head in the two is -?0.0")
+
+
+def shuffled(tensors):
+    """The packed head with its rows in another order."""
+    packed = next(name for name in ("lm_head.weight_packed", "lm_head.weight") if name in tensors)
+    return {packed: tensors[packed].flip(0)}
 
 
 def test_experts_that_the_base_has_not_quantized_are_left_alone_and_others_are_refused(tmp_path):
