@@ -6,9 +6,12 @@ import torch
 
 from qinit.errors import CheckpointError
 from qinit.files.tensors import CHUNK_BYTES, StoredTensor
+from qinit.formats import format_of
+from qinit.formats.reader import Reader
 from qinit.linalg.chunks import row_chunks
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.given import no_base_of
+from qinit.source.checkpoint import Checkpoint
 from qinit.stream.weights import ModelWeights
 from qinit.workplace.store import Store
 
@@ -51,6 +54,7 @@ def require_same_rest(plan: Plan) -> None:
     time."""
     assert plan.given is not None
     base, head = plan.given.checkpoint, base_weights(plan).packed_head
+    stacks = {stack.name for stack in plan.architecture.stacks}
     source_names, base_names = plan.architecture.names_in(plan.checkpoint), plan.given.architecture.names_in(base)
     for tensor in plan.untouched:
         parameter = source_names.parameter_of.get(tensor.name)
@@ -59,19 +63,24 @@ def require_same_rest(plan: Plan) -> None:
             assert given is not None
             _require_alike(plan, head.name, given, tensor.read())
             continue
+        if parameter in stacks and (reader := _packed_as(base, tensor.name)) is not None:
+            raise CheckpointError(
+                f"{base.directory}: '{tensor.name}' is quantized, and experts are not read from {reader.title}: "
+                f"{reader.packed_experts_note}"
+            )
         other = None if parameter is None else base_names.find(parameter) or base.tensors.get(tensor.name)
         if parameter is None or other is None:
+            if parameter in stacks:
+                raise CheckpointError(
+                    f"{base.directory}: has no '{tensor.name}': experts that are stored in another way than the "
+                    "source's are not repaired"
+                )
             stem = "" if parameter is None else parameter.rpartition(".")[0]
             packed = next((name for name in base.tensors if stem and name.startswith(f"{stem}.")), None)
             if packed is not None:
                 raise CheckpointError(
                     f"{base.directory}: has '{packed}' in the place of {parameter}, which is no linear layer: a "
                     "quantized embedding is not repaired"
-                )
-            if parameter is not None and source_names.made_of(parameter):
-                raise CheckpointError(
-                    f"{base.directory}: has no '{tensor.name}': experts that are stored in another way than the "
-                    "source's, as quantized ones are, are not repaired"
                 )
             continue
         if other.shape != tensor.shape:
@@ -81,6 +90,13 @@ def require_same_rest(plan: Plan) -> None:
                 f"{base.directory}: its {parameter} is not the source's ({100 * distance:.1f} % away): it belongs to "
                 "another model"
             )
+
+
+def _packed_as(base: Checkpoint, name: str) -> Reader | None:
+    """Return what reads the parts that a base has in the place of a tensor of that name, None where it has none."""
+    reader, stem = format_of(base.config), name.removesuffix("weight")
+    there = reader is not None and reader.parts and all(stem + part in base.tensors for part in reader.parts)
+    return reader if there else None
 
 
 def apart(tensor: StoredTensor, other: StoredTensor) -> float:

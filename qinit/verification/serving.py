@@ -48,8 +48,11 @@ def check_serving(directory: Path, name: str, adapter: Path | None = None) -> It
     else:
         yield from _check_base(directory, server, rule, stored)
     place = adapter or _own_adapter(directory)
-    if place is not None:
-        yield from _check_adapter(server, place)
+    if place is None:
+        return
+    if rule is not None and rule.no_adapter:
+        yield Finding(CONFIG, f"{_title(server)} loads the base without its adapter: {rule.no_adapter}; {MERGE}")
+    yield from _check_adapter(server, place)
 
 
 def _title(server: Server) -> str:

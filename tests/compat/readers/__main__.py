@@ -64,7 +64,7 @@ READERS = {
             "auto-round",
             "auto-round",
             ("pip install auto-round==0.16.1 transformers==5.23.0 accelerate",),
-            arithmetic=1e-2,
+            arithmetic=1e-4,
             symmetric=True,
         ),
     )

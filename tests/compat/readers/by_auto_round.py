@@ -13,14 +13,13 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 directory, ids, out = Path(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3]
-model = AutoModelForCausalLM.from_pretrained(directory)
+model = AutoModelForCausalLM.from_pretrained(directory).float()  # only the sums' order is left; it computes in float16
 config = json.loads((directory / "eqft_init" / "adapter_config.json").read_text())
 factors = load_file(directory / "eqft_init" / "adapter_model.safetensors")
 
 
 def add(A, B, module, inputs, output):
-    x = inputs[0].float()
-    return output + (config["lora_alpha"] / len(A) * linear(linear(x, A.float()), B.float())).to(output.dtype)
+    return output + config["lora_alpha"] / len(A) * linear(linear(inputs[0], A.float()), B.float())
 
 
 kinds = set()
@@ -28,6 +27,7 @@ for name, A in factors.items():
     if name.endswith("lora_A.weight"):
         module = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
         module.register_forward_hook(partial(add, A, factors[name.replace("lora_A", "lora_B")]))
+        module.scales = module.scales.half()  # as they were loaded: s (q - z) is rounded to float16
         kinds.add(type(module).__module__)
 assert all(kind.startswith("auto_round") for kind in kinds), kinds
 with torch.no_grad():

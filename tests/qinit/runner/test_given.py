@@ -7,7 +7,6 @@ import torch
 
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
-from qinit.files.tensors import read_header
 from qinit.verification.verify import verify
 from tests.broken_off import RANDOM, break_off, finish, result_in, undisturbed
 from tests.helpers import edit_tensors, names, quantize, repair
@@ -205,15 +204,30 @@ def shuffled(tensors):
     return {packed: tensors[packed].flip(0)}
 
 
-def test_experts_that_the_base_has_not_quantized_are_left_alone_and_others_are_refused(tmp_path):
-    source = make_float32(tmp_path / "mixtral", "mixtral", initializer_range=0.1)
-    base = packed_base(source, tmp_path / "base", "bitsandbytes")
-    report = repair(source, base, tmp_path / "out", **TEXT, check=True)
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return make_float32(tmp_path_factory.mktemp("experts") / "mixtral", "mixtral", initializer_range=0.1)
+
+
+def test_experts_that_the_base_has_not_quantized_are_left_alone(experts, tmp_path):
+    base = packed_base(experts, tmp_path / "base", "bitsandbytes")
+    report = repair(experts, base, tmp_path / "out", **TEXT, check=True)
     assert report.totals["check"]["kl"] < report.totals["check"]["base_alone"]["kl"]
-    name = next(name for name in read_header(base / "model.safetensors") if "experts" in name)
 
-    def pack(tensors):
-        tensors[f"{name}.absmax"] = tensors.pop(name).flatten()[:8]
+    def rename(tensors):
+        for name in [name for name in tensors if "experts" in name]:
+            tensors[name.replace("experts", "others")] = tensors.pop(name)
 
-    edit_tensors(base / "model.safetensors", pack)
-    refused(source, base, tmp_path / "more", "has no '.*': experts that are stored in another way")
+    edit_tensors(base / "model.safetensors", rename)
+    refused(experts, base, tmp_path / "more", "has no '.*experts.*': experts that are stored in another way")
+
+
+@pytest.mark.parametrize("form", CONFIGS)
+def test_quantized_experts_are_refused_with_the_reason(form, experts, tmp_path):
+    kinds = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+    base = packed_base(experts, tmp_path / "base", form, kinds=kinds)
+    refused(experts, base, tmp_path, r"experts.0.w1.weight' is quantized, and experts are not read from .*: transf")
+    if form == "gptq":  # the reason is true
+        gptq_only()
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        assert not torch.equal(*(load(base).get_parameter(name) for _ in range(2)))
