@@ -77,7 +77,8 @@ class AutoRoundExport(GptqExport):
         }
 
     def load(self, report: Report) -> str:
-        base, _, _ = CheckpointExport.load(self, report).replace("; from peft import PeftModel", "").partition("\nmodel")
+        both = CheckpointExport.load(self, report).replace("; from peft import PeftModel", "")
+        base, _, _ = both.partition("\nmodel")
         return f"""\
 With vLLM:
 

@@ -26,7 +26,7 @@ class Reader(ABC):
     more_parts: tuple[str, ...] = ()  # those that not every layer has
     head_note = ""  # why its loader reads no packed output head, "" where it does
     packed_experts_note = (  # why experts that are packed in this form are not read
-        "transformers has experts as slices of 3-D parameters, and its loader for this form starts packed ones at random"
+        "transformers has experts as slices of 3-D parameters, and its loader of this form starts packed ones at random"
     )
 
     @abstractmethod

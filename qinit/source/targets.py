@@ -95,8 +95,8 @@ class Target:
 @dataclass(frozen=True)
 class Architecture:
     """The model's linear modules in order, its class, its embeddings' shapes, the classes of all its modules by their
-    names, what its forward calls its main input, its output head where that is a linear module, its stacked experts, and
-    the names of the linear modules that choose among experts.
+    names, what its forward calls its main input, its output head where that is a linear module, its stacked experts,
+    and the names of the linear modules that choose among experts.
 
     `language` is the name of the module that reads text where others see or hear beside it, "" where there is no such
     part. `naming` says what its loader makes of a checkpoint's names.

@@ -21,8 +21,10 @@ import numpy as np
 import safetensors.torch
 import torch
 
+import qinit
 from qinit.exports import FinishedRun
 from qinit.exports.write import export
+from qinit.servers.stored import StoredBase
 from qinit.source.demo import demo_directory
 from tests.compat.readers import vocabularies
 from tests.compat.trainers.environment import environment
@@ -64,7 +66,7 @@ READERS = {
             "auto-round",
             "auto-round",
             ("pip install auto-round==0.16.1 transformers==5.23.0 accelerate",),
-            arithmetic=1e-4,
+            arithmetic=EXACT,
             symmetric=True,
         ),
     )
@@ -135,10 +137,13 @@ def check(reader: Reader, run: Path, place: Path, rows: np.ndarray, programs: Pa
 
 
 def stock_logits(run: Path, place: Path, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield what stock transformers and PEFT make of each row, in float32; computed for the first reader, kept for the
-    others."""
+    """Yield what stock transformers and PEFT make of each row, in float32 (of mixed widths, which they do not load,
+    what qinit.load has); computed for the first reader, kept for the others."""
     kept = [place / f"{run.name}-{number}.npy" for number in range(len(rows))]
-    stock = None if kept[-1].is_file() else load(run).eval()
+    stock = None
+    if not kept[-1].is_file():
+        mixed = StoredBase.of(run).mixed
+        stock = (qinit.load(run, dtype=torch.float32) if mixed else load(run)).eval()
     for ids, file in zip(rows, kept, strict=True):
         if stock is not None:
             with torch.no_grad():

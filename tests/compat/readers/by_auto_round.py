@@ -1,5 +1,5 @@
-"""DIR IDS OUT: saves the logits [tokens, vocabulary] that auto-round's layers in stock transformers make of a row of ids,
-with s B A of the adapter added here: PEFT has no LoRA for these layers."""
+"""DIR IDS OUT: saves the logits [tokens, vocabulary] that auto-round's layers in stock transformers make of a row of
+ids, with s B A of the adapter added here: PEFT has no LoRA for these layers."""
 
 import json
 import sys
@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 directory, ids, out = Path(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3]
-model = AutoModelForCausalLM.from_pretrained(directory).float()  # only the sums' order is left; it computes in float16
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float16)
+torch.nn.Module.float(model)  # only the products' own rounding is left; transformers refuses `model.float()`
 config = json.loads((directory / "eqft_init" / "adapter_config.json").read_text())
 factors = load_file(directory / "eqft_init" / "adapter_model.safetensors")
 
