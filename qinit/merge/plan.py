@@ -16,7 +16,6 @@ from qinit.errors import RecipeError, ReportError, did_you_mean
 from qinit.exports.finished import open_base
 from qinit.files.manifest import MANIFEST_NAME, file_sum, read_manifest
 from qinit.files.tensors import read_header
-from qinit.merge.fitting import named_base, open_adapter, require_made_for, require_names
 from qinit.merge.steps import Laying, Layout
 from qinit.merge.ties import ties, untied
 from qinit.report.card import TRAINED_DIRECTORY
@@ -24,6 +23,7 @@ from qinit.report.report import Report
 from qinit.runner.before import PICTURES
 from qinit.stock.skeleton import Skeleton
 from qinit.stream.weights import ModelWeights
+from qinit.trial.fitting import named_base, open_adapter, require_made_for, require_names
 from qinit.words import parse_size
 from qinit.workplace.place import kept
 

@@ -194,7 +194,7 @@ def _plain_linear(name: str, module: Any) -> LinearModule | None:
 
     if not isinstance(module, nn.Linear):
         return None
-    return LinearModule(name, *module.weight.shape, transposed=False)
+    return LinearModule(name, module.out_features, module.in_features, transposed=False)
 
 
 def _routers(linear: list[LinearModule], stacks: tuple[Stack, ...]) -> frozenset[str]:
