@@ -18,6 +18,7 @@ from qinit.source.targets import Architecture, read_architecture
 from qinit.stock.skeleton import Skeleton
 from qinit.stream.weights import ModelWeights
 from qinit.trial.fitting import named_base, open_adapter, require_made_for, require_names
+from qinit.workplace.place import require_finished
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class FinishedRun:
     def open(cls, directory: Path, adapter: Path | None = None, *, trust_remote_code: bool = False) -> FinishedRun:
         """Open a run's directory, with the adapter in `adapter` in the place of its own.
 
-        Raises ReportError for a directory that is no finished run, an export's too, and CheckpointError for what is
-        missing or damaged, and for an adapter that was made for another base.
+        Raises ReportError for a run that is unfinished and a directory that is none, an export's too, and
+        CheckpointError for what is missing or damaged, and for an adapter that was made for another base.
         """
+        require_finished(directory)
         report = Report.read(directory)
         if report.export is not None:
             raise ReportError(f"{directory}: is an export ({report.export.to}); give the run that it was made from")
