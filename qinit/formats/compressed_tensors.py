@@ -36,6 +36,7 @@ class CompressedTensorsReader(Reader):
     moves_scales = True
     parts = ("weight_packed", "weight_scale")
     more_parts = ("weight_shape", ZEROS, GROUPS)
+    packed_experts_note = "transformers unpacks them while it loads the base, without their zero points"
 
     def recognises(self, config: dict[str, Any]) -> bool:
         return method_of(config) == "compressed-tensors"

@@ -13,7 +13,7 @@ from qinit.formats import FORMATS, DenseFormat
 from qinit.machine import Card
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.auto import choose
-from qinit.planner.given import given_layers, open_given, require_rank
+from qinit.planner.given import given_layers, given_remarks, open_given, require_rank
 from qinit.planner.left import left_alone
 from qinit.planner.polish import choose_polish
 from qinit.planner.settled import require_packed, settled
@@ -53,8 +53,9 @@ def make_plan(
     else:
         experts = _adapted(held, architecture) if ADAPTERS[recipe.adapter].experts else set()
         layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
-    remarks = tuple(left_alone(architecture, names, known, targets))
-    plan = settled(replace(plan, layers=layers, remarks=remarks))
+    remarks = [*left_alone(architecture, names, known, targets)]
+    remarks += [] if plan.given is None else given_remarks(plan.given)
+    plan = settled(replace(plan, layers=layers, remarks=tuple(remarks)))
     if not plan.quantized:
         raise _nothing_left(plan, len(layers))
     if not any(layer.rank for layer in plan.layers):

@@ -40,14 +40,16 @@ def check_serving(directory: Path, name: str, adapter: Path | None = None) -> It
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     stored = StoredBase.of(directory)
-    rule = server.bases.get(stored.form)
+    rule, place = server.bases.get(stored.form), adapter or _own_adapter(directory)
+    if rule is not None and rule.no_adapter and place is not None:
+        what = f"{_title(server)} loads the base without its adapter: {rule.no_adapter}"
+        yield Finding(CONFIG, f"{what}; {server.instead}")
     if rule is None:
         forms = ", ".join(server.bases)
         what = f"{_title(server)} loads no {_form(stored.form)} bases ({forms}); {server.instead}"
         yield Finding(CONFIG, what)
     else:
         yield from _check_base(directory, server, rule, stored)
-    place = adapter or _own_adapter(directory)
     if place is not None:
         yield from _check_adapter(server, place)
 

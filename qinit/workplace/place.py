@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qinit.errors import HubError, LostError, OutputError, QinitError
+from qinit.errors import HubError, LostError, OutputError, QinitError, ReportError
 from qinit.plan.plan import Plan
 from qinit.planner.memory import polish_disk_bytes, scratch_bytes
 from qinit.report.report import REPORT_NAME
@@ -115,6 +115,12 @@ def kept(out: Path) -> str:
     """Say what an unfinished run has left beside `out` and how to go on; an empty string where that is nothing."""
     words = kept_words(partial_of(out) / "journal")
     return f"{words}, the same command goes on from there" if words else ""
+
+
+def require_finished(run: Path) -> None:
+    """Raise ReportError for a run that is not there because it was broken off."""
+    if not run.exists() and (left := kept(run)):
+        raise ReportError(f"{run}: an unfinished run ({left}); finish it first")
 
 
 @dataclass(frozen=True)
