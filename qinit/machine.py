@@ -80,6 +80,17 @@ def _free_on_host() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def make_room() -> None:
+    """Give back to the GPUs what torch keeps of their memory for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def used_up(what: str, device: torch.device, batch: int) -> str:
+    """Say that a device has no room for so many samples at once; `what` is being done with them."""
+    return f"{what}: the memory of {device.type} is used up by a batch of {batch}"
+
+
 def total_memory(device: torch.device) -> int:
     """Return the bytes of memory that the device has, free or not."""
     if device.type == "cuda":

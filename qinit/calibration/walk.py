@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qinit.calibration.activations import (
+    Portion,
     batch_size,
     caught,
     caught_at,
@@ -54,7 +55,7 @@ class Walk:
     finished only if all of its layers are.
 
     Of several `processes` each walks with its share of the text, and what layers see is added up over all. Each repairs
-    every layer, whoever has solved it.
+    every layer, whoever has solved it. `portion` is of what goes through the model at once.
 
     Raises NotStreamable (from the constructor and the first step), CalibrationError for NaN or Inf activations.
     """
@@ -70,8 +71,9 @@ class Walk:
         weight_of: Callable[[LayerPlan], torch.Tensor] | None = None,
         whole_blocks: bool = False,
         processes: Processes = ALONE,
+        portion: Portion = int,
     ):
-        share = share_of(samples.shortest_first(), batch_size(plan, samples, device), processes)
+        share = share_of(samples.shortest_first(), portion(batch_size(plan, samples, device)), processes)
         self.samples, self.batches, self.device, self.processes = share.samples, share.batches, device, processes
         self.sequential = mode == "sequential"
         self.blocks = Blocks.of(plan, device)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qinit.calibration.activations import batch_size, oriented, require_finite_input, unpadded, weight_in
+from qinit.calibration.activations import Portion, batch_size, oriented, require_finite_input, unpadded, weight_in
 from qinit.calibration.experts import PORTION_BYTES, ExpertMeters, listening, parameters_of, portions
 from qinit.calibration.meter import Meter
 from qinit.calibration.seen import Seen
@@ -24,8 +24,16 @@ from qinit.text.samples import Samples
 class WholeModel:
     """The whole model as the one block of a walk."""
 
-    def __init__(self, plan: Plan, samples: Samples, device: torch.device, finished: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        samples: Samples,
+        device: torch.device,
+        finished: Collection[str] = (),
+        portion: Portion = int,
+    ) -> None:
         self.plan, self.samples, self.device, self.finished = plan, samples, device, frozenset(finished)
+        self.portion = portion
 
     def visit(self) -> Iterator[Measuring | Seen]:
         """Yield what a Walk does in mode `parallel`, from one pass of the whole model (float32) and all H matrices at
@@ -52,7 +60,7 @@ class WholeModel:
             return hook
 
         hooks = [model.get_submodule(name).register_forward_pre_hook(measure(name)) for name in names]
-        size = batch_size(plan, samples, device)
+        size = self.portion(batch_size(plan, samples, device))
 
         def run() -> None:
             nonlocal first, mask

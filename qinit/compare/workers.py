@@ -81,8 +81,15 @@ def _attempt(comparison: Comparison, cell: Cell, tell: Tell) -> dict[str, Any]:
         raise
     except QinitError as error:
         return {"failed": str(error)}
-    except Exception as error:  # a model can break, or run out of memory, in any way
-        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    except torch.OutOfMemoryError as error:
+        less = "a smaller --micro-batch or --gradient-checkpointing" if cell.rate is not None else "a shorter --length"
+        return {"failed": f"{_words(error)}; give {less}, or --device cpu"}
+    except Exception as error:  # a model can break in any way
+        return {"failed": _words(error)}
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _in_workers(schedule: Schedule, tell: Tell, jobs: int, prepare: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qinit.calibration.activations import Portion
 from qinit.calibration.loss_gradient import loss_gradients
 from qinit.calibration.output_metric import output_metrics
 from qinit.clock import section
@@ -16,6 +17,7 @@ from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.processes.group import ALONE, Processes
+from qinit.runner.room import in_portions
 from qinit.solver.spec import Gradient
 from qinit.text.for_run import more_text, text_for
 from qinit.text.samples import Samples
@@ -28,8 +30,8 @@ from qinit.workplace.store import Store
 
 @dataclass
 class Job:
-    """What the stages of a run share. `calibration` is what the report says of it. Of several `processes` each has a
-    job; that of the first alone writes."""
+    """What the stages of a run share. `calibration` is what the report says of it, and `spilled` names layers that the
+    device had no room for. Of several `processes` each has a job; that of the first alone writes."""
 
     plan: Plan
     device: torch.device
@@ -38,6 +40,7 @@ class Job:
     token: str | None
     processes: Processes = ALONE
     calibration: dict[str, Any] = field(default_factory=dict)
+    spilled: list[str] = field(default_factory=list)
     _samples: Samples | None = None
     _metrics: dict[str, OutputMetric] | None = None
     _gradients: dict[str, Gradient] | None = None
@@ -87,10 +90,13 @@ class Job:
             self._metrics = {}
             if "output metric" in self.plan.recipe.row.needs:
                 samples = yield from self.samples()
+
+                def measure(portion: Portion) -> Generator[Event, None, dict[str, OutputMetric]]:
+                    place, processes = self.place.scratch, self.processes
+                    return (yield from output_metrics(self.plan, samples, self.device, place, processes, portion))
+
                 with section("pass back"):
-                    self._metrics = yield from output_metrics(
-                        self.plan, samples, self.device, self.place.scratch, self.processes
-                    )
+                    self._metrics = yield from in_portions(self, "the pass back", measure)
         return self._metrics
 
     def gradients(self) -> Generator[Event, None, dict[str, Gradient]]:
@@ -99,8 +105,12 @@ class Job:
             self._gradients = {}
             if "gradient" in self.plan.recipe.row.needs:
                 samples = yield from self.samples()
+
+                def measure(portion: Portion) -> Generator[Event, None, dict[str, Gradient]]:
+                    return (yield from loss_gradients(self.plan, samples, self.device, self.place.scratch, portion))
+
                 with section("pass back"):
-                    self._gradients = yield from loss_gradients(self.plan, samples, self.device, self.place.scratch)
+                    self._gradients = yield from in_portions(self, "the pass back", measure, alone=True)
         return self._gradients
 
     def weight(self, layer: LayerPlan, tensors: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:

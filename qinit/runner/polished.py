@@ -59,6 +59,8 @@ def _polish(job: Job) -> Generator[Event, None, None]:
             state=job.place.partial / "polishing.safetensors",
             unseen=_unseen(samples, seen),
         )
+    if result.note:
+        yield job.note(result.note)
     errors: dict[str, tuple[float, float]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, trained in result.layers.items():

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qinit.errors import CalibrationError
+from qinit.errors import CalibrationError, FullError
 from qinit.events import Progress
 from qinit.linalg.low_rank import LowRank
-from qinit.machine import free_memory
+from qinit.machine import free_memory, make_room, used_up
 from qinit.stream.feeding import inputs_of
 from qinit.text.samples import Samples
 from qinit.train.bases import CodedBase
@@ -63,12 +63,13 @@ class Trained:
 @dataclass(frozen=True)
 class Polished:
     """The layers with the lowest held-out loss. `before` and `after` are that loss at the start and with these, `steps`
-    how many were made. `kept` False: nothing was gained and there are no layers."""
+    how many were made; `note` says where memory was short. `kept` False: nothing was gained and there are no layers."""
 
     layers: dict[str, Trained]
     steps: int
     before: float
     after: float
+    note: str = ""
 
     @property
     def kept(self) -> bool:
@@ -165,11 +166,10 @@ def polish(
             course.judge(now)
         yield Progress(course.step, loss, now)
     if not course.before - course.after > NOISE:
-        return Polished({}, course.step, course.before, course.before)
+        return Polished({}, course.step, course.before, course.before, text.note)
     course.restore_best()
-    return Polished(
-        {name: _result(module) for name, module in layers.items()}, course.step, course.before, course.after
-    )
+    found = {name: _result(module) for name, module in layers.items()}
+    return Polished(found, course.step, course.before, course.after, text.note)
 
 
 def _trained(
@@ -207,14 +207,31 @@ class _Text:
         self.student, self.lessons, self.samples = student, lessons, samples
         vocabulary = getattr(student.config.get_text_config(), "vocab_size", None) or 1
         self.size = max(1, MICRO_BYTES // (4 * vocabulary * samples.tokens.shape[1]))
+        self.note = ""
 
     def learn(self, rows: Sequence[int]) -> float:
-        """Add the gradients of the mean loss over the samples `rows`, and return it."""
-        return sum(self._parts(rows, backward=True))
+        """Return the mean loss over the samples `rows`, and leave its gradients, which nothing is added to."""
+        return self._in_room(rows, backward=True)
 
     @torch.no_grad()
     def loss(self, rows: Sequence[int]) -> float:
-        return sum(self._parts(rows, backward=False))
+        return self._in_room(rows, backward=False)
+
+    def _in_room(self, rows: Sequence[int], *, backward: bool) -> float:
+        """Return the loss, with fewer samples at once from where the device has no room for as many. Raises
+        FullError."""
+        while True:
+            try:
+                return sum(self._parts(rows, backward=backward))
+            except torch.OutOfMemoryError:
+                pass  # with the error go the tensors of what has failed
+            self.student.zero_grad()
+            make_room()
+            full = used_up("polish", self.student.device, self.size)
+            if self.size == 1:
+                raise FullError(f"{full}; give it shorter text (--calibration-length), or use --device cpu")
+            self.size //= 2
+            self.note = f"{full}, so it is done with {self.size} at once"
 
     def _parts(self, rows: Sequence[int], *, backward: bool) -> Iterator[float]:
         device, tiny = self.student.device, torch.finfo(torch.float32).tiny
