@@ -84,9 +84,11 @@ def spill_note(names: list[str]) -> str:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Return a tensor, or a dataclass of such, on a device; all else as it is."""
+    """Return a tensor, or a dataclass or a dict of such, on a device; all else as it is."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(one, device) for key, one in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
     return value

@@ -206,7 +206,8 @@ class _Text:
     def __init__(self, student: Any, lessons: Lessons, samples: Samples) -> None:
         self.student, self.lessons, self.samples = student, lessons, samples
         vocabulary = getattr(student.config.get_text_config(), "vocab_size", None) or 1
-        self.size = max(1, MICRO_BYTES // (4 * vocabulary * samples.tokens.shape[1]))
+        fitting = MICRO_BYTES // (4 * vocabulary * samples.tokens.shape[1])
+        self.size = max(1, min(len(samples.tokens), fitting))
         self.note = ""
 
     def learn(self, rows: Sequence[int]) -> float:

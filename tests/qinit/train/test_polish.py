@@ -53,6 +53,21 @@ class TestProgress:
         assert events[0].loss == events[0].held_out == result.before
         assert result.steps == 25
 
+    def test_where_memory_is_used_up_half_as_many_samples_go_at_once(self, start, monkeypatch):
+        observed, left = qinit.train.polish.observed, [None, torch.OutOfMemoryError("no room"), None]
+
+        def full(model, run):
+            if left and (error := left.pop()) is not None:
+                raise error
+            return observed(model, run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("qinit.train.polish.observed", full)
+            _, result = polished(*start, steps=4, batch_size=6)
+        assert result.note == "polish: the memory of cpu is used up by a batch of 9, so it is done with 4 at once"
+        monkeypatch.setattr("qinit.train.polish.MICRO_BYTES", 4 * 4 * 256 * 16)
+        assert same(polished(*start, steps=4, batch_size=6)[1], replace(result, note=""))
+
     def test_a_long_one_is_judged_so_many_times_and_no_more(self, start, monkeypatch):
         monkeypatch.setattr("qinit.train.polish.MOST_EVALUATIONS", 2)
         events, _ = polished(*start, steps=50, batch_size=1)
