@@ -28,7 +28,7 @@ from qinit_cli.verify import verify
 
 INTERRUPTED = "interrupted; nothing was left behind"
 LONGEST_ERROR = 2000  # characters
-SHARED = ("eqft", "meqft")  # commands that several processes can carry out together
+SHARED = ("eqft", "meqft", "compare")  # commands that several processes can carry out together
 
 app = typer.Typer(
     name="qinit",

@@ -67,6 +67,7 @@ def make_comparison(
             plan = make_plan(recipe, checkpoint.directory, model, None if recipe.base is None else checkpoint.directory)
             rows.append(Row(method, width, plan.recipe, tuple(rates), _bits_as_stored(plan)))
     names = [row.name for row in rows]
+    device = options.get("device") or "auto"
     if len(set(names)) < len(names):
         widths = ", ".join(map(str, bits))
         raise CompareError(f"--methods, --bits: some are given twice ({', '.join(methods)}; {widths})")
@@ -81,7 +82,7 @@ def make_comparison(
         learn=learn,
         validation=validation,
         seeds=tuple(seeds),
-        device=str(pick_device(options.get("device") or "auto")),
+        device=device if ":" in device else pick_device(device).type,  # of several processes each has its own
         fingerprint=fingerprint(checkpoint),
         keep_runs=keep_runs,
     )
