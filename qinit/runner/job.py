@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -76,12 +76,14 @@ class Job:
 
     def polish_samples(self, tokens: int) -> Generator[Event, None, Samples]:
         """Return the text of the polish: that of the calibration, and more where it has fewer than `tokens`."""
-        found = load_samples(self.place, self.journal, POLISH_SAMPLES)
+        kept = partial(load_samples, self.place, self.journal, POLISH_SAMPLES)
+        found = self.processes.from_first(kept, "a kept text")
         if found is None:
             samples = yield from self.samples()
             with section("text"):
-                found = more_text(self.plan, samples, tokens, self.device, self.token)
-            save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
+                found = more_text(self.plan, samples, tokens, self.device, self.token, self.processes)
+            if self.processes.first:
+                save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
         return found
 
     def output_metrics(self) -> Generator[Event, None, dict[str, OutputMetric]]:

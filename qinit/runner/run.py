@@ -133,21 +133,21 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
             job.plan = in_its_coordinates(job.plan)
         if job.plan.moved:
             yield job.note(job.plan.moved)
-    plan = job.plan
+    plan, store = job.plan, job.store
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
     if job.processes.several and "gradient" not in plan.recipe.row.needs:  # these are measured by the first
         yield from solve_dealt(job)
     job.spilled = [name for names in job.processes.gather(job.spilled, "layers without room") for name in names]
-    if not job.processes.first:
-        return
-    yield from _write_rest(job)
-    if job.spilled:
-        yield job.note(spill_note(job.spilled))
+    if job.processes.first:
+        yield from _write_rest(job)
+        if job.spilled:
+            yield job.note(spill_note(job.spilled))
     if plan.recipe.polish:
         with section("polish"):
             yield from polish_adapters(job)
-    job.store.close()
+    if job.processes.first:
+        store.close()
 
 
 def _write_rest(job: Job) -> Generator[Event, None, None]:

@@ -38,7 +38,14 @@ def text_for(plan: Plan, device: torch.device, token: str | None, processes: Pro
     )
 
 
-def more_text(plan: Plan, samples: Samples, tokens: int, device: torch.device, token: str | None) -> Samples:
+def more_text(
+    plan: Plan,
+    samples: Samples,
+    tokens: int,
+    device: torch.device,
+    token: str | None,
+    processes: Processes = ALONE,
+) -> Samples:
     """Return the calibration text with so much more of it that it has `tokens`, as far as there is more: windows of a
     file or a data set, random tokens, or what the model writes. Raises CalibrationError and HubError."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
@@ -58,6 +65,7 @@ def more_text(plan: Plan, samples: Samples, tokens: int, device: torch.device, t
         token=token,
         device=device,
         trust_remote_code=recipe.trust_remote_code,
+        processes=processes,
     )
     if own:
         return Samples(torch.cat([samples.tokens, found.tokens]), None, f"{samples.origin}; and {found.origin}")

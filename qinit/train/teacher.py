@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.nn.functional import pad
 
-from qinit.calibration.activations import batch_size
+from qinit.calibration.activations import Portion, batch_size
 from qinit.errors import CalibrationError
 from qinit.events import Reading
 from qinit.files.tensors import StoredTensor, TensorSpec, read_header
@@ -70,7 +70,7 @@ class Lessons:
 
 
 def teach(
-    plan: Plan, samples: Samples, device: torch.device, directory: Path, scratch: Path
+    plan: Plan, samples: Samples, device: torch.device, directory: Path, scratch: Path, portion: Portion = int
 ) -> Generator[Reading, None, Lessons]:
     """Run the source over the text, block by block, and keep what it makes of it in `directory`; a model that cannot be
     run so is loaded whole, in float32. `scratch` holds the hidden states between two blocks where memory is short.
@@ -81,7 +81,7 @@ def teach(
     directory.mkdir(exist_ok=True)
     vocabulary = plan.facts.vocabulary or 1
     size = min(batch_size(plan, samples, device), max(1, LOGITS_BYTES // (4 * vocabulary * samples.tokens.shape[1])))
-    batches = list(batches_of(samples, size))
+    batches = list(batches_of(samples, portion(size)))
     try:
         yield from _streamed(plan, samples, batches, device, directory, scratch)
     except NotStreamable:

@@ -14,18 +14,8 @@ from qinit.train.polish import Polished, divergence, polish, polish_flops
 from qinit.train.student import Start, student_of
 from tests.helpers import contents, exhausted, gauss, padded
 from tests.models import make_checkpoint
-from tests.qinit.train.starts import CPU, begin, dense, polished, taught, text, weight_of
+from tests.qinit.train.starts import CPU, begin, dense, polished, same, taught, text, weight_of
 from tests.traces import stock
-
-
-def same(one, other):
-    """Whether two results have the same bits."""
-    return one.layers.keys() == other.layers.keys() and all(
-        torch.equal(mine.low_rank.A, its.low_rank.A)
-        and torch.equal(mine.low_rank.B, its.low_rank.B)
-        and (mine.scales is its.scales if its.scales is None else torch.equal(mine.scales, its.scales))
-        for mine, its in ((one.layers[name], other.layers[name]) for name in one.layers)
-    )
 
 
 def with_factors(starts, change):
@@ -52,21 +42,6 @@ class TestProgress:
         assert [e.step for e in events if e.held_out is not None] == [0, 10, 20, 25]
         assert events[0].loss == events[0].held_out == result.before
         assert result.steps == 25
-
-    def test_where_memory_is_used_up_half_as_many_samples_go_at_once(self, start, monkeypatch):
-        observed, left = qinit.train.polish.observed, [None, torch.OutOfMemoryError("no room"), None]
-
-        def full(model, run):
-            if left and (error := left.pop()) is not None:
-                raise error
-            return observed(model, run)
-
-        with monkeypatch.context() as patch:
-            patch.setattr("qinit.train.polish.observed", full)
-            _, result = polished(*start, steps=4, batch_size=6)
-        assert result.note == "polish: the memory of cpu is used up by a batch of 9, so it is done with 4 at once"
-        monkeypatch.setattr("qinit.train.polish.MICRO_BYTES", 4 * 4 * 256 * 16)
-        assert same(polished(*start, steps=4, batch_size=6)[1], replace(result, note=""))
 
     def test_a_long_one_is_judged_so_many_times_and_no_more(self, start, monkeypatch):
         monkeypatch.setattr("qinit.train.polish.MOST_EVALUATIONS", 2)
