@@ -16,8 +16,6 @@ from qinit.plan.plan import LayerPlan, Plan
 from qinit.stream.calls import Call, Stop
 from qinit.text.samples import Samples
 
-# What of a batch goes through the model at once, given the samples that should: fewer where memory is short.
-Portion = Callable[[int], int]
 # Of the widest activation of one batch. What is larger than the 32 MB that glibc keeps is given back and asked for anew
 # with every operation: a quarter of a run's time on a CPU.
 BATCH_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}

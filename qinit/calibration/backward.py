@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qinit.calibration.activations import Portion, unpadded, weight_in
+from qinit.calibration.activations import unpadded, weight_in
 from qinit.calibration.experts import parameters_of
 from qinit.calibration.shards import share_of
 from qinit.events import Measuring
@@ -30,7 +30,7 @@ from qinit.stream.carried import Batch, Calls, Carried, batches_of
 from qinit.stream.front import ends_of, in_front
 from qinit.stream.rows import Row
 from qinit.stream.whole import load_whole, read_tokens
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 Run = Callable[[Batch], Any]  # takes a batch through the layers at hand
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from qinit.calibration.activations import Portion
 from qinit.calibration.backward import OverflowedError, Part, Probe, backward, require_number
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
 from qinit.linalg.low_rank import leading, random_basis
 from qinit.plan.plan import Plan
 from qinit.solver.spec import Gradient, seed_of
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 SHARE = 2  # triplets for each of the adapter's ranks: half of them give A, half of them B
 WIDER = 2  # times as many directions are iterated, as in PEFT's lora_ga_init

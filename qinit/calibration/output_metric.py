@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from qinit.calibration.activations import Portion
 from qinit.calibration.backward import OverflowedError, Part, Probe, backward
 from qinit.calibration.shards import SPARE
 from qinit.events import Measuring
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 DIRECTIONS = 32  # of G that are kept: more start no closer, and [out, out] would be the largest thing in memory
 STEPS = 3  # of subspace iteration, for each batch, from the directions of those before

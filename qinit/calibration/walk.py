@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from qinit.calibration.activations import (
-    Portion,
     batch_size,
     caught,
     caught_at,
@@ -38,7 +37,7 @@ from qinit.processes.group import ALONE, Processes
 from qinit.stream.blocks import Blocks
 from qinit.stream.carried import Batch
 from qinit.stream.rows import Row
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 
 class Walk:

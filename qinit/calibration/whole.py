@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qinit.calibration.activations import Portion, batch_size, oriented, require_finite_input, unpadded, weight_in
+from qinit.calibration.activations import batch_size, oriented, require_finite_input, unpadded, weight_in
 from qinit.calibration.experts import PORTION_BYTES, ExpertMeters, listening, parameters_of, portions
 from qinit.calibration.meter import Meter
 from qinit.calibration.seen import Seen
@@ -18,7 +18,7 @@ from qinit.events import Measuring
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.solver.statistics import Statistics
 from qinit.stream.whole import load_whole, read_tokens
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 
 class WholeModel:

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 
-from qinit.calibration.activations import Portion
 from qinit.calibration.seen import Seen
 from qinit.calibration.walk import OpenBlock, Walk
 from qinit.calibration.whole import WholeModel
@@ -26,7 +25,7 @@ from qinit.runner.layer import solve_layer
 from qinit.runner.room import in_portions, moved, on_device_or_host
 from qinit.runner.staged import Held
 from qinit.stream.calls import NotStreamable
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 
 def solve_calibrated(job: Job) -> Generator[Event, None, None]:

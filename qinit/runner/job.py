@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from qinit.calibration.activations import Portion
 from qinit.calibration.loss_gradient import loss_gradients
 from qinit.calibration.output_metric import output_metrics
 from qinit.clock import section
@@ -20,7 +19,7 @@ from qinit.processes.group import ALONE, Processes
 from qinit.runner.room import in_portions
 from qinit.solver.spec import Gradient
 from qinit.text.for_run import more_text, text_for
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.workplace.follower import Follower
 from qinit.workplace.journal import Journal
 from qinit.workplace.kept import POLISH_SAMPLES, load_samples, save_samples
@@ -69,7 +68,7 @@ class Job:
             recipe = self.plan.recipe
             yield Sampling(recipe.calibration if recipe.calibrated else "self")
             with section("text"):
-                self._samples = text_for(self.plan, self.device, self.token, self.processes)
+                self._samples = yield from self._text(partial(text_for, self.plan))
             if self.processes.first:
                 save_samples(self.place, self.journal, self._samples, written=recipe.calibration == "self")
         return self._samples
@@ -81,10 +80,19 @@ class Job:
         if found is None:
             samples = yield from self.samples()
             with section("text"):
-                found = more_text(self.plan, samples, tokens, self.device, self.token, self.processes)
+                found = yield from self._text(partial(more_text, self.plan, samples, tokens))
             if self.processes.first:
                 save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
         return found
+
+    def _text(self, read: Callable[..., Samples]) -> Generator[Event, None, Samples]:
+        """Read a text or let the model write it, which may need more of the device than all that follows."""
+
+        def write(portion: Portion) -> Generator[Event, None, Samples]:
+            yield from ()
+            return read(self.device, self.token, self.processes, portion)
+
+        return (yield from in_portions(self, "the text", write, stays=False))
 
     def output_metrics(self) -> Generator[Event, None, dict[str, OutputMetric]]:
         """Measure, once, what errors at the layers' outputs cost, if the method asks for it."""

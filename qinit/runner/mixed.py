@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from qinit.calibration.activations import Portion
 from qinit.clock import section
 from qinit.events import Allotted, Event
 from qinit.plan.allocation import Sensitivity
 from qinit.runner.job import Job
 from qinit.runner.room import in_portions, moved
+from qinit.text.samples import Portion
 from qinit.widths import fisher
 from qinit.widths.budget import allotted, options
 from qinit.widths.validity import check_sensitivity

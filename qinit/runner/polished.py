@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from qinit.calibration.activations import Portion
 from qinit.errors import CheckpointError, OutputError
 from qinit.events import Event
 from qinit.formats import FORMATS
@@ -19,7 +18,7 @@ from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
 from qinit.runner.room import in_portions
 from qinit.solver.residual import relative_errors
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.train.polish import Trained, polish, polish_tokens
 from qinit.train.student import Start, student_of
 from qinit.train.teacher import Lessons, teach

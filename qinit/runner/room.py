@@ -8,11 +8,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from qinit.calibration.activations import Portion
 from qinit.errors import FullError
 from qinit.events import Event, Noted
 from qinit.machine import CPU, make_room, used_up
 from qinit.processes.group import ALONE, Processes
+from qinit.text.samples import Portion
 
 T = TypeVar("T")
 
@@ -28,16 +28,21 @@ class Run(Protocol):
 
 
 def in_portions(
-    job: Run, what: str, do: Callable[[Portion], Generator[Event, None, T]], *, alone: bool = False
+    job: Run,
+    what: str,
+    do: Callable[[Portion], Generator[Event, None, T]],
+    *,
+    alone: bool = False,
+    stays: bool = True,
 ) -> Generator[Event, None, T]:
     """Return what `do` gives, which takes a text through the model on the job's device. Where that has no room for as
-    many samples as go at once, it is done anew with half of them; where it has none for one, on the CPU, and so is the
-    rest of the run. A note says so; `what` is being done.
+    many samples as go at once, it is done anew with half of them; where it has none for one, on the CPU, where the rest
+    of the run `stays` too. A note says so; `what` is being done.
 
     All processes of a run call it and do the same; where it is this one's `alone`, it alone. Raises FullError where
     nothing is left to try.
     """
-    processes, parts, size = ALONE if alone else job.processes, 1, 1
+    processes, device, parts, size = ALONE if alone else job.processes, job.device, 1, 1
 
     def portion(most: int) -> int:
         nonlocal size
@@ -51,15 +56,17 @@ def in_portions(
         except (torch.OutOfMemoryError, FullError):
             pass  # with the error go the tensors of what has failed
         else:
+            job.device = job.device if stays else device
             return found
         make_room()
+        processes.recover(FullError(used_up(what, job.device, size)))
+        size = max(processes.gather(size, "what goes at once"))  # some may have had nothing to do
         full = used_up(what, job.device, size)
-        processes.recover(FullError(full))
         if size > 1:
             parts *= 2
             yield job.note(f"{full}, so it is done with {size // 2} at once")
         elif job.device != CPU:
-            yield job.note(f"{full}, so that and all that follows is done on the CPU")
+            yield job.note(f"{full}, so that{' and all that follows' if stays else ''} is done on the CPU")
             job.device, parts = CPU, 1
         else:
             raise FullError(f"{full}; give the run more memory, or shorter texts (--calibration-length)")

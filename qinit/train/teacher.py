@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.nn.functional import pad
 
-from qinit.calibration.activations import Portion, batch_size
+from qinit.calibration.activations import batch_size
 from qinit.errors import CalibrationError
 from qinit.events import Reading
 from qinit.files.tensors import StoredTensor, TensorSpec, read_header
@@ -24,7 +24,7 @@ from qinit.stream.carried import Batch, batches_of
 from qinit.stream.front import ends_of
 from qinit.stream.reading import read_through
 from qinit.stream.whole import load_whole, read_tokens
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.train.outputs import observed
 
 TOP = 64  # next tokens that are kept

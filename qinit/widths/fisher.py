@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qinit.calibration.activations import Portion, require_finite_input, unpadded
+from qinit.calibration.activations import require_finite_input, unpadded
 from qinit.calibration.backward import OverflowedError, Part, Probe, Run, backward, require_number
 from qinit.calibration.experts import ExpertMeters, listening, portions
 from qinit.calibration.meter import Meter
@@ -36,7 +36,7 @@ from qinit.solver.spec import seed_of
 from qinit.solver.statistics import Statistics
 from qinit.source.checkpoint import not_decomposable
 from qinit.stream.carried import Batch
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.widths.validity import conditions
 
 ROUNDS = 1  # of the solver: the first one already shows what the layer cannot hold

@@ -12,6 +12,7 @@ from qinit.processes.group import ALONE, Processes
 from qinit.runner import layer
 from qinit.runner.room import in_portions, moved
 from qinit.solver.statistics import Statistics
+from qinit.text import self_text
 from tests.helpers import exhausted, quantize, weights_of
 from tests.qinit.processes.together import together
 
@@ -83,6 +84,23 @@ def test_calibration_goes_on_with_half_a_batch(strong_llama, tmp_path, monkeypat
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "small")
     full = "calibration: the memory of cpu is used up by a batch of"
     assert report.notes == (*(f"{full} {2 * n}, so it is done with {n} at once" for n in (2, 1)), *plain.notes)
+
+
+def test_text_is_written_in_smaller_batches_on_the_device_or_the_cpu(strong_llama, tmp_path, monkeypatch):
+    tried = []
+    sample = self_text._sample
+
+    def full(model, start, count, length):
+        tried.append(count)
+        if count > 1:
+            raise FULL
+        return sample(model, start, count, length)
+
+    monkeypatch.setattr(self_text, "_sample", full)
+    options = {**TEXT, "calibration": "self", "calibration_samples": 2, "calibration_mode": "parallel"}
+    report = quantize(strong_llama, tmp_path / "out", **options)
+    assert tried == [2, 1, 1]
+    assert report.notes[0] == "the text: the memory of cpu is used up by a batch of 2, so it is done with 1 at once"
 
 
 def test_so_does_a_model_that_is_taken_whole(strong_llama, tmp_path, monkeypatch):
