@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -81,7 +82,8 @@ def _free_on_host() -> int:
 
 
 def make_room() -> None:
-    """Give back to the GPUs what torch keeps of their memory for later."""
+    """Give back to the GPUs what nothing needs any more, and what torch keeps of their memory for later."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -50,6 +50,7 @@ def in_portions(
         return size
 
     while True:
+        size = 1  # until it is asked for
         try:
             found = yield from do(portion)
             processes.meet(what)
@@ -87,7 +88,7 @@ def on_device_or_host(job: Run, name: str, do: Callable[[torch.device], T]) -> T
 def spill_note(names: list[str]) -> str:
     """Say which layers, at least one, did not fit on their device."""
     others = f" and {len(names) - 1} others" if names[1:] else ""
-    return f"{names[0]}{others} did not fit into the device's memory, and so solved on the CPU"
+    return f"{names[0]}{others} did not fit into the device's memory; solved on the CPU"
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -133,9 +133,10 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
             job.plan = in_its_coordinates(job.plan)
         if job.plan.moved:
             yield job.note(job.plan.moved)
-    plan, store = job.plan, job.store
+    plan = job.plan
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
+    store = job.store
     if job.processes.several and "gradient" not in plan.recipe.row.needs:  # these are measured by the first
         yield from solve_dealt(job)
     job.spilled = [name for names in job.processes.gather(job.spilled, "layers without room") for name in names]

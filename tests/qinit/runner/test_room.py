@@ -61,7 +61,7 @@ def test_a_layer_that_does_not_fit_is_solved_on_the_cpu(strong_llama, tmp_path, 
     (note,) = set(report.notes) - set(plain.notes)
     others = " and 2 others" if layers > 1 else ""
     assert note.startswith("model.layers.0.") or note.startswith("model.layers.1.")
-    assert note.endswith(f"{others} did not fit into the device's memory, and so solved on the CPU")
+    assert note.endswith(f"{others} did not fit into the device's memory; solved on the CPU")
 
 
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
