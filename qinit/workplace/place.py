@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qinit.errors import HubError, LostError, OutputError, QinitError, ReportError
+from qinit.errors import FullError, HubError, LostError, OutputError, QinitError, ReportError
 from qinit.plan.plan import Plan
 from qinit.planner.memory import polish_disk_bytes, scratch_bytes
 from qinit.report.report import REPORT_NAME
@@ -196,7 +196,7 @@ def working_on(out: Path, command: str, needed: Callable[[], int]) -> Iterator[W
 def _for_good(error: BaseException) -> bool:
     """Whether the same command would end in the same error: what the input is to blame for, but not the reading."""
     return isinstance(error, QinitError) and not (
-        isinstance(error, OutputError | HubError | LostError) or isinstance(error.__cause__, OSError)
+        isinstance(error, OutputError | HubError | LostError | FullError) or isinstance(error.__cause__, OSError)
     )
 
 

@@ -280,9 +280,9 @@ class TestFailures:
             patch.setattr(measure, "run", fail)
             code, out, err = compare(*STARTS, *TUNING, "--ceilings", "lora")
         assert (code, err) == (1, "")
-        assert "failed: loftq, 2 bits: OutOfMemoryError: no room for this" in out
+        assert "failed: loftq, 2 bits: OutOfMemoryError: no room for this; give a shorter --length, or --" in out
         lora, loftq, eqft = result()["rows"]
-        assert loftq["failed"] == ["OutOfMemoryError: no room for this"]
+        assert loftq["failed"] == ["OutOfMemoryError: no room for this; give a shorter --length, or --device cpu"]
         assert (loftq["start"], loftq["end"]) == (None, None)
         assert lora["end"]
         assert eqft["end"]

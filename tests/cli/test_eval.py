@@ -49,6 +49,18 @@ def table(out):
 
 
 class TestARun:
+    def test_where_memory_is_used_up_it_is_said_what_to_do(self, command, run, text, monkeypatch):
+        def full(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("qinit.evaluate.job.measure", full)
+        code, _, err = command("eval", run, "--text", text, "--length", 25, "--batch-size", 3)
+        assert (code, err) == (
+            2,
+            f"error: {run}: the memory of cpu is used up by a batch of 3; use a smaller --batch-size or --length, or "
+            "--device cpu\n",
+        )
+
     def test_its_perplexity_is_what_the_stock_loaders_have_and_it_is_said_how_it_was_measured(self, command, run, text):
         code, out, err = command("eval", run, "--text", text, "--length", 25)
         assert (code, err) == (0, "")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from qinit import __version__
 from qinit.runner import layer as layer_module
@@ -43,6 +44,18 @@ def test_debug_shows_the_traceback_before_the_same_line(command):
     assert code == 2
     assert "Traceback (most recent call last)" in err
     assert err.splitlines()[-1].startswith("error: ./gone: no such directory")
+
+
+def test_memory_that_is_used_up_whatever_is_tried_is_one_line_and_2(command, monkeypatch, tiny_llama):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr(layer_module, "solve", full)
+    code, _, err = command("eqft", tiny_llama, "--rank", 4)
+    assert (code, err) == (
+        2,
+        "error: a device's memory is used up (CUDA out of memory. Tried); use --device cpu, or free it\n",
+    )
 
 
 def test_an_error_inside_qinit_is_one_line_and_1(command, monkeypatch, tiny_llama):

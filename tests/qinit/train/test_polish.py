@@ -14,18 +14,8 @@ from qinit.train.polish import Polished, divergence, polish, polish_flops
 from qinit.train.student import Start, student_of
 from tests.helpers import contents, exhausted, gauss, padded
 from tests.models import make_checkpoint
-from tests.qinit.train.starts import CPU, begin, dense, polished, taught, text, weight_of
+from tests.qinit.train.starts import CPU, begin, dense, polished, same, taught, text, weight_of
 from tests.traces import stock
-
-
-def same(one, other):
-    """Whether two results have the same bits."""
-    return one.layers.keys() == other.layers.keys() and all(
-        torch.equal(mine.low_rank.A, its.low_rank.A)
-        and torch.equal(mine.low_rank.B, its.low_rank.B)
-        and (mine.scales is its.scales if its.scales is None else torch.equal(mine.scales, its.scales))
-        for mine, its in ((one.layers[name], other.layers[name]) for name in one.layers)
-    )
 
 
 def with_factors(starts, change):
