@@ -37,6 +37,14 @@ for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
 FORKS = pytest.StashKey[Forks]()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_power_failure() -> Iterator[None]:
+    """Let nobody wait for the disk: what a run writes is synced twenty times, and a killed process loses none of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Take what the imports have left, millions of objects, out of the garbage collector's sight: gptqmodel calls it
     whenever it loads. And fork while nothing but imports has happened."""

@@ -24,9 +24,13 @@ class Forks:
     """A process that forks others."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("fork")
-        self._pipe, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, self._pipe), daemon=True).start()
+        self._pipe, theirs = multiprocessing.Pipe()
+        if not os.fork():
+            self._pipe.close()  # else the end of the tests would not be seen
+            try:
+                _serve(theirs)
+            finally:
+                os._exit(0)
         theirs.close()
 
     def _ask(self, do: Callable[..., Any], *arguments: Any) -> Any:
@@ -35,18 +39,18 @@ class Forks:
 
     def warm_up(self, *arguments: Any) -> None:
         """Run `qinit ARGUMENTS` in the process that forks, so that no other has to load what that takes."""
-        assert self._ask(_run, list(map(str, arguments))) == 0
+        assert self._ask(run_command, list(map(str, arguments))) == 0
 
     def call(self, do: Callable[..., Any], *arguments: Any) -> Any:
         """Return what a function, found by its module and name, returns in a process of its own."""
         return self._ask(_called, do, arguments)
 
     def run(
-        self, log: Path, *arguments: Any, kill_after: float | None = None, by: int = signal.SIGKILL
+        self, log: Path, *arguments: Any, kill_after: float | None = None, directory: Path = Path()
     ) -> tuple[int, float]:
-        """Run `qinit ARGUMENTS`; return its exit code, minus the signal's number where that ended it, and the seconds
-        that it took."""
-        return self._ask(_timed, str(log), list(map(str, arguments)), kill_after, int(by))
+        """Run `qinit ARGUMENTS` in a directory, its output into `log`; return its exit code, minus the signal's number
+        where that ended it, and the seconds that it took."""
+        return self._ask(_timed, str(log), list(map(str, arguments)), kill_after, str(directory))
 
     def together(
         self, log: Path, count: int, *arguments: Any, kill: dict[str, Any] | None = None, **differently: dict[str, str]
@@ -60,12 +64,11 @@ class Forks:
         return self._ask(_together, count, str(log), list(map(str, arguments)), kill, differently)
 
 
-def _serve(pipe: Connection, others: Connection) -> None:
+def _serve(pipe: Connection) -> None:
     import numba
 
     from qinit.planner import operations
 
-    others.close()  # else the end of the tests would not be seen
     numba.config.THREADING_LAYER, numba.config.NUMBA_NUM_THREADS = "workqueue", 1  # GNU OpenMP survives no fork
     operations.timed = lambda action, device: 1.0  # what is said of the time takes more than these runs
     operations.MOST_SECONDS = 0.0
@@ -84,7 +87,8 @@ def _send(pipe: Connection, value: Any) -> None:
     pipe.send_bytes(pickle.dumps(value))
 
 
-def _run(arguments: list[str]) -> int:
+def run_command(arguments: list[str]) -> int:
+    """Run `qinit ARGUMENTS` in this process; return its exit code."""
     from qinit_cli import main
 
     sys.argv = ["qinit", *arguments]
@@ -119,7 +123,7 @@ def _child(log: str, arguments: list[str], environment: dict[str, str]) -> int:
         os.dup2(file, 1)
         os.dup2(file, 2)
         torch.set_num_threads(int(environment.get("THREADS", 1)))  # makes the pool anew before any thread needs it
-        code = _run(arguments)
+        code = run_command(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -154,15 +158,15 @@ def _together(
     return codes
 
 
-def _timed(log: str, arguments: list[str], kill_after: float | None, by: int) -> tuple[int, float]:
+def _timed(log: str, arguments: list[str], kill_after: float | None, directory: str) -> tuple[int, float]:
     started = time.perf_counter()
-    child = _child(log, arguments, {})
+    child = _child(log, arguments, {"DIRECTORY": directory})
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         passed = time.perf_counter() - started
         if ended:
             return os.waitstatus_to_exitcode(status), passed
         if kill_after is not None and passed >= kill_after:
-            os.kill(child, by)
+            os.kill(child, signal.SIGKILL)
             kill_after = None
         time.sleep(0.002)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def without(*packages, cwd, arguments=()):
 
 def here(module, probes, place, limit):
     """Try the probes in this process, which has imported most of what they need."""
-    with contextlib.chdir(place):
+    with contextlib.chdir(place), contextlib.redirect_stdout(sys.stderr):
         for name, probe in probes.items():
             answer = _attempt(probe)
             yield _row(name, probe, answer["state"], answer["seconds"], answer["detail"])
@@ -34,8 +35,8 @@ def test_everything_that_is_installed_here_works(command, monkeypatch):
     pytest.importorskip("gptqmodel", reason="pip install 'qinit[gptq]'")
     monkeypatch.setattr("qinit.doctor.examine._child", here)
     monkeypatch.setattr("qinit.doctor.probes._source", cache(_source.__wrapped__))
-    code, out, err = command("doctor", "--json")
-    assert (code, err) == (0, "")
+    code, out, _ = command("doctor", "--json")
+    assert code == 0
     value = json.loads(out)
     assert value["works"] is True
     rows = {row["name"]: row for row in value["probes"]}

@@ -218,6 +218,7 @@ class TestPushToHub:
 def environment(hub, tmp_path, monkeypatch):
     """What makes the stock loaders take a token, and keep what they fetch, as for a user of the stand-in."""
     monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another-cache"))
 
 
