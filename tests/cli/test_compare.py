@@ -266,7 +266,8 @@ def in_workers(place, arguments):
     """Run a comparison in this process, whose two workers are forks of it; return the exit code and stdout."""
     os.chdir(place)
     sys.modules.update(dict.fromkeys(("matplotlib.figure", "plotly.graph_objects")))
-    multiprocessing.get_context = lambda _, forking=multiprocessing.get_context("fork"): forking
+    forking = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda _: forking
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = run_command([*arguments, "--jobs", "2"])
     return code, out.getvalue()
