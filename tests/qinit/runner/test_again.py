@@ -24,7 +24,6 @@ from qinit.workplace.place import Workplace, partial_of
 from tests.broken_off import Crash, result_in
 from tests.helpers import contents, edit_json, edit_tensors, names, quantize, weights_of
 from tests.models import make_checkpoint
-from tests.qinit.runner.forking import Forks
 from tests.qinit.runner.polishing import KINDS, SHORT, TEXT, give_up, polished
 from tests.qinit.runner.test_calibrated import FEW, source_weights
 from tests.stock import delta, dense_weight, load, lora_modules, relative
@@ -305,26 +304,25 @@ def _failing_at(part, error):
     return write
 
 
-def test_a_real_polish_that_is_killed_at_random_moments_ends_with_the_same_bytes(ready, place, tmp_path):
+def test_a_real_polish_that_is_killed_at_random_moments_ends_with_the_same_bytes(forks, ready, place, tmp_path):
     rng, log, kills = random.Random(0), tmp_path / "log", 0
     run = ready()
     before = contents(run)
     shutil.copytree(run, tmp_path / "kept")
     text = [part for key, value in TEXT.items() for part in (f"--{key.replace('_', '-')}", value)]
     line = ("polish", run, "--steps", STEPS, "--no-check", *text)
-    with Forks(*line, "--steps", 1, "--out", tmp_path / "warm") as forks:
-        code, seconds = forks.run(log, *line)
-        assert code == 0, log.read_text()
-        wanted = result_in(run)
-        while kills < KILLS:
-            _put(tmp_path / "kept", run)
-            # A signal may come after the last step: the same command would then polish what was polished.
-            while names(place) != ["out"] or contents(run) == before:
-                after = rng.uniform(0.1, 0.95) * seconds if kills < KILLS else None
-                code, _ = forks.run(log, *line, kill_after=after)
-                kills += code == -9
-                assert code in (0, -9), log.read_text()
-            assert result_in(run) == wanted
+    code, seconds = forks.run(log, *line)
+    assert code == 0, log.read_text()
+    wanted = result_in(run)
+    while kills < KILLS:
+        _put(tmp_path / "kept", run)
+        # A signal may come after the last step: the same command would then polish what was polished.
+        while names(place) != ["out"] or contents(run) == before:
+            after = rng.uniform(0.1, 0.95) * seconds if kills < KILLS else None
+            code, _ = forks.run(log, *line, kill_after=after)
+            kills += code == -9
+            assert code in (0, -9), log.read_text()
+        assert result_in(run) == wanted
 
 
 def _put(kept, run):
