@@ -135,7 +135,11 @@ def snndlft(**options: Any) -> None:
         key: options[key] for key in ("steps", "batch_size", "learning_rate", "device") if options[key] is not None
     }
     base = find_model(name, options["revision"], options["token"])
-    asked = Asked(name, base, data, config, trust_remote_code=options["trust_remote_code"], **given)
+    local = name == DEMO_NAME or Path(name).is_dir()
+    asked = Asked(
+        name, base, data, config,
+        trust_remote_code=options["trust_remote_code"], hub=None if local else (name, options["revision"]), **given,
+    )  # fmt: skip
     kind = "-".join(["spiking"] * config.spiking + [config.layer_wise])
     short = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
     out = options["out"] or (options["save_dir"] or Path("model_zoo") / "snndlft") / f"{short}-{kind}"

@@ -14,10 +14,19 @@ from qinit.files.tensors import StoredTensor, read_header
 from qinit.source.checkpoint import read_json
 from qinit.source.targets import LinearModule
 
+SPIKING = "SNN_DLFT"  # the peft_type of what `qinit snndlft` trains with spikes
+NOT_LINEAR = (
+    "a spiking adapter cannot be merged: between Q and P are neurons that fire above a threshold, so that no matrix "
+    "added to the base's weight computes the same; load base and adapter together (qinit.snndlft.load)"
+)
+
 
 def kind_of(directory: Path, settings: dict[str, Any]) -> Adapter:
-    """Return the kind of the adapter in a directory. Raises CheckpointError for one that qinit does not know."""
+    """Return the kind of the adapter in a directory. Raises CheckpointError for one that qinit does not know, and for
+    one that adds no matrix."""
     kind = adapter_of(settings)
+    if settings.get("peft_type") == SPIKING:
+        raise CheckpointError(f"{directory}: {NOT_LINEAR}")
     if kind is None:
         raise CheckpointError(f"{directory}: an adapter of peft_type {settings.get('peft_type')!r} is not read")
     return kind

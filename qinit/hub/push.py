@@ -31,7 +31,7 @@ from qinit.report.adapter_card import require_base
 from qinit.report.card import TRAINED_DIRECTORY, hub_card, snippet_of
 from qinit.report.exported import download_lines, hub_export_card
 from qinit.report.merged import MergeReport, is_merge, merged_snippet, on_hub
-from qinit.report.report import REPORT_NAME, Report
+from qinit.report.report import REPORT_NAME, Report, is_training
 from qinit.source.checkpoint import read_json, weight_files
 
 if TYPE_CHECKING:
@@ -170,6 +170,8 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
     require_name(repo_id)
     if is_merge(directory):
         return _prepare_merge(directory, repo_id, adapter)
+    if is_training(directory):
+        raise ReportError(_alone(directory, repo_id))
     report = Report.read(directory)
     require_base(report, directory, "push it with `hf upload`, as the Hub has adapters")
     exported = report.export is not None
@@ -222,6 +224,14 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None) -> Prepa
         changes=tuple(changes),
         left_out=tuple(left_out),
     )
+
+
+def _alone(directory: Path, repo_id: str) -> str:
+    """Say how an adapter that `qinit snndlft` trained gets to the Hub."""
+    base = read_json(directory / CONFIG_NAME, "so this is no whole training; run `qinit snndlft` again").get(BASE_KEY)
+    first = f"name a base on the Hub under {BASE_KEY} in {CONFIG_NAME}, and " if Path(str(base)).is_absolute() else ""
+    upload = f"push it with `hf upload {repo_id} {directory}`"
+    return f"{directory}: holds an adapter alone, for the base {base}; {first}{upload}"
 
 
 def _prepare_merge(directory: Path, repo_id: str, adapter: Path | None) -> Prepared:

@@ -9,11 +9,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from qinit.adapters import CONFIG_NAME
+from qinit.adapters.reading import NOT_LINEAR, SPIKING
 from qinit.errors import ReportError
 from qinit.files.reading import parse_json, read_regular
 from qinit.solver.methods import STARTS
+from qinit.source.checkpoint import read_json
 
 REPORT_NAME = "qinit.json"
+TRAINING = "snndlft"  # the kind of the report of a training
 REPORT_BYTES = 64 << 20  # a model of 70,000 experts has half of that
 # What a report may hold: whoever draws it has no other check.
 Count = Annotated[int, Field(ge=0, lt=2**60)]
@@ -119,8 +123,8 @@ class Report:
         except OSError as error:
             raise ReportError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
         except ValidationError as error:
-            if kind_of_report(directory) == "merge":
-                raise ReportError(f"{directory}: is a merge, not a run (it has no adapter); {remedy}") from None
+            if (other := _another_kind(directory)) is not None:
+                raise ReportError(f"{directory}: {other}; {remedy}") from None
             first = error.errors()[0]
             if first["type"] == "json_invalid":
                 raise ReportError(f"{path}: not JSON ({first['ctx']['error']}); run `qinit eqft` again") from None
@@ -135,6 +139,18 @@ class Report:
         return report
 
 
+def _another_kind(directory: Path) -> str | None:
+    """Say what a directory is whose report is not a run's, None for a run."""
+    match kind_of_report(directory):
+        case "merge":
+            return "is a merge, not a run (it has no adapter)"
+        case kind if kind == TRAINING:
+            spiking = read_json(directory / CONFIG_NAME, "").get("peft_type") == SPIKING
+            why = NOT_LINEAR if spiking else "an AdaLoRA adapter, which stock PEFT loads and merges"
+            return f"is what `qinit snndlft` trained, not a run: {why}"
+    return None
+
+
 def kind_of_report(directory: Path) -> str:
     """Return what the report in a directory is of, by its own word: a run says nothing."""
     try:
@@ -142,3 +158,8 @@ def kind_of_report(directory: Path) -> str:
     except (OSError, ValueError):
         return ""
     return str(value.get("kind", "")) if isinstance(value, dict) else ""
+
+
+def is_training(directory: Path) -> bool:
+    """Whether a directory says of itself that `qinit snndlft` wrote it."""
+    return kind_of_report(directory) == TRAINING

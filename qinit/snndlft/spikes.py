@@ -9,13 +9,10 @@ import torch
 from peft.tuners.adalora.layer import AdaLoraLayer, SVDConv2d
 from torch import nn
 
+from qinit.adapters.reading import NOT_LINEAR
 from qinit.errors import QinitError, RecipeError, TargetError
 
 INSTALL = 'pip install "qinit[snn]"'
-NOT_LINEAR = (
-    "a spiking adapter cannot be merged: between Q and P are neurons that fire above a threshold, so that no matrix "
-    "added to the base's weight computes the same; load base and adapter together (qinit.snndlft.load)"
-)
 
 
 def leaky(decay: float, threshold: float) -> nn.Module:
