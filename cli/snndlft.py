@@ -79,7 +79,7 @@ def _option(kind: Any, panel: str, text: str, *names: str, **more: Any) -> Any:
     steps=_option(int | None, TRAIN_PANEL, "Steps of the optimizer.", min=1, show_default="500"),
     batch_size=_option(int | None, TRAIN_PANEL, "Examples in each step.", min=1, show_default="16"),
     learning_rate=_option(float | None, TRAIN_PANEL, "The largest one.", show_default="1e-3"),
-    seed=_option(int | None, TRAIN_PANEL, "Draws the start and the order.", show_default="0"),
+    seed=_option(int | None, TRAIN_PANEL, "Draws the start and the order.", min=0, max=2**32 - 1, show_default="0"),
     save_dir=_option(
         Path | None, OUTPUT_PANEL, "Where the run's directory is made.", show_default="model_zoo/snndlft"
     ),

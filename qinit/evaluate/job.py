@@ -142,7 +142,7 @@ def _chosen(
     if stream == "never":
         return Way(False, "as asked", wanted, rows)
     if whole:
-        return Way(False, "the adapter is none that adds a matrix", wanted, rows)
+        return Way(False, "its adapter is loaded by qinit.snndlft alone", wanted, rows)
     missing = [name for model in models for name in missing_packages(model)]
     if missing:
         reason = f"{' and '.join(dict.fromkeys(missing))} not being installed to load packed weights"

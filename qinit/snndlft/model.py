@@ -107,6 +107,7 @@ def load(
         warnings.filterwarnings(
             "ignore", message=".*rank_pattern keys.*"
         )  # LoRA's of that name, which AdaLoRA's are not
+        warnings.filterwarnings("ignore", message=".*invalid shape.*")  # a module whose triplets are all masked
         warnings.filterwarnings("error", message=".*adapter keys.*")  # what is missing would be random
         try:
             model = PeftModel.from_pretrained(base, str(place), is_trainable=trainable, torch_device=str(base.device))

@@ -1,7 +1,6 @@
 import json
 import re
 import sys
-from dataclasses import asdict
 
 import pytest
 
@@ -14,7 +13,7 @@ from qinit.snndlft.report import LayerRow, SnnReport
 def report(**totals):
     names = ("h.0", "<h.1>")
     moments = [
-        asdict(Moment(step, 2.0 - step, (names[step - 1],), {"h.0": 3, "<h.1>": step}, 7, 5, {"h.0": 0.125}, 64))
+        Moment(step, 2.0 - step, (names[step - 1],), {"h.0": 3, "<h.1>": step}, 7, 5, {"h.0": 0.125}, 64)
         for step in (1, 2)
     ]
     values = {"metric": "f1", "before": 0.5, "after": 0.75, "layers": 2, "layers_trained": 1, "modules": 2, "ranks": 5}
