@@ -31,6 +31,7 @@ from qinit.report.adapter_card import require_base
 from qinit.report.card import TRAINED_DIRECTORY, hub_card, snippet_of
 from qinit.report.exported import download_lines, hub_export_card
 from qinit.report.merged import MergeReport, is_merge, merged_snippet, on_hub
+from qinit.report.pictures.files import PICTURES
 from qinit.report.report import REPORT_NAME, Report, is_training
 from qinit.source.checkpoint import read_json, weight_files
 
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 CARD_NAME = "README.md"
 ADAPTER_CONFIG = f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}"
 BASE_KEY = "base_model_name_or_path"
-PICTURES = ("report.png", "report.html")  # `qinit report` makes them after the list was written
 # What an earlier push of another run may have left there: it would be loaded, or believed, beside the new one.
 REPLACED = ("*.gguf", "*.safetensors", "*.safetensors.index.json", CONFIG_NAME, "sensitivity.json", *PICTURES)
 # What a trainer leaves in a directory, some of it pickles: no part of a run, with SHA256SUMS or without.
