@@ -11,14 +11,9 @@ import torch
 from qinit.adapters import CONFIG_NAME, WEIGHTS_STEM, Adapter, adapter_of
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor, read_header
+from qinit.recipe_files import NOT_LINEAR, SPIKING
 from qinit.source.checkpoint import read_json
 from qinit.source.targets import LinearModule
-
-SPIKING = "SNN_DLFT"  # the peft_type of what `qinit snndlft` trains with spikes
-NOT_LINEAR = (
-    "a spiking adapter cannot be merged: between Q and P are neurons that fire above a threshold, so that no matrix "
-    "added to the base's weight computes the same; load base and adapter together (qinit.snndlft.load)"
-)
 
 
 def kind_of(directory: Path, settings: dict[str, Any]) -> Adapter:

@@ -9,12 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from qinit.adapters import CONFIG_NAME
-from qinit.adapters.reading import NOT_LINEAR, SPIKING
 from qinit.errors import ReportError
 from qinit.files.reading import parse_json, read_regular
+from qinit.recipe_files import KEY, NOT_LINEAR, SPIKING
 from qinit.solver.methods import STARTS
-from qinit.source.checkpoint import read_json
 
 REPORT_NAME = "qinit.json"
 TRAINING = "snndlft"  # the kind of the report of a training
@@ -145,7 +143,7 @@ def _another_kind(directory: Path) -> str | None:
         case "merge":
             return "is a merge, not a run (it has no adapter)"
         case kind if kind == TRAINING:
-            spiking = read_json(directory / CONFIG_NAME, "").get("peft_type") == SPIKING
+            spiking = _said(directory / "adapter_config.json", KEY) == SPIKING
             why = NOT_LINEAR if spiking else "an AdaLoRA adapter, which stock PEFT loads and merges"
             return f"is what `qinit snndlft` trained, not a run: {why}"
     return None
@@ -153,11 +151,16 @@ def _another_kind(directory: Path) -> str | None:
 
 def kind_of_report(directory: Path) -> str:
     """Return what the report in a directory is of, by its own word: a run says nothing."""
+    return _said(directory / REPORT_NAME, "kind")
+
+
+def _said(file: Path, key: str) -> str:
+    """Return what a file of JSON has under a key; an empty string where that is nothing."""
     try:
-        value = parse_json(read_regular(directory / REPORT_NAME, REPORT_BYTES))
+        value = parse_json(read_regular(file, REPORT_BYTES))
     except (OSError, ValueError):
         return ""
-    return str(value.get("kind", "")) if isinstance(value, dict) else ""
+    return str(value.get(key, "")) if isinstance(value, dict) else ""
 
 
 def is_training(directory: Path) -> bool:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qinit.adapters import CONFIG_NAME
-from qinit.adapters.reading import SPIKING
 from qinit.adapters.trained import read_trained
 from qinit.errors import ReportError
 from qinit.evaluate.subject import Subject
+from qinit.recipe_files import SPIKING
 from qinit.source.checkpoint import read_json
 from qinit.source.vocabulary import Facts
 

@@ -12,8 +12,8 @@ from typing import Any
 from peft import AdaLoraConfig, mapping
 from peft.tuners.adalora import AdaLoraModel, SVDQuantLinear
 
-from qinit.adapters.reading import NOT_LINEAR, SPIKING
 from qinit.errors import QinitError
+from qinit.recipe_files import NOT_LINEAR, SPIKING
 from qinit.snndlft.spikes import add_spikes
 
 

@@ -9,8 +9,8 @@ import torch
 from peft.tuners.adalora.layer import AdaLoraLayer, SVDConv2d
 from torch import nn
 
-from qinit.adapters.reading import NOT_LINEAR
 from qinit.errors import QinitError, RecipeError, TargetError
+from qinit.recipe_files import NOT_LINEAR
 
 INSTALL = 'pip install "qinit[snn]"'
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from qinit.adapters import CONFIG_NAME
-from qinit.adapters.reading import SPIKING
 from qinit.adapters.trained import WEIGHTS_NAME, read_trained
 from qinit.errors import HubError, QinitError, RecipeError
 from qinit.evaluate.loaded import SHARE, loaded_bytes
 from qinit.evaluate.subject import Subject
 from qinit.files.tensors import StoredTensor, read_header
 from qinit.machine import free_memory
+from qinit.recipe_files import SPIKING
 from qinit.report.report import REPORT_NAME
 from qinit.snndlft.layers import BLOCK
 from qinit.snndlft.model import base_of, load

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, LoraAdapter
-from qinit.adapters.reading import SPIKING
 from qinit.errors import CheckpointError, RecipeError, ReportError, did_you_mean
+from qinit.recipe_files import SPIKING
 from qinit.report.card import TRAINED_DIRECTORY
 from qinit.report.report import Report, is_training
 from qinit.requirements import pip_command

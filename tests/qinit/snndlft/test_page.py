@@ -20,8 +20,9 @@ def report(**totals):
     values |= {"trainable": 7, "trainable_in_use": 5, "trainable_all_layers": 14, "optimizer_bytes": 64, "head": 0}
     values |= {"seconds_per_step": 0.1, "peak_memory_bytes": 10**6, **totals}
     rows = tuple(LayerRow(name, 1, 3, 1, 0.125) for name in names)
+    config, training = {"spiking": True, "layer_wise": "single", "time_steps": 4}, {"steps": 2, "data": {}}
     return SnnReport(
-        "snndlft", "<tiny>", "qinit snndlft", {"spiking": True, "layer_wise": "single"}, {"steps": 2}, None, values,
+        "snndlft", "<tiny>", "qinit snndlft", config, training, None, values,
         rows, tuple(moments), ("a note",), {}, {},
     )  # fmt: skip
 
