@@ -241,6 +241,7 @@ def _write(wanted: Wanted, checkpoint: Checkpoint, model: Any, out: Path, overwr
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         model.save_pretrained(str(partial), save_embedding_layers=False)
+        shutil.copymode(partial / CONFIG_NAME, partial / f"{WEIGHTS_STEM}.safetensors")  # else the user's alone
         settings = read_json(partial / CONFIG_NAME, "PEFT writes one")
         for key, value in settings.items():  # PEFT keeps names as sets, whose order differs from run to run
             settings[key] = sorted(value) if key.endswith("_modules") and isinstance(value, list) else value

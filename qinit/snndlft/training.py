@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from qinit.adapters import CONFIG_NAME
+from qinit.adapters.trained import WEIGHTS_NAME
 from qinit.errors import ReportError
 from qinit.files.atomic import write_files
 from qinit.files.manifest import write_manifest
@@ -108,6 +111,7 @@ def _write(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a module whose triplets are all masked has an adapter of rank 0
         model.save_pretrained(directory)
+    shutil.copymode(directory / CONFIG_NAME, directory / WEIGHTS_NAME)  # safetensors lets the user alone read it
     task.tokenizer.save_pretrained(directory)
     files = {REPORT_NAME: report.to_json().encode(), CARD_NAME: card_text(report).encode()}
     try:

@@ -39,6 +39,7 @@ def test_other_commands_read_what_was_trained(command, reader, files):
     trained = (*SMALL, "--steps", 4, "--out", "out", "--dataset", "a.txt", "--validation", "a.txt", "--json")
     report = json.loads(command("snndlft", reader, *trained)[1])
     before = names(files / "out")
+    assert len({path.stat().st_mode for path in (files / "out").iterdir()}) == 1  # by the umask
 
     (files / "out/report.html").write_text("")
     code, out, err = command("report", "out", "--json")

@@ -211,6 +211,7 @@ def test_only_an_adapter_is_replaced_and_only_where_that_was_asked_for(bases, tm
     (out / "notes.txt").unlink()
     make_adapter(wanted(base, "ia3", tmp_path), out, overwrite=True)
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "IA3"
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # by the umask
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(OutputError, match="holds something else than an adapter"):
         make_adapter(wanted(base, "ia3", tmp_path), base, overwrite=True)
