@@ -53,7 +53,7 @@ ELSEWHERE = {
     "qinit/trial/asked.py": "data alone",
     "qinit/snndlft/base.py": "its errors are in test_training.py beside it, which trains on what it loads",
     "qinit/snndlft/course.py": "what a callback does: test_callback.py beside it",
-    "qinit/snndlft/report.py": "what a training says: test_training.py beside it",
+    "qinit/snndlft/evaluation.py": "tests/cli/test_snndlft.py measures what it has trained",
     "qinit/stages/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
     **{
         f"qinit/trainers/{name}.py": "tests/docs/test_trainers.py reads what it writes, tests/compat/trainers runs it"

@@ -80,7 +80,8 @@ def _nothing_left(plan: Plan, chosen: int) -> TargetError:
 def _with_calibration(plan: Plan) -> Plan:
     """Decide `auto`, and check what was asked for before anything expensive happens."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
-    if recipe.calibration == "auto":
+    auto = recipe.calibration == "auto"
+    if auto:
         choice = choose(plan, plan.device)
         asked = {key: getattr(recipe, key) for key in ("rounding", "act_order", "polish") if getattr(recipe, key)}
         if choice.source == "none" and asked:
@@ -97,6 +98,7 @@ def _with_calibration(plan: Plan) -> Plan:
             checkpoint.config,
             recipe.text_field,
             trust_remote_code=recipe.trust_remote_code,
+            tokenized=auto,  # `choose` takes no text that needs one before it has tried it
         )
     if "gradient" in recipe.row.needs and not plan.facts.causal:
         raise RecipeError(f"method: {recipe.method} takes the loss of the next token, and this model predicts none")

@@ -102,12 +102,16 @@ class TestWhatComesOfIt:
     def test_it_is_measured_anew_and_old_evaluations_are_left_out(self, ready, monkeypatch):
         run = ready()
         evaluation = {"text": "a", "length": 8, "stride": None, "perplexity": 3.0}
-        edit_json(run / "qinit.json", lambda raw: raw["totals"].update(evaluations=[evaluation], check={"kl": 9}))
+        old = {"kl": 9.0, "text": "random tokens, as there is no tokenizer", "tokens": 7}
+        edit_json(run / "qinit.json", lambda raw: raw["totals"].update(evaluations=[evaluation], check=old))
         edit_json(run / "qinit.json", lambda raw: raw["notes"].append("check: this start is broken"))
         refresh(run, ["qinit.json"])
         (run / "README.md").unlink()  # it would have to fit
         report = polished(run, check=True).report
-        assert report.totals["check"]["tokens"] > 1000
+        check = report.totals["check"]
+        assert check["tokens"] > 1000
+        kl = {"before": 9.0, "after": check["kl"], "tokens": [7, check["tokens"]]}
+        assert report.totals["calibration"]["polish"]["kl"] == kl
         assert "evaluations" not in report.totals
         assert again.OLD_EVALUATIONS in report.notes
         assert "check: this start is broken" not in report.notes
