@@ -148,6 +148,17 @@ def memory(result: Result) -> list[Table]:
     return [Table(title, ["format", "layers", "source GB", "peak MB", "reported MB", "seconds"], rows)]
 
 
+def straight(result: Result) -> list[Table]:
+    """Time against weights."""
+    rows = [
+        [row["size"], f"{row['weights'] / 1e6:.1f}", f"{row['seconds']:.2f}", f"{100 * row['off']:+.1f}"]
+        for row in result["rows"]
+    ]
+    slope, start = 1e9 * result["seconds_per_weight"], result["start"]
+    title = f"{result['threads']} threads; the line: {start:.2f} s and {slope:.1f} s for a billion weights"
+    return [Table(title, ["shapes", "million weights in layers", "seconds", "off the line, %"], rows)]
+
+
 def compare(result: Result) -> list[Table]:
     """`qinit compare`."""
     from qinit.compare import table
@@ -331,6 +342,7 @@ def _spread(values: list[float]) -> str:
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
+    **{"straight": straight},
     **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
     **{"snndlft": snndlft, "combined": combined, "finetune-memory": finetune_memory, "scale": scale},
     "starts": starts,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from qinit.compare.comparison import Comparison
     from qinit.compare.texts import Text
+    from qinit.processes.group import Processes
     from qinit.source.checkpoint import Checkpoint
     from qinit.train.finetune import Training
 
@@ -95,19 +96,34 @@ def compare(**options: Any) -> None:
     Finished cells are kept under --out and reused by the next run with the same options. Exit code 1: some cells
     failed; the table says why.
     """
-    from qinit_cli.draw_compare import Board
+    from qinit.processes.join import joined
 
     hush()
+    with joined() as processes:
+        failed = _compared(options, processes)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _compared(options: dict[str, Any], processes: Processes) -> bool:
+    """Carry out the command, or this process's part of it; returns whether cells have failed."""
+    from qinit_cli.draw_compare import Board
+
     from qinit.compare.make import check_place
     from qinit.compare.schedule import Schedule
     from qinit.errors import CompareError
+    from qinit.processes.join import require_device
 
     board = Board(quiet=options["quiet"], to_stderr=options["json_output"])
     jobs = _or(options["jobs"], 1)
     if jobs < 1:
         raise CompareError(f"--jobs: expected 1 or more, found {jobs}")
+    if processes.several and jobs > 1:
+        raise CompareError(f"--jobs: each of {processes.count} processes works on one cell at a time; leave it out")
+    require_device(options["device"] or "auto")
     comparison = _made(options, board)
-    check_place(comparison, options["overwrite"] and not options["dry_run"])
+    anew = options["overwrite"] and not options["dry_run"]
+    processes.from_first(lambda: check_place(comparison, anew), "the place")
     schedule = Schedule(comparison)
     if options["dry_run"]:
         from qinit.compare.forecast import forecast
@@ -116,17 +132,22 @@ def compare(**options: Any) -> None:
         board.forecast(comparison, planned)
         if options["json_output"]:
             sys.stdout.write(json.dumps(planned) + "\n")
-        return
+        return False
     from qinit.compare.results import result, write_result
-    from qinit.compare.workers import carry_out
+    from qinit.compare.workers import carry_out, set_out
     from qinit.errors import StoppedError
 
+    if processes.several:
+        set_out(comparison, processes)
+    if not processes.first:
+        carry_out(schedule, lambda event: None, processes=processes)
+        return False
     # Files by their names alone: the result is for others.
     command = typed([Path(word).name if "/" in word and Path(word).exists() else word for word in sys.argv[1:]])
     write_result(comparison.out, result(comparison, schedule.found, command))
     try:
         with board.progress(schedule) as tell:
-            carry_out(schedule, tell, jobs=jobs, prepare=hush)
+            carry_out(schedule, tell, jobs=jobs, prepare=hush, processes=processes)
     except KeyboardInterrupt:
         raise StoppedError(
             f"interrupted; finished cells are kept in {comparison.out}, and the same command goes on"
@@ -136,8 +157,7 @@ def compare(**options: Any) -> None:
     board.result(final, places)
     if options["json_output"]:
         sys.stdout.write(json.dumps(final) + "\n")
-    if any(row["failed"] for row in final["rows"]):
-        raise typer.Exit(1)
+    return any(row["failed"] for row in final["rows"])
 
 
 def _made(options: dict[str, Any], board: Any) -> Comparison:

@@ -72,6 +72,7 @@ def make_comparison(
     trusted = bool(options.get("trust_remote_code"))
     rows += [finished_row(run, checkpoint, rates, trusted) for run in runs]
     names = [row.name for row in rows]
+    device = options.get("device") or "auto"
     if len(set(names)) < len(names):
         widths = ", ".join(map(str, bits))
         given = "; ".join(filter(None, (", ".join(methods), widths, ", ".join(run.name for run in runs))))
@@ -87,7 +88,7 @@ def make_comparison(
         learn=learn,
         validation=validation,
         seeds=tuple(seeds),
-        device=str(pick_device(options.get("device") or "auto")),
+        device=device if ":" in device else pick_device(device).type,  # of several processes each has its own
         fingerprint=fingerprint(checkpoint),
         keep_runs=keep_runs,
     )

@@ -27,6 +27,7 @@ class AutoRoundReader(Reader):
     adapters = ("lora",)
     packages = ("auto_round",)
     parts = ("qweight", "qzeros", "scales")
+    packed_experts_note = "auto-round takes the model's experts apart to load them, which is not done here"
 
     def recognises(self, config: dict[str, Any]) -> bool:
         return method_of(config) == "auto-round"

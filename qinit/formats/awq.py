@@ -31,6 +31,7 @@ class AwqReader(Reader):
     adapters = ("lora",)
     packages = ("gptqmodel",)
     moves_scales = True
+    head_note = "transformers leaves the head out when it loads AWQ, and starts it at random"
     parts = ("qweight", "qzeros", "scales")
 
     def recognises(self, config: dict[str, Any]) -> bool:

@@ -38,6 +38,7 @@ class CompressedTensorsReader(Reader):
     opening = "base.hf_quantizer.compressor.decompress_model(base)"  # PEFT wants weights, and they are packed till then
     parts = ("weight_packed", "weight_scale")
     more_parts = ("weight_shape", ZEROS, GROUPS)
+    packed_experts_note = "transformers unpacks them while it loads the base, without their zero points"
 
     def recognises(self, config: dict[str, Any]) -> bool:
         return method_of(config) == "compressed-tensors"

@@ -24,6 +24,10 @@ class Reader(ABC):
     moves_scales = False  # whether its writers move scales between layers, as AWQ does
     parts: tuple[str, ...] = ()  # what a packed layer's tensors are called in the place of `weight`
     more_parts: tuple[str, ...] = ()  # those that not every layer has
+    head_note = ""  # why its loader reads no packed output head, "" where it does
+    packed_experts_note = (  # why experts that are packed in this form are not read
+        "transformers has experts as slices of 3-D parameters, and its loader of this form starts packed ones at random"
+    )
     adapters: tuple[str, ...] = ("lora", "dora")  # the kinds that PEFT puts on a packed layer
     opening = ""  # what is done with a loaded `base` before PEFT gets it, in Python
     exact = True  # whether a model that is loaded in float32 has the values of `read`, and computes in it

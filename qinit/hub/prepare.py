@@ -22,14 +22,14 @@ from qinit.report.adapter_card import adapter_snippet, is_adapter
 from qinit.report.card import TRAINED_DIRECTORY, hub_card, snippet_of
 from qinit.report.exported import download_lines, hub_export_card
 from qinit.report.merged import MergeReport, is_merge, merged_snippet, on_hub
+from qinit.report.pictures.files import PICTURES
 from qinit.report.published import Published, hub_id_of
-from qinit.report.report import REPORT_NAME, Report
+from qinit.report.report import REPORT_NAME, Report, is_training
 from qinit.source.checkpoint import read_json, weight_files
 
 CARD_NAME = "README.md"
 ADAPTER_CONFIG = f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}"
 BASE_KEY = "base_model_name_or_path"
-PICTURES = ("report.png", "report.html")  # `qinit report` makes them after the list was written
 # What a trainer leaves in a directory, some of it pickles: no part of a run, with SHA256SUMS or without.
 STATE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -111,6 +111,8 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None, base: st
     if is_merge(directory):
         _refuse_base(directory, base)
         return _prepare_merge(directory, repo_id, adapter)
+    if is_training(directory):
+        raise ReportError(_trained_alone(directory, repo_id))
     report = Report.read(directory)
     if is_adapter(report) and report.export is None:
         return _prepare_alone(directory, repo_id, report, adapter, base)
@@ -209,6 +211,14 @@ def _completed(
         left_out += [str(adapter / name) for name in _others(adapter)]
     files, left = dict(sorted(sizes.items())), tuple(left_out)
     return replace(prepared, files=files, rewritten=rewritten, changes=tuple(changes), left_out=left)
+
+
+def _trained_alone(directory: Path, repo_id: str) -> str:
+    """Say how an adapter that `qinit snndlft` trained gets to the Hub."""
+    base = read_json(directory / CONFIG_NAME, "so this is no whole training; run `qinit snndlft` again").get(BASE_KEY)
+    first = f"name a base on the Hub under {BASE_KEY} in {CONFIG_NAME}, and " if Path(str(base)).is_absolute() else ""
+    upload = f"push it with `hf upload {repo_id} {directory}`"
+    return f"{directory}: holds an adapter alone, for the base {base}; {first}{upload}"
 
 
 def _prepare_merge(directory: Path, repo_id: str, adapter: Path | None) -> Prepared:

@@ -19,8 +19,9 @@ from urllib.parse import quote
 from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME
 from qinit.errors import HubError
 from qinit.hub.errors import checked_token, hub_errors
-from qinit.hub.prepare import CARD_NAME, PICTURES, Prepared, require_name
+from qinit.hub.prepare import CARD_NAME, Prepared, require_name
 from qinit.report.card import TRAINED_DIRECTORY
+from qinit.report.pictures.files import PICTURES
 from qinit.report.report import REPORT_NAME
 
 if TYPE_CHECKING:

@@ -65,6 +65,8 @@ def given_layers(plan: Plan, known: tuple[Target, ...], targets: tuple[Target, .
     weights = ModelWeights(given.checkpoint, given.architecture, trust_remote_code=recipe.trust_remote_code)
     packed = weights.packed()
     require_rank(recipe, targets)
+    if (head := weights.packed_head) is not None and weights.format is not None and weights.format.head_note:
+        raise CheckpointError(f"{given.checkpoint.directory}: {head.name} is quantized, and {weights.format.head_note}")
     layers = []
     chosen = {target.name for target in targets}
     if packed and not plan.on_source and not any(target.module.parameter in packed for target in targets):
@@ -95,6 +97,12 @@ def given_layers(plan: Plan, known: tuple[Target, ...], targets: tuple[Target, .
     if not packed and recipe.row.start != "none":
         _require_rounded(plan, weights, targets)
     return tuple(layers)
+
+
+def given_remarks(given: Given) -> list[str]:
+    """Say what of a base stays as it is though it is quantized."""
+    head = ModelWeights(given.checkpoint, given.architecture).packed_head
+    return [] if head is None else [f"{head.name} is quantized in the base, and stays so: output heads get no adapter"]
 
 
 def require_rank(recipe: Recipe, targets: Sequence[Target]) -> None:

@@ -53,6 +53,7 @@ class GptqFormat(Format):
         "packed with mixed widths; load it with qinit.load(DIR) or GPTQModel.load, as stock from_pretrained reads one "
         "width only"
     )
+    head_note = "optimum packs the layers of blocks alone, so that transformers starts the head at random"
     holds_experts = False
     experts_note = (
         "format gptq packs linear layers, and transformers has experts as slices of 3-D parameters (GPTQModel.load "
