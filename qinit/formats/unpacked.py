@@ -43,9 +43,9 @@ class UnpackedTensor(StoredTensor):
 
 def unpacked(checkpoint: Checkpoint, architecture: Architecture, reader: Reader) -> Checkpoint:
     """Return a base as if its loader had unpacked it, tensor by tensor as they are read. Memory: one layer. Raises
-    CheckpointError for a head or an embedding that is packed, which is not read, and for tensors that do not fit."""
+    CheckpointError for an embedding or experts that are packed, which are not read, and for tensors that do not fit."""
     names, tensors = architecture.names_in(checkpoint), dict(checkpoint.tensors)
-    for module in architecture.linear:
+    for module in (*architecture.linear, *([architecture.head] if architecture.head else [])):
         known = (*reader.parts, *reader.more_parts)
         found = {part: tensor for part in known if (tensor := names.find(f"{module.name}.{part}")) is not None}
         if not reader.parts or not found.keys() >= set(reader.parts):
@@ -61,8 +61,8 @@ def unpacked(checkpoint: Checkpoint, architecture: Architecture, reader: Reader)
     left = next((name for name in tensors if any(name.endswith(f".{part}") for part in _own_parts(reader))), None)
     if left is not None:
         raise CheckpointError(
-            f"{tensors[left].file}: has '{left}' for what is no linear layer of a block: a packed head, embedding or "
-            "expert is not read; give --source, the model that it was quantized from"
+            f"{tensors[left].file}: has '{left}' for what is no linear layer: a packed embedding or expert is not "
+            "read; give --source, the model that it was quantized from"
         )
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return replace(checkpoint, config=config, tensors=tensors)
