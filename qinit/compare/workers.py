@@ -137,7 +137,7 @@ def _together(schedule: Schedule, tell: Tell, processes: Processes) -> None:
         return [cell for cell in taken if cell is not None]
 
     while cells := processes.from_first(next_round, "the next cells"):
-        found = None
+        found: dict[str, Any] = {}
         if processes.rank < len(cells):
             tell(Begun(cells[processes.rank]))
             found = _attempt(schedule.comparison, cells[processes.rank], tell)
