@@ -137,9 +137,10 @@ def _together(schedule: Schedule, tell: Tell, processes: Processes) -> None:
         return [cell for cell in taken if cell is not None]
 
     while cells := processes.from_first(next_round, "the next cells"):
-        found = None
+        found: dict[str, Any] = {}
+        for cell in cells:
+            tell(Begun(cell))
         if processes.rank < len(cells):
-            tell(Begun(cells[processes.rank]))
             found = _attempt(schedule.comparison, cells[processes.rank], tell)
         everything = processes.gather(found, "what cells have found")
         if processes.first:

@@ -96,7 +96,7 @@ class TestSeveralProcesses:
         alone = Schedule(made)
         carry_out(alone, lambda event: None)
         assert found == alone.found
-        assert (told, others[0]) == (made.cells + made.cells // 2 + made.cells % 2, {})
+        assert (told, others[0]) == (2 * made.cells, {})
         both = [name.partition("-") for name in worked() if not name.startswith(f"{os.getpid()}-")]
         assert len({process for process, _, _ in both}) == 2
         assert len({cell for _, _, cell in both}) == len(both) == made.cells
