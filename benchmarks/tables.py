@@ -10,6 +10,7 @@ from collections.abc import Callable
 from statistics import mean, stdev
 
 from plan_tables import finetune_memory, scale
+from start_tables import starts, starts_by_width
 from table import Result, Table
 
 
@@ -145,6 +146,17 @@ def memory(result: Result) -> list[Table]:
     ]
     title = f"imports alone: {result['imports_bytes'] / 1e6:.0f} MB"
     return [Table(title, ["format", "layers", "source GB", "peak MB", "reported MB", "seconds"], rows)]
+
+
+def straight(result: Result) -> list[Table]:
+    """Time against weights."""
+    rows = [
+        [row["size"], f"{row['weights'] / 1e6:.1f}", f"{row['seconds']:.2f}", f"{100 * row['off']:+.1f}"]
+        for row in result["rows"]
+    ]
+    slope, start = 1e9 * result["seconds_per_weight"], result["start"]
+    title = f"{result['threads']} threads; the line: {start:.2f} s and {slope:.1f} s for a billion weights"
+    return [Table(title, ["shapes", "million weights in layers", "seconds", "off the line, %"], rows)]
 
 
 def compare(result: Result) -> list[Table]:
@@ -330,8 +342,10 @@ def _spread(values: list[float]) -> str:
 KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"fidelity": fidelity, "mixed": mixed, "schedule": schedule, "speed": speed},
     **{"calibration": calibration, "calibration-cost": calibration_cost, "memory": memory, "compare": compare},
+    **{"straight": straight},
     **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
     **{"snndlft": snndlft, "combined": combined, "finetune-memory": finetune_memory, "scale": scale},
+    "starts": starts,
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
-VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}
+VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short, "by-width": starts_by_width}

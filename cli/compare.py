@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from qinit.compare.comparison import Comparison
     from qinit.compare.texts import Text
+    from qinit.processes.group import Processes
     from qinit.source.checkpoint import Checkpoint
     from qinit.train.finetune import Training
 
@@ -40,7 +41,15 @@ COMPARING: dict[str, Any] = {
             "Names of `qinit methods`; NAME:SOURCE gives one a calibration of its own, as eqft:none, and NAME@QUALITY "
             "a quality, as eqft@best.",
         ),
-        "eqft,eqft:none,loftq,qpissa,qlora",
+        "eqft,eqft:none,loftq,qpissa,qlora; none with --run",
+    ),
+    "run": _option(
+        *(
+            list[Path],
+            COMPARE_PANEL,
+            "A finished run of the model: a row without a solve. May be given again.",
+        ),
+        *("none", "DIR"),
     ),
     "bits": _option(
         str, COMPARE_PANEL, "Widths; for eqft also averages, as 2.5: half of the weights get 2, half 3.", "2,3,4"
@@ -87,19 +96,34 @@ def compare(**options: Any) -> None:
     Finished cells are kept under --out and reused by the next run with the same options. Exit code 1: some cells
     failed; the table says why.
     """
-    from qinit_cli.draw_compare import Board
+    from qinit.processes.join import joined
 
     hush()
+    with joined() as processes:
+        failed = _compared(options, processes)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _compared(options: dict[str, Any], processes: Processes) -> bool:
+    """Carry out the command, or this process's part of it; returns whether cells have failed."""
+    from qinit_cli.draw_compare import Board
+
     from qinit.compare.make import check_place
     from qinit.compare.schedule import Schedule
     from qinit.errors import CompareError
+    from qinit.processes.join import require_device
 
     board = Board(quiet=options["quiet"], to_stderr=options["json_output"])
     jobs = _or(options["jobs"], 1)
     if jobs < 1:
         raise CompareError(f"--jobs: expected 1 or more, found {jobs}")
+    if processes.several and jobs > 1:
+        raise CompareError(f"--jobs: each of {processes.count} processes works on one cell at a time; leave it out")
+    require_device(options["device"] or "auto")
     comparison = _made(options, board)
-    check_place(comparison, options["overwrite"] and not options["dry_run"])
+    anew = options["overwrite"] and not options["dry_run"]
+    processes.from_first(lambda: check_place(comparison, anew), "the place")
     schedule = Schedule(comparison)
     if options["dry_run"]:
         from qinit.compare.forecast import forecast
@@ -108,17 +132,22 @@ def compare(**options: Any) -> None:
         board.forecast(comparison, planned)
         if options["json_output"]:
             sys.stdout.write(json.dumps(planned) + "\n")
-        return
+        return False
     from qinit.compare.results import result, write_result
-    from qinit.compare.workers import carry_out
+    from qinit.compare.workers import carry_out, set_out
     from qinit.errors import StoppedError
 
+    if processes.several:
+        set_out(comparison, processes)
+    if not processes.first:
+        carry_out(schedule, lambda event: None, processes=processes)
+        return False
     # Files by their names alone: the result is for others.
     command = typed([Path(word).name if "/" in word and Path(word).exists() else word for word in sys.argv[1:]])
     write_result(comparison.out, result(comparison, schedule.found, command))
     try:
         with board.progress(schedule) as tell:
-            carry_out(schedule, tell, jobs=jobs, prepare=hush)
+            carry_out(schedule, tell, jobs=jobs, prepare=hush, processes=processes)
     except KeyboardInterrupt:
         raise StoppedError(
             f"interrupted; finished cells are kept in {comparison.out}, and the same command goes on"
@@ -128,8 +157,7 @@ def compare(**options: Any) -> None:
     board.result(final, places)
     if options["json_output"]:
         sys.stdout.write(json.dumps(final) + "\n")
-    if any(row["failed"] for row in final["rows"]):
-        raise typer.Exit(1)
+    return any(row["failed"] for row in final["rows"])
 
 
 def _made(options: dict[str, Any], board: Any) -> Comparison:
@@ -161,14 +189,15 @@ def _made(options: dict[str, Any], board: Any) -> Comparison:
     texts, learn = _texts(options, checkpoint, training, window)
     rates = _numbers(options, "learning_rates", float, "1e-4,3e-4,1e-3")
     short = name.rsplit("/", 1)[-1]
-    ceilings = _or(options["ceilings"], "lora,full")
+    ceilings, runs = _or(options["ceilings"], "lora,full"), options["run"] or []
     return make_comparison(
         checkpoint,
         name,
         options["out"] or Path("model_zoo") / "compare" / short,
-        methods=_words(_or(options["methods"], ",".join(METHODS_DEFAULT))),
+        methods=_words(_or(options["methods"], "" if runs else ",".join(METHODS_DEFAULT))),
         bits=_numbers(options, "bits", _width, "2,3,4"),
         options={key: options[key] for key in (*RECIPE, "trust_remote_code", "format", "device")},
+        runs=runs,
         texts=texts,
         window=window,
         training=training,

@@ -28,7 +28,7 @@ from qinit_cli.verify import verify
 
 INTERRUPTED = "interrupted; nothing was left behind"
 LONGEST_ERROR = 2000  # characters
-SHARED = ("eqft", "meqft")  # commands that several processes can carry out together
+SHARED = ("eqft", "meqft", "compare")  # commands that several processes can carry out together
 
 app = typer.Typer(
     name="qinit",
@@ -113,6 +113,9 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            said = " ".join(str(error).split())[:300]
+            _fail(_with_notes(f"a device's memory is used up ({said}); use --device cpu, or free it", error), 2)
         message = f"inside qinit: {type(error).__name__}: {error} (run again with --debug and please report it)"
         _fail(_with_notes(message, error), 1)
 

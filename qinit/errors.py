@@ -54,6 +54,10 @@ class LostError(ProcessesError):
     """Another process of the run is gone; what is finished is kept."""
 
 
+class FullError(QinitError):
+    """The memory of a device is used up; what is finished is kept."""
+
+
 class StoppedError(QinitError):
     """Ctrl-C; the message says what is left behind or kept. The command line exits with 130."""
 

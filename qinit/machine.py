@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -78,6 +79,18 @@ def _free_on_host() -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # no Linux
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def make_room() -> None:
+    """Give back to the GPUs what nothing needs any more, and what torch keeps of their memory for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def used_up(what: str, device: torch.device, batch: int) -> str:
+    """Say that a device has no room for so many samples at once; `what` is being done with them."""
+    return f"{what}: the memory of {device.type} is used up by a batch of {batch}"
 
 
 def total_memory(device: torch.device) -> int:

@@ -30,7 +30,7 @@ from qinit.stream.carried import Batch, Calls, Carried, batches_of
 from qinit.stream.front import ends_of, in_front
 from qinit.stream.rows import Row
 from qinit.stream.whole import load_whole, read_tokens
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 Run = Callable[[Batch], Any]  # takes a batch through the layers at hand
 
@@ -77,13 +77,15 @@ class Probe(ABC):
     """What is done with the gradient g of minus the log-probability of a token drawn from the model's own distribution,
     as it arrives at a layer's output [tokens, out]; its expected square is the Fisher information. `experts`: whether
     it looks at experts too; `whole`: whether it reads all of the text, and not only its beginning; `in_shards`: whether
-    it adds up shards of the text alone, so that `processes` can share it."""
+    it adds up shards of the text alone, so that `processes` can share it. `portion` is of what goes at once."""
 
     experts = False
     whole = False
     in_shards = False
 
-    def __init__(self, plan: Plan, samples: Samples, device: torch.device, processes: Processes = ALONE) -> None:
+    def __init__(
+        self, plan: Plan, samples: Samples, device: torch.device, processes: Processes = ALONE, portion: Portion = int
+    ) -> None:
         self.plan, self.device, self.processes = plan, device, processes
         part = (slice(None), slice(None)) if self.whole else (slice(GRADIENT_SAMPLES), slice(GRADIENT_LENGTH))
         mask = None if samples.mask is None else samples.mask[part]
@@ -92,7 +94,7 @@ class Probe(ABC):
             layer.target.name: layer for layer in plan.quantized if self.experts or layer.target.module.expert is None
         }
         tokens = min(GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES // (4 * (plan.facts.vocabulary or 1)))
-        self.batches = list(batches_of(self.samples, size := max(1, tokens // self.samples.tokens.shape[1])))
+        self.batches = list(batches_of(self.samples, size := portion(max(1, tokens // self.samples.tokens.shape[1]))))
         if self.in_shards:
             share = share_of(self.samples, size, processes)
             self.samples, self.batches = share.samples, share.batches
@@ -132,9 +134,7 @@ class Probe(ABC):
                 if not output.requires_grad:
                     output = output + self.start
                 output.register_hook(
-                    lambda gradient: self.add(
-                        name, unpadded(x, self.mask).float(), unpadded(gradient, self.mask).float()
-                    )
+                    lambda arrived: self.add(name, *(unpadded(rows, self.mask).float() for rows in (x, arrived)))
                 )
                 return output
 

@@ -15,7 +15,7 @@ from qinit.events import Measuring
 from qinit.linalg.low_rank import leading, random_basis
 from qinit.plan.plan import Plan
 from qinit.solver.spec import Gradient, seed_of
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 SHARE = 2  # triplets for each of the adapter's ranks: half of them give A, half of them B
 WIDER = 2  # times as many directions are iterated, as in PEFT's lora_ga_init
@@ -23,7 +23,7 @@ STEPS = 5  # of subspace iteration: its svd_lowrank does one, and four more
 
 
 def loss_gradients(
-    plan: Plan, samples: Samples, device: torch.device, scratch: Path | None = None
+    plan: Plan, samples: Samples, device: torch.device, scratch: Path | None = None, portion: Portion = int
 ) -> Generator[Measuring, None, dict[str, Gradient]]:
     """Measure, for every linear layer that it reaches, the mean gradient of the next token's loss on `samples`, all of
     them; return 2 r singular triplets of each, r the layer's rank.
@@ -31,7 +31,7 @@ def loss_gradients(
     One block with the gradients of its layers is in memory at a time. Raises CalibrationError and CheckpointError.
     """
     try:
-        probe: _Gradients = yield from backward(partial(_Gradients, plan, samples, device), scratch)
+        probe: _Gradients = yield from backward(partial(_Gradients, plan, samples, device, portion), scratch)
     except OverflowedError as what:
         raise CalibrationError(
             f"{what}: NaN or Inf on the text ({samples.origin}); the model overflows there"
@@ -44,8 +44,8 @@ class _Gradients(Probe):
 
     whole = True
 
-    def __init__(self, plan: Plan, samples: Samples, device: torch.device) -> None:
-        super().__init__(plan, samples, device)
+    def __init__(self, plan: Plan, samples: Samples, device: torch.device, portion: Portion) -> None:
+        super().__init__(plan, samples, device, portion=portion)
         self.sums: dict[str, torch.Tensor] = {}
         self.found: dict[str, Gradient] = {}
         mask = self.samples.mask

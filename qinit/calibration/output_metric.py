@@ -16,7 +16,7 @@ from qinit.events import Measuring
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 DIRECTIONS = 32  # of G that are kept: more start no closer, and [out, out] would be the largest thing in memory
 STEPS = 3  # of subspace iteration, for each batch, from the directions of those before
@@ -30,6 +30,7 @@ def output_metrics(
     device: torch.device,
     scratch: Path | None = None,
     processes: Processes = ALONE,
+    portion: Portion = int,
 ) -> Generator[Measuring, None, dict[str, OutputMetric]]:
     """Measure G = E[g g'] for every layer that a gradient reaches, g the gradient at its output of the log-probability
     of a token drawn from the model's own distribution.
@@ -41,7 +42,7 @@ def output_metrics(
     Nothing is returned for a model that overflows. Raises CalibrationError and CheckpointError.
     """
     try:
-        probe: _Moments = yield from backward(partial(_Moments, plan, samples, device, processes), scratch)
+        probe: _Moments = yield from backward(partial(_Moments, plan, samples, device, processes, portion), scratch)
     except OverflowedError:  # who looks at the activations will say where
         return {}
     return {name: metric for name in probe.all if (metric := probe.metric(name)) is not None}
@@ -61,8 +62,10 @@ class _Moments(Probe):
 
     in_shards = True
 
-    def __init__(self, plan: Plan, samples: Samples, device: torch.device, processes: Processes) -> None:
-        super().__init__(plan, samples, device, processes)
+    def __init__(
+        self, plan: Plan, samples: Samples, device: torch.device, processes: Processes, portion: Portion
+    ) -> None:
+        super().__init__(plan, samples, device, processes, portion)
         self.found: dict[str, dict[int, _Moment]] = {}  # by layer and shard
         self.all: dict[str, _Moment] = {}
 

@@ -37,7 +37,7 @@ from qinit.processes.group import ALONE, Processes
 from qinit.stream.blocks import Blocks
 from qinit.stream.carried import Batch
 from qinit.stream.rows import Row
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 
 class Walk:
@@ -54,7 +54,7 @@ class Walk:
     finished only if all of its layers are.
 
     Of several `processes` each walks with its share of the text, and what layers see is added up over all. Each repairs
-    every layer, whoever has solved it.
+    every layer, whoever has solved it. `portion` is of what goes through the model at once.
 
     Raises NotStreamable (from the constructor and the first step), CalibrationError for NaN or Inf activations.
     """
@@ -70,8 +70,9 @@ class Walk:
         weight_of: Callable[[LayerPlan], torch.Tensor] | None = None,
         whole_blocks: bool = False,
         processes: Processes = ALONE,
+        portion: Portion = int,
     ):
-        share = share_of(samples.shortest_first(), batch_size(plan, samples, device), processes)
+        share = share_of(samples.shortest_first(), portion(batch_size(plan, samples, device)), processes)
         self.samples, self.batches, self.device, self.processes = share.samples, share.batches, device, processes
         self.sequential = mode == "sequential"
         self.blocks = Blocks.of(plan, device)

@@ -18,14 +18,22 @@ from qinit.events import Measuring
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.solver.statistics import Statistics
 from qinit.stream.whole import load_whole, read_tokens
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 
 class WholeModel:
     """The whole model as the one block of a walk."""
 
-    def __init__(self, plan: Plan, samples: Samples, device: torch.device, finished: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        samples: Samples,
+        device: torch.device,
+        finished: Collection[str] = (),
+        portion: Portion = int,
+    ) -> None:
         self.plan, self.samples, self.device, self.finished = plan, samples, device, frozenset(finished)
+        self.portion = portion
 
     def visit(self) -> Iterator[Measuring | Seen]:
         """Yield what a Walk does in mode `parallel`, from one pass of the whole model (float32) and all H matrices at
@@ -52,7 +60,7 @@ class WholeModel:
             return hook
 
         hooks = [model.get_submodule(name).register_forward_pre_hook(measure(name)) for name in names]
-        size = batch_size(plan, samples, device)
+        size = self.portion(batch_size(plan, samples, device))
 
         def run() -> None:
             nonlocal first, mask

@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 
-from qinit.compare.comparison import Cell, Comparison
+from qinit.compare.comparison import CELLS, Cell, Comparison
 from qinit.compare.measure import work
 from qinit.compare.schedule import Schedule
-from qinit.errors import CompareError, OutputError, QinitError
+from qinit.errors import CompareError, OutputError, ProcessesError, QinitError
+from qinit.machine import versions
+from qinit.processes.group import ALONE, Processes
+from qinit.runner.several import require_same, require_seen
+from qinit.workplace.signature import HASH
 
 STEP_SECONDS = 1.0  # between two reports of a cell's progress
 
@@ -50,12 +54,23 @@ Event = Begun | Stepped | Ended
 Tell = Callable[[Event], None]
 
 
-def carry_out(schedule: Schedule, tell: Tell, *, jobs: int = 1, prepare: Callable[[], None] = lambda: None) -> None:
+def carry_out(
+    schedule: Schedule,
+    tell: Tell,
+    *,
+    jobs: int = 1,
+    prepare: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
+) -> None:
     """Work on every cell that is left, `jobs` at a time, each with its share of the threads; `prepare` (a module's
-    function) is called first in each worker process. A cell that fails does not stop the others.
+    function) is called first in each worker process. A cell that fails does not stop the others. Of several `processes`
+    each works on one cell at a time, and the first has the schedule.
 
     Raises OutputError when results cannot be written, CompareError when a worker process is killed.
     """
+    if processes.several:
+        _together(schedule, tell, processes)
+        return
     if jobs > 1:
         _in_workers(schedule, tell, jobs, prepare)
         return
@@ -64,6 +79,28 @@ def carry_out(schedule: Schedule, tell: Tell, *, jobs: int = 1, prepare: Callabl
         found = _attempt(schedule.comparison, cell, tell)
         schedule.finish(cell, found)
         tell(Ended(cell, found))
+
+
+def set_out(comparison: Comparison, processes: Processes) -> None:
+    """Make sure that several processes compare the same and see what each of them writes. Raises ProcessesError and
+    OutputError."""
+    if processes.count > comparison.cells:
+        raise ProcessesError(
+            f"{processes.count} processes for {comparison.cells} cells: some would have nothing to do; start at most "
+            f"{comparison.cells}"
+        )
+    own: dict[str, Any] = {f"version of {name}": version for name, version in versions().items()}
+    own["threads (OMP_NUM_THREADS)"] = torch.get_num_threads()
+    own["the rows"] = ", ".join(row.name for row in comparison.rows)
+    own["what is compared"] = HASH + ",".join(comparison.digest(Cell(row)) for row in comparison.rows)
+    require_same(own, processes)
+    cells = comparison.out / CELLS
+    if processes.first:
+        try:
+            cells.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{cells}: cannot be written ({error.strerror})") from None
+    require_seen(cells, comparison.out, processes)
 
 
 def _attempt(comparison: Comparison, cell: Cell, tell: Tell) -> dict[str, Any]:
@@ -81,8 +118,34 @@ def _attempt(comparison: Comparison, cell: Cell, tell: Tell) -> dict[str, Any]:
         raise
     except QinitError as error:
         return {"failed": str(error)}
-    except Exception as error:  # a model can break, or run out of memory, in any way
-        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    except torch.OutOfMemoryError as error:
+        less = "a smaller --micro-batch or --gradient-checkpointing" if cell.rate is not None else "a shorter --length"
+        return {"failed": f"{_words(error)}; give {less}, or --device cpu"}
+    except Exception as error:  # a model can break in any way
+        return {"failed": _words(error)}
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _together(schedule: Schedule, tell: Tell, processes: Processes) -> None:
+    """Work on cells in rounds: each process takes one, and all of them are told to the first before the next round."""
+
+    def next_round() -> list[Cell]:
+        taken = (schedule.take() for _ in range(processes.count))
+        return [cell for cell in taken if cell is not None]
+
+    while cells := processes.from_first(next_round, "the next cells"):
+        found = None
+        if processes.rank < len(cells):
+            tell(Begun(cells[processes.rank]))
+            found = _attempt(schedule.comparison, cells[processes.rank], tell)
+        everything = processes.gather(found, "what cells have found")
+        if processes.first:
+            for cell, one in zip(cells, everything, strict=False):
+                schedule.finish(cell, one)
+                tell(Ended(cell, one))
 
 
 def _in_workers(schedule: Schedule, tell: Tell, jobs: int, prepare: Callable[[], None]) -> None:

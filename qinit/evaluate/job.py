@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qinit.errors import QinitError, RecipeError
+from qinit.errors import FullError, QinitError, RecipeError
 from qinit.evaluate.figures import Figures, Logits, logits_of, measure
 from qinit.evaluate.loaded import (
     SHARE,
@@ -27,7 +27,7 @@ from qinit.evaluate.streamed import Block, Streamed
 from qinit.evaluate.subject import Subject
 from qinit.evaluate.tasks import run_tasks
 from qinit.evaluate.windows import Windows
-from qinit.machine import free_memory
+from qinit.machine import free_memory, used_up
 from qinit.stream.calls import NotStreamable
 from qinit.text.tokens import load_tokenizer
 
@@ -130,12 +130,19 @@ def _chosen(
         raise RecipeError(f"dtype: a streamed evaluation computes in float32, not {dtype}; leave one of the two out")
     models = [subject] if reference is None else [subject, reference]
     vocabulary = max(model.facts.vocabulary or 1 for model in models)
+    whole = [model.name for model in models if model.loader is not None]
+    if whole and stream == "always":
+        raise RecipeError(
+            f"stream: the adapter of {whole[0]} is run with the whole model in memory; use --stream never"
+        )
     rows = batch_size or (1 if windows is None else batch_size_for(windows, vocabulary))
     wanted = dtype or "float32"
     if stream == "always":
         return Way(True, "as asked", "float32", rows)
     if stream == "never":
         return Way(False, "as asked", wanted, rows)
+    if whole:
+        return Way(False, "its adapter is loaded by qinit.snndlft alone", wanted, rows)
     missing = [name for model in models for name in missing_packages(model)]
     if missing:
         reason = f"{' and '.join(dict.fromkeys(missing))} not being installed to load packed weights"
@@ -160,8 +167,24 @@ def evaluate(
     """Run the models over the windows, then the tasks; yields what happens, the last event is Evaluated.
 
     Streamed hidden states that do not fit in memory go to a temporary directory.
-    Raises CheckpointError, RecipeError, and QinitError for NaN or Inf.
+    Raises CheckpointError, RecipeError, FullError where the device has too little memory, and QinitError for NaN or
+    Inf.
     """
+    try:
+        yield from _evaluated(subject, reference, windows, way, device, tasks)
+    except torch.OutOfMemoryError:
+        less = "--stream always" if way.batch_size == 1 and not way.streamed else "a smaller --batch-size or --length"
+        raise FullError(f"{used_up(subject.name, device, way.batch_size)}; use {less}, or --device cpu") from None
+
+
+def _evaluated(
+    subject: Subject,
+    reference: Subject | None,
+    windows: Windows | None,
+    way: Way,
+    device: torch.device,
+    tasks: Sequence[str],
+) -> Generator[Event, None, None]:
     started = time.perf_counter()
     figures, results = None, {}
     if way.streamed:

@@ -20,6 +20,7 @@ from qinit.exports.finished import FinishedRun
 from qinit.exports.symmetric import not_symmetric
 from qinit.exports.vllm import vllm_command
 from qinit.exports.words import symmetric_words
+from qinit.formats.compressed_tensors import CompressedTensorsReader
 from qinit.formats.gptq.packing import WORD
 from qinit.report.report import Report
 
@@ -83,6 +84,5 @@ Scales are float16: loaded as float16 or float32 they are the run's, as bfloat16
 def _unpacked_first(lines: str) -> str:
     """Put the line between the base's and the adapter's that unpacks all layers."""
     base, adapter = lines.split("\nmodel = ")
-    unpack = "base.hf_quantizer.compressor.decompress_model(base)"
     base = base.replace('dtype="auto"', 'dtype="float16"')
-    return f"{base}\n{unpack}\nmodel = {adapter}"
+    return f"{base}\n{CompressedTensorsReader.opening}\nmodel = {adapter}"

@@ -35,6 +35,7 @@ STATE_BYTES = 1 << 16
 class BitsandbytesReader(Reader):
     name = "bitsandbytes"
     title = "bitsandbytes NF4"
+    exact = False
     packages = ("bitsandbytes",)
     parts = ("weight", "weight.absmax", STATE)
     more_parts = ("weight.nested_absmax", "weight.nested_quant_map")

@@ -19,8 +19,8 @@ from qinit.files.tensors import read_header
 from qinit.merge.steps import Laying, Layout
 from qinit.merge.ties import ties, untied
 from qinit.report.card import TRAINED_DIRECTORY
+from qinit.report.pictures.files import PICTURES
 from qinit.report.report import Report
-from qinit.runner.before import PICTURES
 from qinit.stock.skeleton import Skeleton
 from qinit.stream.weights import ModelWeights
 from qinit.trial.fitting import named_base, open_adapter, require_made_for, require_names

@@ -12,7 +12,7 @@ from qinit.calibration.shards import SHARDS
 from qinit.plan.plan import Plan
 from qinit.planner.kinds import Kind
 from qinit.planner.operations import Machine
-from qinit.planner.work import DISK_SPEED, Work, file_bytes, loading, work_of
+from qinit.planner.work import DISK_SPEED, Model, Work, file_bytes, loading, work_of
 from qinit.processes.deal import deal
 from qinit.solver.spec import LayerSpec
 from qinit.widths.knapsack import tied
@@ -71,8 +71,11 @@ def _summed(plan: Plan, work: Sequence[Work], machine: Machine | Kind, processes
         seconds[each.part] += taken * share if each.part in SHARED else taken
     solving = _solving(plan, machine, processes)
     seconds["solving"] += solving
-    if plan.pending:  # a round for each width
-        seconds["allocating"] += len(plan.recipe.widths) * solving / plan.recipe.iterations
+    if plan.pending:  # a round for each width, of the blocks that a process has
+        blocks = len(Model(plan).blocks)
+        part = -(-blocks // processes) / blocks
+        rounds = len(plan.recipe.widths) / plan.recipe.iterations
+        seconds["allocating"] += part * rounds * _solving(plan, machine, 1)
     seconds["writing"] += _files(plan, machine)
     if plan.recipe.check and plan.facts.causal:
         seconds["checking"] += STARTING

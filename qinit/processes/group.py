@@ -105,6 +105,13 @@ class Processes:
             self._meet("an error", error)
         raise error
 
+    def recover(self, error: QinitError) -> None:
+        """Tell the others of an error that all of them go on from, each in its own way; returns once all know. Raises
+        what is worse: another error of one of them."""
+        with suppress(type(error)):
+            self.fail(error)
+        self.failed = False
+
     def _group(self, tensor: torch.Tensor) -> Any:
         return self._devices if tensor.is_cuda else self._hosts
 

@@ -8,6 +8,8 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from qinit.calibration.seen import Seen
 from qinit.calibration.walk import OpenBlock, Walk
 from qinit.calibration.whole import WholeModel
@@ -20,9 +22,10 @@ from qinit.runner.dealt import Solved, solve_together
 from qinit.runner.given import read_given
 from qinit.runner.job import Job
 from qinit.runner.layer import solve_layer
+from qinit.runner.room import in_portions, moved, on_device_or_host
 from qinit.runner.staged import Held
 from qinit.stream.calls import NotStreamable
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 
 
 def solve_calibrated(job: Job) -> Generator[Event, None, None]:
@@ -43,7 +46,23 @@ def solve_calibrated(job: Job) -> Generator[Event, None, None]:
     if all(layer.target.name in job.store.rows for layer in plan.quantized):
         return
     metrics = yield from job.output_metrics()
-    with closing(_blocks(job, samples)) as blocks:
+    yield from in_portions(job, "calibration", partial(_solve_walked, job, samples, metrics))
+    for note in _expert_notes(job):
+        yield job.note(note)
+    for layer in plan.quantized:
+        if layer.target.name not in job.store.rows:
+            yield job.note(f"{layer.target.name}: lies outside of the model's blocks, so solved without data")
+
+
+def _solve_walked(
+    job: Job, samples: Samples, metrics: dict[str, OutputMetric], portion: Portion
+) -> Generator[Event, None, None]:
+    """Solve the layers that are left, as the text comes to them. Where it is called again, as a device had no room, the
+    processes may have come to different layers: those of the first count."""
+    if job.processes.several:
+        rows = job.processes.from_first(lambda: job.store.rows, "what is finished")
+        job.store.rows = dict(rows)
+    with closing(_blocks(job, samples, portion)) as blocks:
         for block in blocks:
             if isinstance(block, Noted):
                 yield block
@@ -51,11 +70,6 @@ def solve_calibrated(job: Job) -> Generator[Event, None, None]:
                 yield from _solve_whole(job, block, metrics)
             else:
                 yield from _solve_block(job, block, metrics)
-    for note in _expert_notes(job):
-        yield job.note(note)
-    for layer in plan.quantized:
-        if layer.target.name not in job.store.rows:
-            yield job.note(f"{layer.target.name}: lies outside of the model's blocks, so solved without data")
 
 
 def _expert_notes(job: Job) -> Iterator[str]:
@@ -137,17 +151,22 @@ def _solved(job: Job, metrics: dict[str, OutputMetric], seen: dict[str, Seen], l
     statistics = one.statistics
     if statistics is not None:
         statistics = replace(statistics, output_metric=metrics.get(layer.target.name))
-    return solve_layer(job.plan, layer, one.weight, statistics, read_given(job.store, layer, one.weight))
+
+    def solve(device: torch.device) -> Solved:
+        weight = one.weight.to(device)
+        return solve_layer(job.plan, layer, weight, moved(statistics, device), read_given(job.store, layer, weight))
+
+    return on_device_or_host(job, layer.target.name, solve)
 
 
-def _blocks(job: Job, samples: Samples) -> Generator[OpenBlock | WholeModel | Noted, None, None]:
+def _blocks(job: Job, samples: Samples, portion: Portion) -> Generator[OpenBlock | WholeModel | Noted, None, None]:
     """Walk block by block, or take the whole model where that is not possible; that is done by the first process."""
     plan, store, row, processes = job.plan, job.store, job.plan.recipe.row, job.processes
     if row.stages and processes.several:
         raise ProcessesError(f"method {row.name} works block by block in one process; start it without torchrun")
     reason: str | None = "the method needs all gradients at once"
     if "fisher" not in row.needs:
-        with closing(_walked(job, samples)) as blocks:
+        with closing(_walked(job, samples, portion)) as blocks:
             reason = yield from blocks
         if reason is None:
             return
@@ -157,10 +176,10 @@ def _blocks(job: Job, samples: Samples) -> Generator[OpenBlock | WholeModel | No
             f"{plan.checkpoint.directory}: method {row.name} works block by block ({', '.join(row.stages)}), and this "
             f"model does not run so: {reason}"
         )
-    yield WholeModel(plan, samples, job.device, store.rows)
+    yield WholeModel(plan, samples, job.device, store.rows, portion)
 
 
-def _walked(job: Job, samples: Samples) -> Generator[OpenBlock, None, str | None]:
+def _walked(job: Job, samples: Samples, portion: Portion) -> Generator[OpenBlock, None, str | None]:
     """Walk block by block; returns, where no process has a block yet, why that is not possible."""
     plan, store = job.plan, job.store
     reason, blocks, block = None, None, None
@@ -175,6 +194,7 @@ def _walked(job: Job, samples: Samples) -> Generator[OpenBlock, None, str | None
             weight_of=job.weight,
             whole_blocks=bool(plan.recipe.row.stages),
             processes=job.processes,
+            portion=portion,
         )
         blocks = iter(walk)
         block = next(blocks, None)

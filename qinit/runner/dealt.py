@@ -14,6 +14,7 @@ from qinit.report.report import LayerRow
 from qinit.runner.given import read_given
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight, solve_layer
+from qinit.runner.room import moved, on_device_or_host
 from qinit.solver.spec import Gradient
 
 ROUND_WEIGHTS = 1 << 24  # that a process solves before it hands them over: a killed run loses as much
@@ -61,5 +62,9 @@ def solve_dealt(job: Job) -> Generator[Event, None, None]:
 
 def solve_without_data(job: Job, layer: LayerPlan, gradient: Gradient | None = None) -> Solved:
     """Read a layer's weight and solve it, with the loss's `gradient` where the method asks for it."""
-    weight = read_weight(layer, job.device)
-    return solve_layer(job.plan, layer, weight, None, read_given(job.store, layer, weight), gradient)
+
+    def solve(device: torch.device) -> Solved:
+        weight = read_weight(layer, device)
+        return solve_layer(job.plan, layer, weight, None, read_given(job.store, layer, weight), moved(gradient, device))
+
+    return on_device_or_host(job, layer.target.name, solve)

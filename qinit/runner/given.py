@@ -20,8 +20,11 @@ ALIKE = 0.3  # the least cosine of Q and W: 2 bits have 0.8 and more, other weig
 
 
 def read_given(store: Store, layer: LayerPlan, weight: torch.Tensor) -> torch.Tensor | None:
-    """Return Q [out, in] of a layer of a base that is there, on the device of its `weight` W; None where none is there.
+    """Return Q [out, in] of a layer of a base that is there, on the device of its `weight` W; None where none is there,
+    W where the base is its own source.
     Raises CheckpointError for a Q that has nothing to do with W."""
+    if store.plan.on_source:
+        return weight
     given = store.given(layer)
     if given is None:
         return None

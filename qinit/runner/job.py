@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.processes.group import ALONE, Processes
+from qinit.runner.room import in_portions
 from qinit.solver.spec import Gradient
 from qinit.text.for_run import more_text, text_for
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.workplace.follower import Follower
 from qinit.workplace.journal import Journal
 from qinit.workplace.kept import POLISH_SAMPLES, load_samples, save_samples
@@ -28,8 +29,8 @@ from qinit.workplace.store import Store
 
 @dataclass
 class Job:
-    """What the stages of a run share. `calibration` is what the report says of it. Of several `processes` each has a
-    job; that of the first alone writes."""
+    """What the stages of a run share. `calibration` is what the report says of it, and `spilled` names layers that the
+    device had no room for. Of several `processes` each has a job; that of the first alone writes."""
 
     plan: Plan
     device: torch.device
@@ -38,6 +39,7 @@ class Job:
     token: str | None
     processes: Processes = ALONE
     calibration: dict[str, Any] = field(default_factory=dict)
+    spilled: list[str] = field(default_factory=list)
     _samples: Samples | None = None
     _metrics: dict[str, OutputMetric] | None = None
     _gradients: dict[str, Gradient] | None = None
@@ -66,20 +68,31 @@ class Job:
             recipe = self.plan.recipe
             yield Sampling(recipe.calibration if recipe.calibrated else "self")
             with section("text"):
-                self._samples = text_for(self.plan, self.device, self.token, self.processes)
+                self._samples = yield from self._text(partial(text_for, self.plan))
             if self.processes.first:
                 save_samples(self.place, self.journal, self._samples, written=recipe.calibration == "self")
         return self._samples
 
     def polish_samples(self, tokens: int) -> Generator[Event, None, Samples]:
         """Return the text of the polish: that of the calibration, and more where it has fewer than `tokens`."""
-        found = load_samples(self.place, self.journal, POLISH_SAMPLES)
+        kept = partial(load_samples, self.place, self.journal, POLISH_SAMPLES)
+        found = self.processes.from_first(kept, "a kept text")
         if found is None:
             samples = yield from self.samples()
             with section("text"):
-                found = more_text(self.plan, samples, tokens, self.device, self.token)
-            save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
+                found = yield from self._text(partial(more_text, self.plan, samples, tokens))
+            if self.processes.first:
+                save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
         return found
+
+    def _text(self, read: Callable[..., Samples]) -> Generator[Event, None, Samples]:
+        """Read a text or let the model write it, which may need more of the device than all that follows."""
+
+        def write(portion: Portion) -> Generator[Event, None, Samples]:
+            yield from ()
+            return read(self.device, self.token, self.processes, portion)
+
+        return (yield from in_portions(self, "the text", write, stays=False))
 
     def output_metrics(self) -> Generator[Event, None, dict[str, OutputMetric]]:
         """Measure, once, what errors at the layers' outputs cost, if the method asks for it."""
@@ -87,10 +100,13 @@ class Job:
             self._metrics = {}
             if "output metric" in self.plan.recipe.row.needs:
                 samples = yield from self.samples()
+
+                def measure(portion: Portion) -> Generator[Event, None, dict[str, OutputMetric]]:
+                    place, processes = self.place.scratch, self.processes
+                    return (yield from output_metrics(self.plan, samples, self.device, place, processes, portion))
+
                 with section("pass back"):
-                    self._metrics = yield from output_metrics(
-                        self.plan, samples, self.device, self.place.scratch, self.processes
-                    )
+                    self._metrics = yield from in_portions(self, "the pass back", measure)
         return self._metrics
 
     def gradients(self) -> Generator[Event, None, dict[str, Gradient]]:
@@ -99,8 +115,12 @@ class Job:
             self._gradients = {}
             if "gradient" in self.plan.recipe.row.needs:
                 samples = yield from self.samples()
+
+                def measure(portion: Portion) -> Generator[Event, None, dict[str, Gradient]]:
+                    return (yield from loss_gradients(self.plan, samples, self.device, self.place.scratch, portion))
+
                 with section("pass back"):
-                    self._gradients = yield from loss_gradients(self.plan, samples, self.device, self.place.scratch)
+                    self._gradients = yield from in_portions(self, "the pass back", measure, alone=True)
         return self._gradients
 
     def weight(self, layer: LayerPlan, tensors: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:

@@ -8,26 +8,28 @@ from qinit.clock import section
 from qinit.events import Allotted, Event
 from qinit.plan.allocation import Sensitivity
 from qinit.runner.job import Job
+from qinit.runner.room import in_portions, moved
+from qinit.text.samples import Portion
 from qinit.widths import fisher
 from qinit.widths.budget import allotted, options
 from qinit.widths.validity import check_sensitivity
 
 
 def choose_widths(job: Job) -> Generator[Event, None, None]:
-    """Measure how sensitive each layer is and choose the widths. Of several processes the first solves and measures
-    all layers at all widths, and tells the others."""
-    choices, first = options(job.plan), job.processes.first
+    """Measure how sensitive each layer is and choose the widths."""
+    choices = options(job.plan)
     record = job.processes.from_first(lambda: job.journal.find("sensitivity"), "kept sensitivities")
     if record is None:
         samples = yield from job.samples()
         metrics = yield from job.output_metrics()
-        measured: Sensitivity | None = None
-        if first:
-            with section("sensitivity"):
-                measured = yield from fisher.measure(job.plan, choices, samples, job.device, job.place.scratch, metrics)
-            job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
-        measured = job.processes.from_first(lambda: measured, "sensitivities")
-        assert measured is not None
+
+        def measure(portion: Portion) -> Generator[Event, None, Sensitivity]:
+            own = job.plan, choices, samples, job.device, job.place.scratch
+            return (yield from fisher.measure(*own, moved(metrics, job.device), job.processes, portion))
+
+        with section("sensitivity"):
+            measured = yield from in_portions(job, "the sensitivities", measure)
+        job.journal.append({"kind": "sensitivity", "measured": measured.to_json()})
     else:
         measured = Sensitivity.from_json(record["measured"])
         check_sensitivity(measured, job.plan, choices, job.place.journal)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from qinit.errors import CheckpointError
+from qinit.errors import CheckpointError, OutputError
 from qinit.events import Event
 from qinit.formats import FORMATS
 from qinit.linalg.low_rank import LowRank
 from qinit.plan.plan import LayerPlan
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
+from qinit.runner.room import in_portions
 from qinit.solver.residual import relative_errors
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.train.polish import Trained, polish, polish_tokens
 from qinit.train.student import Start, student_of
 from qinit.train.teacher import Lessons, teach
@@ -26,9 +27,12 @@ from qinit.workplace.store import Store
 
 
 def polish_adapters(job: Job) -> Generator[Event, None, None]:
-    """Polish all adapters and scales together and put them in the place of those that were fitted layer by layer."""
-    if job.journal.find("polish") is None:
+    """Polish all adapters and scales together and put them in the place of those that were fitted layer by layer. All
+    processes of a run call it; the first writes."""
+    if job.processes.from_first(lambda: job.journal.find("polish") is None, "a kept polish"):
         yield from _polish(job)
+    if not job.processes.first:
+        return
     result, errors = apply_polish(job.store)
     job.calibration["polish"] = result
     if not result["kept"]:
@@ -48,8 +52,11 @@ def _polish(job: Job) -> Generator[Event, None, None]:
     seen = yield from job.samples()
     samples = yield from job.polish_samples(polish_tokens(plan.recipe.polish_steps, seen.count))
     lessons = yield from _lessons(job, samples)
-    starts = {name: _start(store, layer) for name, layer in layers.items()}
-    with student_of(plan, starts, job.device, partial(store.weight, device=job.device)) as student:
+    starts = {
+        name: job.processes.from_first(partial(_start, store, layer), "a layer's start")
+        for name, layer in layers.items()
+    }
+    with student_of(plan, starts, job.device, job.weight) as student:
         result = yield from polish(
             student,
             lessons,
@@ -58,7 +65,12 @@ def _polish(job: Job) -> Generator[Event, None, None]:
             seed=plan.recipe.seed,
             state=job.place.partial / "polishing.safetensors",
             unseen=_unseen(samples, seen),
+            processes=job.processes,
         )
+    if result.note:
+        yield job.note(result.note)
+    if not job.processes.first:
+        return
     errors: dict[str, tuple[float, float]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, trained in result.layers.items():
@@ -76,16 +88,27 @@ def _polish(job: Job) -> Generator[Event, None, None]:
 
 
 def _lessons(job: Job, samples: Samples) -> Generator[Event, None, Lessons]:
-    """Return what the source makes of the text: what was kept of it, or made anew where that is not whole."""
+    """Return what the source makes of the text: what was kept of it, or made anew, by the first process, where that is
+    not whole."""
     directory = job.place.partial / "lessons"
-    if job.journal.find("lessons") is not None:
-        with suppress(CheckpointError):
-            lessons = Lessons(directory)
-            if len(lessons) == len(samples.tokens):
-                return lessons
-    lessons = yield from teach(job.plan, samples, job.device, directory, job.place.scratch)
-    job.journal.append({"kind": "lessons"})
-    return lessons
+    if job.processes.first and not (job.journal.find("lessons") and _are_whole(directory, samples)):
+
+        def make(portion: Portion) -> Generator[Event, None, Lessons]:
+            return (yield from teach(job.plan, samples, job.device, directory, job.place.scratch, portion))
+
+        yield from in_portions(job, "the lessons", make, alone=True)
+        job.journal.append({"kind": "lessons"})
+    job.processes.meet("the lessons")
+    if not _are_whole(directory, samples):
+        raise OutputError(f"{directory}: not all processes see it; choose a place with --out that all machines share")
+    return Lessons(directory)
+
+
+def _are_whole(directory: Path, samples: Samples) -> bool:
+    try:
+        return len(Lessons(directory)) == len(samples.tokens)
+    except CheckpointError:
+        return False
 
 
 def _unseen(samples: Samples, seen: Samples) -> frozenset[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +23,14 @@ from qinit.report.finish import complete, copy_companions, make_report, write_co
 from qinit.report.report import Report
 from qinit.runner.calibrated import solve_calibrated
 from qinit.runner.checked import check
-from qinit.runner.dealt import solve_dealt, solve_without_data
+from qinit.runner.dealt import Solved, solve_dealt, solve_without_data
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight, solve_layer
 from qinit.runner.loadable import check_names
 from qinit.runner.mixed import choose_widths
 from qinit.runner.moved import in_its_coordinates
 from qinit.runner.polished import polish_adapters
+from qinit.runner.room import on_device_or_host, spill_note
 from qinit.runner.several import followed, lead, require_alike
 from qinit.source.checkpoint import count_nonfinite, require_finite
 from qinit.workplace.follower import NoJournal
@@ -134,15 +136,19 @@ def carried_out(job: Job) -> Generator[Event, None, None]:
     plan = job.plan
     if plan.recipe.calibrated:
         yield from solve_calibrated(job)
+    store = job.store
     if job.processes.several and "gradient" not in plan.recipe.row.needs:  # these are measured by the first
         yield from solve_dealt(job)
-    if not job.processes.first:
-        return
-    yield from _write_rest(job)
+    job.spilled = [name for names in job.processes.gather(job.spilled, "layers without room") for name in names]
+    if job.processes.first:
+        yield from _write_rest(job)
+        if job.spilled:
+            yield job.note(spill_note(job.spilled))
     if plan.recipe.polish:
         with section("polish"):
             yield from polish_adapters(job)
-    job.store.close()
+    if job.processes.first:
+        store.close()
 
 
 def _write_rest(job: Job) -> Generator[Event, None, None]:
@@ -158,7 +164,7 @@ def _write_rest(job: Job) -> Generator[Event, None, None]:
             store.copy(name, _checked_chunks(tensor))
         elif layer.kept is not None:
             store.copy_weight(layer, _checked_chunks(tensor))
-            row = store.put(layer, *solve_layer(plan, layer, None, None, _kept_weight(job, layer)))
+            row = store.put(layer, *on_device_or_host(job, layer.target.name, partial(_kept, job, layer)))
         else:
             row = store.put(layer, *solve_without_data(job, layer, gradients.get(layer.target.name)))
         yield Done(name, nbytes, row)
@@ -166,12 +172,13 @@ def _write_rest(job: Job) -> Generator[Event, None, None]:
     store.sync()
 
 
-def _kept_weight(job: Job, layer: LayerPlan) -> torch.Tensor | None:
-    """Return the weight [out, in] of a layer that stays as it is, where its adapter depends on it."""
-    if not job.plan.adapter.reads_base:
-        return None
-    given = job.store.given(layer)
-    return read_weight(layer, job.device) if given is None else given.to(job.device)
+def _kept(job: Job, layer: LayerPlan, device: torch.device) -> Solved:
+    """Give a layer that stays as it is an adapter, which may depend on its weight [out, in]."""
+    given = None
+    if job.plan.adapter.reads_base:
+        given = job.store.given(layer)
+        given = read_weight(layer, device) if given is None else given.to(device)
+    return solve_layer(job.plan, layer, None, None, given)
 
 
 def _checked_chunks(tensor: StoredTensor) -> Iterator[torch.Tensor]:

@@ -28,8 +28,13 @@ def require_alike(plan: Plan, device: torch.device, processes: Processes) -> Non
             f"{processes.count} processes for {len(plan.quantized)} layers: some would have nothing to do; start at "
             f"most {len(plan.quantized)}"
         )
-    own = socket.gethostname(), signature_of_process(plan, device)
-    everyone = processes.gather(own, "what each was started with")
+    require_same(signature_of_process(plan, device), processes)
+
+
+def require_same(own: dict[str, Any], processes: Processes) -> None:
+    """Raise ProcessesError where a process has something else than the first: `own` is flat, by names that a user
+    knows."""
+    everyone = processes.gather((socket.gethostname(), own), "what each was started with")
     for rank, (host, found) in enumerate(everyone):
         if changed := differences(everyone[0][1], found):
             raise ProcessesError(
@@ -39,25 +44,30 @@ def require_alike(plan: Plan, device: torch.device, processes: Processes) -> Non
 
 
 def lead(plan: Plan, place: Workplace, processes: Processes) -> None:
-    """Tell the other processes what was chosen and where the run works. Raises OutputError where one does not see
-    it."""
-    sign = place.scratch / uuid.uuid4().hex
-    sign.touch()
-    processes.from_first(lambda: ({key: getattr(plan, key) for key in _REASONS}, _chosen(plan), sign.name), "the plan")
-    seen = processes.gather((socket.gethostname(), True), "who sees the output")
+    """Tell the other processes what was chosen. Raises OutputError where one does not see where the run works."""
+    processes.from_first(lambda: ({key: getattr(plan, key) for key in _REASONS}, _chosen(plan)), "the plan")
+    require_seen(place.scratch, place.out, processes)
+
+
+def require_seen(directory: Path, out: Path, processes: Processes) -> None:
+    """Raise OutputError where a process does not see what the first one writes into a directory at `out`."""
+    sign = directory / processes.from_first(lambda: _sign_in(directory), "where the first writes")
+    seen = processes.gather((socket.gethostname(), processes.first or _appears(sign)), "who sees the output")
+    if processes.first:
+        sign.unlink()
     blind = [f"process {rank} ({host})" for rank, (host, sees) in enumerate(seen) if not sees]
     if blind:
         raise OutputError(
-            f"{place.out}: {', '.join(blind)} does not see what the first process writes there; choose a place with "
-            "--out that all machines share"
+            f"{out}: {', '.join(blind)} does not see what the first process writes there; choose a place with --out "
+            "that all machines share"
         )
 
 
 def followed(plan: Plan, out: Path, processes: Processes) -> tuple[Plan, Workplace]:
     """Return the plan as the first process has it, and where the run works; nothing is written there."""
-    reasons, chosen, sign = processes.from_first(_nothing, "the plan")
+    reasons, chosen = processes.from_first(_nothing, "the plan")
     place = Workplace(out, partial_of(out))
-    processes.gather((socket.gethostname(), _appears(place.scratch / sign)), "who sees the output")
+    require_seen(place.scratch, out, processes)
     return replace(plan, recipe=plan.recipe.model_copy(update=chosen), **reasons), place
 
 
@@ -70,6 +80,12 @@ def _chosen(plan: Plan) -> dict[str, Any]:
 
 def _nothing() -> Any:
     raise AssertionError("the first process tells")
+
+
+def _sign_in(directory: Path) -> str:
+    sign = directory / uuid.uuid4().hex
+    sign.touch()
+    return sign.name
 
 
 def _appears(file: Path) -> bool:

@@ -8,14 +8,16 @@ from qinit.machine import free_memory
 from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES, LARGEST_SHARE
 from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.text.self_text import model_bytes
 from qinit.text.sources import SELF, kind_of, load_samples
 
 
-def text_for(plan: Plan, device: torch.device, token: str | None, processes: Processes = ALONE) -> Samples:
+def text_for(
+    plan: Plan, device: torch.device, token: str | None, processes: Processes = ALONE, portion: Portion = int
+) -> Samples:
     """Read or write the text that the recipe asks for; without calibration a little of the model's own, to allocate
-    widths by, or random tokens where it writes none. Raises CalibrationError and HubError."""
+    widths by, or random tokens where it writes none; a `portion` is written at once. Raises CalibrationError and HubError."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
     source, count, length = recipe.calibration, recipe.calibration_samples, recipe.calibration_length
     if not recipe.calibrated:
@@ -35,10 +37,19 @@ def text_for(plan: Plan, device: torch.device, token: str | None, processes: Pro
         device=device,
         trust_remote_code=recipe.trust_remote_code,
         processes=processes,
+        portion=portion,
     )
 
 
-def more_text(plan: Plan, samples: Samples, tokens: int, device: torch.device, token: str | None) -> Samples:
+def more_text(
+    plan: Plan,
+    samples: Samples,
+    tokens: int,
+    device: torch.device,
+    token: str | None,
+    processes: Processes = ALONE,
+    portion: Portion = int,
+) -> Samples:
     """Return the calibration text with so much more of it that it has `tokens`, as far as there is more: windows of a
     file or a data set, random tokens, or what the model writes. Raises CalibrationError and HubError."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
@@ -58,6 +69,8 @@ def more_text(plan: Plan, samples: Samples, tokens: int, device: torch.device, t
         token=token,
         device=device,
         trust_remote_code=recipe.trust_remote_code,
+        processes=processes,
+        portion=portion,
     )
     if own:
         return Samples(torch.cat([samples.tokens, found.tokens]), None, f"{samples.origin}; and {found.origin}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+# What of a batch goes through the model at once, given the samples that should: fewer where memory is short.
+Portion = Callable[[int], int]
 
 
 @dataclass(frozen=True)

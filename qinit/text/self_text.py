@@ -18,6 +18,7 @@ from qinit.processes.group import ALONE, Processes
 from qinit.source.checkpoint import read_json
 from qinit.source.quiet import no_progress_bar
 from qinit.source.skeleton import loader
+from qinit.text.samples import Portion
 
 # Bytes for the key-value caches and the logits of one batch, and texts in it at most: a GPU takes as long for a few as
 # for many, on CPUs processes can share a usual text.
@@ -38,25 +39,27 @@ def write_text(
     memory: int | None = None,
     trust_remote_code: bool = False,
     processes: Processes = ALONE,
+    portion: Portion = int,
 ) -> torch.Tensor:
     """Return int64 ids [samples, length] on the CPU: `start`, then tokens sampled from the model's own distribution.
 
     On a CPU the model runs in float32, as few have instructions for 16 bits; where it would take more than
     FLOAT32_SHARE of the machine's memory, and on a GPU, in the dtype that it is stored in. eos is a token like any
     other: text goes on behind it.
-    `memory` (bytes; MEMORY if left out) bounds the batch; the text depends on it, and on nothing that a machine happens
-    to have free. Each batch is seeded with its place, so that `processes` can share them; each is given all of them.
-    The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
+    `memory` (bytes; MEMORY if left out) bounds the batch, and `portion` is of what goes at once; the text depends on
+    them, and on nothing that a machine happens to have free. Each batch is seeded with its place, so that `processes`
+    can share them; each is given all of them. The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
     """
     batches: dict[int, torch.Tensor] = {}
     most = -(-samples // LARGEST_BATCH[device.type])
     writing = min(processes.count, most)  # of the processes: no more of them hold the model
     if processes.rank < writing:
         model = _load(directory, device, trust_remote_code)
-        size = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, device, memory)
+        fitting = batch_size(model.config.get_text_config(), length, model.dtype.itemsize, device, memory)
+        size = portion(min(samples, fitting))
         for done in range(processes.rank * size, samples, writing * size):
             own = (seed + done // size * SEED_STEP) % 2**63
-            with _explained(directory, model, device, f"{size} texts of {length} tokens"), _seeded(own, device):
+            with _explained(directory, model), _seeded(own, device):
                 batches[done] = _sample(model, start, min(size, samples - done), length).cpu()
     everyone = processes.gather(batches, "the text that the model writes")
     written = {done: batch for share in everyone for done, batch in share.items()}
@@ -64,15 +67,10 @@ def write_text(
 
 
 @contextmanager
-def _explained(directory: Path, model: Any, device: torch.device, what: str) -> Iterator[None]:
-    """Turn what a model's writing fails with into a CalibrationError."""
+def _explained(directory: Path, model: Any) -> Iterator[None]:
+    """Turn NaN in what a model predicts into a CalibrationError."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise CalibrationError(
-            f"{directory}: {device} has too little memory for the model to write {what} at once; use a shorter length, "
-            "another device, or a text file"
-        ) from None
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise

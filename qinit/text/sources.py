@@ -16,7 +16,7 @@ from qinit.text.bundled import calibration_documents
 from qinit.text.documents import is_jsonl, read_file, read_text
 from qinit.text.hub_documents import HUB_SOURCE, parse_hub, read_hub, require_datasets
 from qinit.text.passages import passages
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.text.self_text import write_text
 from qinit.text.tokens import characters_for, draw_documents, draw_windows, load_tokenizer
 
@@ -42,13 +42,14 @@ def load_samples(
     device: torch.device = CPU,
     trust_remote_code: bool = False,
     processes: Processes = ALONE,
+    portion: Portion = int,
 ) -> Samples:
     """Return up to `samples` samples of up to `length` tokens, on the CPU, for the model in `directory`.
 
     `length` is cut to what the model takes. Causal models get windows of the text as one stream, others each document
     (a plain text's paragraphs) on its own, padded; of the text that qinit brings, as many passages of all lengths as
     make `samples` x `length` tokens. `text_field` (default "text") names the text in JSONL and data
-    sets, `token` opens private data sets, `device` runs the model for `self`. The same seed gives the same samples.
+    sets, `token` opens private data sets, `device` runs the model for `self`, a `portion` at once. The same seed gives the same samples.
     Of several `processes` all write for `self`; what is read is read by the first, for all.
     Raises CalibrationError for a source that cannot be used, HubError for what the Hub answers.
     """
@@ -87,6 +88,7 @@ def load_samples(
             device=device,
             trust_remote_code=trust_remote_code,
             processes=processes,
+            portion=portion,
         )
         return Samples(tokens, None, f"{samples} texts of {length} tokens that the model wrote itself, seed {seed}")
 
@@ -119,8 +121,10 @@ def check_source(
     text_field: str | None = None,
     *,
     trust_remote_code: bool = False,
+    tokenized: bool = False,
 ) -> None:
-    """Raise what `load_samples` would, as far as it shows without the Hub, the weights and reading JSON."""
+    """Raise what `load_samples` would, as far as it shows without the Hub, the weights and reading JSON. `tokenized`:
+    the tokenizer has been tried already."""
     kind = kind_of(source)
     _check_field(source, kind, text_field)
     facts = Facts.read(directory, config, trust_remote_code)
@@ -133,7 +137,8 @@ def check_source(
             read_text(Path(source))
         elif kind == "hub":
             require_datasets(source)
-        load_tokenizer(directory, trust_remote_code)
+        if not tokenized:
+            load_tokenizer(directory, trust_remote_code)
 
 
 def kind_of(source: str) -> Literal["random", "self", "text", "file", "hub"]:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qinit.errors import CalibrationError
+from qinit.errors import CalibrationError, FullError, OutputError
 from qinit.events import Progress
 from qinit.linalg.low_rank import LowRank
-from qinit.machine import free_memory
+from qinit.machine import free_memory, make_room, used_up
+from qinit.processes.group import ALONE, Processes
 from qinit.stream.feeding import inputs_of
 from qinit.text.samples import Samples
 from qinit.train.bases import CodedBase
@@ -63,12 +64,13 @@ class Trained:
 @dataclass(frozen=True)
 class Polished:
     """The layers with the lowest held-out loss. `before` and `after` are that loss at the start and with these, `steps`
-    how many were made. `kept` False: nothing was gained and there are no layers."""
+    how many were made; `note` says where memory was short. `kept` False: nothing was gained and there are no layers."""
 
     layers: dict[str, Trained]
     steps: int
     before: float
     after: float
+    note: str = ""
 
     @property
     def kept(self) -> bool:
@@ -101,6 +103,7 @@ def polish(
     learning_rate: float = LEARNING_RATE,
     stretch_rate: float = STRETCH_RATE,
     batch_size: int | None = None,
+    processes: Processes = ALONE,
 ) -> Generator[Progress, None, Polished]:
     """Improve all factors and scales of a student jointly; yields Progress, first for the start (step 0) or for where
     `state` goes on, and returns Polished.
@@ -113,12 +116,16 @@ def polish(
     seed gives the same bytes on a CPU, be it broken off or not: what it needs to go on is kept in the file `state`,
     anew at every evaluation.
 
+    Several `processes` all call it, each with a student of its own, and come to the same: the samples go through in
+    parts whose logits take MICRO_BYTES, each process takes some that follow each other, and losses and gradients are
+    added up in the parts' order, as one alone adds them. The first keeps `state`, which all must see.
+
     Memory beside the student's: four times what is trained, for as many samples as have logits of MICRO_BYTES the
     activations at the borders of the blocks and those of one block, those of all where there is plenty of memory for
     it, and six times these logits.
 
-    Raises CalibrationError for fewer than 2 samples. A loss that is not finite ends the polish; the best iterate until
-    then counts.
+    Raises CalibrationError for fewer than 2 samples, FullError where the device has no room for one. A loss that is not
+    finite ends the polish; the best iterate until then counts.
     """
     if len(samples.tokens) < 2:
         raise CalibrationError(
@@ -131,7 +138,7 @@ def polish(
         [{"params": [parameter], "lr": rate} for parameter, rate in trained], betas=BETAS, weight_decay=0
     )
     course = Course([parameter for parameter, _ in trained], optimizer, state)
-    text = _Text(student, lessons, samples)
+    text = _Text(student, lessons, samples, course.parameters, processes)
     length = samples.tokens.shape[1]
     if _kept_bytes(layers, text.size * length, student.dtype) > KEPT_SHARE * free_memory(student.device):
         enable_checkpointing(student)
@@ -143,7 +150,12 @@ def polish(
     count = min(count, len(unseen)) if unseen else count
     held_out, learned = order[:count], order[count:]
     every = max(EVALUATE_EVERY, steps // MOST_EVALUATIONS)
-    if not course.resume():
+    resumed = course.resume()
+    if len(set(processes.gather((resumed, course.step), "how far the polish is"))) > 1:
+        raise OutputError(f"{state}: not all processes see it; choose a place with --out that all machines share")
+    if not processes.first:
+        course.file = None
+    if not resumed:
         course.before = course.after = text.loss(held_out)
     yield Progress(course.step, course.after, course.after)
     plan = Training(steps=steps, length=length, batch=min(batch_size, len(learned)))
@@ -165,11 +177,10 @@ def polish(
             course.judge(now)
         yield Progress(course.step, loss, now)
     if not course.before - course.after > NOISE:
-        return Polished({}, course.step, course.before, course.before)
+        return Polished({}, course.step, course.before, course.before, text.note)
     course.restore_best()
-    return Polished(
-        {name: _result(module) for name, module in layers.items()}, course.step, course.before, course.after
-    )
+    found = {name: _result(module) for name, module in layers.items()}
+    return Polished(found, course.step, course.before, course.after, text.note)
 
 
 def _trained(
@@ -203,25 +214,87 @@ class _Text:
     """The samples, run through the student in parts whose logits take MICRO_BYTES, and compared with the lessons where
     nothing is padded."""
 
-    def __init__(self, student: Any, lessons: Lessons, samples: Samples) -> None:
+    def __init__(
+        self,
+        student: Any,
+        lessons: Lessons,
+        samples: Samples,
+        parameters: Sequence[nn.Parameter],
+        processes: Processes,
+    ) -> None:
         self.student, self.lessons, self.samples = student, lessons, samples
+        self.parameters, self.processes = parameters, processes
         vocabulary = getattr(student.config.get_text_config(), "vocab_size", None) or 1
-        self.size = max(1, MICRO_BYTES // (4 * vocabulary * samples.tokens.shape[1]))
+        fitting = MICRO_BYTES // (4 * vocabulary * samples.tokens.shape[1])
+        self.size = max(1, min(len(samples.tokens), fitting))
+        self.note = ""
 
     def learn(self, rows: Sequence[int]) -> float:
-        """Add the gradients of the mean loss over the samples `rows`, and return it."""
-        return sum(self._parts(rows, backward=True))
+        """Return the mean loss over the samples `rows`, and leave its gradients, which nothing is added to."""
+        return self._in_room(rows, backward=True)
 
     @torch.no_grad()
     def loss(self, rows: Sequence[int]) -> float:
-        return sum(self._parts(rows, backward=False))
+        return self._in_room(rows, backward=False)
 
-    def _parts(self, rows: Sequence[int], *, backward: bool) -> Iterator[float]:
+    def _in_room(self, rows: Sequence[int], *, backward: bool) -> float:
+        """Return the loss, with fewer samples at once from where the device has no room for as many. Raises
+        FullError."""
+        while True:
+            try:
+                return self._added_up(rows, backward=backward)
+            except (torch.OutOfMemoryError, FullError):
+                pass  # with the error go the tensors of what has failed
+            self.student.zero_grad()
+            make_room()
+            full = used_up("polish", self.student.device, self.size)
+            self.processes.recover(FullError(full))
+            if self.size == 1:
+                raise FullError(f"{full}; give it shorter text (--calibration-length), or use --device cpu")
+            self.size //= 2
+            self.note = f"{full}, so it is done with {self.size} at once"
+
+    def _added_up(self, rows: Sequence[int], *, backward: bool) -> float:
+        """Return the loss of all parts, of which each process takes some."""
+        starts, processes = range(0, len(rows), self.size), self.processes
+        if not processes.several:
+            return sum(self._parts(rows, starts, backward=backward))
+        first, last = (len(starts) * rank // processes.count for rank in (processes.rank, processes.rank + 1))
+        losses: list[float] = []
+        gradients: list[list[torch.Tensor | None]] = []
+        for loss in self._parts(rows, starts[first:last], backward=backward):
+            losses.append(loss)
+            gradients.append([parameter.grad for parameter in self.parameters])
+            self.student.zero_grad()
+        reached = {place for part in gradients for place, own in enumerate(part) if own is not None}
+        shares = processes.gather((losses, reached), "losses")
+        if backward:
+            self._add_up(sorted(set().union(*(places for _, places in shares))), gradients)
+        return sum(loss for losses, _ in shares for loss in losses)
+
+    def _add_up(self, places: Sequence[int], gradients: Sequence[Sequence[torch.Tensor | None]]) -> None:
+        """Give the parameters at these places the gradients of all parts, added one after the other."""
+        total = [torch.zeros_like(self.parameters[place], requires_grad=False) for place in places]
+
+        def add(number: int) -> None:
+            for part in gradients:
+                if (own := part[places[number]]) is not None:
+                    total[number].add_(own)
+
+        if self.processes.first:
+            for number in range(len(places)):
+                add(number)
+        self.processes.chain(total, add, "gradients")
+        for place, gradient in zip(places, total, strict=True):
+            self.parameters[place].grad = gradient
+
+    def _parts(self, rows: Sequence[int], starts: Sequence[int], *, backward: bool) -> Iterator[float]:
+        """Yield the loss of each of the parts of `rows` that start there, and leave its gradients."""
         device, tiny = self.student.device, torch.finfo(torch.float32).tiny
         lesson, mask = self.lessons.of(rows, device), self._mask(rows).to(device)
         tokens = max(1, int(mask.sum()))
         energy = lesson.hidden[mask].square().sum().clamp(min=tiny)
-        for at in range(0, len(rows), self.size):
+        for at in starts:
             part = slice(at, at + self.size)
             ids = self.samples.tokens[list(rows[part])].to(device)
             inputs = inputs_of(self.student, ids, mask[part].long())

@@ -24,7 +24,7 @@ from qinit.stream.carried import Batch, batches_of
 from qinit.stream.front import ends_of
 from qinit.stream.reading import read_through
 from qinit.stream.whole import load_whole, read_tokens
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.train.outputs import observed
 
 TOP = 64  # next tokens that are kept
@@ -70,7 +70,7 @@ class Lessons:
 
 
 def teach(
-    plan: Plan, samples: Samples, device: torch.device, directory: Path, scratch: Path
+    plan: Plan, samples: Samples, device: torch.device, directory: Path, scratch: Path, portion: Portion = int
 ) -> Generator[Reading, None, Lessons]:
     """Run the source over the text, block by block, and keep what it makes of it in `directory`; a model that cannot be
     run so is loaded whole, in float32. `scratch` holds the hidden states between two blocks where memory is short.
@@ -81,7 +81,7 @@ def teach(
     directory.mkdir(exist_ok=True)
     vocabulary = plan.facts.vocabulary or 1
     size = min(batch_size(plan, samples, device), max(1, LOGITS_BYTES // (4 * vocabulary * samples.tokens.shape[1])))
-    batches = list(batches_of(samples, size))
+    batches = list(batches_of(samples, portion(size)))
     try:
         yield from _streamed(plan, samples, batches, device, directory, scratch)
     except NotStreamable:

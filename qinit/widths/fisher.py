@@ -29,13 +29,14 @@ from qinit.events import Measuring
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.allocation import Option, Sensitivity
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.processes.group import ALONE, Processes
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.solver.statistics import Statistics
 from qinit.source.checkpoint import not_decomposable
 from qinit.stream.carried import Batch
-from qinit.text.samples import Samples
+from qinit.text.samples import Portion, Samples
 from qinit.widths.validity import conditions
 
 ROUNDS = 1  # of the solver: the first one already shows what the layer cannot hold
@@ -48,15 +49,20 @@ def measure(
     device: torch.device,
     scratch: Path | None = None,
     metrics: Mapping[str, OutputMetric] | None = None,
+    processes: Processes = ALONE,
+    portion: Portion = int,
 ) -> Generator[Measuring, None, Sensitivity]:
     """Measure every quantized layer at its `options`; yields Measuring and returns the Sensitivity.
 
     `metrics` are those of the layers' outputs that the run will fit their low rank under, by name.
     Takes a part of `samples` forward and back, see `backward`; one block with its errors is in memory at a time.
-    Raises CalibrationError and CheckpointError.
+    Several `processes` all do that, each solves and measures the layers of its share of the blocks, and all are told
+    what the others have found: the same as one alone finds. Raises CalibrationError and CheckpointError.
     """
+    make = partial(_Errors, plan, options, samples, device, metrics or {}, processes, portion)
     try:
-        probe: _Errors = yield from backward(partial(_Errors, plan, options, samples, device, metrics or {}), scratch)
+        probe: _Errors = yield from backward(make, scratch)
+        probe.put_together()
         probe.fill_in()
         for name, squares in probe.squares.items():
             require_number(sum(squares.values()), name)
@@ -101,15 +107,23 @@ class _Errors(Probe):
         samples: Samples,
         device: torch.device,
         metrics: Mapping[str, OutputMetric],
+        processes: Processes,
+        portion: Portion,
     ) -> None:
-        super().__init__(plan, samples, device)
+        super().__init__(plan, samples, device, processes, portion)
         self.options, self.metrics = options, metrics
         self.squares: dict[str, dict[Option, float]] = {name: {} for name in self.layers}
-        self.candidates: dict[str, list[_Candidate]] = {}
+        self.candidates: dict[str, list[_Candidate]] = {}  # of the part that is at hand, where it is this process's
+        self.loads = [0] * processes.count
 
     def prepare(self, part: Part, run: Run) -> None:
-        """Solve layers at all of their options, with the statistics of their inputs where the recipe is calibrated."""
+        """Solve layers at all of their options, with the statistics of their inputs where the recipe is calibrated; of
+        several processes the one that has the least does it."""
         self.candidates.clear()
+        owner = min(range(len(self.loads)), key=self.loads.__getitem__)
+        self.loads[owner] += sum(layer.weights for layer in part.layers)
+        if owner != self.processes.rank:
+            return
         meters: dict[str, Meter] = {}
         if self.plan.recipe.calibrated:
             shared: dict[str, str] = {}  # which layer's meter a layer reads: that of the first with the same input
@@ -191,7 +205,7 @@ class _Errors(Probe):
         self.candidates[name] = found
 
     def add(self, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        if len(gradient) != len(x):  # rows of both belong together for a linear layer
+        if name not in self.candidates or len(gradient) != len(x):  # rows of both belong together for a linear layer
             return
         squares = self.squares[name]
         for candidate in self.candidates[name]:
@@ -201,6 +215,11 @@ class _Errors(Probe):
                 if option[:2] == (candidate.bits, candidate.group_size):
                     left = along - repaired[:, : option.rank].sum(1)
                     squares[option] = squares.get(option, 0.0) + float(left.square().sum(dtype=torch.float64))
+
+    def put_together(self) -> None:
+        """Learn what the other processes have measured."""
+        for share in self.processes.gather(self.squares, "sensitivities"):
+            self.squares |= {name: squares for name, squares in share.items() if squares}
 
     def fill_in(self) -> None:
         """Give layers that lie in front of the blocks, where no gradient arrives, what the others lose per weight."""

@@ -1,6 +1,5 @@
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -49,6 +48,18 @@ def table(out):
 
 
 class TestARun:
+    def test_where_memory_is_used_up_it_is_said_what_to_do(self, command, run, text, monkeypatch):
+        def full(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("qinit.evaluate.job.measure", full)
+        code, _, err = command("eval", run, "--text", text, "--length", 25, "--batch-size", 3)
+        assert (code, err) == (
+            2,
+            f"error: {run}: the memory of cpu is used up by a batch of 3; use a smaller --batch-size or --length, or "
+            "--device cpu\n",
+        )
+
     def test_its_perplexity_is_what_the_stock_loaders_have_and_it_is_said_how_it_was_measured(self, command, run, text):
         code, out, err = command("eval", run, "--text", text, "--length", 25)
         assert (code, err) == (0, "")
@@ -113,15 +124,6 @@ class TestARun:
         assert (value["windows"], value["tokens"], value["tasks"]) == (2, 48, {})
         assert value["written"] == ["qinit.json", "README.md"]
         assert command("eval", run, "--text", text, "--length", 25, "--quiet") == (0, "", "")
-
-    def test_packed_weights_load_without_a_word_on_stdout(self, source, text, tmp_path):
-        pytest.importorskip("gptqmodel", reason="pip install 'qinit[gptq]'")
-        packed = make_run(source, tmp_path / "packed", widths=(2, 3, 4))
-        arguments = ["eval", packed, "--text", text, "--length", "25", "--stream", "never", "--json"]
-        done = subprocess.run(
-            [sys.executable, "-m", "qinit_cli.main", *map(str, arguments)], capture_output=True, text=True, check=True
-        )
-        assert json.loads(done.stdout)["tokens"] == 192
 
 
 class TestOthers:

@@ -46,6 +46,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what gptqmodel's kernels acce
 class GptqFormat(Format):
     name = "gptq"
     title = "GPTQ"
+    adapters = ("lora",)
     mixed_bits = False
     mixed_loaders = "qinit.load and GPTQModel.load"
     mixed_note = (

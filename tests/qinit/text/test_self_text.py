@@ -174,14 +174,6 @@ def test_a_model_that_predicts_nan(tmp_path):
     assert "the model predicts NaN or Inf in torch.float32" in refusal(directory, planned=False)
 
 
-def test_too_little_memory(tiny_llama, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory\nTried to allocate")
-
-    monkeypatch.setattr("qinit.text.self_text._sample", fail)
-    assert "cpu has too little memory for the model to write 32 texts of 4 tokens" in refusal(tiny_llama, planned=False)
-
-
 def test_other_errors_are_not_swallowed(tiny_llama, monkeypatch):
     def fail(*_):
         raise RuntimeError("a bug")
@@ -189,6 +181,22 @@ def test_other_errors_are_not_swallowed(tiny_llama, monkeypatch):
     monkeypatch.setattr("qinit.text.self_text._sample", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         write(tiny_llama)
+
+
+def test_a_portion_is_written_at_once(tiny_llama, monkeypatch):
+    asked, written = [], []
+
+    def half(most):
+        asked.append(most)
+        return most // 2
+
+    def sample(model, start, count, length):
+        written.append(count)
+        return torch.zeros(count, length)
+
+    monkeypatch.setattr(self_text, "_sample", sample)
+    assert write(tiny_llama, samples=5, portion=half).shape == (5, 12)
+    assert (asked, written) == ([5], [2, 2, 1])
 
 
 def test_the_batch_is_bounded_by_memory():

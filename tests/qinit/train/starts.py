@@ -67,3 +67,13 @@ def polished(plan: Plan, starts: Starts, samples: Samples | None = None, **optio
         lessons = taught(plan, samples, Path(place))
         result, events = exhausted(polish(student, lessons, samples, **options))
     return events, result
+
+
+def same(one: Polished, other: Polished) -> bool:
+    """Whether two results have the same bits."""
+    return one.layers.keys() == other.layers.keys() and all(
+        torch.equal(mine.low_rank.A, its.low_rank.A)
+        and torch.equal(mine.low_rank.B, its.low_rank.B)
+        and (mine.scales is its.scales if its.scales is None else torch.equal(mine.scales, its.scales))
+        for mine, its in ((one.layers[name], other.layers[name]) for name in one.layers)
+    )

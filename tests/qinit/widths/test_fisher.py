@@ -14,6 +14,7 @@ from qinit.calibration.output_metric import output_metrics
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.events import Measuring
 from qinit.plan.allocation import Option
+from qinit.processes.group import Processes
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
@@ -285,3 +286,19 @@ class TestOverflow:
         made = self.source(tmp_path, "t5", ("SelfAttention.v",), 3e38)
         with pytest.raises(CheckpointError, match=r"SelfAttention\.v\.weight' cannot be decomposed"):
             whole(made, random_samples(3))
+
+
+class Unheard(Processes):
+    """One of several processes, of which this one hears nothing."""
+
+    def gather(self, value, what):
+        return [value]
+
+
+def test_several_processes_share_the_layers_and_find_what_one_does(plan):
+    made, samples = plan("llama"), random_samples()
+    alone = measured(made, samples)[0].nats
+    shares = [measured(made, samples, processes=Unheard(rank, 2))[0].nats for rank in range(2)]
+    for name, nats in alone.items():
+        assert [share[name] for share in shares if any(share[name].values())] == [nats], name
+    assert all(any(any(nats.values()) for nats in share.values()) for share in shares)
