@@ -104,9 +104,7 @@ def load(
         if classes is not None and base.config.pad_token_id is None:  # it finds the last token by what pads
             base.config.pad_token_id = load_tokenizer(place, trust_remote_code, PADS).pad_token_id
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*rank_pattern keys.*"
-        )  # LoRA's of that name, which AdaLoRA's are not
+        warnings.filterwarnings("ignore", message=".*rank_pattern keys.*")  # LoRA's of that name, AdaLoRA's are others
         warnings.filterwarnings("ignore", message=".*invalid shape.*")  # a module whose triplets are all masked
         warnings.filterwarnings("error", message=".*adapter keys.*")  # what is missing would be random
         try:
@@ -114,7 +112,8 @@ def load(
         except (ValueError, RuntimeError, OSError, KeyError, UserWarning) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{place}: the adapter cannot be loaded ({type(error).__name__}: {reason})") from None
-    lost = sorted(set(read_header(place / f"{WEIGHTS_STEM}.safetensors")) - set(get_peft_model_state_dict(model)))
+        there = set(get_peft_model_state_dict(model))
+    lost = sorted(set(read_header(place / f"{WEIGHTS_STEM}.safetensors")) - there)
     if lost:
         raise CheckpointError(f"{place}: the base has no place for {len(lost)} tensors of the adapter, as {lost[0]}")
     return model
