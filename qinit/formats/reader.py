@@ -51,7 +51,7 @@ class Reader(ABC):
 
     def cannot_adapt(self, adapter: str) -> str | None:
         """Return why PEFT does not put this kind of adapter on a base of this form, or None."""
-        if adapter in self.adapters:
+        if not self.parts or adapter in self.adapters:
             return None
         return f"PEFT puts no {adapter} on layers packed as {self.title} (its classes for them say so)"
 
