@@ -114,13 +114,19 @@ def generate(directory: Path, size: str, layers: int) -> None:
 
 def peak_of(command: list[str], **options: Any) -> tuple[int, float]:
     """Run a command; return its peak resident memory in bytes and its seconds."""
+    return usage_of(command, **options)[:2]
+
+
+def usage_of(command: list[str], **options: Any) -> tuple[int, float, float]:
+    """Run a command; return its peak resident memory in bytes, its seconds and those of the CPU."""
     started = time.perf_counter()
     process = subprocess.Popen(command, **options)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"exit code {process.returncode} from {' '.join(command)}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), time.perf_counter() - started
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, time.perf_counter() - started, usage.ru_utime + usage.ru_stime
 
 
 def made(place: str, size: str, layers: int) -> Path:

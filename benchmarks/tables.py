@@ -10,6 +10,7 @@ from collections.abc import Callable
 from statistics import mean, stdev
 
 from plan_tables import finetune_memory, scale
+from start_tables import starts, starts_by_width
 from table import Result, Table
 
 
@@ -344,6 +345,7 @@ KINDS: dict[str, Callable[[Result], list[Table]]] = {
     **{"straight": straight},
     **{"estimates": estimates, "qualities": qualities, "gpu": gpu, "families": families, "embeddings": embeddings},
     **{"snndlft": snndlft, "combined": combined, "finetune-memory": finetune_memory, "scale": scale},
+    "starts": starts,
 }
 # What a document may take of a result instead of all: <!-- results:NAME:VIEW -->.
-VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short}
+VIEWS: dict[str, Callable[[Result], list[Table]]] = {"short": compare_short, "by-width": starts_by_width}

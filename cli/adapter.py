@@ -65,6 +65,13 @@ def _option(kind: Any, panel: str, text: str, *names: str, **more: Any) -> Any:
         "Power iterations of pissa, in the place of a full decomposition.",
         show_default="full",
     ),
+    corda_method=_option(
+        str | None,
+        METHOD_PANEL,
+        "Of corda: ipm (the leading triplets, to learn the text's task) or kpm (the last ones, to keep what the text "
+        "asks for).",
+        show_default="ipm",
+    ),
     use_dora=_option(bool | None, METHOD_PANEL, "Train the length of each row of W too.", "--use-dora/--no-use-dora"),
     out=_option(
         Path,

@@ -41,7 +41,15 @@ COMPARING: dict[str, Any] = {
             "Names of `qinit methods`; NAME:SOURCE gives one a calibration of its own, as eqft:none, and NAME@QUALITY "
             "a quality, as eqft@best.",
         ),
-        "eqft,eqft:none,loftq,qpissa,qlora",
+        "eqft,eqft:none,loftq,qpissa,qlora; none with --run",
+    ),
+    "run": _option(
+        *(
+            list[Path],
+            COMPARE_PANEL,
+            "A finished run of the model: a row without a solve. May be given again.",
+        ),
+        *("none", "DIR"),
     ),
     "bits": _option(
         str, COMPARE_PANEL, "Widths; for eqft also averages, as 2.5: half of the weights get 2, half 3.", "2,3,4"
@@ -181,14 +189,15 @@ def _made(options: dict[str, Any], board: Any) -> Comparison:
     texts, learn = _texts(options, checkpoint, training, window)
     rates = _numbers(options, "learning_rates", float, "1e-4,3e-4,1e-3")
     short = name.rsplit("/", 1)[-1]
-    ceilings = _or(options["ceilings"], "lora,full")
+    ceilings, runs = _or(options["ceilings"], "lora,full"), options["run"] or []
     return make_comparison(
         checkpoint,
         name,
         options["out"] or Path("model_zoo") / "compare" / short,
-        methods=_words(_or(options["methods"], ",".join(METHODS_DEFAULT))),
+        methods=_words(_or(options["methods"], "" if runs else ",".join(METHODS_DEFAULT))),
         bits=_numbers(options, "bits", _width, "2,3,4"),
         options={key: options[key] for key in (*RECIPE, "trust_remote_code", "format", "device")},
+        runs=runs,
         texts=texts,
         window=window,
         training=training,

@@ -71,7 +71,8 @@ def _quantized(command: str, options: dict[str, Any], processes: Processes) -> b
         raise RecipeError(f"{options['recipe']}: asks for mixed widths; use qinit meqft")
     require_device(recipe.device)
     if repo_id and processes.first:
-        from qinit.hub.push import require_name, require_ready
+        from qinit.hub.prepare import require_name
+        from qinit.hub.push import require_ready
 
         require_name(repo_id) if options["dry_run"] else require_ready(repo_id, options["token"])
     if options["dry_run"]:

@@ -39,7 +39,13 @@ DIRECTORY = typer.Argument(metavar="DIR", help="A run's directory, a checkpoint'
         metavar="MODEL",
     ),
     repair=_option(bool, MODEL_PANEL, "Write where the base is into an adapter whose base has moved.", "--repair"),
-    text=_option(Path | None, TEXT_PANEL, "A text file, or JSONL (one object per line).", metavar="FILE"),
+    text=_option(
+        Path | None,
+        TEXT_PANEL,
+        "A text file, or JSONL (one object per line). For a classifier of `qinit snndlft`: labelled rows, with the "
+        "columns that it was trained with.",
+        metavar="FILE",
+    ),
     dataset=_option(
         str | None,
         TEXT_PANEL,
@@ -84,10 +90,20 @@ def evaluate(**options: Any) -> None:
     from qinit.evaluate import job, saved
     from qinit.evaluate import subject as subjects
     from qinit.machine import pick_device
+    from qinit.report.report import is_training
+    from qinit.snndlft.evaluation import own_loader
 
     token, revision = options["token"], options["revision"]
     device = pick_device(options["device"] or "auto")
-    subject = subjects.find_subject(options["directory"], options["base"], options["adapter"], revision, token)
+    if (
+        options["directory"] is not None
+        and is_training(Path(options["directory"]))
+        and _scored(screen, options, device)
+    ):
+        return
+    subject = own_loader(
+        subjects.find_subject(options["directory"], options["base"], options["adapter"], revision, token)
+    )
     _explain(screen, subject, options["repair"])
     keep = subject.run if not options["no_save"] else None
     if keep is not None:
@@ -118,6 +134,34 @@ def evaluate(**options: Any) -> None:
         sys.stdout.write(json.dumps(value) + "\n")
 
 
+def _scored(screen: EvalScreen, options: dict[str, Any], device: Any) -> bool:
+    """Measure what `qinit snndlft` trained, if that is a classifier."""
+    from qinit.errors import RecipeError
+    from qinit.snndlft.evaluation import score
+    from qinit.snndlft.report import SnnReport
+
+    directory = Path(options["directory"])
+    report = SnnReport.read(directory)
+    if report.classes is None:
+        return False
+    own = {"directory", "text", "token", "device", "json_output", "quiet", "debug", "no_save"}
+    if given := [name for name, value in options.items() if value and name not in own]:
+        option = "--" + given[0].replace("_", "-")
+        raise RecipeError(f"{option}: is about language models, and {directory} is a classifier; leave it out")
+    if options["text"] is None:
+        data = report.training["data"]
+        named = ", ".join([*map(str, data.get("columns") or []), str(data.get("label"))])
+        raise RecipeError(f"{directory}: is a classifier; give --text FILE, a .csv, .tsv or .jsonl file with {named}")
+    found = score(directory, report, options["text"], device)
+    screen.facts(
+        str(directory), {found.metric: f"{found.value:.4f}", "text": f"{options['text'].name}, {found.rows} rows"}
+    )
+    if options["json_output"]:
+        value = {"model": str(directory), "metric": found.metric, "value": found.value}
+        sys.stdout.write(json.dumps({**value, "text": options["text"].name, "rows": found.rows}) + "\n")
+    return True
+
+
 def _explain(screen: EvalScreen, subject: Subject, repair: bool) -> None:
     """Say what was done about an adapter whose base has moved, and put it right if asked to."""
     from qinit.evaluate.subject import repair_base
@@ -133,7 +177,8 @@ def _explain(screen: EvalScreen, subject: Subject, repair: bool) -> None:
         else:
             screen.say("note: --repair writes that into adapter_config.json, for loaders that follow it")
     if subject.adapter is not None and subject.run is None:
-        screen.say("note: the adapter is not the one that the run started with, so nothing is written into a report")
+        whose = "a trained one" if subject.loader else "not the one that the run started with"
+        screen.say(f"note: the adapter is {whose}, so nothing is written into a report")
 
 
 def _text(subject: Subject, options: dict[str, Any], tasks: list[str]) -> Text | None:

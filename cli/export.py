@@ -47,8 +47,8 @@ def export(
     place = out or Path(f"{directory.resolve()}-{to}")
     run = FinishedRun.open(directory, adapter, trust_remote_code=trust_remote_code)
     lost = write(run, to, place, requantize=requantize)
-    if lost:
-        screen.say(f"note: {lost}")
+    for note in filter(None, (*run.notes, lost)):
+        screen.say(f"note: {note}")
     screen.say(f"wrote {place}, for {form.reader}")
     if json_output:
         files = {

@@ -21,7 +21,10 @@ STARTS_IN_WORDS = {
     "pissa": ("leading singular triplets of W", 'init_lora_weights="pissa"; with --niter N "pissa_niter_N"'),
     "olora": ("first columns and rows of W = Q R", 'init_lora_weights="olora"'),
     "milora": ("last singular triplets of W", "none"),
-    "corda": ("leading triplets of W C, C the inputs' E[x x']", 'init_lora_weights="corda", corda_method="ipm"'),
+    "corda": (
+        "leading triplets of W C, C the inputs' E[x x']; with --corda-method kpm the last ones",
+        'init_lora_weights="corda", corda_method="ipm" or "kpm"',
+    ),
     "eva": ("A leading directions of the inputs, B zero", 'init_lora_weights="eva", rho=1'),
     "lora-ga": ("singular vectors of the loss's gradient", 'init_lora_weights="lora_ga"'),
 }
@@ -56,12 +59,14 @@ def methods(
 def started(row: Method) -> dict[str, Any]:
     """Return what there is to say of a start: its axes, the bases that it takes, the argument of PEFT that it takes the
     place of, and the trainers that go on from it."""
+    from qinit.formats import FORMATS, READERS
     from qinit.grids import GRIDS
     from qinit.solver.methods import SEARCHES
     from qinit.trainers import TRAINERS
     from qinit.trainers.base import Untrainable
 
     factors, peft = STARTS_IN_WORDS.get(row.name, ("", ""))
+    packed = [each for each in (*FORMATS.values(), *READERS) if each.parts]
     return {
         "name": row.name,
         "calibration": "needed" if row.needs else "none",
@@ -69,6 +74,7 @@ def started(row: Method) -> dict[str, Any]:
         "base": "W - s B A" if row.start == "low-rank" else "W",
         "bits": sorted({16, *(bits for grid in SEARCHES for bits in GRIDS[grid].bits)}),
         "grids": [row.grid, *SEARCHES],
+        "packed_bases": [each.name for each in packed if row.start == "none" and not each.cannot_adapt(row.adapter)],
         "peft": peft,
         "trainers": [name for name, trainer in TRAINERS.items() if not isinstance(trainer, Untrainable)],
         "source": row.source,

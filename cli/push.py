@@ -16,13 +16,22 @@ from qinit_cli.options import AS_JSON, DEBUG, IN_ITS_PLACE, RUN
 if TYPE_CHECKING:
     from qinit_cli.draw import Screen
 
-    from qinit.hub.push import Prepared, Pushed
+    from qinit.hub.prepare import Prepared
+    from qinit.hub.push import Pushed
 
 
 def push(
     directory: RUN,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME on the Hub; made if it is missing.")],
     adapter: IN_ITS_PLACE = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Of an adapter alone: the base that it is for, on the Hub.",
+            show_default="as the adapter names it, unless that is a place on this machine",
+        ),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch to push to; made if it is missing.", show_default="main")
@@ -38,12 +47,14 @@ def push(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no table.")] = False,
     debug: DEBUG = False,
 ) -> None:
-    """Push a finished run to the Hub: base, adapter, card and report, so that the repo id alone loads it."""
+    """Push a finished run to the Hub: base, adapter, card and report, so that the repo id alone loads it; or an adapter
+    alone, which names its base there."""
     from qinit_cli.draw import Screen
 
     from qinit.errors import HubError, StoppedError
-    from qinit.hub.push import prepare, require_ready
+    from qinit.hub.prepare import prepare
     from qinit.hub.push import push as push_prepared
+    from qinit.hub.push import require_ready
 
     if create_pr and revision:
         raise HubError("--create-pr: opens a pull request to the main branch; leave --revision out")
@@ -51,7 +62,7 @@ def push(
     if not dry_run:
         require_ready(repo_id, token)
     quiet_hub(quiet, debug)
-    prepared = prepare(directory, repo_id, adapter)
+    prepared = prepare(directory, repo_id, adapter, base)
     _say_what(screen, prepared)
     if dry_run:
         _draw(screen, prepared, revision, create_pr)
@@ -77,7 +88,7 @@ def push_after_run(
     What goes wrong is no reason to run again, and the error says so.
     """
     from qinit.errors import HubError, QinitError, StoppedError
-    from qinit.hub.push import prepare
+    from qinit.hub.prepare import prepare
     from qinit.hub.push import push as push_prepared
 
     try:
@@ -124,6 +135,8 @@ def _say_what(screen: Screen, prepared: Prepared) -> None:
     screen.say(f"to {prepared.repo_id}: {len(prepared.files)} files, {size(prepared.nbytes)}")
     if prepared.left_out:
         screen.say(f"note: not pushed, as the run did not write it: {', '.join(prepared.left_out)}")
+    for note in prepared.notes:
+        screen.say(f"note: {note}")
 
 
 def _say_where(screen: Screen, prepared: Prepared, pushed: Pushed) -> None:

@@ -79,7 +79,7 @@ def _option(kind: Any, panel: str, text: str, *names: str, **more: Any) -> Any:
     steps=_option(int | None, TRAIN_PANEL, "Steps of the optimizer.", min=1, show_default="500"),
     batch_size=_option(int | None, TRAIN_PANEL, "Examples in each step.", min=1, show_default="16"),
     learning_rate=_option(float | None, TRAIN_PANEL, "The largest one.", show_default="1e-3"),
-    seed=_option(int | None, TRAIN_PANEL, "Draws the start and the order.", show_default="0"),
+    seed=_option(int | None, TRAIN_PANEL, "Draws the start and the order.", min=0, max=2**32 - 1, show_default="0"),
     save_dir=_option(
         Path | None, OUTPUT_PANEL, "Where the run's directory is made.", show_default="model_zoo/snndlft"
     ),
@@ -135,7 +135,11 @@ def snndlft(**options: Any) -> None:
         key: options[key] for key in ("steps", "batch_size", "learning_rate", "device") if options[key] is not None
     }
     base = find_model(name, options["revision"], options["token"])
-    asked = Asked(name, base, data, config, trust_remote_code=options["trust_remote_code"], **given)
+    local = name == DEMO_NAME or Path(name).is_dir()
+    asked = Asked(
+        name, base, data, config,
+        trust_remote_code=options["trust_remote_code"], hub=None if local else (name, options["revision"]), **given,
+    )  # fmt: skip
     kind = "-".join(["spiking"] * config.spiking + [config.layer_wise])
     short = Path(name).resolve().name if Path(name).is_dir() else name.rsplit("/", 1)[-1]
     out = options["out"] or (options["save_dir"] or Path("model_zoo") / "snndlft") / f"{short}-{kind}"

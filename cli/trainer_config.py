@@ -14,8 +14,8 @@ def trainer_config(
         Path,
         typer.Argument(
             metavar="RUN|TEMPLATE",
-            help="A run's directory, which holds qinit.json; an adapter configuration that names its base, as a JSON "
-            "file; or the name of one that comes with qinit, as lora_llama2_7b_rank8.",
+            help="A run's directory, or an adapter's alone, which holds qinit.json; an adapter configuration that "
+            "names its base, as a JSON file; or the name of one that comes with qinit, as lora_llama2_7b_rank8.",
         ),
     ],
     trainer: Annotated[
@@ -60,11 +60,13 @@ def trainer_config(
     from qinit_cli.hush import hush
 
     hush()
+    from qinit.machine import pick_device
     from qinit.trainers.execute import execute as run
     from qinit.trainers.execute import require_installed
     from qinit.trainers.write import config_for, write_config
 
-    written = config_for(target, trainer, dataset, compared)
+    bf16 = not execute or pick_device("auto").type != "cpu"
+    written = config_for(target, trainer, dataset, compared, bf16=bf16)
     if execute:
         require_installed(written)
     elif out is None:

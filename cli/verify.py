@@ -68,7 +68,8 @@ def verify(
 ) -> None:
     """Reread what was written: hashes, shapes, values, errors, the adapter's scale and base; then load it.
 
-    Of an export: hashes, structure, finite values, and with --source RUN the values of Q and of the adapter.
+    Of an export: hashes, structure, finite values, and with --source RUN the values of Q and of the adapter. Of what
+    `qinit snndlft` wrote: hashes, ranks, finite values, and base and adapter loaded and run.
 
     What is in order is loaded by stock transformers and PEFT, in a process of its own, and run forward and back: every
     tensor must find its place, the predictions must be those of Q + s B A in the files, and every factor must get a
@@ -81,6 +82,7 @@ def verify(
 
     from qinit.adapters.trained import read_trained
     from qinit.report.merged import is_merge
+    from qinit.report.report import is_training
     from qinit.verification.exported import verify_export
     from qinit.verification.factors import point_to
     from qinit.verification.merged import verify_merged
@@ -93,17 +95,18 @@ def verify(
     if server is not None:
         _served(screen, directory, server, adapter, json_output)
         return
-    merged, export = is_merge(directory), exported(directory)
-    original = None if merged or export else _source(directory, source, revision, token)
-    if merged or export:
+    merged, export, training = is_merge(directory), exported(directory), is_training(directory)
+    original = None if merged or export or training else _source(directory, source, revision, token)
+    if training:
+        events = _training(directory, {"--source": source, "--adapter": adapter}, **options)
+    elif merged or export:
         events = _made_of(verify_merged if merged else verify_export, directory, source, adapter, **options)
     else:
         events = verified(directory, original, **options)
-    found, counts, _ = _followed(screen, events)
+    found, counts, loaded = _followed(screen, events)
     if adapter is not None and not export:
         read_trained(adapter)
-    loaded = ""
-    if not merged and not export and not any(each.grave for each in found):
+    if not (merged or export or training) and not any(each.grave for each in found):
         more, _, loaded = _followed(screen, _tried(directory, adapter, original, deep=deep, **options))
         found += more
     fixed = fix and any(each.moved for each in found) and all(each.moved or not each.grave for each in found)
@@ -167,6 +170,16 @@ def _served(screen: Any, directory: Path, server: str, adapter: Path | None, jso
         sys.stdout.write(json.dumps(value) + "\n")
     if problems:
         raise typer.Exit(WANTING)
+
+
+def _training(directory: Path, others: dict[str, Any], **options: Any) -> Iterator[Event]:
+    """Check what `qinit snndlft` wrote, which has no source and no other adapter."""
+    from qinit.errors import RecipeError
+    from qinit.snndlft.verification import verify_training
+
+    if given := [name for name, value in others.items() if value is not None]:
+        raise RecipeError(f"{given[0]}: is about runs, and {directory} is a training; leave it out")
+    return verify_training(directory, **options)
 
 
 def _made_of(

@@ -114,7 +114,7 @@ def load_base(
     if fmt is not None:
         options |= fmt.loader_options(base, config, trust_remote_code=trust_remote_code)
     try:
-        return model_class.from_pretrained(
+        model, info = model_class.from_pretrained(
             base,
             dtype=dtype,
             local_files_only=True,
@@ -122,6 +122,7 @@ def load_base(
             output_loading_info=True,
             **options,
         )
+        return (model if fmt is None or str(device) == "meta" else fmt.opened(model)), info
     except Exception as error:  # a damaged directory can break its class in any way
         raise CheckpointError(f"{base}: cannot be loaded ({_reason(error)})") from error
 

@@ -53,6 +53,7 @@ class Recipe(BaseModel):
     use_dora: bool = False
     grid: str | None = None  # of a start's base below 16 bits; None: int
     niter: int | None = Field(None, ge=1, le=100)  # power iterations in the place of a start's full decomposition
+    corda_method: str | None = None  # ipm or kpm, which triplets CorDA takes; None: ipm
     target_modules: str = ALL_LINEAR
     exclude: str | None = None
     calibration: str = "auto"  # decided by the plan; "none", or what `load_samples` takes
@@ -173,7 +174,7 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"format: no '{self.format}'{did_you_mean(self.format, FORMATS)}; known are {', '.join(FORMATS)}"
             )
-        own = {key: getattr(self, key) for key in ("bits", "grid", "niter", "polish", "use_dora")}
+        own = {key: getattr(self, key) for key in ("bits", "grid", "niter", "corda_method", "polish", "use_dora")}
         if (problem := start_problem(self.method, **own)) is not None:
             raise ValueError(problem)
         self._check_widths(method)
@@ -182,6 +183,8 @@ class Recipe(BaseModel):
         problem = FORMATS[self.format].cannot_hold(self.row.grid, self.widths[0], self.group_size)
         if problem:
             raise ValueError(f"format: {self.format} {problem}")
+        if (problem := FORMATS[self.format].cannot_adapt(self.adapter)) is not None:
+            raise ValueError(f"format: {problem}; give dense")
         return self
 
     def _check_base(self, method: Method) -> Method:
@@ -332,6 +335,7 @@ class Recipe(BaseModel):
         row = get_method(self.method, calibrated=self.calibrated)
         row = on_grid(row, self.grid or "int") if row.name in STARTS and self.bits != 16 else row
         row = replace(row, grid="sym") if self.symmetric else row
+        row = replace(row, factors="covariance-minor") if self.corda_method == "kpm" else row
         if self.base is not None and (row_on_base := on_base(row)) is not None:
             return row_on_base
         if not row.adjustable or not self.calibrated:

@@ -14,6 +14,11 @@ from qinit.files.reading import YAML_BYTES, parse_json, parse_yaml, read_regular
 
 SUFFIXES = (".json", ".yaml", ".yml")
 KEY = "peft_type"  # what every such file has
+SPIKING = "SNN_DLFT"  # of what `qinit snndlft` trains with spikes
+NOT_LINEAR = (
+    "a spiking adapter cannot be merged: between Q and P are neurons that fire above a threshold, so that no matrix "
+    "added to the base's weight computes the same; load base and adapter together (qinit.snndlft.load)"
+)
 # Who saved it, for what model, and what is found out anew. A base is named where a command asks for one.
 BESIDE = frozenset(
     {

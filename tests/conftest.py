@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.forking import Forks
 from tests.helpers import quantize
 from tests.hub_stand_in import StandInHub
 from tests.models import make_checkpoint, make_own_code, make_reader
@@ -33,11 +34,34 @@ for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(variable, None)
 
 
-def pytest_collection_finish() -> None:
+FORKS = pytest.StashKey[Forks]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_failure() -> Iterator[None]:
+    """Let nobody wait for the disk: what a run writes is synced twenty times, and a killed process loses none of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Take what the imports have left, millions of objects, out of the garbage collector's sight: gptqmodel calls it
-    whenever it loads."""
+    whenever it loads. And fork while nothing but imports has happened."""
     gc.collect()
     gc.freeze()
+    if any("forks" in item.fixturenames for item in session.items if isinstance(item, pytest.Function)):
+        session.config.stash[FORKS] = Forks()
+
+
+@pytest.fixture(scope="session")
+def forks(pytestconfig: pytest.Config, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Forks:
+    """Runs of the command line in processes of their own, forked from one that has loaded what they need."""
+    found = pytestconfig.stash[FORKS]
+    text = ["--calibration", "random", "--calibration-samples", 128, "--calibration-length", 32]
+    options = ["--rank", 4, "--calibration-mode", "parallel", "--polish", 5, "--no-check"]
+    found.warm_up("eqft", llama, "--out", tmp_path_factory.mktemp("warm") / "out", *text, *options)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qinit.errors import QinitError
 
-MORE = int(os.environ.get("QINIT_FUZZ", "1"))  # times as many examples: QINIT_FUZZ=200 pytest -k fuzz
+MORE = int(os.environ.get("QINIT_FUZZ", "1"))  # times as many examples: QINIT_FUZZ=600 pytest -k fuzz
 
 numbers = st.one_of(
     st.integers(-3, 300),

@@ -122,14 +122,19 @@ PACKERS: dict[str, Callable[[torch.Tensor], Packed]] = {
 
 
 def packed_base(
-    source: Path, directory: Path, form: str, keep: Callable[[str], bool] = lambda name: False, **config: Any
+    source: Path,
+    directory: Path,
+    form: str,
+    keep: Callable[[str], bool] = lambda name: False,
+    kinds: tuple[str, ...] = ("_proj.weight",),
+    **config: Any,
 ) -> Path:
-    """Copy a checkpoint in one file and pack the linear layers of its blocks, all but those to `keep`; `dense` rounds
-    them and packs nothing."""
+    """Copy a checkpoint in one file and pack the layers whose names end so, by default the linear ones of its blocks,
+    all but those to `keep`; `dense` rounds them and packs nothing."""
     shutil.copytree(source, directory)
 
     def pack(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if name.endswith("_proj.weight") and not keep(name)]:
+        for name in [name for name in tensors if name.endswith(kinds) and not keep(name)]:
             weight = tensors.pop(name)
             parts, values = PACKERS.get(form, gptq)(weight.float())
             parts = {"weight": values.to(weight.dtype)} if form == "dense" else parts

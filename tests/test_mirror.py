@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 ELSEWHERE = {
@@ -16,7 +14,8 @@ ELSEWHERE = {
     "qinit/calibration/seen.py": "data alone",
     "qinit/compare/forecast.py": "one dry run of the command says it all: tests/cli/test_compare.py",
     "qinit/compare/measure.py": "loads and trains real starts, once for all tests of tests/cli/test_compare.py",
-    "qinit/doctor/probes.py": "each probe is a part of tests/qinit/doctor/test_examine.py",
+    "qinit/compare/stored.py": "a column of the table of tests/cli/test_compare.py",
+    "qinit/doctor/probes.py": "tests/cli/test_doctor.py tries every probe",
     "qinit/events.py": "data alone",
     **{
         f"qinit/exports/{name}.py": "what is written is loaded by its readers in tests/qinit/exports/test_packed.py"
@@ -38,6 +37,7 @@ ELSEWHERE = {
         for name in ("auto_round", "awq", "bitsandbytes", "compressed_tensors")
     },
     "qinit/grids/integer/block.py": "data, and memory that every search of the files beside it fills",
+    "qinit/grids/integer/search_triton.py": "one process runs it and the file of test_rounding_triton.py beside it",
     "qinit/grids/integer/triton_steps.py": "runs inside of the kernels of the two files beside it, which are tested",
     "qinit/plan/limits.py": "data alone",
     **{
@@ -53,7 +53,7 @@ ELSEWHERE = {
     "qinit/trial/asked.py": "data alone",
     "qinit/snndlft/base.py": "its errors are in test_training.py beside it, which trains on what it loads",
     "qinit/snndlft/course.py": "what a callback does: test_callback.py beside it",
-    "qinit/snndlft/report.py": "what a training says: test_training.py beside it",
+    "qinit/snndlft/evaluation.py": "tests/cli/test_snndlft.py measures what it has trained",
     "qinit/stages/base.py": "an abstract class; tests/docs/test_extend.py adds a row to it",
     **{
         f"qinit/trainers/{name}.py": "tests/docs/test_trainers.py reads what it writes, tests/compat/trainers runs it"
@@ -74,11 +74,14 @@ def modules() -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py")
 
 
-@pytest.mark.parametrize("module", modules())
-def test_a_module_has_its_tests(module):
+def has_its_tests(module: str) -> bool:
     path = Path(module)
-    mirrored = (ROOT / "tests" / path.parent / f"test_{path.name}").exists()
-    assert mirrored != (module in ELSEWHERE), f"{module}: its tests belong into tests/{path.parent}/test_{path.name}"
+    return (ROOT / "tests" / path.parent / f"test_{path.name}").exists()
+
+
+def test_a_module_has_its_tests():
+    """Those of qinit/a/b.py belong into tests/qinit/a/test_b.py."""
+    assert [module for module in modules() if has_its_tests(module) == (module in ELSEWHERE)] == []
 
 
 def test_what_has_its_tests_elsewhere_exists():

@@ -11,13 +11,17 @@ import torch
 from qinit.adapters import CONFIG_NAME, WEIGHTS_STEM, Adapter, adapter_of
 from qinit.errors import CheckpointError
 from qinit.files.tensors import StoredTensor, read_header
+from qinit.recipe_files import NOT_LINEAR, SPIKING
 from qinit.source.checkpoint import read_json
 from qinit.source.targets import LinearModule
 
 
 def kind_of(directory: Path, settings: dict[str, Any]) -> Adapter:
-    """Return the kind of the adapter in a directory. Raises CheckpointError for one that qinit does not know."""
+    """Return the kind of the adapter in a directory. Raises CheckpointError for one that qinit does not know, and for
+    one that adds no matrix."""
     kind = adapter_of(settings)
+    if settings.get("peft_type") == SPIKING:
+        raise CheckpointError(f"{directory}: {NOT_LINEAR}")
     if kind is None:
         raise CheckpointError(f"{directory}: an adapter of peft_type {settings.get('peft_type')!r} is not read")
     return kind

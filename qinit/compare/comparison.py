@@ -36,13 +36,16 @@ SAMPLE_BYTES = 4096  # of each tensor, that tell a model from a fine-tuned one
 class Row:
     """A line of the table: a method (`eqft:none` is eqft without calibration, `eqft@best` with another quality) at a
     width, or a ceiling in 16 bits.
-    A width between two of the grid's is a mix of both, by count."""
+    A width between two of the grid's is a mix of both, by count. `run` is the directory of a run that was finished
+    before, which is called `method`; `sums` tells its files from any others."""
 
     method: str
     bits: float
     recipe: Recipe | None
     rates: tuple[float, ...]
     bits_per_weight: float
+    run: Path | None = None
+    sums: str | None = None
 
     @property
     def name(self) -> str:
@@ -119,7 +122,7 @@ class Comparison:
         return make_plan(recipe, self.directory, self.model, self.directory if recipe.base is not None else None)
 
     def run_directory(self, row: Row) -> Path:
-        return self.out / CELLS / row.name / "run"
+        return row.run or self.out / CELLS / row.name / "run"
 
     def file(self, cell: Cell) -> Path:
         return self.out / CELLS / f"{cell.name}.json"
@@ -143,7 +146,9 @@ class Comparison:
 
     @cached_property
     def _starting(self) -> dict[str, dict[str, Any]]:
-        return {row.name: {"method": row.method, "recipe": recipe_facts(row.recipe)} for row in self.rows}
+        return {
+            row.name: {"method": row.method, "recipe": recipe_facts(row.recipe), "run": row.sums} for row in self.rows
+        }
 
 
 def recipe_facts(recipe: Recipe | None) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ def forecast(schedule: Schedule, jobs: int) -> dict[str, Any]:
             seconds += token * tokens
             if cell.rate is not None and comparison.training and comparison.validation:
                 seconds += step * comparison.training.steps + token * len(comparison.validation.ids)
-            elif cell.row.recipe is not None:
+            elif cell.row.recipe is not None and cell.row.run is None:
                 plan = comparison.plan(cell.row.recipe)
                 seconds += estimate(plan, machine.device, machine).total
     finally:

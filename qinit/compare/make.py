@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from qinit.compare.comparison import CEILINGS, CELLS, FULL, LORA, Comparison, Row, fingerprint
+from qinit.compare.finished import finished_row
+from qinit.compare.stored import bits_as_stored
 from qinit.compare.texts import Text, split
 from qinit.errors import CompareError, OutputError, RecipeError, did_you_mean
 from qinit.evaluate.text import length_for
 from qinit.grids import GRIDS
 from qinit.machine import pick_device
-from qinit.plan.plan import Plan
 from qinit.planner.make import make_plan
 from qinit.recipe import Recipe, make_recipe
 from qinit.solver.methods import CALIBRATED, METHODS, STARTS, get_method
@@ -36,6 +37,7 @@ def make_comparison(
     methods: Sequence[str],
     bits: Sequence[float],
     options: dict[str, Any],
+    runs: Sequence[Path] = (),
     texts: Sequence[Text],
     window: int,
     training: Training | None = None,
@@ -48,10 +50,11 @@ def make_comparison(
     keep_runs: bool = False,
 ) -> Comparison:
     """Check everything and return the comparison. A method is a name of the method table, or `NAME:SOURCE@QUALITY`
-    with a calibration or a quality of its own; `options` are a recipe's; at most `windows` windows of each text are
-    measured.
+    with a calibration or a quality of its own; `options` are a recipe's; `runs` are directories of finished runs, each
+    a row; at most `windows` windows of each text are measured.
 
-    Raises CompareError for what does not fit, RecipeError for a method, a width or an option that there is not.
+    Raises CompareError for what does not fit, RecipeError for a method, a width or an option that there is not, and
+    what `finished_row` does.
     """
     _check_numbers(training, rates, full_rates, seeds)
     texts = _checked_texts(checkpoint, texts, window, windows)
@@ -65,12 +68,15 @@ def make_comparison(
                 continue
             recipe = _recipe(method, width, options, checkpoint.directory)
             plan = make_plan(recipe, checkpoint.directory, model, None if recipe.base is None else checkpoint.directory)
-            rows.append(Row(method, width, plan.recipe, tuple(rates), _bits_as_stored(plan)))
+            rows.append(Row(method, width, plan.recipe, tuple(rates), bits_as_stored(plan)))
+    trusted = bool(options.get("trust_remote_code"))
+    rows += [finished_row(run, checkpoint, rates, trusted) for run in runs]
     names = [row.name for row in rows]
     device = options.get("device") or "auto"
     if len(set(names)) < len(names):
         widths = ", ".join(map(str, bits))
-        raise CompareError(f"--methods, --bits: some are given twice ({', '.join(methods)}; {widths})")
+        given = "; ".join(filter(None, (", ".join(methods), widths, ", ".join(run.name for run in runs))))
+        raise CompareError(f"--methods, --bits{', --run' * bool(runs)}: some are given twice ({given})")
     return Comparison(
         model=model,
         directory=checkpoint.directory,
@@ -253,15 +259,3 @@ def _widths(method: str, bits: float) -> dict[str, Any]:
         f"--bits: {bits:g} is a mix of two widths, which {alone}; found {method}, give it whole widths (another --out "
         "keeps another table)"
     )
-
-
-def _bits_as_stored(plan: Plan) -> float:
-    """Return bits per quantized weight as the method's packed form holds them: GPTQ for the integer grid where it
-    takes the same layers, else what the grid needs (for normal floats a float32 absmax per group)."""
-    recipe = plan.recipe.model_dump() | {"format": "gptq"}
-    try:
-        packed = make_plan(Recipe(**recipe), plan.checkpoint.directory, plan.model_name)
-    except (ValueError, RecipeError, CompareError):
-        return plan.grid_bits_per_weight
-    same = len(packed.quantized) == len(plan.quantized)
-    return packed.bits_per_weight if same else plan.grid_bits_per_weight

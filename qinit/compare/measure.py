@@ -65,7 +65,7 @@ def ready(comparison: Comparison, row: Row) -> bool:
 def _start(comparison: Comparison, row: Row) -> dict[str, Any]:
     """Quantize, unless that was done under the same digest, and measure the start, unless that was done."""
     directory, known = comparison.run_directory(row), kept_result(comparison, Cell(row))
-    if row.recipe is not None and not (known and ready(comparison, row)):
+    if row.recipe is not None and row.run is None and not (known and ready(comparison, row)):
         for _ in run(comparison.plan(row.recipe), directory, overwrite=True):
             pass
     if known:

@@ -65,5 +65,5 @@ class Schedule:
         self.found[cell] = found
         done = not next_cells(self.comparison, cell.row, self.found)
         failed = any("failed" in value for one, value in self.found.items() if one.row == cell.row)
-        if done and not failed and not self.comparison.keep_runs:
+        if done and not failed and cell.row.run is None and not self.comparison.keep_runs:
             shutil.rmtree(self.comparison.run_directory(cell.row), ignore_errors=True)

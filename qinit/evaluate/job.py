@@ -130,12 +130,19 @@ def _chosen(
         raise RecipeError(f"dtype: a streamed evaluation computes in float32, not {dtype}; leave one of the two out")
     models = [subject] if reference is None else [subject, reference]
     vocabulary = max(model.facts.vocabulary or 1 for model in models)
+    whole = [model.name for model in models if model.loader is not None]
+    if whole and stream == "always":
+        raise RecipeError(
+            f"stream: the adapter of {whole[0]} is run with the whole model in memory; use --stream never"
+        )
     rows = batch_size or (1 if windows is None else batch_size_for(windows, vocabulary))
     wanted = dtype or "float32"
     if stream == "always":
         return Way(True, "as asked", "float32", rows)
     if stream == "never":
         return Way(False, "as asked", wanted, rows)
+    if whole:
+        return Way(False, "its adapter is loaded by qinit.snndlft alone", wanted, rows)
     missing = [name for model in models for name in missing_packages(model)]
     if missing:
         reason = f"{' and '.join(dict.fromkeys(missing))} not being installed to load packed weights"

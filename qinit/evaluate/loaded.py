@@ -29,17 +29,23 @@ SHARE = 0.8  # of the free memory that models and logits may take
 def load_model(subject: Subject, dtype: torch.dtype, device: torch.device) -> Any:
     """Load base and adapter in eval mode. Raises CheckpointError for what is damaged or needs a missing package."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # some kernels' packages print a banner
-        model = load_parts(
-            subject.base,
-            subject.adapter,
-            class_name(subject),
-            subject.config,
-            dtype=dtype,
-            device=str(device),
-            trust_remote_code=subject.trust_remote_code,
-        )
+        model = _load(subject, dtype, device)
     without_cache(model)
     return model.eval()
+
+
+def _load(subject: Subject, dtype: torch.dtype, device: torch.device) -> Any:
+    if subject.loader is not None:
+        return subject.loader(dtype, device)
+    return load_parts(
+        subject.base,
+        subject.adapter,
+        class_name(subject),
+        subject.config,
+        dtype=dtype,
+        device=str(device),
+        trust_remote_code=subject.trust_remote_code,
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,13 +27,14 @@ BASE_KEY = "base_model_name_or_path"
 class Subject:
     """A base and, unless None, an adapter on it. `name` is for reports. `lost` is the base that the adapter's file
     names, where it is not there and the run that the adapter lies in was taken instead. `trust_remote_code` runs code
-    that lies in the base's directory."""
+    that lies in the base's directory. `loader`, of a dtype and a device, loads what stock PEFT does not."""
 
     name: str
     base: Path
     adapter: Path | None = None
     lost: str | None = None
     trust_remote_code: bool = False
+    loader: Callable[[Any, Any], Any] | None = None
 
     @property
     def run(self) -> Path | None:

@@ -18,7 +18,9 @@ import torch
 from qinit.exports.checkpoint import CheckpointExport, Layer, Rounded, left_linear, widths
 from qinit.exports.finished import FinishedRun
 from qinit.exports.symmetric import not_symmetric
+from qinit.exports.vllm import vllm_command
 from qinit.exports.words import symmetric_words
+from qinit.formats.compressed_tensors import CompressedTensorsReader
 from qinit.formats.gptq.packing import WORD
 from qinit.report.report import Report
 
@@ -74,9 +76,7 @@ them unpacked):
 {_unpacked_first(super().load(report))}
 With vLLM:
 
-```
-vllm serve . --dtype float16 --enable-lora --max-lora-rank {_rank_for_vllm(report)} --lora-modules start=./eqft_init
-```
+{vllm_command(report)}
 
 Scales are float16: loaded as float16 or float32 they are the run's, as bfloat16 they are rounded to 8 bits."""
 
@@ -84,12 +84,5 @@ Scales are float16: loaded as float16 or float32 they are the run's, as bfloat16
 def _unpacked_first(lines: str) -> str:
     """Put the line between the base's and the adapter's that unpacks all layers."""
     base, adapter = lines.split("\nmodel = ")
-    unpack = "base.hf_quantizer.compressor.decompress_model(base)"
     base = base.replace('dtype="auto"', 'dtype="float16"')
-    return f"{base}\n{unpack}\nmodel = {adapter}"
-
-
-def _rank_for_vllm(report: Report) -> int:
-    """Return the least --max-lora-rank that takes the adapter: vLLM knows these alone."""
-    rank = max((row.rank for row in report.layers), default=1)
-    return next((known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank), rank)
+    return f"{base}\n{CompressedTensorsReader.opening}\nmodel = {adapter}"

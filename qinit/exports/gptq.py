@@ -13,6 +13,7 @@ import torch
 from qinit.exports.checkpoint import QUANTIZATION, CheckpointExport, Layer, Rounded, left_linear, widths
 from qinit.exports.finished import FinishedRun
 from qinit.exports.symmetric import half, not_symmetric
+from qinit.exports.vllm import vllm_command
 from qinit.exports.words import all_words, symmetric_words
 from qinit.formats.gptq.selection import shared_block
 from qinit.report.report import Report
@@ -76,4 +77,14 @@ class AutoRoundExport(GptqExport):
         }
 
     def load(self, report: Report) -> str:
-        return f"With `pip install auto-round`:\n\n{CheckpointExport.load(self, report)}"
+        both = CheckpointExport.load(self, report).replace("; from peft import PeftModel", "")
+        base, _, _ = both.partition("\nmodel")
+        return f"""\
+With vLLM:
+
+{vllm_command(report)}
+
+With transformers (`pip install auto-round`) the base alone, as PEFT has no LoRA for auto-round's layers:
+
+{base}
+```"""

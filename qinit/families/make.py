@@ -19,12 +19,14 @@ from qinit.families.card import snippet_of, write_card
 from qinit.families.table import FAMILIES, Family, family_named
 from qinit.families.targets import Chosen, choose, feed_forward_of
 from qinit.families.trial import not_trained, quietly, reason_of
+from qinit.files.manifest import some_of, strangers
 from qinit.formats import format_of, method_of
 from qinit.recipe_files import BESIDE, as_pattern
 from qinit.source.checkpoint import Checkpoint, read_json
 from qinit.source.skeleton import loader, without_cache
 from qinit.source.targets import Architecture
 
+OWN = (CONFIG_NAME, f"{WEIGHTS_STEM}.safetensors", "README.md")  # the files of an adapter
 RANDOM = "RANDOM"  # prompts, in PEFT's words
 
 
@@ -87,6 +89,11 @@ def _require_place(out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: exists; choose another place with --out, or give --overwrite")
     if out.exists() and (not (out / CONFIG_NAME).is_file() or (out / "config.json").exists()):
         raise OutputError(f"{out}: holds something else than an adapter, and is not replaced; choose another --out")
+    if out.exists() and (others := strangers(out, OWN)):
+        raise OutputError(
+            f"{out}: holds what qinit did not write and what would be lost: {some_of(others)}; move it elsewhere, or "
+            "choose another --out"
+        )
 
 
 def _patterns(wanted: Wanted) -> tuple[str | None, str | None]:
@@ -234,6 +241,7 @@ def _write(wanted: Wanted, checkpoint: Checkpoint, model: Any, out: Path, overwr
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         model.save_pretrained(str(partial), save_embedding_layers=False)
+        shutil.copymode(partial / CONFIG_NAME, partial / f"{WEIGHTS_STEM}.safetensors")  # else the user's alone
         settings = read_json(partial / CONFIG_NAME, "PEFT writes one")
         for key, value in settings.items():  # PEFT keeps names as sets, whose order differs from run to run
             settings[key] = sorted(value) if key.endswith("_modules") and isinstance(value, list) else value

@@ -7,14 +7,16 @@ damage to a file that it lists.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from qinit.errors import ReportError
 from qinit.files.reading import JSON_BYTES, printable, read_regular
 
 MANIFEST_NAME = "SHA256SUMS"
+SHOWN = 5  # names in an error
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 _LAST = re.compile(r"# ([0-9a-f]{64})")
 
@@ -66,6 +68,22 @@ def listed(directory: Path) -> list[str]:
     files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     visible = (file for file in files if not any(part.startswith(".") for part in file.parts))
     return sorted(file.as_posix() for file in visible if file.as_posix() != MANIFEST_NAME)
+
+
+def strangers(directory: Path, sums: Collection[str]) -> list[str]:
+    """Return the names of all below a directory that a list with these names does not have, hidden files and links too:
+    relative, with forward slashes, sorted."""
+    found = []
+    for parent, directories, names in os.walk(directory):
+        links = [name for name in directories if Path(parent, name).is_symlink()]
+        found += [Path(parent, name).relative_to(directory).as_posix() for name in (*names, *links)]
+    return sorted(name for name in found if name not in sums and name != MANIFEST_NAME)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Say names in an error: the first few, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def manifest_text(sums: dict[str, str]) -> str:

@@ -54,19 +54,11 @@ class SafetensorsWriter:
         return f"{self._stem}-{number:05d}-of-{len(self._shards):05d}.safetensors"
 
     def _start_file(self, file: Path, shard: list[TensorSpec]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for spec in shard:
-            entry = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
-            header[spec.name] = {**entry, "data_offsets": [offset, offset + spec.nbytes]}
-            offset += spec.nbytes
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        raw = len(raw).to_bytes(8, "little") + raw
-        if not _starts_with(file, raw, len(raw) + offset):
+        raw, nbytes = _header(shard), sum(spec.nbytes for spec in shard)
+        if not _starts_with(file, raw, len(raw) + nbytes):
             with file.open("wb") as handle:
                 handle.write(raw)
-                handle.truncate(len(raw) + offset)
+                handle.truncate(len(raw) + nbytes)
             self._unsynced.add(file)
         place = len(raw)
         for spec in shard:
@@ -135,6 +127,25 @@ class SafetensorsWriter:
             }
             path = self._directory / f"{self._stem}.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def headers_bytes(specs: Iterable[TensorSpec], max_bytes: int = 1 << 62) -> int:
+    """Return what the headers of the files take that a SafetensorsWriter of these tensors writes; the index of several
+    is not counted."""
+    return sum(len(_header(shard)) for shard in _split(list(specs), max_bytes) if shard)
+
+
+def _header(shard: list[TensorSpec]) -> bytes:
+    """Return what stands in front of a file's tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in shard:
+        entry = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+        header[spec.name] = {**entry, "data_offsets": [offset, offset + spec.nbytes]}
+        offset += spec.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _put(place: StoredTensor, chunks: Iterable[torch.Tensor]) -> tuple[int, int]:

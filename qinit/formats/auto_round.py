@@ -24,8 +24,10 @@ PACKING = "auto_round:auto_gptq"
 class AutoRoundReader(Reader):
     name = "auto-round"
     title = "auto-round"
+    adapters = ("lora",)
     packages = ("auto_round",)
     parts = ("qweight", "qzeros", "scales")
+    packed_experts_note = "auto-round takes the model's experts apart to load them, which is not done here"
 
     def recognises(self, config: dict[str, Any]) -> bool:
         return method_of(config) == "auto-round"

@@ -27,8 +27,11 @@ PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where in its word each of eig
 class AwqReader(Reader):
     name = "awq"
     title = "AWQ"
+    exact = False
+    adapters = ("lora",)
     packages = ("gptqmodel",)
     moves_scales = True
+    head_note = "transformers leaves the head out when it loads AWQ, and starts it at random"
     parts = ("qweight", "qzeros", "scales")
 
     def recognises(self, config: dict[str, Any]) -> bool:

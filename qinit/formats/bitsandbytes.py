@@ -35,9 +35,11 @@ STATE_BYTES = 1 << 16
 class BitsandbytesReader(Reader):
     name = "bitsandbytes"
     title = "bitsandbytes NF4"
+    exact = False
     packages = ("bitsandbytes",)
     parts = ("weight", "weight.absmax", STATE)
     more_parts = ("weight.nested_absmax", "weight.nested_quant_map")
+    packed_experts_note = "transformers has experts as slices of 3-D parameters, and bitsandbytes packs linear layers"
 
     def recognises(self, config: dict[str, Any]) -> bool:
         return method_of(config) == "bitsandbytes"

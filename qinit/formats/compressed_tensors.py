@@ -34,11 +34,18 @@ class CompressedTensorsReader(Reader):
     title = "compressed-tensors"
     packages = ("compressed_tensors",)
     moves_scales = True
+    exact = False  # in float32 it keeps products that `read`, as in its own type, rounds
+    opening = "base.hf_quantizer.compressor.decompress_model(base)"  # PEFT wants weights, and they are packed till then
     parts = ("weight_packed", "weight_scale")
     more_parts = ("weight_shape", ZEROS, GROUPS)
+    packed_experts_note = "transformers unpacks them while it loads the base, without their zero points"
 
     def recognises(self, config: dict[str, Any]) -> bool:
         return method_of(config) == "compressed-tensors"
+
+    def opened(self, base: Any) -> Any:
+        base.hf_quantizer.compressor.decompress_model(base)
+        return base
 
     def cannot_read(self, config: dict[str, Any]) -> str | None:
         quantization = config["quantization_config"]

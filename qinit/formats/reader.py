@@ -24,6 +24,13 @@ class Reader(ABC):
     moves_scales = False  # whether its writers move scales between layers, as AWQ does
     parts: tuple[str, ...] = ()  # what a packed layer's tensors are called in the place of `weight`
     more_parts: tuple[str, ...] = ()  # those that not every layer has
+    head_note = ""  # why its loader reads no packed output head, "" where it does
+    packed_experts_note = (  # why experts that are packed in this form are not read
+        "transformers has experts as slices of 3-D parameters, and its loader of this form starts packed ones at random"
+    )
+    adapters: tuple[str, ...] = ("lora", "dora")  # the kinds that PEFT puts on a packed layer
+    opening = ""  # what is done with a loaded `base` before PEFT gets it, in Python
+    exact = True  # whether a model that is loaded in float32 has the values of `read`, and computes in it
 
     @abstractmethod
     def recognises(self, config: dict[str, Any]) -> bool:
@@ -34,9 +41,19 @@ class Reader(ABC):
         damaged configuration and where a package is missing."""
         return {}
 
+    def opened(self, base: Any) -> Any:
+        """Return a loaded model after what `opening` says."""
+        return base
+
     def cannot_read(self, config: dict[str, Any]) -> str | None:
         """Return why `read` does not read the weights of a base that is recognised, or None."""
         return None
+
+    def cannot_adapt(self, adapter: str) -> str | None:
+        """Return why PEFT does not put this kind of adapter on a base of this form, or None."""
+        if adapter in self.adapters:
+            return None
+        return f"PEFT puts no {adapter} on layers packed as {self.title} (its classes for them say so)"
 
     def grid_of(
         self, module: LinearModule, parts: Mapping[str, StoredTensor], config: dict[str, Any]

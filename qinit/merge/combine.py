@@ -24,13 +24,13 @@ from qinit.files.writer import SafetensorsWriter
 from qinit.linalg.low_rank import LowRank
 from qinit.machine import versions
 from qinit.merge.combinations import COMBINATIONS, PRUNING, Factors, combined
-from qinit.merge.fitting import BASE_KEY, open_adapter, require_names
 from qinit.merge.origin import Origin, origin_of
 from qinit.report.combined import Combined, Part, write_combined_card
 from qinit.solver.spec import seed_of
 from qinit.source.checkpoint import Checkpoint, read_finite
 from qinit.source.targets import Architecture, read_architecture
 from qinit.stock.skeleton import Skeleton
+from qinit.trial.fitting import BASE_KEY, open_adapter, require_names
 from qinit.workplace.place import check_free, require_space, working_on
 
 DENSITY = 0.5

@@ -10,8 +10,8 @@ from typing import Any
 from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME
 from qinit.errors import CheckpointError, HubError, ReportError
 from qinit.hub.download import header_directory
-from qinit.merge.fitting import BASE_KEY, named_base, require_made_for
 from qinit.report.report import REPORT_NAME, Report
+from qinit.trial.fitting import BASE_KEY, named_base, require_made_for
 
 
 @dataclass(frozen=True)

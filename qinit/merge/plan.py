@@ -12,20 +12,20 @@ import torch
 from qinit.adapters import ADAPTER_DIRECTORY, WEIGHTS_STEM
 from qinit.adapters.reading import kind_of
 from qinit.adapters.trained import WEIGHTS_NAME
-from qinit.errors import RecipeError, ReportError, did_you_mean
+from qinit.errors import RecipeError, did_you_mean
 from qinit.exports.finished import open_base
 from qinit.files.manifest import MANIFEST_NAME, file_sum, read_manifest
 from qinit.files.tensors import read_header
-from qinit.merge.fitting import named_base, open_adapter, require_made_for, require_names
 from qinit.merge.steps import Laying, Layout
 from qinit.merge.ties import ties, untied
 from qinit.report.card import TRAINED_DIRECTORY
+from qinit.report.pictures.files import PICTURES
 from qinit.report.report import Report
-from qinit.runner.before import PICTURES
 from qinit.stock.skeleton import Skeleton
 from qinit.stream.weights import ModelWeights
+from qinit.trial.fitting import named_base, open_adapter, require_made_for, require_names
 from qinit.words import parse_size
-from qinit.workplace.place import kept
+from qinit.workplace.place import require_finished
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHARD_SIZE = "5GB"  # as a run writes it
@@ -94,8 +94,7 @@ def plan_merge(
         shard_bytes = parse_size(max_shard_size or SHARD_SIZE)
     except ValueError as error:
         raise RecipeError(f"--max-shard-size: {error}, found '{max_shard_size}'") from None
-    if not run.exists() and (left := kept(run)):
-        raise ReportError(f"{run}: an unfinished run ({left}); finish it first")
+    require_finished(run)
     report = Report.read(run)
     weights, architecture = open_base(run, trust_remote_code=trust_remote_code)
     place = adapter or _own_adapter(run)

@@ -70,7 +70,8 @@ def _kinds(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, str]
     """Return what kind of weights the checkpoint's tensors hold, by name; of slices that of the whole."""
     kinds: dict[str, str] = {}
     names = architecture.names_in(checkpoint)
-    known = dict.fromkeys((*architecture.embeddings, *filter(None, [architecture.head])), EMBEDDINGS)
+    heads = [] if architecture.head is None else [architecture.head.parameter]
+    known = dict.fromkeys((*architecture.embeddings, *heads), EMBEDDINGS)
     for parameter, kind in (known | {module.parameter: LINEAR for module in architecture.linear}).items():
         tensor = names.find(parameter)
         kinds |= dict.fromkeys(names.made_of(parameter) if tensor is None else [tensor.name], kind)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
-from qinit.errors import CheckpointError, TargetError
+from qinit.errors import CheckpointError, RecipeError, TargetError
 from qinit.files.tensors import StoredTensor, TensorSpec
-from qinit.formats import FORMATS, READERS, format_of, method_of
+from qinit.formats import FORMATS, READERS, Reader, format_of, method_of
+from qinit.formats.unpacked import unpacked
 from qinit.plan.plan import Given, LayerPlan, Plan
 from qinit.recipe import Recipe
+from qinit.solver.methods import STARTS
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Architecture, Target, read_architecture
 from qinit.stream.weights import ModelWeights
@@ -24,16 +26,34 @@ def open_given(recipe: Recipe, directory: Path, source: Path, architecture: Arch
     """Open a base. Raises CheckpointError for a form that is not read, which it names, and for a base of another model
     than the one in `source` that has this architecture."""
     checkpoint = Checkpoint.open(directory, quantized=True)
+    reader = _reader(checkpoint)
+    if recipe.adapter != "lora" and (problem := reader.cannot_adapt(recipe.adapter)) is not None:
+        raise RecipeError(f"method: {problem}; take --method lora, or another base")
+    found = read_architecture(checkpoint, recipe.trust_remote_code)
+    _require_same_model(directory, source, architecture, found)
+    return Given(checkpoint, found, reader.name)
+
+
+def open_source(recipe: Recipe, directory: Path, base: Path | None) -> tuple[Checkpoint, Architecture]:
+    """Open what a run starts from. A base that is there and is its own source may be quantized: it is seen unpacked.
+    Raises CheckpointError."""
+    checkpoint = Checkpoint.open(directory, quantized=base == directory and recipe.method in STARTS)
+    architecture = read_architecture(checkpoint, recipe.trust_remote_code)
+    if checkpoint.config.get("quantization_config") is not None:
+        checkpoint = unpacked(checkpoint, architecture, _reader(checkpoint))
+    return checkpoint, architecture
+
+
+def _reader(checkpoint: Checkpoint) -> Reader:
+    """Return what reads a base. Raises CheckpointError for a form that is not read."""
     reader = format_of(checkpoint.config)
     problem = (
         f"quantized as {method_of(checkpoint.config)}" if reader is None else reader.cannot_read(checkpoint.config)
     )
     if reader is None or problem:
         titles = ", ".join(each.title for each in (*FORMATS.values(), *READERS))
-        raise CheckpointError(f"{directory / 'config.json'}: {problem}; read are {titles}")
-    found = read_architecture(checkpoint, recipe.trust_remote_code)
-    _require_same_model(directory, source, architecture, found)
-    return Given(checkpoint, found, reader.name)
+        raise CheckpointError(f"{checkpoint.directory / 'config.json'}: {problem}; read are {titles}")
+    return reader
 
 
 def given_layers(plan: Plan, known: tuple[Target, ...], targets: tuple[Target, ...]) -> tuple[LayerPlan, ...]:
@@ -45,9 +65,11 @@ def given_layers(plan: Plan, known: tuple[Target, ...], targets: tuple[Target, .
     weights = ModelWeights(given.checkpoint, given.architecture, trust_remote_code=recipe.trust_remote_code)
     packed = weights.packed()
     require_rank(recipe, targets)
+    if (head := weights.packed_head) is not None and weights.format is not None and weights.format.head_note:
+        raise CheckpointError(f"{given.checkpoint.directory}: {head.name} is quantized, and {weights.format.head_note}")
     layers = []
     chosen = {target.name for target in targets}
-    if packed and not any(target.module.parameter in packed for target in targets):
+    if packed and not plan.on_source and not any(target.module.parameter in packed for target in targets):
         raise TargetError(f"none of the {len(targets)} chosen layers is quantized in the base; choose others")
     for target in known:
         if target.module.expert is not None:
@@ -70,10 +92,17 @@ def given_layers(plan: Plan, known: tuple[Target, ...], targets: tuple[Target, .
             )
         same = TensorSpec(stored.name, stored.dtype, stored.shape)
         bits = 8 * stored.dtype.itemsize
-        layers.append(LayerPlan(target, bits, module.in_features, rank, KEPT if packed else None, (same,)))
+        kept = KEPT if packed and not plan.on_source else None
+        layers.append(LayerPlan(target, bits, module.in_features, rank, kept, (same,)))
     if not packed and recipe.row.start != "none":
         _require_rounded(plan, weights, targets)
     return tuple(layers)
+
+
+def given_remarks(given: Given) -> list[str]:
+    """Say what of a base stays as it is though it is quantized."""
+    head = ModelWeights(given.checkpoint, given.architecture).packed_head
+    return [] if head is None else [f"{head.name} is quantized in the base, and stays so: output heads get no adapter"]
 
 
 def require_rank(recipe: Recipe, targets: Sequence[Target]) -> None:

@@ -13,15 +13,14 @@ from qinit.formats import FORMATS, DenseFormat
 from qinit.machine import Card
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.auto import choose
-from qinit.planner.given import given_layers, open_given, require_rank
+from qinit.planner.given import given_layers, given_remarks, open_given, open_source, require_rank
 from qinit.planner.left import left_alone
 from qinit.planner.polish import choose_polish
 from qinit.planner.settled import require_packed, settled
 from qinit.recipe import Recipe
 from qinit.solver.methods import STARTS
-from qinit.source.checkpoint import Checkpoint
 from qinit.source.names import Names
-from qinit.source.targets import Architecture, Target, quantizable, read_architecture, select
+from qinit.source.targets import Architecture, Target, quantizable, select
 from qinit.text.sources import check_source
 from qinit.widths.budget import planned
 
@@ -34,8 +33,7 @@ def make_plan(
 
     Raises CheckpointError and TargetError.
     """
-    checkpoint = Checkpoint.open(directory)
-    architecture = read_architecture(checkpoint, recipe.trust_remote_code)
+    checkpoint, architecture = open_source(recipe, directory, base)
     known = quantizable(checkpoint, architecture)
     targets = select(known, recipe.target_modules, recipe.exclude, architecture.in_language)
     names = architecture.names_in(checkpoint)
@@ -53,8 +51,9 @@ def make_plan(
     else:
         experts = _adapted(held, architecture) if ADAPTERS[recipe.adapter].experts else set()
         layers = tuple(_plan_layer(plan.recipe, target, names, experts) for target in held)
-    remarks = tuple(left_alone(architecture, names, known, targets))
-    plan = settled(replace(plan, layers=layers, remarks=remarks))
+    remarks = [*left_alone(architecture, names, known, targets)]
+    remarks += [] if plan.given is None else given_remarks(plan.given)
+    plan = settled(replace(plan, layers=layers, remarks=tuple(remarks)))
     if not plan.quantized:
         raise _nothing_left(plan, len(layers))
     if not any(layer.rank for layer in plan.layers):
@@ -81,7 +80,8 @@ def _nothing_left(plan: Plan, chosen: int) -> TargetError:
 def _with_calibration(plan: Plan) -> Plan:
     """Decide `auto`, and check what was asked for before anything expensive happens."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
-    if recipe.calibration == "auto":
+    auto = recipe.calibration == "auto"
+    if auto:
         choice = choose(plan, plan.device)
         asked = {key: getattr(recipe, key) for key in ("rounding", "act_order", "polish") if getattr(recipe, key)}
         if choice.source == "none" and asked:
@@ -98,6 +98,7 @@ def _with_calibration(plan: Plan) -> Plan:
             checkpoint.config,
             recipe.text_field,
             trust_remote_code=recipe.trust_remote_code,
+            tokenized=auto,  # `choose` takes no text that needs one before it has tried it
         )
     if "gradient" in recipe.row.needs and not plan.facts.causal:
         raise RecipeError(f"method: {recipe.method} takes the loss of the next token, and this model predicts none")

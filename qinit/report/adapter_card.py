@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from qinit.errors import ReportError
+from qinit.formats import READERS
 from qinit.report.calls import from_pretrained
 from qinit.report.report import Report
 
@@ -56,11 +57,15 @@ def require_base(report: Report, directory: Path, advice: str) -> None:
         raise ReportError(f"{directory}: holds an adapter alone, for the base {report.recipe['base']}; {advice}")
 
 
-def adapter_snippet(report: Report, place: str) -> list[str]:
-    """Return the lines of Python that load the base and the adapter that lies in `place`, for training."""
+def adapter_snippet(report: Report, place: str, *, revision: str | None = None, trained: bool = False) -> list[str]:
+    """Return the lines of Python that load the base and the adapter that lies in `place`, a directory or a Hub id (with
+    its `revision`), for training; a `trained` one to be used."""
     base, adapter = (json.dumps(each, ensure_ascii=False) for each in (report.totals["base"]["name"], place))
+    adapter += f", revision={json.dumps(revision)}" if revision else ""
+    form = report.totals["base"]["form"]
     return [
         f"from transformers import {report.loader}; from peft import PeftModel",
         f"base = {from_pretrained(report.loader, base, bool(report.recipe.get('trust_remote_code')))}",
-        f"model = PeftModel.from_pretrained(base, {adapter}, is_trainable=True)",
+        *(each.opening for each in READERS if each.name == form and each.opening),
+        f"model = PeftModel.from_pretrained(base, {adapter}{'' if trained else ', is_trainable=True'})",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,23 @@ def hub_card(text: str, report: Report, repo_id: str, *, trained: bool = False) 
     if trained:
         text = OWN_START.sub(f" in `{TRAINED_DIRECTORY}/` that was trained", text)
         load = "" if replaced else f"```python\n{lines}\n```\n"
-        text = _with_section(text, "## Trained\n", [*TRAINED_WORDS.split("\n"), *load.splitlines()])
+        text = with_section(text, "## Trained\n", [*TRAINED_WORDS.split("\n"), *load.splitlines()])
     return with_hub_base(text)
 
 
 def with_hub_base(text: str) -> str:
     """Return a card whose front matter names a base model only if that is on the Hub, and as what was quantized."""
+
+    def named(metadata: dict[str, Any]) -> dict[str, Any]:
+        base = metadata.get("base_model")
+        return {"base_model": base, "base_model_relation": "quantized"} if is_hub_id(base) else {}
+
+    return with_base(text, named)
+
+
+def with_base(text: str, named: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
+    """Return a card whose front matter begins with what is `named` of its metadata, in the place of what it says of a
+    base model."""
     before, start, rest = text.partition("---\n")
     front, end, body = rest.partition("---\n")
     try:
@@ -146,9 +157,9 @@ def with_hub_base(text: str) -> str:
         return text  # the Hub says what is wrong with it
     if before or not end or not isinstance(metadata, dict):
         return text
-    base = {"base_model": metadata.get("base_model"), "base_model_relation": "quantized"}
-    others = {key: value for key, value in metadata.items() if key not in base}
-    metadata = {**base, **others} if is_hub_id(base["base_model"]) else others
+    found = named(metadata)
+    others = {key: value for key, value in metadata.items() if key not in ("base_model", "base_model_relation")}
+    metadata = {**found, **others}
     return start + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True) + end + body
 
 
@@ -256,11 +267,13 @@ def inherited(source: dict[str, Any]) -> dict[str, Any]:
 def with_evaluations(card: str, totals: dict[str, Any]) -> str:
     """Return a card with sections on the evaluations in a report's totals, in the places of older ones if it has them;
     all else stays as it is."""
-    card = _with_section(card, "## Perplexity\n", _perplexities(totals.get("evaluations") or []))
-    return _with_section(card, "## Tasks\n", _tasks(totals.get("tasks") or {}))
+    card = with_section(card, "## Perplexity\n", _perplexities(totals.get("evaluations") or []))
+    return with_section(card, "## Tasks\n", _tasks(totals.get("tasks") or {}))
 
 
-def _with_section(card: str, heading: str, body: list[str]) -> str:
+def with_section(card: str, heading: str, body: list[str]) -> str:
+    """Return a card with this section before the recipe, or in the place of the one of that heading; without a body,
+    with none."""
     old = re.search(rf"^{heading}.*?(?=^## |\Z)", card, re.DOTALL | re.MULTILINE)
     if old:
         card = card[: old.start()] + card[old.end() :]

@@ -11,9 +11,11 @@ from pydantic import Field
 
 from qinit.errors import ReportError
 from qinit.files.reading import parse_json, read_regular
+from qinit.recipe_files import KEY, NOT_LINEAR, SPIKING
 from qinit.solver.methods import STARTS
 
 REPORT_NAME = "qinit.json"
+TRAINING = "snndlft"  # the kind of the report of a training
 REPORT_BYTES = 64 << 20  # a model of 70,000 experts has half of that
 # What a report may hold: whoever draws it has no other check.
 Count = Annotated[int, Field(ge=0, lt=2**60)]
@@ -119,8 +121,8 @@ class Report:
         except OSError as error:
             raise ReportError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
         except ValidationError as error:
-            if kind_of_report(directory) == "merge":
-                raise ReportError(f"{directory}: is a merge, not a run (it has no adapter); {remedy}") from None
+            if (other := _another_kind(directory)) is not None:
+                raise ReportError(f"{directory}: {other}; {remedy}") from None
             first = error.errors()[0]
             if first["type"] == "json_invalid":
                 raise ReportError(f"{path}: not JSON ({first['ctx']['error']}); run `qinit eqft` again") from None
@@ -135,10 +137,32 @@ class Report:
         return report
 
 
+def _another_kind(directory: Path) -> str | None:
+    """Say what a directory is whose report is not a run's, None for a run."""
+    match kind_of_report(directory):
+        case "merge":
+            return "is a merge, not a run (it has no adapter)"
+        case kind if kind == TRAINING:
+            spiking = _said(directory / "adapter_config.json", KEY) == SPIKING
+            why = NOT_LINEAR if spiking else "an AdaLoRA adapter, which stock PEFT loads and merges"
+            return f"is what `qinit snndlft` trained, not a run: {why}"
+    return None
+
+
 def kind_of_report(directory: Path) -> str:
     """Return what the report in a directory is of, by its own word: a run says nothing."""
+    return _said(directory / REPORT_NAME, "kind")
+
+
+def _said(file: Path, key: str) -> str:
+    """Return what a file of JSON has under a key; an empty string where that is nothing."""
     try:
-        value = parse_json(read_regular(directory / REPORT_NAME, REPORT_BYTES))
+        value = parse_json(read_regular(file, REPORT_BYTES))
     except (OSError, ValueError):
         return ""
-    return str(value.get("kind", "")) if isinstance(value, dict) else ""
+    return str(value.get(key, "")) if isinstance(value, dict) else ""
+
+
+def is_training(directory: Path) -> bool:
+    """Whether a directory says of itself that `qinit snndlft` wrote it."""
+    return kind_of_report(directory) == TRAINING

@@ -256,7 +256,8 @@ def _revised(old: Report, notes: list[str], made: Report) -> Report:
         totals["allocation"] = kept["allocation"]
     totals["seconds"] = round(_number(kept, "seconds") + made.totals["seconds"], 3)
     totals["peak_memory_bytes"] = max(_number(kept, "peak_memory_bytes"), made.totals["peak_memory_bytes"])
-    totals["calibration"] = _calibration(_part(kept, "calibration"), made.totals["calibration"]["polish"])
+    polish = made.totals["calibration"]["polish"] | _distances(old, made)
+    totals["calibration"] = _calibration(_part(kept, "calibration"), polish)
     said = [note for note in old.notes if not note.startswith("check: ")]
     return replace(
         made,
@@ -266,6 +267,14 @@ def _revised(old: Report, notes: list[str], made: Report) -> Report:
         totals=totals,
         notes=tuple(dict.fromkeys((*said, *notes))),
     )
+
+
+def _distances(old: Report, made: Report) -> dict[str, Any]:
+    """Return the KL from the original before and after, and the tokens of one text that each was measured on."""
+    before, after = (_part(report.totals, "check") for report in (old, made))
+    if before.get("text") != after.get("text") or not all(type(each.get("kl")) is float for each in (before, after)):
+        return {}
+    return {"kl": {"before": before["kl"], "after": after["kl"], "tokens": [before["tokens"], after["tokens"]]}}
 
 
 def _calibration(old: dict[str, Any], polish: dict[str, Any]) -> dict[str, Any]:

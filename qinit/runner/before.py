@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,19 +10,18 @@ from pathlib import Path
 
 from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, WEIGHTS_STEM
 from qinit.errors import OutputError, ReportError
-from qinit.files.manifest import MANIFEST_NAME, file_sum, manifest_text, read_manifest
+from qinit.files.manifest import MANIFEST_NAME, file_sum, manifest_text, read_manifest, some_of, strangers
 from qinit.files.tensors import INDEX_NAME, StoredTensor, TensorSpec, read_header
 from qinit.plan.plan import Plan
 from qinit.report.adapter_card import require_base
 from qinit.report.card import CARD_NAME, card_text
+from qinit.report.pictures.files import PICTURES
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.checkpoint import Checkpoint
 
 WEIGHTS = f"{ADAPTER_DIRECTORY}/{WEIGHTS_STEM}.safetensors"
 ADAPTER = (WEIGHTS, f"{ADAPTER_DIRECTORY}/{CONFIG_NAME}")
 ANEW = {*ADAPTER, "config.json", REPORT_NAME, CARD_NAME, MANIFEST_NAME, INDEX_NAME}  # written anew by every run
-PICTURES = ("report.png", "report.html")  # of the run as it was; `qinit report` makes them
-SHOWN = 5  # names in an error
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,11 @@ class Before:
         """Read the report of a run and make sure of all its files. Raises ReportError for what is no finished run, for
         damage, and for an adapter that was trained since."""
         report = Report.read(directory)
-        require_base(report, directory, "a polish is for runs; give --polish as the adapter is made")
+        require_base(
+            report,
+            directory,
+            "a run is needed, with the base that it wrote",
+        )
         before = cls(directory, report, read_manifest(directory))
         for name in (*ADAPTER, "config.json", REPORT_NAME):
             if name not in before.sums:
@@ -58,8 +60,7 @@ class Before:
             if name in ADAPTER and path.is_file():
                 raise ReportError(
                     f"{path}: was changed since the run was made (its sum is not the one in {MANIFEST_NAME}), so the "
-                    "adapter was trained or replaced; a polish is for starts: train on, or make the run again and "
-                    "polish that"
+                    "adapter was trained or replaced; needed is the start that the run wrote: make it again"
                 )
             if name != CARD_NAME:  # it is written anew
                 what = "is not what the run wrote" if path.is_file() else "is missing"
@@ -78,11 +79,10 @@ class Before:
     def require_replaceable(self, plan: Plan) -> None:
         """Raise OutputError where something in the directory would be lost if a polished run took its place: files
         that the run did not write, and a card that was edited."""
-        if others := [name for name in self._strangers() if name not in PICTURES]:
-            names = ", ".join(others[:SHOWN]) + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else "")
+        if others := strangers(self.directory, {*self.sums, *PICTURES}):
             raise OutputError(
                 f"{self.directory}: holds what the run did not write and what would be lost when it is replaced: "
-                f"{names}; move it elsewhere, or leave the run as it is with --out"
+                f"{some_of(others)}; move it elsewhere, or leave the run as it is with --out"
             )
         card = self.directory / CARD_NAME
         if card.is_file() and card.read_bytes() != self._card(plan):
@@ -110,15 +110,6 @@ class Before:
             self._require_whole()
         except ReportError as error:
             raise OutputError(f"{error}; that was while it was polished, so it is left as it is now") from None
-
-    def _strangers(self) -> Iterator[str]:
-        """Yield the names of all that the run did not write, hidden files and links too."""
-        for parent, directories, names in os.walk(self.directory):
-            links = [name for name in directories if Path(parent, name).is_symlink()]
-            for name in sorted((*names, *links)):
-                relative = Path(parent, name).relative_to(self.directory).as_posix()
-                if relative not in self.sums and relative != MANIFEST_NAME:
-                    yield relative
 
     @cached_property
     def base(self) -> dict[str, StoredTensor]:

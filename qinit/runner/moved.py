@@ -1,14 +1,16 @@
 """Scales that a base has moved between layers, as AWQ and SmoothQuant do: found, and the source brought to the same.
 
 A norm that gives 1 / s of what it gave, and layers behind it with W diag(s), are the same model in other coordinates.
-So are diag(1 / t) W of a layer and W diag(t) of the one that reads its outputs. An adapter is fitted to W diag(s) - Q,
-where W diag(s) is what the base was rounded from. s is the ratio of what the norms give, t that of Q to W by rows of
-the one and columns of the other layer; neither is taken on trust: Q must lie near what comes of it.
+So are diag(1 / t) W of a layer and W diag(t) of the one that reads its outputs; where several heads read the output of
+one, as those of grouped queries read a value, t is repeated for each. An adapter is fitted to W diag(s) - Q, where
+W diag(s) is what the base was rounded from. s is the ratio of what the norms give, t that of Q to W by rows of the one
+and columns of the other layer; neither is taken on trust: Q must lie near what comes of it.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,11 +145,11 @@ class _Search:
         for feed in self.feeds:
             first = [name for name in feed.readers if name in fits]
             for second in (name for name in feed.then if name in fits):
-                found = [(*moved, name) for name in first if (moved := _moved(fits[name], fits[second])) is not None]
+                found = [(*moved, name) for name in first for moved in _moved(fits[name], fits[second])]
                 if not found:
                     continue
-                _, scale, name = min(found, key=lambda each: each[0])
-                self._move_pair(name, second, scale)
+                _, outputs, inputs, name = min(found, key=lambda each: each[0])
+                self._move_pair(name, second, outputs, inputs)
                 fits |= {each: self._fit(self.layers[each]) for each in (name, second)}
         for name, fit in fits.items():
             share, side = max((fit.columns.explained, "inputs"), (fit.rows.explained, "outputs"))
@@ -155,11 +157,11 @@ class _Search:
                 what = f"a scale for each of its {side} is {100 * share:.0f} % of what it is away from the source's"
                 raise self._refused(name, f"{what}, and no norm or layer beside it makes that good")
 
-    def _move_pair(self, first: str, second: str, scale: torch.Tensor) -> None:
+    def _move_pair(self, first: str, second: str, outputs: torch.Tensor, inputs: torch.Tensor) -> None:
         rows = torch.ones(self.modules[first].out_features)
-        rows[-len(scale) :] = 1 / scale
+        rows[-len(outputs) :] = 1 / outputs
         self._scale(first, rows=rows)
-        self._scale(second, columns=scale)
+        self._scale(second, columns=inputs)
         bias = self._both(f"{first}.bias")
         if bias is not None:
             mine, other = bias
@@ -216,13 +218,24 @@ class _Search:
         return CheckpointError(f"{base}: {name}: {what}; {advice}")
 
 
-def _moved(first: _Fit, second: _Fit) -> tuple[float, torch.Tensor] | None:
-    """Return how far apart the scales of a layer's (last) rows and those of the columns of the layer behind it are, and
-    the scales; None where the one is not made good by the other."""
-    inputs = second.columns.scale
-    outputs = first.rows.scale[-len(inputs) :]
-    if len(outputs) < len(inputs):
-        return None
-    a, b = inputs.log(), -outputs.log()
-    apart, size = (float(each.square().mean().sqrt()) for each in (a - b, (a + b) / 2))
-    return (apart, ((a + b) / 2).exp().float()) if size > max(2 * apart, SAME) else None
+def _moved(first: _Fit, second: _Fit) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+    """Yield, for each way in which the inputs of a layer may be the (last) outputs of another, how far apart the scales
+    of the two are, and the scales by outputs and by inputs; none where the one is not made good by the other.
+
+    The ways are all of the outputs as they stand, and heads of any width, each of which several heads read.
+    """
+    inputs, rows = second.columns.scale.log(), -first.rows.scale.log()
+    for shared in _divisors(len(inputs)):
+        count = len(inputs) // shared
+        if count > len(rows):
+            continue
+        for width in _divisors(count) if shared > 1 else [count]:
+            a, b = inputs.view(-1, shared, width), rows[-count:].view(-1, 1, width)
+            both = (a.mean(1, keepdim=True) + b) / 2
+            apart, size = (float(each.square().mean().sqrt()) for each in (a - b, both))
+            if size > max(2 * apart, SAME):
+                yield apart, both.exp().float().flatten(), both.expand_as(a).exp().float().flatten()
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]

@@ -22,6 +22,7 @@ class BaseRule:
     zero_points: bool = True  # or only grids that are symmetric
     mixed: bool = True  # whether layers may have different widths or group sizes
     packages: tuple[str, ...] = ()  # that it needs beside its own
+    no_adapter: str = ""  # why it puts no adapter on such a base, "" where it does
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,11 @@ TRANSFORMERS = Server(
         DENSE: BaseRule(),
         GPTQ: BaseRule(bits=(2, 3, 4, 8), mixed=False, packages=("gptqmodel", "optimum")),
         COMPRESSED_TENSORS: BaseRule(bits=(2, 3, 4, 8), zero_points=False, packages=("compressed-tensors",)),
-        AUTO_ROUND: BaseRule(bits=(2, 3, 4, 8), packages=("auto-round",)),
+        AUTO_ROUND: BaseRule(
+            bits=(2, 3, 4, 8),
+            packages=("auto-round",),
+            no_adapter="PEFT has no LoRA for the layers that auto-round 0.16.1 computes with",
+        ),
         BITSANDBYTES: BaseRule(bits=(4, 8), mixed=False, packages=("bitsandbytes",)),
     },
     AdapterRule(PEFT, everything=True),

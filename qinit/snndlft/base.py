@@ -19,14 +19,19 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 
 
 def load_for_training(
-    directory: Path, classes: Sequence[str] | None, device: torch.device, *, trust_remote_code: bool = False
+    directory: Path,
+    classes: Sequence[str] | None,
+    device: torch.device,
+    *,
+    dtype: Any = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, list[str]]:
     """Load the base alone, of a run of qinit without its adapter, as a language model (`classes` None) or a classifier;
-    returns it and the modules that the checkpoint has no weights for, which are random. On a CPU in float32, elsewhere
-    in the checkpoint's dtype. Raises CheckpointError."""
+    returns it and the modules that the checkpoint has no weights for, which are random. Without `dtype`, on a CPU in
+    float32, elsewhere in the checkpoint's. Raises CheckpointError."""
     config = read_json(directory / "config.json", "a model directory has one; is this the right directory?")
-    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    by_device = torch.float32 if device.type == "cpu" else "auto"
+    options: dict[str, Any] = {"dtype": dtype or by_device, "device": device, "trust_remote_code": trust_remote_code}
     if classes is None:
         facts = Facts.read(directory, config, trust_remote_code)
         if not facts.causal:

@@ -2,8 +2,8 @@
 
 Constants: Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014, for 32-bit floats in 45 nm:
 a multiplication 3.7 pJ, an addition 0.9 pJ. They are those of the literature on spiking networks. Memory traffic, which
-costs more than the arithmetic, is left out, and so are the neurons' own updates where it says so below; the base, whose
-operations spikes do not change, takes thousands of times as much. No machine here was measured.
+costs more than the arithmetic, is left out, and so is the base, whose operations are far more and which spikes do not
+change. No machine here was measured.
 """
 
 from __future__ import annotations

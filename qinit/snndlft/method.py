@@ -13,9 +13,8 @@ from peft import AdaLoraConfig, mapping
 from peft.tuners.adalora import AdaLoraModel, SVDQuantLinear
 
 from qinit.errors import QinitError
-from qinit.snndlft.spikes import NOT_LINEAR, add_spikes
-
-PEFT_TYPE = "SNN_DLFT"
+from qinit.recipe_files import NOT_LINEAR, SPIKING
+from qinit.snndlft.spikes import add_spikes
 
 
 @dataclass
@@ -28,7 +27,7 @@ class SpikingAdaLoraConfig(AdaLoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = SPIKING
 
 
 class SpikingAdaLoraModel(AdaLoraModel):
@@ -50,7 +49,7 @@ class SpikingAdaLoraModel(AdaLoraModel):
 
 def register() -> None:
     """Tell PEFT of the method, as `register_peft_method` does for a type that its own list has."""
-    name: Any = PEFT_TYPE
+    name: Any = SPIKING
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = SpikingAdaLoraConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = SpikingAdaLoraModel
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = AdaLoraModel.prefix

@@ -12,15 +12,19 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model, get_peft_model_state_
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING as CHOSEN_BY_PEFT
 
 from qinit.adapters import CONFIG_NAME, WEIGHTS_STEM
+from qinit.adapters.trained import read_trained
 from qinit.errors import CheckpointError, TargetError
+from qinit.evaluate.subject import find_model
 from qinit.files.tensors import read_header
 from qinit.machine import pick_device
-from qinit.report.report import REPORT_NAME
 from qinit.snndlft.base import load_for_training
 from qinit.snndlft.config import SnnDlftConfig
 from qinit.snndlft.layers import layers_of
 from qinit.snndlft.method import SpikingAdaLoraConfig, register
-from qinit.source.checkpoint import read_json
+from qinit.snndlft.report import SnnReport
+from qinit.text.tokens import load_tokenizer
+
+PADS = "a classifier looks for the token that pads: copy the base's tokenizer there"
 
 register()
 
@@ -73,30 +77,52 @@ def _require_ranks(model: PeftModel, config: SnnDlftConfig) -> None:
                 )
 
 
-def load(directory: str | Path, base: Any = None, *, trainable: bool = False, device: str = "cpu") -> PeftModel:
+def load(
+    directory: str | Path,
+    base: Any = None,
+    *,
+    trainable: bool = False,
+    device: str = "cpu",
+    dtype: Any = None,
+    trust_remote_code: bool = False,
+) -> PeftModel:
     """Load a saved adapter, spiking or not, with its base: the same logits as before it was saved. Without `base`, a
-    loaded model, it is the one that a run of `qinit snndlft` names, with the run's classes.
+    loaded model, it is the one that the adapter names, with the classes of the training; `dtype` as it was trained: on
+    a CPU float32, elsewhere the checkpoint's.
 
-    Raises CheckpointError for what is no adapter or does not fit the base, RecipeError where snntorch is missing.
+    Raises CheckpointError for what is no adapter or does not fit the base, HubError for a base on the Hub that cannot
+    be had, RecipeError where snntorch is missing.
     """
     place = Path(directory)
+    settings = read_trained(place)
     if base is None:
-        named = read_json(place / CONFIG_NAME, "give the directory of an adapter").get("base_model_name_or_path")
-        if not named or not Path(named).is_dir():
-            raise CheckpointError(f"{place / CONFIG_NAME}: names the base {named!r}, which is not there; pass a base")
-        classes = read_json(place / REPORT_NAME, "without it the base is not known; pass a loaded one").get("classes")
-        base, _ = load_for_training(Path(named), classes, pick_device(device))
+        found = base_of(place, settings)
+        classes = SnnReport.read(place).classes if settings.get("task_type") == "SEQ_CLS" else None
+        base, _ = load_for_training(
+            found, classes, pick_device(device), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        if classes is not None and base.config.pad_token_id is None:  # it finds the last token by what pads
+            base.config.pad_token_id = load_tokenizer(place, trust_remote_code, PADS).pad_token_id
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*rank_pattern keys.*"
-        )  # LoRA's of that name, which AdaLoRA's are not
+        warnings.filterwarnings("ignore", message=".*rank_pattern keys.*")  # LoRA's of that name, AdaLoRA's are others
+        warnings.filterwarnings("ignore", message=".*invalid shape.*")  # a module whose triplets are all masked
         warnings.filterwarnings("error", message=".*adapter keys.*")  # what is missing would be random
         try:
             model = PeftModel.from_pretrained(base, str(place), is_trainable=trainable, torch_device=str(base.device))
         except (ValueError, RuntimeError, OSError, KeyError, UserWarning) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{place}: the adapter cannot be loaded ({type(error).__name__}: {reason})") from None
-    lost = sorted(set(read_header(place / f"{WEIGHTS_STEM}.safetensors")) - set(get_peft_model_state_dict(model)))
+        there = set(get_peft_model_state_dict(model))
+    lost = sorted(set(read_header(place / f"{WEIGHTS_STEM}.safetensors")) - there)
     if lost:
         raise CheckpointError(f"{place}: the base has no place for {len(lost)} tensors of the adapter, as {lost[0]}")
     return model
+
+
+def base_of(adapter: Path, settings: dict[str, Any]) -> Path:
+    """Return the directory of the base that an adapter's configuration names: one here, or the Hub's. Raises
+    CheckpointError for one that is not there, HubError for what the Hub answers."""
+    named, revision = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not isinstance(named, str) or not named or (Path(named).is_absolute() and not Path(named).is_dir()):
+        raise CheckpointError(f"{adapter / CONFIG_NAME}: names the base {named!r}, which is not there; pass a base")
+    return find_model(named, None if Path(named).is_dir() else revision)

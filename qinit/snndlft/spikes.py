@@ -10,12 +10,9 @@ from peft.tuners.adalora.layer import AdaLoraLayer, SVDConv2d
 from torch import nn
 
 from qinit.errors import QinitError, RecipeError, TargetError
+from qinit.recipe_files import NOT_LINEAR
 
 INSTALL = 'pip install "qinit[snn]"'
-NOT_LINEAR = (
-    "a spiking adapter cannot be merged: between Q and P are neurons that fire above a threshold, so that no matrix "
-    "added to the base's weight computes the same; load base and adapter together (qinit.snndlft.load)"
-)
 
 
 def leaky(decay: float, threshold: float) -> nn.Module:

@@ -141,6 +141,13 @@ def read_task(data: Data, base: Path, *, trust_remote_code: bool = False) -> Tas
     return Classes(train, held_out, tokenizer, length, data.metric)
 
 
+def to_measure(found: Labelled, directory: Path, length: int, metric: str) -> Classes:
+    """Return labelled rows for what was trained on their classes, with the tokenizer that lies in its directory. Raises
+    CalibrationError."""
+    tokenizer = load_tokenizer(directory, instead="copy the base's there")
+    return Classes(found, found, tokenizer, min(length, tokenizer.model_max_length), metric)
+
+
 def _split(data: Data, found: Labelled) -> tuple[Labelled, Labelled]:
     """Hold out a tenth of the rows, drawn with the seed."""
     order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(data.seed)).tolist()

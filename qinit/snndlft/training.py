@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -13,13 +14,18 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from qinit.adapters import CONFIG_NAME
+from qinit.adapters.trained import WEIGHTS_NAME
 from qinit.errors import ReportError
 from qinit.files.atomic import write_files
+from qinit.files.manifest import write_manifest
 from qinit.machine import peak_memory_bytes, pick_device, versions
+from qinit.report.card import CARD_NAME
 from qinit.report.pictures.files import PAGE_NAME
 from qinit.report.report import REPORT_NAME
 from qinit.snndlft.base import load_for_training
 from qinit.snndlft.callback import DynamicLayers
+from qinit.snndlft.card import card_text
 from qinit.snndlft.config import SnnDlftConfig
 from qinit.snndlft.course import Moment
 from qinit.snndlft.model import adapt
@@ -36,7 +42,8 @@ WARM_UP = 0.06  # of the steps, linear, then down to zero: as in AdaLoRA's exper
 
 @dataclass(frozen=True)
 class Asked:
-    """What a training was asked. `model` is its name for reports, `base` its directory."""
+    """What a training was asked. `model` is its name for reports, `base` its directory, `hub` what the adapter calls
+    it if it was read from the Hub: the id, and the revision if one was asked for."""
 
     model: str
     base: Path
@@ -47,6 +54,7 @@ class Asked:
     learning_rate: float = 1e-3
     device: str = "auto"
     trust_remote_code: bool = False
+    hub: tuple[str, str | None] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return all that the result depends on."""
@@ -70,9 +78,9 @@ def run(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[Moment], None] = lambda moment: None,
 ) -> SnnReport:
-    """Train, and write adapter, tokenizer, qinit.json and a page to `out`. An unfinished training that was asked the
-    same goes on from its last checkpoint. `say` gets lines on what goes on. Raises QinitErrors, before the first weight
-    is read where they are about options and data."""
+    """Train, and write adapter, tokenizer, qinit.json, a card and a page to `out`. An unfinished training that was
+    asked the same goes on from its last checkpoint. `say` gets lines on what goes on. Raises QinitErrors, before the
+    first weight is read where they are about options and data."""
     asked.config.require_steps(asked.steps)
     require_replaceable(out, overwrite)
     device = pick_device(asked.device)
@@ -83,18 +91,35 @@ def run(
         elif place.last is not None:
             say(f"going on from {Path(place.last).name}")
         report, model = _train(asked, task, place, device, command, say, progress)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a module whose triplets are all masked has an adapter of rank 0
-            model.save_pretrained(place.run)
-        task.tokenizer.save_pretrained(place.run)
-        files = {REPORT_NAME: report.to_json().encode()}
-        try:
-            files[PAGE_NAME] = page(report).encode()
-        except ReportError as error:
-            say(f"note: {error}")
-        write_files(place.run, files)
+        _write(report, model, task, asked.hub, place.run, say)
         place.finish()
     return report
+
+
+def _write(
+    report: SnnReport,
+    model: Any,
+    task: Task,
+    hub: tuple[str, str | None] | None,
+    directory: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Write adapter, tokenizer, report, card, page and the list of their sums."""
+    if hub is not None:
+        config = model.peft_config[model.active_adapter]
+        config.base_model_name_or_path, config.revision = hub
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a module whose triplets are all masked has an adapter of rank 0
+        model.save_pretrained(directory)
+    shutil.copymode(directory / CONFIG_NAME, directory / WEIGHTS_NAME)  # safetensors lets the user alone read it
+    task.tokenizer.save_pretrained(directory)
+    files = {REPORT_NAME: report.to_json().encode(), CARD_NAME: card_text(report).encode()}
+    try:
+        files[PAGE_NAME] = page(report).encode()
+    except ReportError as error:
+        say(f"note: {error}")
+    write_files(directory, files)
+    write_manifest(directory)
 
 
 def _train(

@@ -12,7 +12,7 @@ LARGE_SHARE = 1 / 4  # of a layer's weights
 
 # The parts of `Statistics`; the gradient is one of the weight, and not of what the layer sees.
 Need = Literal["hessian", "mean", "magnitude", "output metric", "fisher", "gradient"]
-Factors = Literal["svd", "minor", "qr", "covariance", "inputs", "gradient"]
+Factors = Literal["svd", "minor", "qr", "covariance", "covariance-minor", "inputs", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ STARTS = {
         _start("pissa", "Meng et al. 2024, arXiv:2404.02948", "low-rank", "svd"),
         _start("olora", "Buyukakyuz 2024, arXiv:2406.01775", "low-rank", "qr"),
         _start("milora", "Wang et al. 2024, arXiv:2406.09044", "low-rank", "minor"),
-        _start("corda", "Yang et al. 2024 (IPM), arXiv:2406.05223", "low-rank", "covariance", "hessian"),
+        _start("corda", "Yang et al. 2024, arXiv:2406.05223", "low-rank", "covariance", "hessian"),
         _start("eva", "Paischer et al. 2024, arXiv:2410.07170", "none", "inputs", "hessian", "mean"),
         _start("lora-ga", "Wang et al. 2024, arXiv:2407.05000", "low-rank", "gradient", "gradient"),
     )

@@ -7,6 +7,7 @@ from typing import Any
 from qinit.errors import did_you_mean
 from qinit.solver.methods import SEARCHES, STARTS
 
+CORDA = ("ipm", "kpm")  # instruction-previewed and knowledge-preserved
 FEW_SAMPLES = 16  # a gradient says enough on
 
 
@@ -21,13 +22,21 @@ def start_defaults(values: dict[str, Any]) -> dict[str, Any]:
         found["calibration"] = "none"
     if "gradient" in row.needs:
         found["calibration_samples"] = FEW_SAMPLES
-    if values.get("bits", 16) == 16 or values.get("grid") == "nf":  # no packed format holds it
+    dora = values.get("use_dora", found["use_dora"])
+    if values.get("bits", 16) == 16 or values.get("grid") == "nf" or dora:  # no packed format holds it, or takes it
         found["format"] = "dense"
     return found
 
 
 def start_problem(
-    method: str, *, bits: int, grid: str | None, niter: int | None, polish: int | None, use_dora: bool
+    method: str,
+    *,
+    bits: int,
+    grid: str | None,
+    niter: int | None,
+    corda_method: str | None,
+    polish: int | None,
+    use_dora: bool,
 ) -> str | None:
     """Return what does not fit a start of full precision, or a method that is none, or None."""
     row = STARTS.get(method)
@@ -38,6 +47,10 @@ def start_problem(
     if niter is not None and (row is None or row.factors != "svd"):
         those = ", ".join(name for name, each in STARTS.items() if each.factors == "svd")
         return f"niter: is about {those} alone, found method {method}"
+    if corda_method is not None and (row is None or row.factors != "covariance"):
+        return f"corda_method: is about corda alone, found method {method}"
+    if corda_method not in (None, *CORDA):
+        return f"corda_method: no '{corda_method}'{did_you_mean(str(corda_method), CORDA)}; known are ipm and kpm"
     if polish and row is not None:
         return f"polish: method {method} stays as it starts; leave it out"
     if use_dora and polish != 0:

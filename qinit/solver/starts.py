@@ -35,6 +35,7 @@ def solve_start(
     covariance  CorDA, instruction-previewed (arXiv:2406.05223): U S V' of W C, C the damped second moment of the
                 inputs; L = U_r S_r V_r' C^-1. The units of C decide how large A is and how small B; its authors' (and
                 PEFT's) depend on the text's length and largest activation, here A and B have equal norms
+    covariance-minor  the same, knowledge-preserved: of the r last triplets
     inputs      EVA (arXiv:2410.07170), without its redistribution of ranks (rho = 1): A the r leading directions of the
                 inputs around their mean, B zero
     gradient    LoRA-GA (arXiv:2407.05000): A the r leading right singular vectors of the loss's gradient, B the next r
@@ -74,12 +75,20 @@ def _orthogonal(weight: torch.Tensor, spec: LayerSpec, _seed: int, _statistics: 
 
 
 def _covariance(weight: torch.Tensor, spec: LayerSpec, _seed: int, statistics: Statistics | None) -> LowRank:
+    return _of_covariance(weight, slice(spec.rank), statistics)
+
+
+def _covariance_minor(weight: torch.Tensor, spec: LayerSpec, _seed: int, statistics: Statistics | None) -> LowRank:
+    return _of_covariance(weight, slice(-spec.rank, None), statistics)
+
+
+def _of_covariance(weight: torch.Tensor, chosen: slice, statistics: Statistics | None) -> LowRank:
     assert statistics is not None
     covariance = statistics.hessian.to(torch.float64, copy=True)
     covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
     U, S, Vh = torch.linalg.svd(weight @ covariance.float(), full_matrices=False)
-    V = torch.cholesky_solve(Vh[: spec.rank].T.double(), torch.linalg.cholesky(covariance)).float()
-    found = _balanced(U[:, : spec.rank], S[: spec.rank], V.T)
+    V = torch.cholesky_solve(Vh[chosen].T.double(), torch.linalg.cholesky(covariance)).float()
+    found = _balanced(U[:, chosen], S[chosen], V.T)
     if not found.B.any():
         return found
     ratio = (frobenius(found.A) / frobenius(found.B)) ** 0.5
@@ -113,6 +122,7 @@ FACTORS: dict[str, Callable[[torch.Tensor, LayerSpec, int, Statistics | None], L
     "minor": _minor,
     "qr": _orthogonal,
     "covariance": _covariance,
+    "covariance-minor": _covariance_minor,
     "inputs": _inputs,
     "gradient": _gradient,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ LONGEST_TEXT = 2**24  # some models make a table of it; the longest in use is 10
 FEW_LAYERS, FEW_LABELS = 1000, 100_000  # pass whatever the weights are: a configuration may describe parts left out
 MODULES_PER_TENSOR, FEW_MODULES = 100, 10_000
 FEW_BUFFER_BYTES = 1 << 30
+INITIALIZERS = ("torch.nn.init", "transformers.initialization")  # modules; the second stands in for the first
 KERNELS = re.compile(r"(attn|experts)_implementation")
 
 
@@ -43,7 +44,7 @@ def build_model(checkpoint: Checkpoint, *, include_buffers: bool, trust_remote_c
             f"(model_type {config.get('model_type')!r}): {reason}"
         ) from error
     try:
-        with init_empty_weights(include_buffers=include_buffers), _bounded(checkpoint):
+        with init_empty_weights(include_buffers=include_buffers), _bounded(checkpoint), _without_values():
             model_class = loader(config, trust_remote_code)
             if hasattr(model_class, "_from_config"):
                 model = model_class._from_config(model_config)
@@ -57,6 +58,23 @@ def build_model(checkpoint: Checkpoint, *, include_buffers: bool, trust_remote_c
             f"{config_file}: no model can be built from it ({type(error).__name__}: {reason})"
         ) from error
     return model
+
+
+def _without_values() -> AbstractContextManager[Any]:
+    """Draw no first values for what is on the meta device: PyTorch takes most of the building to draw nothing."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Skipping(TorchFunctionMode):
+        def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = kwargs or {}
+            tensor = args[0] if args else given.get("tensor")
+            first = getattr(func, "__module__", "") in INITIALIZERS
+            if first and isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+            return func(*args, **given)
+
+    return Skipping()
 
 
 def without_cache(model: Any) -> None:

@@ -95,8 +95,8 @@ class Target:
 @dataclass(frozen=True)
 class Architecture:
     """The model's linear modules in order, its class, its embeddings' shapes, the classes of all its modules by their
-    names, what its forward calls its main input, the name of its head's weight, its stacked experts, and the names of
-    the linear modules that choose among experts.
+    names, what its forward calls its main input, its output head where that is a linear module, its stacked experts,
+    and the names of the linear modules that choose among experts.
 
     `language` is the name of the module that reads text where others see or hear beside it, "" where there is no such
     part. `naming` says what its loader makes of a checkpoint's names.
@@ -109,7 +109,7 @@ class Architecture:
     main_input: str = "input_ids"
     language: str = ""
     naming: Naming | None = None
-    head: str | None = None
+    head: LinearModule | None = None
     stacks: tuple[Stack, ...] = ()
     routers: frozenset[str] = frozenset()
 
@@ -182,10 +182,19 @@ def architecture_of(model: Any, checkpoint: Checkpoint) -> Architecture:
         main_input=getattr(model, "main_input_name", "input_ids"),
         language=language_part(model),
         naming=naming,
-        head=next((f"{name}.weight" for name, module in modules.items() if module is head), None),
+        head=next((_plain_linear(name, module) for name, module in modules.items() if module is head), None),
         stacks=stacks,
         routers=_routers(linear, stacks),
     )
+
+
+def _plain_linear(name: str, module: Any) -> LinearModule | None:
+    """Return a module that is no target, None for one that is not linear."""
+    from torch import nn
+
+    if not isinstance(module, nn.Linear):
+        return None
+    return LinearModule(name, module.out_features, module.in_features, transposed=False)
 
 
 def _routers(linear: list[LinearModule], stacks: tuple[Stack, ...]) -> frozenset[str]:

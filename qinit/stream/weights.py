@@ -35,6 +35,8 @@ class ModelWeights:
         self.names = architecture.names_in(checkpoint)
         self.in_language = architecture.in_language
         self.modules = {f"{module.name}.weight": module for module in architecture.linear}
+        heads = [] if architecture.head is None else [architecture.head]
+        self.packable = {**self.modules, **{head.parameter: head for head in heads}}  # others may pack the head too
         self.stacks = stacked_targets(checkpoint, architecture)
         reading = (module.name for module in architecture.linear if architecture.in_language(module.name))
         self.linear = list(reading) if linear is None else linear
@@ -47,10 +49,10 @@ class ModelWeights:
 
     def read(self, name: str, device: torch.device) -> torch.Tensor | None:
         """Return a parameter in float32 on the device, None if there is none. Raises CheckpointError for NaN, Inf."""
-        stored, module = self.names.find(name), self.modules.get(name)
-        if module is not None and self.format is not None and (parts := self._packed(name)) is not None:
-            value = self.format.read(module, parts, self.checkpoint.config, device)
-            value = value.T.contiguous() if module.transposed else value
+        stored, module, packed = self.names.find(name), self.modules.get(name), self.packable.get(name)
+        if packed is not None and self.format is not None and (parts := self._packed(name)) is not None:
+            value = self.format.read(packed, parts, self.checkpoint.config, device)
+            value = value.T.contiguous() if packed.transposed else value
         elif stored is not None:
             value = read_finite(stored, device).to(torch.float32)
         elif name in self.stacks:
@@ -117,9 +119,15 @@ class ModelWeights:
         """Return the tensors of a packed layer, by what they are called in the place of `weight`; None for others."""
         return self._packed(f"{module.name}.weight")
 
+    @property
+    def packed_head(self) -> LinearModule | None:
+        """The model's output head, None where it is not packed."""
+        heads = (module for name, module in self.packable.items() if name not in self.modules)
+        return next((head for head in heads if self.packed_parts(head) is not None), None)
+
     def packed(self) -> dict[str, dict[str, StoredTensor]]:
-        """Return the parts of every packed layer, by the name that the model has for its weight."""
-        found = ((name, self._packed(name)) for name in self.modules)
+        """Return the parts of every packed layer, the head too, by the name that the model has for its weight."""
+        found = ((name, self._packed(name)) for name in self.packable)
         return {name: parts for name, parts in found if parts is not None}
 
     def _packed(self, name: str) -> dict[str, StoredTensor] | None:

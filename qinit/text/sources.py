@@ -121,8 +121,10 @@ def check_source(
     text_field: str | None = None,
     *,
     trust_remote_code: bool = False,
+    tokenized: bool = False,
 ) -> None:
-    """Raise what `load_samples` would, as far as it shows without the Hub, the weights and reading JSON."""
+    """Raise what `load_samples` would, as far as it shows without the Hub, the weights and reading JSON. `tokenized`:
+    the tokenizer has been tried already."""
     kind = kind_of(source)
     _check_field(source, kind, text_field)
     facts = Facts.read(directory, config, trust_remote_code)
@@ -135,7 +137,8 @@ def check_source(
             read_text(Path(source))
         elif kind == "hub":
             require_datasets(source)
-        load_tokenizer(directory, trust_remote_code)
+        if not tokenized:
+            load_tokenizer(directory, trust_remote_code)
 
 
 def kind_of(source: str) -> Literal["random", "self", "text", "file", "hub"]:

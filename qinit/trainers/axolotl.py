@@ -39,7 +39,7 @@ lr_scheduler: cosine
 optimizer: adamw_torch
 micro_batch_size: 1
 gradient_accumulation_steps: 16
-bf16: auto  # false on a CPU
+bf16: {bf16}  # auto on a GPU; false on a CPU, where auto would be fp16
 gradient_checkpointing: true
 gradient_checkpointing_kwargs:
   use_reentrant: false
@@ -66,7 +66,7 @@ class AxolotlTrainer(Trainer):
         options += ["trust_remote_code: true"] if run.own_code else []
         return TEMPLATE.format(
             **self.head(run),
-            base=scalar(str(run.directory)),
+            base=scalar(run.base),
             start=scalar(run.start),
             rank=run.adapter["r"],
             alpha=run.adapter["lora_alpha"],
@@ -74,5 +74,6 @@ class AxolotlTrainer(Trainer):
             data=scalar(training.name),
             json="    split: train\n" if training.file is None else "    ds_type: json\n",
             rate=training.yaml_rate,
+            bf16="auto" if training.bf16 else "false",
             output=scalar(self.output(run)),
         )

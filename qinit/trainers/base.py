@@ -13,8 +13,8 @@ from qinit.adapters import ADAPTER_DIRECTORY
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
 from qinit.files.reading import printable
-from qinit.formats import FORMATS
-from qinit.report.adapter_card import require_base
+from qinit.formats import FORMATS, READERS
+from qinit.report.adapter_card import is_adapter
 from qinit.report.card import packed_mixed, snippet_of
 from qinit.report.report import REPORT_NAME, Report
 from qinit.source.vocabulary import CAUSAL_ENDINGS
@@ -28,7 +28,8 @@ def quoted(text: str) -> str:
 
 @dataclass(frozen=True)
 class TrainableRun:
-    """A finished run as a trainer sees it: where it lies, what its report says, and its adapter_config.json."""
+    """A finished run as a trainer sees it, or an adapter alone: where it lies, what its report says, and its
+    adapter_config.json."""
 
     directory: Path
     report: Report
@@ -38,18 +39,28 @@ class TrainableRun:
     def open(cls, directory: Path) -> TrainableRun:
         """Read a run's report and its adapter's header. Raises ReportError and CheckpointError."""
         report = Report.read(directory)
-        require_base(report, directory, "give the trainer both of them, and no initialization")
         if report.recipe.get("format") not in FORMATS or not isinstance(report.source.get("class"), str):
             raise CheckpointError(
                 f"{directory / REPORT_NAME}: names no format that this qinit knows, or no model class; "
                 "pass the directory that `qinit eqft` wrote"
             )
-        return cls(directory.resolve(), report, SavedAdapter.open(directory / ADAPTER_DIRECTORY).settings)
+        place = directory if is_adapter(report) else directory / ADAPTER_DIRECTORY
+        return cls(directory.resolve(), report, SavedAdapter.open(place).settings)
 
     @property
     def start(self) -> str:
         """Where the adapter lies."""
-        return str(self.directory / ADAPTER_DIRECTORY)
+        return str(self.directory if is_adapter(self.report) else self.directory / ADAPTER_DIRECTORY)
+
+    @property
+    def base(self) -> str:
+        """Where the base lies, or its id on the Hub."""
+        return str(self.report.totals["base"]["name"] if is_adapter(self.report) else self.directory)
+
+    @property
+    def form(self) -> str:
+        """The name of the form that the base is stored in."""
+        return str(self.report.totals["base"]["form"] if is_adapter(self.report) else self.report.recipe["format"])
 
     @property
     def class_name(self) -> str:
@@ -62,11 +73,18 @@ class TrainableRun:
     @property
     def packed(self) -> bool:
         """Whether the base holds codes in the place of weights."""
-        return bool(FORMATS[self.report.recipe["format"]].parts)
+        return any(each.parts for each in (*FORMATS.values(), *READERS) if each.name == self.form)
 
     @property
     def packed_mixed(self) -> bool:
         return packed_mixed(self.report)
+
+    @property
+    def bits(self) -> int:
+        """The width of the base's layers, as a comparison names it: 16 of a base that is not quantized."""
+        if is_adapter(self.report) and self.packed:
+            return next((row.bits for row in self.report.layers if row.bits), 0)
+        return int(self.report.recipe.get("bits") or 0)
 
     @property
     def own_code(self) -> bool:
@@ -79,7 +97,7 @@ class TrainableRun:
         return {
             "imports": "\n".join([*imports, *first.split("; ")]),
             "loading": "\n".join(lines),
-            "base": quoted(str(self.directory)),
+            "base": quoted(self.base),
             "trusted": ", trust_remote_code=True" if self.own_code else "",
         }
 
@@ -104,6 +122,11 @@ class Trainer(ABC):
             return (
                 f"trains causal language models, and the run's model is {run.class_name}; --trainer transformers takes "
                 "masked ones too, and others need a script of their own around the lines in the run's README.md"
+            )
+        if run.form not in FORMATS:
+            return (
+                f"was not tried with a base in the form {run.form}; --trainer trl and transformers load what "
+                "transformers and PEFT do"
             )
         if run.packed_mixed:
             return (

@@ -35,7 +35,7 @@ num_train_epochs: 1.0
 learning_rate: {rate}
 per_device_train_batch_size: 1
 gradient_accumulation_steps: 16
-bf16: true  # false on a CPU
+bf16: {bf16}  # true on a GPU; false on a CPU, where TrainingArguments refuses it
 logging_steps: 10
 save_steps: 100
 report_to: none
@@ -73,7 +73,7 @@ class LlamaFactoryTrainer(Trainer):
     breaks = (("torchao>0.16", "peft 0.18 then loads no adapter, on a dense base either"),)
 
     def config(self, run: TrainableRun, training: Training) -> str:
-        base, output = str(run.directory), self.output(run)
+        base, output = run.base, self.output(run)
         return TEMPLATE.format(
             **self.head(run),
             base=scalar(base),
@@ -83,6 +83,7 @@ class LlamaFactoryTrainer(Trainer):
             folder="ONLINE" if training.file is None else scalar(str(training.file.parent)),
             dataset=scalar(training.name if training.file is None else training.file.stem),
             rate=training.yaml_rate,
+            bf16="true" if training.bf16 else "false",
             output=scalar(output),
             merge=NO_MERGE if run.packed else MERGE.format(base=shlex.quote(base), output=shlex.quote(output)),
         )

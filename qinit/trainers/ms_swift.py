@@ -46,7 +46,7 @@ class MsSwiftTrainer(Trainer):
     def config(self, run: TrainableRun, training: Training) -> str:
         return TEMPLATE.format(
             **self.head(run),
-            base=shlex.quote(str(run.directory)),
+            base=shlex.quote(run.base),
             start=shlex.quote(run.start),
             data=shlex.quote(training.name),
             rate=training.python_rate,

@@ -16,20 +16,22 @@ FILES = (".json", ".jsonl")
 
 @dataclass(frozen=True)
 class Training:
-    """A data set, either a `file` of JSON Lines or, by its `name`, one of the Hub; and the learning rate."""
+    """A data set, either a `file` of JSON Lines or, by its `name`, one of the Hub; the learning rate; and whether it is
+    in bfloat16, as on a GPU, where a file says so itself."""
 
     name: str
     file: Path | None = None
     rate: float = RATE
+    bf16: bool = True
 
     @classmethod
-    def on(cls, name: str, rate: float = RATE) -> Training:
+    def on(cls, name: str, rate: float = RATE, *, bf16: bool = True) -> Training:
         """Take a name for what it is: a file by its ending or because it is there, a folder that is there, read
         as one of the Hub is, or else one of the Hub. Raises RecipeError for what cannot be written into a file."""
         path = Path(name)
         is_file = path.suffix in FILES or path.is_file()
         place = str(path.resolve()) if is_file or path.is_dir() else name
-        found = cls(place, path.resolve() if is_file else None, rate)
+        found = cls(place, path.resolve() if is_file else None, rate, bf16)
         if printable(found.name) != found.name:
             raise RecipeError(f"{printable(name)}: a name that cannot be printed cannot be written; rename it")
         return found

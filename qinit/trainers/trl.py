@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qinit.formats import FORMATS
 from qinit.trainers.base import TrainableRun, Trainer
 from qinit.trainers.training import Training
 
@@ -53,7 +54,8 @@ class TrlTrainer(Trainer):
     packed_install = ("pip install gptqmodel==7.6.0 optimum==2.3.0",)
 
     def cannot_take(self, run: TrainableRun) -> str | None:
-        return None if run.packed_mixed and run.causal else super().cannot_take(run)
+        loaded = run.packed_mixed or run.form not in FORMATS  # by the lines of the card
+        return None if loaded and run.causal else super().cannot_take(run)
 
     def config(self, run: TrainableRun, training: Training) -> str:
         imports = [

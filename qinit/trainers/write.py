@@ -40,10 +40,10 @@ def trainer_named(name: str) -> Trainer:
     return TRAINERS[name]
 
 
-def config_for(target: Path, name: str, dataset: str, compared: Path | None = None) -> Written:
+def config_for(target: Path, name: str, dataset: str, compared: Path | None = None, *, bf16: bool = True) -> Written:
     """Return the script or the configuration with which a trainer goes on from a run, or starts from a template: an
     adapter configuration, or one that comes with qinit by its name. The learning rate is the one that a comparison's
-    file, if given, has for the method and the width.
+    file, if given, has for the method and the width. Without `bf16` it is for a CPU.
 
     Raises RecipeError for a trainer or a template that there is not and for what does not fit together, ReportError
     and CheckpointError for a directory that is no finished run.
@@ -55,9 +55,8 @@ def config_for(target: Path, name: str, dataset: str, compared: Path | None = No
         run = TrainableRun.open(target)
         if problem := trainer.cannot_take(run):
             raise RecipeError(f"--trainer {name}: {problem}")
-        made_by = run.report.recipe
-        rate = _rate(compared, str(made_by.get("method")), int(made_by.get("bits") or 0))
-        text = trainer.config(run, Training.on(dataset, rate))
+        rate = _rate(compared, str(run.report.recipe.get("method")), run.bits)
+        text = trainer.config(run, Training.on(dataset, rate, bf16=bf16))
         return _written(text, f"{run.directory.name}-{trainer.name}{trainer.suffix}", trainer.command, trainer)
     template = Template.open(target)
     writer = WRITERS.get(trainer.name)
@@ -66,7 +65,7 @@ def config_for(target: Path, name: str, dataset: str, compared: Path | None = No
             f"--trainer {name}: takes runs alone; templates are for {', '.join(WRITERS)}, or write a start with "
             "`qinit adapter`"
         )
-    training = Training.on(dataset, _rate(compared, template.method, template.bits))
+    training = Training.on(dataset, _rate(compared, template.method, template.bits), bf16=bf16)
     if problem := writer.cannot_write(template, training):
         raise RecipeError(f"--trainer {name}: {problem}")
     return _written(

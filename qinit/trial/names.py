@@ -98,6 +98,8 @@ def on_meta(
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = read_json(directory / "config.json", "a model directory has one")
+    fmt = format_of(config)
+    same_name = fmt is not None and "weight" in fmt.parts  # packed in another shape, as bitsandbytes does
     named = None if class_name is None or trust_remote_code else getattr(transformers, class_name, None)
     try:
         with silent():
@@ -110,6 +112,7 @@ def on_meta(
                 device_map={"": "meta"},
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=same_name,
                 **options,
             )
     except Exception as error:  # a checkpoint can break its class in any way

@@ -24,6 +24,7 @@ from qinit.trial.passes import Reached, distance, first_run, learn, outputs_of
 from qinit.trial.twin import build_twin, trained_whole, weights_of
 
 CLOSE = 1e-4  # relative, in float32: models of all kinds are at 1e-6, and a repair that is missed begins at 1e-3
+ROUNDED = 5e-2  # where the layers compute, or are unpacked, in 16 bits
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,11 @@ def _compared(
         return
     inputs, outputs = found
     apart = distance(outputs, outputs_of(twin, inputs))
-    if not apart <= CLOSE:
+    fmt = format_of(read_json(trial.run / "config.json", ""))
+    exact = fmt is None or fmt.exact
+    if not apart <= (CLOSE if exact else ROUNDED):
         what = f"what {class_name} and PEFT predict is {apart:.1e} (relative) from Q + s B A of the files"
         yield Answer("base", what)
-    done += f", predictions {apart:.0e} from Q + s B A of the files, gradients at {count} adapted modules"
+    done += f", predictions {apart:.0e} from Q + s B A of the files{'' if exact else ' (16 bits in its layers)'}"
+    done += f", gradients at {count} adapted modules"
     yield Answer("base", done, kind="done")

@@ -85,8 +85,10 @@ def _check_factors(directory: Path, specs: list[TensorSpec], found: dict[str, St
 
 def _check_errors(report: Report, recipe: Recipe, adapter: SavedAdapter, base: Path, source: Path) -> Iterator[Event]:
     """Measure every layer anew, from the base's tensors and the source's."""
-    cpu, asked = torch.device("cpu"), {"calibration": "none", "polish": 0, "method": "qlora"}  # these change no layer
-    plan = in_its_coordinates(make_plan(recipe.model_copy(update=asked), source, report.model, base))
+    plain = "lora" if report.start else "qlora"
+    cpu, asked = torch.device("cpu"), {"calibration": "none", "polish": 0, "method": plain}  # these change no layer
+    plan = make_plan(recipe.model_copy(update=asked), source, report.model, base)
+    plan = plan if plan.on_source else in_its_coordinates(plan)
     weights = base_weights(plan)
     layers = {layer.target.name: layer for layer in plan.quantized}
     for row in report.layers:

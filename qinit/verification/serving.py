@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME
+from qinit.adapters import ADAPTER_DIRECTORY, CONFIG_NAME, LoraAdapter
 from qinit.errors import CheckpointError, RecipeError, ReportError, did_you_mean
+from qinit.recipe_files import SPIKING
 from qinit.report.card import TRAINED_DIRECTORY
-from qinit.report.report import Report
+from qinit.report.report import Report, is_training
 from qinit.requirements import pip_command
 from qinit.servers import SERVERS, BaseRule, Server
 from qinit.servers.base import DENSE, GGUF, MLX, PEFT
@@ -20,6 +21,7 @@ from qinit.verification.findings import Finding
 from qinit.verification.written import CONFIG
 from qinit.widths.knapsack import tied
 
+LORA = LoraAdapter.peft_type
 MERGE = "`qinit merge DIR --adapter ADAPTER --out OUT` makes one model of both"
 
 
@@ -39,15 +41,21 @@ def check_serving(directory: Path, name: str, adapter: Path | None = None) -> It
     server = server_named(name)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
+    if is_training(directory):
+        raise CheckpointError(
+            f"{directory}: is an adapter alone, which `qinit snndlft` trained; give its base, and this with --adapter"
+        )
     stored = StoredBase.of(directory)
-    rule = server.bases.get(stored.form)
+    rule, place = server.bases.get(stored.form), adapter or _own_adapter(directory)
+    if rule is not None and rule.no_adapter and place is not None:
+        what = f"{_title(server)} loads the base without its adapter: {rule.no_adapter}"
+        yield Finding(CONFIG, f"{what}; {server.instead}")
     if rule is None:
         forms = ", ".join(server.bases)
         what = f"{_title(server)} loads no {_form(stored.form)} bases ({forms}); {server.instead}"
         yield Finding(CONFIG, what)
     else:
         yield from _check_base(directory, server, rule, stored)
-    place = adapter or _own_adapter(directory)
     if place is not None:
         yield from _check_adapter(server, place)
 
@@ -108,7 +116,14 @@ def _check_adapter(server: Server, place: Path) -> Iterator[Finding]:
     if form != rule.form:
         stands = {PEFT: "as PEFT saves it", MLX: "as mlx-lm saves it", GGUF: "as a GGUF file"}
         yield Finding(file, f"{title} reads an adapter {stands[rule.form]}, found one {stands[form]}; {server.instead}")
+    kind = config.get("peft_type")
+    if kind == SPIKING:
+        yield Finding(file, f"{title} does not know peft_type {kind}, whose spikes qinit.snndlft.load alone computes")
+        return
     if rule.everything or form != PEFT:
+        return
+    if kind != LORA:
+        yield Finding(file, f"peft_type {kind}, and {title} loads {LORA} alone; {server.instead}")
         return
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     known = [rank for rank in ranks if type(rank) is int]

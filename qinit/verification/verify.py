@@ -33,9 +33,11 @@ def verify(directory: Path, source: Path | None = None, *, trust_remote_code: bo
     if exported(directory) is not None:
         yield from verify_export(directory, source, trust_remote_code=trust_remote_code)
         return
-    original = Checkpoint.open(source) if source is not None else None
+    base = repaired_base(directory)
+    own = base is not None and source is not None and Path(base).resolve() == source.resolve()  # a start on that base
+    original = Checkpoint.open(source, quantized=own) if source is not None else None
     yield from check_files(directory)
-    if (base := repaired_base(directory)) is not None:
+    if base is not None:
         yield from check_repair(directory, base, source, trust_remote_code=trust_remote_code)
         return
     written = yield from open_written(directory, trust_remote_code=trust_remote_code)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from qinit.errors import RecipeError
 from qinit.files.tensors import TensorSpec
+from qinit.files.writer import headers_bytes
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan.allocation import Allocation, Nats, Option, Sensitivity
@@ -92,7 +94,7 @@ def budget(plan: Plan, choices: list[Item]) -> float:
     if recipe.ratio is not None:
         return low + recipe.ratio * (high - low)
     if recipe.target_size is not None:
-        return _left_of_size(plan, recipe.target_size, low, high)
+        return _left_of_size(plan, choices, recipe.target_size, low, high)
     assert recipe.target_bits is not None
     weights = sum(layer.weights for layer in plan.quantized)
     wanted = recipe.target_bits * weights
@@ -110,18 +112,25 @@ def budget(plan: Plan, choices: list[Item]) -> float:
     return min(max(wanted, low), high)
 
 
-def _left_of_size(plan: Plan, size: str, low: float, high: float) -> float:
-    """Return the bits that a size leaves for the quantized layers and their adapters."""
+def _left_of_size(plan: Plan, choices: list[Item], size: str, low: float, high: float) -> float:
+    """Return the bits that a size of the weight files leaves for the quantized layers and their adapters."""
     others = plan.base_bytes - sum(layer.bytes_after for layer in plan.quantized)
     others += sum(spec.nbytes for layer in plan.layers if layer.kept for spec in _adapter_specs(plan, layer))
+    others += _headers(plan, choices)
     wanted = 8.0 * (parse_size(size) - others)
     if wanted < low:
         least = math.ceil((low / 8 + others) / 1000)
         raise RecipeError(
-            f"target_size: {size} cannot be had; what is not quantized takes {others / 1e6:.2f} MB, and with the "
-            f"smallest widths and ranks and the largest groups the least is {least}KB"
+            f"target_size: {size} cannot be had; what is not quantized, headers too, takes {others / 1e6:.2f} MB, and "
+            f"with the smallest widths and ranks and the largest groups the least is {least}KB"
         )
     return min(wanted, high)
+
+
+def _headers(plan: Plan, choices: list[Item]) -> int:
+    """Return at most what the files' headers take, whatever is chosen: those of the largest shapes and places."""
+    largest = _with(plan, choices, tuple(_end(item, max) for item in choices))
+    return headers_bytes(largest.base_specs, plan.max_shard_bytes) + headers_bytes(largest.adapter_specs)
 
 
 def _adapter_specs(plan: Plan, layer: LayerPlan) -> list[TensorSpec]:
@@ -159,7 +168,7 @@ def planned(plan: Plan) -> Plan:
     adapter_budget(plan, choices)
     how = "uniform" if recipe.allocation == "sensitivity" else recipe.allocation
     if recipe.joint:
-        return _with(plan, choices, tuple(_smallest(item) for item in choices))
+        return _with(plan, choices, tuple(_end(item, min) for item in choices))
     middle = _plain(plan, choices)
     plan = _with(plan, middle, in_order(middle, bits, how, recipe.seed))
     if recipe.allocation != "sensitivity":
@@ -208,8 +217,9 @@ def _every(item: Item, first: int, step: int) -> Item:
     return replace(item, choices=tuple(own[first::step] for own in item.choices))
 
 
-def _smallest(item: Item) -> int:
-    return min(range(len(item.totals)), key=lambda k: item.totals[k].stored_bits)
+def _end(item: Item, end: Callable[..., int]) -> int:
+    """Return the number of the choice that takes least or most room."""
+    return end(range(len(item.totals)), key=lambda k: item.totals[k].stored_bits)
 
 
 def _with(plan: Plan, choices: list[Item], picks: tuple[int, ...]) -> Plan:

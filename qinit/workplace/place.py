@@ -14,9 +14,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qinit.errors import FullError, HubError, LostError, OutputError, QinitError
+from qinit.adapters.trained import WEIGHTS_NAME as ADAPTER_FILE
+from qinit.errors import FullError, HubError, LostError, OutputError, QinitError, ReportError
+from qinit.files.manifest import file_sum, read_manifest, some_of, strangers
 from qinit.plan.plan import Plan
 from qinit.planner.memory import polish_disk_bytes, scratch_bytes
+from qinit.report.pictures.files import PICTURES
 from qinit.report.report import REPORT_NAME
 from qinit.workplace.journal import kept_words
 from qinit.workplace.lock import locked
@@ -59,6 +62,30 @@ def require_replaceable(out: Path, overwrite: bool) -> None:
             raise OutputError(
                 f"{out}: exists and has no {REPORT_NAME}, so qinit did not write it and will not replace it; choose "
                 "another place with --out"
+            )
+        _require_own(out)
+
+
+def _require_own(out: Path) -> None:
+    """Raise OutputError for what is not as qinit left it: a file that it did not write, an adapter that was trained."""
+    try:
+        sums = read_manifest(out)
+    except ReportError as error:
+        raise OutputError(
+            f"{error}: what in {out} is not qinit's own cannot be told, so it is not replaced; remove it, or choose "
+            "another place with --out"
+        ) from None
+    if others := strangers(out, {*sums, *PICTURES}):
+        raise OutputError(
+            f"{out}: holds what qinit did not write and what would be lost: {some_of(others)}; move it elsewhere, or "
+            "choose another place with --out"
+        )
+    for name in sums:
+        file = out / name
+        if file.name == ADAPTER_FILE and file.is_file() and file_sum(file) != sums[name]:
+            raise OutputError(
+                f"{file}: was changed since qinit wrote it, so the adapter was trained or replaced, and would be lost; "
+                "move it elsewhere, or choose another place with --out"
             )
 
 
@@ -117,6 +144,12 @@ def kept(out: Path) -> str:
     return f"{words}, the same command goes on from there" if words else ""
 
 
+def require_finished(run: Path) -> None:
+    """Raise ReportError for a run that is not there because it was broken off."""
+    if not run.exists() and (left := kept(run)):
+        raise ReportError(f"{run}: an unfinished run ({left}); finish it first")
+
+
 @dataclass(frozen=True)
 class Workplace:
     """The directory of an unfinished run, with the lock held."""
@@ -151,6 +184,7 @@ class Workplace:
     def finish(self) -> None:
         """Bring everything to disk and put the result in its place, so that not even a reboot leaves half of it."""
         _sync_tree(self.run)
+        require_replaceable(self.out, True)  # a file may have come since the start
         final = self.out.resolve()
         _swap(self.run, final)
         _sync(final.parent)

@@ -1,6 +1,8 @@
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.helpers import contents
 from tests.others import packed_base
@@ -21,9 +23,13 @@ def test_an_adapter_is_made_verified_and_no_run(command, llama, base):
     assert report["totals"]["error"] < report["totals"]["error_start"]
     assert contents(base) == before
     assert command("verify", "out", "--source", llama)[0] == 0
-    for name, more in (("polish", ()), ("push", ("a/b", "--dry-run")), ("trainer-config", ("--trainer", "trl"))):
-        code, _, err = command(name, "out", *more)
-        assert (code, "holds an adapter alone" in err, err.count("\n")) == (2, True, 1), (name, err)
+    code, _, err = command("polish", "out")
+    assert (code, "holds an adapter alone" in err, err.count("\n")) == (2, True, 1), err
+    code, text, err = command("trainer-config", "out", "--trainer", "axolotl")
+    assert code == 0, err
+    settings = yaml.safe_load(text)
+    places = [str(base), str(Path("out").resolve()), True]
+    assert [settings[key] for key in ("base_model", "lora_model_dir", "gptq")] == places
     code, _, err = command("adapter", *arguments)
     assert (code, "exists; pass --overwrite" in err) == (2, True)
     assert command("adapter", *arguments, "--overwrite", "--quiet")[0] == 0
@@ -37,10 +43,23 @@ def test_a_start_is_made_verified_and_an_adapter_alone_where_the_base_stays(comm
     assert report["totals"]["base"]["name"] == str(reader)
     assert report["totals"]["error"] == report["totals"]["error_start"] == 0
     assert command("verify", "a", "--source", reader)[0] == 0
+    code, _, err = command("polish", "a")
+    assert (code, "a run is needed, with the base that it wrote" in err, err.count("\n")) == (2, True, 1), err
+    code, out, err = command("push", "a", "me/x", "--dry-run")
+    assert (code, err) == (0, "")
+    assert f"note: the base is not named, as {reader} is a place on this machine" in out
     code, _, err = command("adapter", reader, "--method", "pissa", "--niter", 4, "--rank", 4, "--out", "b", "--quiet")
     assert code == 0, err
     assert command("verify", "b", "--source", reader)[0] == 0
     assert contents(reader) == before
+
+
+def test_a_start_on_a_base_that_others_have_quantized_needs_no_source(command, base):
+    code, _, err = command("adapter", base, "--method", "rslora", "--rank", 4, "--out", "a", "--quiet")
+    assert code == 0, err
+    assert command("verify", "a", "--source", base)[0] == 0
+    report = json.loads(Path("a/qinit.json").read_text())
+    assert (report["totals"]["base"]["form"], report["layers"][0]["bits"]) == ("gptq", 4)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +77,8 @@ def test_a_start_is_made_verified_and_an_adapter_alone_where_the_base_stays(comm
         (("LLAMA", "--method", "corda", "--calibration", "none"), "method corda needs it"),
         (("LLAMA", "--method", "dora", "--polish", 4), "polish: method dora stays as it starts"),
         (("LLAMA", "--method", "lora", "--target-modules", "q_prj"), "did you mean 'q_proj'"),
-        (("BASE", "--method", "lora"), "is already quantized"),
+        (("BASE", "--method", "pissa"), "is already quantized"),
+        (("BASE", "--method", "dora"), "PEFT puts no dora on layers packed as GPTQ"),
         (("BASE", "--source", "LLAMA", "--method", "olora"), "chooses Q itself"),
         (("nowhere", "--source", "LLAMA"), "nowhere"),
         (("LLAMA", "--source", "LLAMA"), "is not quantized"),

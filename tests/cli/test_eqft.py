@@ -64,7 +64,7 @@ class TestRun:
         assert command("eqft", tiny_llama, *flags, "--out", "out")[0] == 0
         recipe = json.loads(Path("out/qinit.json").read_text())["recipe"]
         unasked = {"base": None, "method": "eqft", "revision": None, "trust_remote_code": False, **UNCALIBRATED}
-        of_starts = {"grid": None, "lora_dropout": 0.0, "niter": None, "use_dora": False}
+        of_starts = {"grid": None, "lora_dropout": 0.0, "niter": None, "corda_method": None, "use_dora": False}
         assert recipe == {"model": str(tiny_llama), **unasked, **of_starts, **options}
         assert len(json.loads(Path("out/qinit.json").read_text())["layers"]) == 2
 

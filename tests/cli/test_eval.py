@@ -1,6 +1,5 @@
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -125,15 +124,6 @@ class TestARun:
         assert (value["windows"], value["tokens"], value["tasks"]) == (2, 48, {})
         assert value["written"] == ["qinit.json", "README.md"]
         assert command("eval", run, "--text", text, "--length", 25, "--quiet") == (0, "", "")
-
-    def test_packed_weights_load_without_a_word_on_stdout(self, source, text, tmp_path):
-        pytest.importorskip("gptqmodel", reason="pip install 'qinit[gptq]'")
-        packed = make_run(source, tmp_path / "packed", widths=(2, 3, 4))
-        arguments = ["eval", packed, "--text", text, "--length", "25", "--stream", "never", "--json"]
-        done = subprocess.run(
-            [sys.executable, "-m", "qinit_cli.main", *map(str, arguments)], capture_output=True, text=True, check=True
-        )
-        assert json.loads(done.stdout)["tokens"] == 192
 
 
 class TestOthers:

@@ -3,12 +3,16 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from qinit import __version__
+from qinit.formats import FORMATS
 from qinit.runner import layer as layer_module
+from tests.helpers import weights_of
+from tests.models import words
 
 
 def process(*arguments, cwd, **environment):
@@ -113,33 +117,39 @@ json.dump(codes, open("codes", "w"))
 """
 
 
-def test_as_a_process_it_writes_plain_lines_and_nothing_of_others(tiny_llama, tmp_path, hub, monkeypatch):
-    place = tmp_path / "cwd"
+def test_as_a_process_it_writes_plain_lines_and_nothing_of_others(command, tiny_reader, tmp_path, monkeypatch):
+    place = tmp_path / "process"
     place.mkdir()
     (place / "recipe.yaml").write_text("method: lq-lora\nformat: dense\nrank: 4\n")
+    (place / "text.txt").write_text(words(*range(3, 80)))
+    packed = ("eqft", tiny_reader, "--rank", 4, "--calibration", "none", "--format", "gptq", "--out", "packed")
     short = ("--calibration", "self", "--calibration-samples", 2, "--calibration-length", 8, "--out", "out")
-    commands = (
-        ("eqft", tiny_llama, "--rank", 4, "--calibration", "none"),
-        ("eqft", tiny_llama, "--recipe", "recipe.yaml", *short),  # the whole model in memory, loaded by transformers
-        ("eqft", "someone/tiny", "--token", "hf_secret", "--revision", "v2"),
-    )
-    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "other-cache")}
+    commands = [
+        packed,
+        ("eqft", tiny_reader, "--recipe", "recipe.yaml", *short),  # the whole model in memory, loaded by transformers
+    ]
+    if not FORMATS["gptq"].missing_packages():  # gptqmodel says much when it is imported
+        commands += [("eval", "packed", "--text", "text.txt", "--length", 25, "--stream", "never", "--json", "--quiet")]
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
-    words = json.dumps([list(map(str, arguments)) for arguments in commands])
-    done = subprocess.run([sys.executable, "-c", ONE_BY_ONE, words], cwd=place, env={**os.environ, **environment})
+    lines = json.dumps([list(map(str, arguments)) for arguments in commands])
+    done = subprocess.run([sys.executable, "-c", ONE_BY_ONE, lines], cwd=place)
     assert done.returncode == 0
-    first, second, unknown = (
-        [(place / f"{number}.{name}").read_text() for name in ("out", "err")] for number in range(3)
-    )
-    assert json.loads((place / "codes").read_text()) == [0, 0, 2]
-    assert (first[1], second[1], unknown[0]) == ("", "", "")
-    assert "\x1b" not in first[0] + second[0]
-    assert (place / "model_zoo/eqft/tiny-llama-2bit-4rank/qinit.json").is_file()
-    assert f"{tiny_llama}: 2 bits, rank 4, lq-lora\n" in second[0]  # however long the name is
-    error = unknown[1]
-    assert error.startswith("error: someone/tiny at revision v2: no such directory here and no such model")
-    assert error.count("\n") == 1
-    assert "hf_secret" not in error
+    assert json.loads((place / "codes").read_text()) == [0] * len(commands)
+    outs, errs = ([(place / f"{i}.{name}").read_text() for i in range(len(commands))] for name in ("out", "err"))
+    assert errs[:2] == ["", ""]
+    assert "\x1b" not in outs[0] + outs[1]
+    assert f"{tiny_reader}: 2 bits, rank 4, lq-lora\n" in outs[1]  # however long the name is
+    assert all(json.loads(out)["tokens"] == 72 for out in outs[2:])
+    assert command(*packed)[0] == 0
+    assert weights_of(Path("packed")) == weights_of(place / "packed")
+
+
+def test_an_unknown_model_of_the_hub_is_one_line_without_the_token(command, hub):
+    code, out, err = command("eqft", "someone/tiny", "--token", "hf_secret", "--revision", "v2")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: someone/tiny at revision v2: no such directory here and no such model")
+    assert err.count("\n") == 1
+    assert "hf_secret" not in err
     assert {token for _, token in hub.requests} == {"Bearer hf_secret"}
 
 

@@ -48,6 +48,8 @@ def test_every_start_is_listed_with_its_bases_and_what_it_takes_the_place_of(com
     assert {name for name, row in found.items() if row["base"] == "W"} == {"lora", "rslora", "dora", "eva"}
     assert all(row["factors"] and row["peft"] and "trl" in row["trainers"] for row in found.values())
     assert found["pissa"]["bits"] == [2, 3, 4, 8, 16]
+    packed = {name: set(row["packed_bases"]) for name, row in found.items()}
+    assert (packed["eva"] - packed["dora"], packed["pissa"]) == ({"gptq", "awq", "auto-round"}, set())
     lines = command("methods")[1].splitlines()
     for name, row in STARTS.items():
         assert any(line.split()[:1] == [name] and row.source in line for line in lines)

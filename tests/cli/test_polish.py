@@ -137,5 +137,5 @@ def test_what_is_refused_is_one_line_and_the_run_is_as_it_was(command, made, tmp
     (made / "notes.txt").unlink()
     assert contents(made) == before
     edit_json(made / "eqft_init/adapter_config.json", lambda config: config.update(lora_dropout=0.1))
-    assert "the adapter was trained or replaced; a polish is for starts" in refused(command, "out")
+    assert "the adapter was trained or replaced; needed is the start" in refused(command, "out")
     assert sorted(path.name for path in Path().iterdir()) == ["model", "out"]

@@ -1,17 +1,15 @@
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.cli.test_main import process
 from tests.helpers import contents
 from tests.hub_stand_in import READER, WRITER
 from tests.models import make_checkpoint
+from tests.stock import load, logits
 
 REPO = "me/tiny"
 QUICK = ("--rank", 4, "--iter", 1, "--calibration", "none", "--out", "out")
@@ -216,36 +214,15 @@ class TestPushToHub:
         assert (code, err) == (2, "error: --private: is about --push-to-hub REPO_ID, which is not given\n")
 
 
-LOADED = """\
-import json, sys, torch
-from transformers import AutoModelForCausalLM
-from peft import PeftModel
-local, lines = sys.argv[1], json.loads(sys.argv[2])
-names = {}
-exec("\\n".join(lines), names)
-base = AutoModelForCausalLM.from_pretrained(local, dtype="auto")
-ours = PeftModel.from_pretrained(base, local, subfolder="eqft_init")
-ids = torch.arange(16)[None]
-with torch.no_grad():
-    theirs, expected = names["model"].eval()(ids).logits, ours.eval()(ids).logits
-assert torch.equal(theirs, expected) and expected.std() > 0
-adapted = names["model"].peft_config["default"].base_model_name_or_path
-trainable = sum(p.requires_grad for p in names["model"].parameters())
-print(json.dumps([adapted, trainable]))
-"""
-
-
 @pytest.fixture
-def environment(hub, tmp_path):
-    """What makes any process talk to the stand-in, with caches of its own."""
-    home = tmp_path / "home"  # HF_HUB_CACHE wins over HF_HOME, and some packages set it when they are imported
-    caches = {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
-    return {**caches, "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": WRITER}
+def environment(hub, tmp_path, monkeypatch):
+    """What makes the stock loaders take a token, and keep what they fetch, as for a user of the stand-in."""
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another-cache"))
 
 
-def test_in_a_process_of_its_own_what_was_pushed_is_loaded_by_the_repo_id_alone(
-    command, run, hub, tmp_path, environment
-):
+def test_what_was_pushed_is_loaded_by_the_repo_id_alone(command, run, hub, environment):
     # Not offline: PEFT 0.21 looks for SUBFOLDER/SUBFOLDER/adapter_model.safetensors in the cache then.
     hub.chunk_size = 50_000
     code, out, err = command("push", run, REPO, *TOKEN, "--private", "--json")
@@ -253,17 +230,19 @@ def test_in_a_process_of_its_own_what_was_pushed_is_loaded_by_the_repo_id_alone(
     lines = json.loads(out)["load"]
     assert 'subfolder="eqft_init"' in lines[-1]
     hub.requests.clear()
-    command = [sys.executable, "-c", LOADED, str(run), json.dumps(lines)]
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == [REPO, 28]  # after the banners of others
+    names = {}
+    exec("\n".join(lines), names)
+    adapter = names["model"].peft_config["default"]
+    assert adapter.base_model_name_or_path == REPO
+    assert sum(parameter.requires_grad for parameter in names["model"].parameters()) == 28
+    theirs, ours = logits(names["model"].eval()), logits(load(run, dtype="auto"))
+    assert torch.equal(theirs, ours)
+    assert ours.std() > 0
     shards = {name for name in hub.files(REPO) if name.startswith("model-")}
     assert {*shards, "config.json", "eqft_init/adapter_model.safetensors"} <= hub.fetched()
 
 
-def test_a_sharded_model_of_the_hub_at_a_revision_and_then_offline_by_the_environment_in_another_process(
-    command, hub, tmp_path, environment
-):
+def test_a_sharded_model_of_the_hub_at_a_revision_and_then_offline(command, hub, tmp_path, monkeypatch):
     repo = make_checkpoint(tmp_path / "repo", max_shard_size="50KB")
     for name in ("pytorch_model.bin", "onnx/model.onnx", "model-q4.gguf", "model.onnx"):
         (repo / name).parent.mkdir(exist_ok=True)
@@ -277,9 +256,9 @@ def test_a_sharded_model_of_the_hub_at_a_revision_and_then_offline_by_the_enviro
     wanted = {*(p.name for p in repo.glob("*.safetensors*")), "config.json", "generation_config.json"}
     assert hub.fetched() == wanted
     hub.requests.clear()
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub-cache")}  # where the first has it
-    second = process("eqft", "someone/tiny", *options, "--out", "b", cwd=tmp_path, **environment)
-    assert (second.returncode, second.stderr) == (0, "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = command("eqft", "someone/tiny", *options, "--out", tmp_path / "b")
+    assert (code, err) == (0, "")
     weights = [contents(tmp_path / name)["model.safetensors"] for name in "ab"]
     assert weights[0] == weights[1]
     assert hub.requests == []

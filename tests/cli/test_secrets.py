@@ -28,14 +28,13 @@ def place(tmp_path):
     return tmp_path / "place"
 
 
-def start(hub, place, monkeypatch, *arguments, **environment):
+def start(hub, place, monkeypatch, *arguments):
     """Run `qinit ARGUMENTS` with everything that could be written in `place`; returns exit code, output and titles."""
     for name in ("HF_HUB_CACHE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {
         **{"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(place / "home"), "HOME": str(place)},
         **{"TMPDIR": str(place / "temporary"), "XDG_CACHE_HOME": str(place / "cache"), "HF_DEBUG": "1"},
-        **environment,
     }.items():
         monkeypatch.setenv(name, value)
     titles, answer = set(), hub.answer
@@ -79,14 +78,16 @@ def test_a_token_of_the_command_line_is_in_no_file_output_or_process_title(hub, 
 
 
 def test_a_token_of_the_environment_that_the_hub_repeats_in_its_error_is_nowhere_either(
-    hub, finished, place, monkeypatch
+    hub, finished, command, monkeypatch, caplog
 ):
+    monkeypatch.setattr("huggingface_hub.constants.HF_DEBUG", True)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    caplog.set_level("DEBUG", "huggingface_hub")
     hub.fail("commit", 403, message=f"{WRITER} may not commit")
-    shutil.copytree(finished, place / "out")
-    code, output, _ = start(hub, place, monkeypatch, "push", "out", REPO, "--debug", HF_TOKEN=WRITER)
-    assert code == 2, output
-    assert b"Send: curl" in output
-    assert b"Traceback" in output
-    assert b"status 403 (*** may not commit); check HF_TOKEN" in output
-    assert list((place / "temporary").iterdir()) == []
-    require_nowhere(place, output)
+    shutil.copytree(finished, "out")
+    code, out, err = command("push", "out", REPO, "--debug")
+    assert code == 2, err
+    assert "Send: curl" in caplog.text
+    assert "Traceback" in err
+    assert "status 403 (*** may not commit); check HF_TOKEN" in err
+    require_nowhere(Path.cwd(), *(text.encode() for text in (out, err, caplog.text)))

@@ -34,6 +34,63 @@ def test_what_is_trained_is_said_and_written(command, reader, tmp_path):
     assert err == "error: out: exists; pass --overwrite to replace it, or choose another place with --out\n"
 
 
+def test_other_commands_read_what_was_trained(command, reader, files):
+    pytest.importorskip("snntorch")
+    trained = (*SMALL, "--steps", 4, "--out", "out", "--dataset", "a.txt", "--validation", "a.txt", "--json")
+    report = json.loads(command("snndlft", reader, *trained)[1])
+    before = names(files / "out")
+    assert len({path.stat().st_mode for path in (files / "out").iterdir()}) == 1  # by the umask
+
+    (files / "out/report.html").write_text("")
+    code, out, err = command("report", "out", "--json")
+    assert (code, err, json.loads(out)["totals"]) == (0, "", report["totals"])
+    assert "spiking AdaLoRA" in (files / "out/report.html").read_text()
+    code, out, _ = command("verify", "out", "--json")
+    found = json.loads(out)
+    assert (code, found["sound"], found["notes"]) == (0, True, [])
+    assert found["loaded"].endswith("with its spiking adapter, run over 8 tokens")
+    code, out, err = command("eval", "out", "--text", "a.txt", "--length", 8, "--reference", reader, "--json")
+    assert (code, "block by block" in err) == (0, False)
+    measured = json.loads(out)
+    assert measured["perplexity"] == pytest.approx(report["totals"]["after"], rel=1e-5)
+    assert measured["perplexity"] != measured["reference_perplexity"] == pytest.approx(report["totals"]["before"])
+    assert names(files / "out") == before
+
+    for arguments, line in (
+        (("push", "out", "a/b", "--dry-run"), "push it with `hf upload a/b out`"),
+        (("merge", "out", "--out", "merged"), "out: is what `qinit snndlft` trained, not a run: a spiking adapter can"),
+        (("eval", "out", "--text", "a.txt", "--stream", "always"), "stream: the adapter of out is run with the whole"),
+        (("verify", "out", "--for", "vllm"), "out: is an adapter alone"),
+        (("verify", "out", "--source", "a"), "--source: is about runs, and out is a training; leave it out"),
+    ):
+        code, _, err = command(*arguments)
+        assert (code, line in err) == (2, True), err
+    card = (files / "out/README.md").read_text()
+    assert "tags:\n- qinit\n- snn-dlft\n- spiking\n- adalora\n" in card
+    assert "base_model" not in card  # it is a directory of this machine
+
+
+@pytest.mark.usefixtures("files")
+def test_a_classifier_is_measured_on_labelled_rows_by_its_own_metric(command, reader):
+    given = ("--no-spiking", *SMALL, "--steps", 3, "--label", "kind", "--columns", "sentence", "--metric", "f1")
+    code, out, err = command(
+        "snndlft", reader, *given, "--dataset", "a.csv", "--validation", "a.csv", "--out", "out", "--json"
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    code, out, err = command("eval", "out", "--text", "a.csv", "--json")
+    expected = {"metric": "f1", "value": report["totals"]["after"], "text": "a.csv", "rows": 40}
+    assert (code, json.loads(out)) == (0, {"model": "out", **expected})
+    assert command("verify", "out")[0] == 0
+    code, _, err = command("eval", "out")
+    assert (code, err) == (
+        2,
+        "error: out: is a classifier; give --text FILE, a .csv, .tsv or .jsonl file with sentence, kind\n",
+    )
+    code, _, err = command("eval", "out", "--text", "a.csv", "--reference", reader)
+    assert (code, "--reference: is about language models, and out is a classifier" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qinit.files.manifest import MANIFEST_NAME, listed, write_manifest
+from qinit.trial import tried as trial
 from qinit.verification.findings import Checked, Finding
 from qinit.verification.loading import check_loading
 from tests.helpers import edit_json, edit_tensors, quantize
@@ -36,6 +37,7 @@ def test_a_sound_run_is_said_to_be_sound_and_by_what(command, made, monkeypatch,
     gptq_only()
     capsys.readouterr()  # what gptqmodel says when it is imported here
     monkeypatch.setattr("qinit.verification.loading.check_loading", check_loading)
+    monkeypatch.setattr("qinit.verification.loading.answers", trial.tried)  # in no process of its own
     source, run = made
     code, out, err = command("verify", run, "--source", source)
     assert (code, err) == (0, "")

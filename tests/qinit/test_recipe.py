@@ -313,13 +313,13 @@ def read_back(raw):
         assert recipe.lora_scale > 0
 
 
-@examples(100)
+@examples(30)
 @given(st.binary(max_size=60) | st.builds(changed, st.just(GOOD_RECIPE), changes))
 def test_fuzz_bytes_are_a_recipe_or_refused(raw):
     read_back(raw)
 
 
-@examples(200)
+@examples(60)
 @given(st.dictionaries(st.sampled_from(sorted(Recipe.model_fields)) | texts, json_values, max_size=3))
 def test_fuzz_values_are_a_recipe_or_refused(values):
     read_back(yaml.safe_dump(values).encode())

@@ -46,12 +46,14 @@ GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # what gptqmodel's kernels acce
 class GptqFormat(Format):
     name = "gptq"
     title = "GPTQ"
+    adapters = ("lora",)
     mixed_bits = False
     mixed_loaders = "qinit.load and GPTQModel.load"
     mixed_note = (
         "packed with mixed widths; load it with qinit.load(DIR) or GPTQModel.load, as stock from_pretrained reads one "
         "width only"
     )
+    head_note = "optimum packs the layers of blocks alone, so that transformers starts the head at random"
     holds_experts = False
     experts_note = (
         "format gptq packs linear layers, and transformers has experts as slices of 3-D parameters (GPTQModel.load "

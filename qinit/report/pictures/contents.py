@@ -175,6 +175,7 @@ def summary(report: Report) -> dict[str, str]:
         before, after = average(rows, start), average(rows, end)
         if before is not None and after is not None:
             words[name] = f"{before:.4f} base alone -> {after:.4f} with the adapter"
+    words |= measured_on(report)
     front = pareto_front(report)
     if front is not None:
         bits, nats = front.chosen[0]
@@ -205,6 +206,30 @@ def checked(report: Report) -> dict[str, str]:
         return {} if found is None else check_words(found)
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise damaged("check", error) from None
+
+
+def measured_on(report: Report) -> dict[str, str]:
+    """Return the text that the run was measured on, and each polish, in words; nothing for one without."""
+    calibration = report.totals.get("calibration") or {}
+    try:
+        words = {"calibrated on": str(calibration["text"])} if "text" in calibration else {}
+        last = calibration.get("polish")
+        polishes = [*(last.get("earlier") or []), last] if last else []
+        for number, polish in enumerate(polishes, 1):
+            words["polish" if len(polishes) == 1 else f"polish {number}"] = _polish_words(polish)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged("calibration", error) from None
+    return words
+
+
+def _polish_words(polish: dict[str, Any]) -> str:
+    words = f"{polish['steps']} steps"
+    words += f" on {polish['tokens']} tokens of {polish['text']}" if {"tokens", "text"} <= polish.keys() else ""
+    if not polish["kept"]:
+        return f"{words}; nothing gained"
+    words += f"; held-out loss {polish['held_out_before']:.4f} -> {polish['held_out_after']:.4f}"
+    kl = polish.get("kl")  # of a run that was measured before it was polished
+    return words + (f"; KL from the original {kl['before']:.4f} -> {kl['after']:.4f} nats per token" if kl else "")
 
 
 def nats_words(nats: float) -> str:

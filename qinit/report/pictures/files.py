@@ -10,6 +10,7 @@ from qinit.report.pictures.raster import png
 from qinit.report.report import Report
 
 PNG_NAME, PAGE_NAME = "report.png", "report.html"
+PICTURES = (PNG_NAME, PAGE_NAME)  # `qinit report` makes them after a run's list of sums was written
 
 
 def write_pictures(report: Report, directory: Path) -> tuple[Path, Path]:

@@ -36,7 +36,7 @@ warmup_ratio: 0.03
 optimizer: adamw_torch
 micro_batch_size: 1
 gradient_accumulation_steps: 16
-bf16: auto  # false on a CPU
+bf16: {bf16}  # auto on a GPU; false on a CPU, where auto would be fp16
 gradient_checkpointing: true
 gradient_checkpointing_kwargs:
   use_reentrant: false
@@ -73,4 +73,5 @@ class AxolotlTemplate(TemplateWriter):
             json="" if training.file is None else "    ds_type: json\n",
             output=scalar(self.output(template)),
             rate=training.yaml_rate,
+            bf16="auto" if training.bf16 else "false",
         )

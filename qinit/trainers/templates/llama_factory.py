@@ -38,7 +38,7 @@ warmup_ratio: 0.03
 per_device_train_batch_size: 1
 gradient_accumulation_steps: 16
 use_reentrant_gc: false
-bf16: true  # false on a CPU
+bf16: {bf16}  # true on a GPU; false on a CPU, where TrainingArguments refuses it
 logging_steps: 10
 save_steps: 100
 report_to: none
@@ -81,4 +81,5 @@ class LlamaFactoryTemplate(TemplateWriter):
             folder="ONLINE" if file is None else scalar(str(file.parent)),
             output=scalar(self.output(template)),
             rate=training.yaml_rate,
+            bf16="true" if training.bf16 else "false",
         )

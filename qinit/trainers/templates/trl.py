@@ -14,7 +14,8 @@ TEMPLATE = """\
 #
 #     sh FILE
 #
-# A row of the data is {{"text": ...}}, or a chat. On a CPU: --bf16 False.
+# A row of the data is {{"text": ...}}, or a chat. bf16 is for accelerators: TrainingArguments refuses True on a CPU.
+bf16=$(python -c 'from transformers.utils import is_torch_bf16_gpu_available as has; print(has())')
 trl sft \\
 {flags}
 """
@@ -55,7 +56,7 @@ class TrlTemplate(TemplateWriter):
             "--gradient_checkpointing True",
             """--gradient_checkpointing_kwargs '{"use_reentrant": false}'""",
             "--max_length 1024",
-            "--bf16 True",
+            '--bf16 "$bf16"',
             "--logging_steps 10",
             "--save_steps 100",
             "--report_to none",

@@ -42,7 +42,11 @@ def dense(bfloat16_llama, tmp_path_factory):
     return make_run(bfloat16_llama, tmp_path_factory.mktemp("dense") / "run", format="dense")
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [(family, kind) for family in FAMILIES for kind in RUNS if family == "llama" or kind.endswith("mixed")],
+    indirect=["source"],
+)
 def test_block_by_block_the_figures_are_those_of_what_the_stock_loaders_load(source, kind, tmp_path):
     if kind.startswith("gptq"):
         pytest.importorskip("gptqmodel", reason="pip install 'qinit[gptq]'")

@@ -125,6 +125,9 @@ def test_auto_round_is_the_same_without_g_idx(opened, tmp_path):
     assert {name: said["extra_config"].get(name, said)["bits"] for name in bits} == bits
     for name, width in bits.items():
         assert set(unpack_rows(ours[f"{name}.qzeros"], width).unique().tolist()) == {half(width) - 1}
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "PeftModel" not in card  # which refuses auto-round's layers
+    assert 'from transformers import LlamaForCausalLM\nbase = LlamaForCausalLM.from_pretrained(".", dtype=' in card
 
 
 def test_groups_that_end_within_words_are_flipped_too(opened):

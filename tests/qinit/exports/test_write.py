@@ -5,7 +5,7 @@ import pytest
 from qinit.errors import OutputError, RecipeError, ReportError
 from qinit.exports import FinishedRun
 from qinit.exports.write import export
-from qinit.hub.push import prepare
+from qinit.hub.prepare import prepare
 from qinit.report.report import Exported, Report
 from qinit.verification.findings import Finding
 from qinit.verification.verify import verify

@@ -205,8 +205,13 @@ def test_only_an_adapter_is_replaced_and_only_where_that_was_asked_for(bases, tm
     make_adapter(wanted(base, "oft", tmp_path), out)
     with pytest.raises(OutputError, match="exists; choose another place"):
         make_adapter(wanted(base, "ia3", tmp_path), out)
+    (out / "notes.txt").write_text("x")
+    with pytest.raises(OutputError, match=r"what qinit did not write and what would be lost: notes\.txt; move it"):
+        make_adapter(wanted(base, "ia3", tmp_path), out, overwrite=True)
+    (out / "notes.txt").unlink()
     make_adapter(wanted(base, "ia3", tmp_path), out, overwrite=True)
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "IA3"
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # by the umask
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(OutputError, match="holds something else than an adapter"):
         make_adapter(wanted(base, "ia3", tmp_path), base, overwrite=True)

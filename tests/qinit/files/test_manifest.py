@@ -112,14 +112,14 @@ def test_a_list_that_is_a_pipe_is_refused_at_once(tmp_path):
         read_manifest(tmp_path)
 
 
-@examples(100)
+@examples(30)
 @given(st.binary(max_size=60) | st.builds(changed, st.just(listing(["a", "b/c.txt"])), changes))
 def test_fuzz_bytes_are_a_list_or_refused(raw):
     with file_of(raw, MANIFEST_NAME) as file, only_qinit_errors():
         assert read_manifest(file.parent).keys() == {"a", "b/c.txt"} or raw in (listing([]), listing(["a"]))
 
 
-@examples(100)
+@examples(30)
 @given(st.lists(st.text(min_size=1, max_size=8) | st.sampled_from(["..", "/", "a/../b"]), max_size=3))
 def test_fuzz_every_name_that_is_listed_is_below_the_directory(names):
     with file_of(b"", "x") as file, only_qinit_errors():

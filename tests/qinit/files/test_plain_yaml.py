@@ -11,14 +11,14 @@ from tests.qinit.files.test_reading import plain
 
 
 class TestYaml:
-    @examples(60)
+    @examples(20)
     @given(plain)
     def test_what_yaml_writes_is_read(self, value):
         if isinstance(value, dict | list):
             raw = yaml.dump(value, Dumper=NoAliases).encode()
             assert parse_yaml(raw) == value
 
-    @examples(150)
+    @examples(50)
     @given(
         st.binary(max_size=60)
         | st.text(st.sampled_from("&*!<>|-?:,[]{}#'\"% \n\tab1~.e_0x@`"), max_size=30).map(str.encode)

@@ -100,13 +100,13 @@ class TestInside:
 
 
 class TestJson:
-    @examples(100)
+    @examples(30)
     @given(plain)
     def test_what_json_writes_is_read(self, value):
         assert parse_json(json.dumps(value).encode()) == value
         assert parse_json(json.dumps(value, ensure_ascii=False).encode()) == value
 
-    @examples(150)
+    @examples(50)
     @given(st.binary(max_size=60) | st.builds(changed, json_values.map(lambda v: json.dumps(v).encode()), changes))
     def test_fuzz_anything_else_is_a_value_error(self, raw):
         with suppress(ValueError):
@@ -119,7 +119,7 @@ class TestJson:
             parse_json(b'{"a":' * (JSON_DEPTH + 1) + b"1" + b"}" * (JSON_DEPTH + 1))
 
 
-@examples(100)
+@examples(30)
 @given(st.text())
 def test_what_is_printable_is_encodable_and_moves_no_cursor(text):
     shown = printable(text)

@@ -178,25 +178,25 @@ def assert_safe(raw):
             assert tensor.read().shape == tensor.shape
 
 
-@examples(100)
+@examples(30)
 @given(st.binary(max_size=80) | st.binary(max_size=80).map(lambda raw: len(raw).to_bytes(8, "little") + raw))
 def test_fuzz_arbitrary_bytes_are_read_or_refused(raw):
     assert_safe(raw)
 
 
-@examples(150)
+@examples(50)
 @given(changes)
 def test_fuzz_a_good_file_with_bytes_changed_is_read_or_refused(edits):
     assert_safe(changed(good_file(), edits))
 
 
-@examples(150)
+@examples(50)
 @given(st.integers(0, 10**6), json_values | st.lists(st.integers(-1, 16), max_size=3))
 def test_fuzz_a_good_header_with_a_value_replaced_is_read_or_refused(path, value):
     assert_safe(good_file(with_value(GOOD_HEADER, path, value)))
 
 
-@examples(150)
+@examples(50)
 @given(st.dictionaries(st.text(max_size=5), entries | json_values, max_size=3) | json_values, st.binary(max_size=16))
 def test_fuzz_any_header_is_read_or_refused(header, data):
     raw = json.dumps(header).encode()

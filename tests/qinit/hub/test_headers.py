@@ -1,10 +1,12 @@
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import time
 from math import prod
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -25,13 +27,17 @@ MODEL = "someone/tiny"
 RANGE = 100_001  # what huggingface_hub fetches of a file for its header
 
 
-@pytest.fixture(params=["5GB", "1MB"])
-def repo(tmp_path, hub, request):
-    directory = make_checkpoint(
-        tmp_path / "repo", max_shard_size=request.param, hidden_size=256, intermediate_size=1024, vocab_size=2000
-    )
-    hub.repos[MODEL] = directory
-    return directory
+@pytest.fixture(scope="module", params=["5GB", "1MB"])
+def made(tmp_path_factory, request):
+    """A model of one file or of several, not to be changed."""
+    place, sizes = tmp_path_factory.mktemp("made"), {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 2000}
+    return make_checkpoint(place / "repo", max_shard_size=request.param, **sizes)
+
+
+@pytest.fixture
+def repo(made, tmp_path, hub):
+    hub.repos[MODEL] = Path(shutil.copytree(made, tmp_path / "repo"))
+    return hub.repos[MODEL]
 
 
 @pytest.fixture
@@ -150,6 +156,7 @@ def test_of_a_cache_that_is_not_whole_what_is_there_is_used(hub, repo):
     assert plan.base_specs == plan_of(repo).base_specs
 
 
+@pytest.mark.parametrize("made", ["1MB"], indirect=True)
 def test_the_directory_goes_with_the_process_and_the_files_take_no_room(hub, repo, tmp_path):
     directory = header_directory(MODEL)
     for file in directory.glob("*.safetensors"):

@@ -6,7 +6,8 @@ import pytest
 
 from qinit.errors import CheckpointError, HubError, QinitError, ReportError
 from qinit.files.manifest import MANIFEST_NAME, bytes_sum, read_manifest
-from qinit.hub.push import open_target, prepare, push, require_ready
+from qinit.hub.prepare import prepare
+from qinit.hub.push import open_target, push, require_ready
 from tests.helpers import contents, quantize
 from tests.hub_stand_in import READER, WRITER, Repository
 from tests.models import make_checkpoint

@@ -10,8 +10,9 @@ import torch
 
 from qinit.errors import CheckpointError, ReportError
 from qinit.files.manifest import MANIFEST_NAME, bytes_sum, read_manifest
+from qinit.hub.prepare import prepare
 from qinit.hub.push import _staged as staged
-from qinit.hub.push import prepare, push
+from qinit.hub.push import push
 from tests.helpers import contents, edit_tensors
 from tests.hub_stand_in import WRITER
 from tests.stock import load_base, logits

@@ -3,8 +3,8 @@ import shutil
 import pytest
 
 from qinit.errors import CheckpointError, ReportError
-from qinit.merge.fitting import BASE_KEY
 from qinit.merge.origin import origin_of
+from qinit.trial.fitting import BASE_KEY
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import shutil
 import pytest
 
 from qinit.errors import RecipeError, ReportError
+from qinit.exports import FinishedRun
 from qinit.merge.plan import plan_merge
 from tests.broken_off import PLAIN, break_off
 
@@ -18,8 +19,9 @@ def test_what_is_no_finished_run(llama, tmp_path):
     with pytest.raises(ReportError, match="no such directory; pass the directory that"):
         plan_merge(tmp_path / "gone")
     break_off(llama, tmp_path / "out", 3, **PLAIN)
-    with pytest.raises(ReportError, match=r"out: an unfinished run \(3 of 14 layers are kept, .*\); finish it first"):
-        plan_merge(tmp_path / "out")
+    for opened in (plan_merge, FinishedRun.open):  # to merge it, and to export it
+        with pytest.raises(ReportError, match=r"out: an unfinished run \(3 of 14 layers are kept, .*\); finish it fi"):
+            opened(tmp_path / "out")
 
 
 def test_identity_changes_with_the_run_and_with_the_adapter(finished, tmp_path):

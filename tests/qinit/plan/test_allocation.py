@@ -64,7 +64,7 @@ GOOD_FILE = {
 }
 
 
-@examples(150)
+@examples(50)
 @given(
     st.binary(max_size=40)
     | st.builds(changed, st.just(json.dumps(GOOD_FILE).encode()), changes)

@@ -141,3 +141,17 @@ def test_numbers_of_samples_come_down_in_steps_of_a_third_or_less_to_the_least()
     assert _counts(128, 8) == [128, 96, 64, 48, 32, 24, 16, 8]
     assert _counts(128, 32) == [128, 96, 64, 32]
     assert _counts(4, 8) == [4]
+
+
+def test_a_plan_loads_the_tokenizer_once(reader, monkeypatch):
+    loaded, real = [], choice.load_tokenizer
+
+    def counted(*arguments):
+        loaded.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr("qinit.planner.make.choose", choose)
+    for module in ("planner.auto", "text.sources"):
+        monkeypatch.setattr(f"qinit.{module}.load_tokenizer", counted)
+    plan = plan_of(reader, calibration="auto", calibration_budget=NOTHING)
+    assert (plan.recipe.calibration, len(loaded)) == ("text", 1)

@@ -98,13 +98,13 @@ def put_into_words(raw):
         json.dumps(report.totals)
 
 
-@examples(100)
+@examples(30)
 @given(st.binary(max_size=40) | st.builds(changed, st.just(FULL.to_json().encode()), changes))
 def test_fuzz_bytes_are_a_report_or_refused(raw):
     put_into_words(raw)
 
 
-@examples(200)
+@examples(60)
 @given(st.integers(0, 10**7), json_values)
 def test_fuzz_a_report_with_a_value_replaced_is_read_or_refused(path, value):
     put_into_words(json.dumps(with_value(json.loads(FULL.to_json()), path, value)).encode())

@@ -1,26 +1,16 @@
-"""The processes that tests fork real runs from, and finished runs that they polish further."""
+"""Finished runs that tests polish further."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qinit.files.manifest import refresh
 from tests.helpers import edit_json, quantize
-from tests.qinit.runner.forking import Forks
 from tests.qinit.runner.polishing import KINDS
-
-
-@pytest.fixture(scope="session")
-def forks(strong_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Runs of the command line, forked from a process that has loaded everything."""
-    text = ["--calibration", "random", "--calibration-samples", 128, "--calibration-length", 32]
-    options = ["--rank", 4, "--calibration-mode", "parallel", "--polish", 5]
-    with Forks("eqft", strong_llama, "--out", tmp_path_factory.mktemp("warm") / "out", *text, *options) as found:
-        yield found
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from qinit.workplace.place import Workplace, partial_of
 from tests.broken_off import Crash, result_in
 from tests.helpers import contents, edit_json, edit_tensors, names, quantize, weights_of
 from tests.models import make_checkpoint
-from tests.qinit.runner.forking import Forks
 from tests.qinit.runner.polishing import KINDS, SHORT, TEXT, give_up, polished
 from tests.qinit.runner.test_calibrated import FEW, source_weights
 from tests.stock import delta, dense_weight, load, lora_modules, relative
@@ -103,12 +102,16 @@ class TestWhatComesOfIt:
     def test_it_is_measured_anew_and_old_evaluations_are_left_out(self, ready, monkeypatch):
         run = ready()
         evaluation = {"text": "a", "length": 8, "stride": None, "perplexity": 3.0}
-        edit_json(run / "qinit.json", lambda raw: raw["totals"].update(evaluations=[evaluation], check={"kl": 9}))
+        old = {"kl": 9.0, "text": "random tokens, as there is no tokenizer", "tokens": 7}
+        edit_json(run / "qinit.json", lambda raw: raw["totals"].update(evaluations=[evaluation], check=old))
         edit_json(run / "qinit.json", lambda raw: raw["notes"].append("check: this start is broken"))
         refresh(run, ["qinit.json"])
         (run / "README.md").unlink()  # it would have to fit
         report = polished(run, check=True).report
-        assert report.totals["check"]["tokens"] > 1000
+        check = report.totals["check"]
+        assert check["tokens"] > 1000
+        kl = {"before": 9.0, "after": check["kl"], "tokens": [7, check["tokens"]]}
+        assert report.totals["calibration"]["polish"]["kl"] == kl
         assert "evaluations" not in report.totals
         assert again.OLD_EVALUATIONS in report.notes
         assert "check: this start is broken" not in report.notes
@@ -305,26 +308,25 @@ def _failing_at(part, error):
     return write
 
 
-def test_a_real_polish_that_is_killed_at_random_moments_ends_with_the_same_bytes(ready, place, tmp_path):
+def test_a_real_polish_that_is_killed_at_random_moments_ends_with_the_same_bytes(forks, ready, place, tmp_path):
     rng, log, kills = random.Random(0), tmp_path / "log", 0
     run = ready()
     before = contents(run)
     shutil.copytree(run, tmp_path / "kept")
     text = [part for key, value in TEXT.items() for part in (f"--{key.replace('_', '-')}", value)]
     line = ("polish", run, "--steps", STEPS, "--no-check", *text)
-    with Forks(*line, "--steps", 1, "--out", tmp_path / "warm") as forks:
-        code, seconds = forks.run(log, *line)
-        assert code == 0, log.read_text()
-        wanted = result_in(run)
-        while kills < KILLS:
-            _put(tmp_path / "kept", run)
-            # A signal may come after the last step: the same command would then polish what was polished.
-            while names(place) != ["out"] or contents(run) == before:
-                after = rng.uniform(0.1, 0.95) * seconds if kills < KILLS else None
-                code, _ = forks.run(log, *line, kill_after=after)
-                kills += code == -9
-                assert code in (0, -9), log.read_text()
-            assert result_in(run) == wanted
+    code, seconds = forks.run(log, *line)
+    assert code == 0, log.read_text()
+    wanted = result_in(run)
+    while kills < KILLS:
+        _put(tmp_path / "kept", run)
+        # A signal may come after the last step: the same command would then polish what was polished.
+        while names(place) != ["out"] or contents(run) == before:
+            after = rng.uniform(0.1, 0.95) * seconds if kills < KILLS else None
+            code, _ = forks.run(log, *line, kill_after=after)
+            kills += code == -9
+            assert code in (0, -9), log.read_text()
+        assert result_in(run) == wanted
 
 
 def _put(kept, run):

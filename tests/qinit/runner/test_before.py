@@ -69,7 +69,7 @@ class TestWholeness:
         else:
             edit_tensors(file, lambda tensors: next(iter(tensors.values())).add_(1))
         with pytest.raises(
-            ReportError, match=rf"{re.escape(name)}: was changed since .*a polish is for starts: train on"
+            ReportError, match=rf"{re.escape(name)}: was changed since .*needed is the start that the run wrote"
         ):
             Before.open(run)
 

@@ -7,7 +7,6 @@ import torch
 
 from qinit.adapters.reading import SavedAdapter
 from qinit.errors import CheckpointError
-from qinit.files.tensors import read_header
 from qinit.verification.verify import verify
 from tests.broken_off import RANDOM, break_off, finish, result_in, undisturbed
 from tests.helpers import edit_tensors, names, quantize, repair
@@ -169,25 +168,66 @@ def tensor_of(directory, name):
     return load_file(directory / "model.safetensors")[name]
 
 
-def test_a_quantized_head_is_refused(source, tmp_path):
-    base = packed_base(source, tmp_path / "base", "gptq")
-
-    def pack(tensors):
-        tensors["lm_head.qweight"] = tensors.pop("lm_head.weight").int()
-
-    edit_tensors(base / "model.safetensors", pack)
-    refused(source, base, tmp_path, "has 'lm_head.qweight' in the place of lm_head.weight")
+HEAD = ("_proj.weight", "lm_head.weight")
 
 
-def test_experts_that_the_base_has_not_quantized_are_left_alone_and_others_are_refused(tmp_path):
-    source = make_float32(tmp_path / "mixtral", "mixtral", initializer_range=0.1)
-    base = packed_base(source, tmp_path / "base", "bitsandbytes")
-    report = repair(source, base, tmp_path / "out", **TEXT, check=True)
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_a_quantized_head_that_no_loader_reads_is_refused(form, source, tmp_path):
+    base = packed_base(source, tmp_path / "base", form, kinds=HEAD)
+    refused(source, base, tmp_path, "lm_head is quantized, and .* starts? .* at random")
+    gptq_only()
+    assert not torch.equal(*(load(base).lm_head.weight for _ in range(2)))  # so it does
+
+
+@pytest.mark.parametrize(
+    ("form", "config"),
+    [
+        ("bitsandbytes", {"llm_int8_skip_modules": ["none"]}),
+        ("compressed-tensors", {"ignore": []}),
+    ],
+)
+def test_a_quantized_head_is_read_and_stays_as_it_is(form, config, source, tmp_path):
+    pytest.importorskip(form.replace("-", "_"))
+    base = packed_base(source, tmp_path / "base", form, kinds=HEAD, **config)
+    report = repair(source, base, tmp_path / "out", **TEXT, rank=16, check=True)
+    assert any(note.startswith("lm_head is quantized in the base") for note in report.notes)
+    assert not any("lm_head" in module for module in SavedAdapter.open(tmp_path / "out").parts)
     assert report.totals["check"]["kl"] < report.totals["check"]["base_alone"]["kl"]
-    name = next(name for name in read_header(base / "model.safetensors") if "experts" in name)
+    assert not [event for event in verify(tmp_path / "out", source) if getattr(event, "grave", False)]
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.update(shuffled(tensors)))
+    refused(source, base, tmp_path / "again", "the cosine of lm_head in the two is -?0.0")
 
-    def pack(tensors):
-        tensors[f"{name}.absmax"] = tensors.pop(name).flatten()[:8]
 
-    edit_tensors(base / "model.safetensors", pack)
-    refused(source, base, tmp_path / "more", "has no '.*': experts that are stored in another way")
+def shuffled(tensors):
+    """The packed head with its rows in another order."""
+    packed = next(name for name in ("lm_head.weight_packed", "lm_head.weight") if name in tensors)
+    return {packed: tensors[packed].flip(0)}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return make_float32(tmp_path_factory.mktemp("experts") / "mixtral", "mixtral", initializer_range=0.1)
+
+
+def test_experts_that_the_base_has_not_quantized_are_left_alone(experts, tmp_path):
+    base = packed_base(experts, tmp_path / "base", "bitsandbytes")
+    report = repair(experts, base, tmp_path / "out", **TEXT, check=True)
+    assert report.totals["check"]["kl"] < report.totals["check"]["base_alone"]["kl"]
+
+    def rename(tensors):
+        for name in [name for name in tensors if "experts" in name]:
+            tensors[name.replace("experts", "others")] = tensors.pop(name)
+
+    edit_tensors(base / "model.safetensors", rename)
+    refused(experts, base, tmp_path / "more", "has no '.*experts.*': experts that are stored in another way")
+
+
+@pytest.mark.parametrize("form", CONFIGS)
+def test_quantized_experts_are_refused_with_the_reason(form, experts, tmp_path):
+    kinds = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+    base = packed_base(experts, tmp_path / "base", form, kinds=kinds)
+    refused(experts, base, tmp_path, r"experts.0.w1.weight' is quantized, and experts are not read from .*: transf")
+    if form == "gptq":  # the reason is true
+        gptq_only()
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        assert not torch.equal(*(load(base).get_parameter(name) for _ in range(2)))

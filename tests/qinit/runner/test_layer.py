@@ -1,8 +1,6 @@
 """Solving a layer is a function of its arguments, that any process can carry out."""
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -38,19 +36,11 @@ def arguments(kind, llama, tmp_path):
     return plan, layer, weight, seen
 
 
-@pytest.fixture(scope="module")
-def child():
-    """A process that shares nothing with this one."""
-    threads = (torch.get_num_threads(),)
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, threads) as pool:
-        yield pool
-
-
 @pytest.mark.parametrize("kind", ["seen", "unreached", "data-free", "kept"])
-def test_another_process_finds_the_same_to_the_last_bit(kind, llama, tmp_path, child):
+def test_another_process_finds_the_same_to_the_last_bit(kind, llama, tmp_path, forks):
     given = arguments(kind, llama, tmp_path)
     tensors, row = solve_layer(*given)
-    theirs, their_row = child.submit(solve_layer, *given).result()
+    theirs, their_row = forks.call(solve_layer, *given)
     assert tensors.keys() == theirs.keys()
     assert all(torch.equal(tensors[name], theirs[name]) for name in tensors)
     assert replace(their_row, seconds=row.seconds) == row

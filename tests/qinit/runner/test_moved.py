@@ -13,7 +13,7 @@ from tests.models import make_checkpoint, make_float32
 from tests.others import packed_base
 from tests.stock import logits, relative
 
-HEADS = {"num_key_value_heads": 4}  # as many as heads, as AWQ scales the outputs of v there alone
+HEADS = {"num_key_value_heads": 4}  # as many as heads: AutoAWQ scales the outputs of v there alone
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,8 @@ def awq_moves(tensors, *, behind_norms=("q", "k", "v", "gate", "up"), pairs=True
         for seed, (first, second) in enumerate([(attn + "v", attn + "o"), (mlp + "up", mlp + "down")] if pairs else []):
             scale = scales_of(len(tensors[f"{first}_proj.weight"]), 100 + 10 * block + seed)
             tensors[f"{first}_proj.weight"] /= scale[:, None]
-            tensors[f"{second}_proj.weight"] *= scale
+            shared = tensors[f"{second}_proj.weight"].shape[1] // len(scale)  # heads that read one of v
+            tensors[f"{second}_proj.weight"] *= scale.view(-1, 16).repeat_interleave(shared, 0).flatten()
             if f"{first}_proj.bias" in tensors:
                 tensors[f"{first}_proj.bias"] /= scale
 
@@ -70,16 +71,22 @@ def test_the_residual_is_that_of_the_scaled_weights(form, calibration, source, t
     assert not [event for event in verify(tmp_path / "out", source) if getattr(event, "grave", False)]
 
 
-def test_the_source_in_the_coordinates_of_the_base_is_the_same_model(source, tmp_path):
+@pytest.mark.parametrize("values", [4, 2])
+def test_the_source_in_the_coordinates_of_the_base_is_the_same_model(values, tmp_path):
+    """With a head of v for each of q, and with fewer, which several share."""
     import transformers
 
     from qinit.stream.whole import load_whole
 
+    source = make_float32(tmp_path / "llama", initializer_range=0.1, num_key_value_heads=values)
     plan = in_its_coordinates(plan_of(source, base=str(moved_base(source, tmp_path))))
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     assert relative(logits(load_whole(plan)), logits(model)) < 1e-5
-    norm = "model.layers.0.input_layernorm.weight"
+    norm, o = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.o_proj.weight"
     assert torch.equal(plan.checkpoint.tensors[norm].read(), plan.given.checkpoint.tensors[norm].read())
+    unmoved = plan_of(source).checkpoint.tensors[o].read()
+    heads = (plan.checkpoint.tensors[o].read() / unmoved).mean(0).view(values, -1, 16)
+    assert (heads.amax(1) - heads.amin(1)).max() < 1e-5 < heads.std()  # one head of v is scaled in one way
 
 
 def test_biases_of_outputs_that_were_scaled_are_the_bases(tmp_path):

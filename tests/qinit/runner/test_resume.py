@@ -14,7 +14,7 @@ from tests.broken_off import RANDOM, RUNS, TEXT, Crash, finish, result_in, start
 from tests.helpers import names
 from tests.models import ENTANGLED, make_checkpoint, make_float32
 
-KILLS = 5
+KILLS = 4
 
 
 @pytest.fixture
@@ -139,10 +139,10 @@ def arguments(source, out, options):
 
 
 def test_a_real_run_that_is_killed_at_random_moments_ends_with_the_same_bytes(forks, strong_llama, tmp_path):
-    """KILLS times SIGKILL in all, over runs of five kinds, at any moment of the run but its first quarter, in which the
-    options are read and the plan is made."""
+    """KILLS times SIGKILL in all, over a sequential run of mixed widths and a parallel one with a polish, at any moment
+    but the first quarter, in which the options are read and the plan is made."""
     rng, log = random.Random(0), tmp_path / "log"
-    kinds = ["data-free", "sequential", "parallel", "mixed", "polish"]
+    kinds = ["mixed", "polish"]
     kills = dict.fromkeys(kinds, 0)
     resumed = 0
     for kind in kinds:

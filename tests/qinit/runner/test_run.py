@@ -2,8 +2,6 @@ import errno
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -189,19 +187,11 @@ class TestFailure:
         events.close()
         assert names(place) == left
 
-    def test_a_killed_process_leaves_nothing_at_the_final_name(self, tiny_llama, place):
-        script = (
-            "import sys; from pathlib import Path; import qinit\n"
-            "recipe = qinit.make_recipe(model=sys.argv[1], rank=4, iter=1, calibration='none')\n"
-            "plan = qinit.make_plan(recipe, Path(sys.argv[1]), sys.argv[1])\n"
-            "for number, event in enumerate(qinit.run(plan, Path(sys.argv[2]))):\n"
-            "    if number == 20: print('midway', flush=True); sys.stdin.read()\n"
-        )
-        command = [sys.executable, "-c", script, str(tiny_llama), str(place / "out")]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
-            assert run.stdout.readline() == b"midway\n"
-            run.kill()
-            assert run.wait() == -signal.SIGKILL
+    def test_a_killed_process_leaves_nothing_at_the_final_name(self, forks, tiny_llama, place, tmp_path):
+        kill = {"rank": 0, "layers": 3, "journal": str(place / ".out.partial/journal")}
+        options = ("--rank", 4, "--iter", 1, "--calibration", "none", "--no-check")
+        line = ("eqft", tiny_llama, *options, "--out", place / "out")
+        assert forks.together(tmp_path / "log", 1, *line, kill=kill) == [-signal.SIGKILL]
         assert names(place) == [".out.partial"]
         quantize(tiny_llama, place / "out")
         assert names(place) == ["out"]

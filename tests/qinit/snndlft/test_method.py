@@ -9,10 +9,10 @@ pytestmark = pytest.mark.usefixtures("snn")
 def test_a_peft_that_knows_nothing_of_spikes_refuses_the_adapter(tmp_path, monkeypatch):
     from peft import PeftModel, mapping
 
-    from qinit.snndlft.method import PEFT_TYPE
+    from qinit.recipe_files import SPIKING
 
     tiny.adapted(tiny.config()).save_pretrained(tmp_path)
-    monkeypatch.delitem(mapping.PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE)
+    monkeypatch.delitem(mapping.PEFT_TYPE_TO_CONFIG_MAPPING, SPIKING)
     with pytest.raises(KeyError, match="SNN_DLFT"):
         PeftModel.from_pretrained(tiny.base(), tmp_path)
 

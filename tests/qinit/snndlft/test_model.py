@@ -47,7 +47,7 @@ def test_a_base_that_does_not_fit_is_said(options, words):
 
 
 def test_what_is_no_adapter_is_said(tmp_path):
-    with pytest.raises(CheckpointError, match=r"adapter_config.json: not found; give the directory of an adapter"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: not found; an adapter's directory has one"):
         load(tmp_path)
     tiny.adapted(tiny.config(**tiny.PLAIN)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="names the base None, which is not there; pass a base"):

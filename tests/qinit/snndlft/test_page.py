@@ -1,7 +1,6 @@
 import json
 import re
 import sys
-from dataclasses import asdict
 
 import pytest
 
@@ -14,15 +13,16 @@ from qinit.snndlft.report import LayerRow, SnnReport
 def report(**totals):
     names = ("h.0", "<h.1>")
     moments = [
-        asdict(Moment(step, 2.0 - step, (names[step - 1],), {"h.0": 3, "<h.1>": step}, 7, 5, {"h.0": 0.125}, 64))
+        Moment(step, 2.0 - step, (names[step - 1],), {"h.0": 3, "<h.1>": step}, 7, 5, {"h.0": 0.125}, 64)
         for step in (1, 2)
     ]
     values = {"metric": "f1", "before": 0.5, "after": 0.75, "layers": 2, "layers_trained": 1, "modules": 2, "ranks": 5}
     values |= {"trainable": 7, "trainable_in_use": 5, "trainable_all_layers": 14, "optimizer_bytes": 64, "head": 0}
     values |= {"seconds_per_step": 0.1, "peak_memory_bytes": 10**6, **totals}
     rows = tuple(LayerRow(name, 1, 3, 1, 0.125) for name in names)
+    config, training = {"spiking": True, "layer_wise": "single", "time_steps": 4}, {"steps": 2, "data": {}}
     return SnnReport(
-        "snndlft", "<tiny>", "qinit snndlft", {"spiking": True, "layer_wise": "single"}, {"steps": 2}, None, values,
+        "snndlft", "<tiny>", "qinit snndlft", config, training, None, values,
         rows, tuple(moments), ("a note",), {}, {},
     )  # fmt: skip
 

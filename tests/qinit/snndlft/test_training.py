@@ -40,7 +40,7 @@ def test_a_classifier_is_trained_broken_off_gone_on_with_and_loaded(tmp_path):
     whole = run(asked, tmp_path / "whole")
     assert report.moments == whole.moments
     assert report.totals["after"] == whole.totals["after"]
-    assert report.moments[-1]["loss"] < report.moments[0]["loss"] - 0.1
+    assert report.moments[-1].loss < report.moments[0].loss - 0.1
 
     assert {"adapter_config.json", "adapter_model.safetensors", "qinit.json", "tokenizer.json"} < set(
         names(tmp_path / "out")

@@ -11,6 +11,7 @@ from torch import nn
 from qinit.adapters import ADAPTERS
 from qinit.grids import GRIDS
 from qinit.linalg.low_rank import leading, random_basis
+from qinit.recipe import make_recipe
 from qinit.solver.methods import METHODS, STARTS, on_grid, plain
 from qinit.solver.solve import solve
 from qinit.solver.spec import Gradient, LayerSpec
@@ -56,8 +57,8 @@ def by_peft(init, **more):
     return layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data, layer.base_layer.weight.data
 
 
-def spec_of(name, **more):
-    return LayerSpec(STARTS[name], 16, IN, RANK, 1, scale=SCALE, **more)
+def spec_of(name, method=None, **more):
+    return LayerSpec(method or STARTS[name], 16, IN, RANK, 1, scale=SCALE, **more)
 
 
 def ours(name, weight=WEIGHT, **more):
@@ -78,16 +79,18 @@ def peft_configs():
         "pissa": {"init": "pissa"},
         "olora": {"init": "olora"},
         "corda": {"init": "corda", "corda_config": CordaConfig(corda_method="ipm")},
+        "corda kpm": {"init": "corda", "corda_config": CordaConfig(corda_method="kpm")},
         "eva": {"init": "eva", "eva_config": peft.EvaConfig(rho=1.0)},
         "lora-ga": {"init": "lora_ga", "lora_ga_config": peft.LoraGAConfig()},
     }
 
 
-@pytest.mark.parametrize("name", ["pissa", "olora", "corda", "eva", "lora-ga"])
+@pytest.mark.parametrize("name", ["pissa", "olora", "corda", "corda kpm", "eva", "lora-ga"])
 def test_a_start_is_pefts(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "attr", SimpleNamespace(dataclass=dataclass))  # PEFT's corda wants attrs for that
-    A, B, base, _ = ours(name)
-    theirs_A, theirs_B, theirs_base = by_peft(**peft_configs()[name])
+    row = make_recipe(method=(words := name.split())[0], corda_method=words[1] if len(words) > 1 else None).row
+    name, (A, B, base, _), theirs = row.name, ours(row.name, method=row), peft_configs()[name]
+    theirs_A, theirs_B, theirs_base = by_peft(**theirs)
     if name == "corda":  # what of L is in A and what in B hangs on units of the text there
         assert float(A.norm()) == pytest.approx(float(B.norm()))
         units = float(theirs_A.norm() / A.norm())

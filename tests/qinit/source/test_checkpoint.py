@@ -124,32 +124,32 @@ def open_with_index(directory, raw):
             assert tensor.file.parent == directory
 
 
-@examples(60)
+@examples(20)
 @given(changes)
 def test_fuzz_an_index_with_bytes_changed_is_read_or_refused(shards, edits):
     open_with_index(shards, changed(json.dumps(INDEX).encode(), edits))
 
 
-@examples(80)
+@examples(25)
 @given(st.integers(0, 100), json_values | texts.map(lambda text: f"../{text}"))
 def test_fuzz_an_index_with_a_value_replaced_is_read_or_refused(shards, path, value):
     open_with_index(shards, json.dumps(with_value(INDEX, path, value)).encode())
 
 
-@examples(40)
+@examples(15)
 @given(st.dictionaries(texts, texts, max_size=3))
 def test_fuzz_no_index_leads_out_of_the_directory(shards, places):
     open_with_index(shards, json.dumps({"weight_map": places}).encode())
 
 
-@examples(60)
+@examples(20)
 @given(st.binary(max_size=40) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_fuzz_a_configuration_is_an_object_or_refused(raw):
     with file_of(raw, "config.json") as file, only_qinit_errors():
         assert isinstance(read_json(file, ""), dict)
 
 
-@examples(60)
+@examples(20)
 @given(st.binary(max_size=40) | st.text(st.sampled_from("-:\n ab&*!1[]{}"), max_size=30).map(str.encode))
 def test_fuzz_any_front_matter_is_metadata_or_none(front):
     with file_of(b"---\n" + front + b"\n---\nText", "README.md") as file:

@@ -1,10 +1,13 @@
 import pytest
+import torch
+from transformers import AutoModel
 
 from qinit.errors import CheckpointError
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.skeleton import build_model, loader, own_code
 from qinit.source.targets import read_architecture
 from tests.helpers import edit_config
+from tests.models import make_checkpoint
 from tests.qinit.source.test_targets import targets_of
 
 
@@ -19,6 +22,19 @@ def test_building_the_architecture_takes_no_memory_for_weights(tiny_llama):
     edit_config(tiny_llama, hidden_size=1 << 20, intermediate_size=1 << 22)  # some 40 TB of weights
     architecture = read_architecture(Checkpoint.open(tiny_llama))
     assert architecture.linear[-1].in_features == 1 << 22
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_weights_get_no_first_values_and_buffers_keep_theirs(family, tmp_path, monkeypatch):
+    source = make_checkpoint(tmp_path / "model", family)
+    expected = dict(AutoModel.from_pretrained(source).named_buffers())
+    for draw in ("normal_", "uniform_"):
+        monkeypatch.setattr(f"torch.Tensor.{draw}", None)  # PyTorch would take a millisecond for each
+    model = build_model(Checkpoint.open(source), include_buffers=False)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    found = {name.removeprefix(f"{model.base_model_prefix}."): buffer for name, buffer in model.named_buffers()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_code_in_a_checkpoint_is_never_run_nor_asked_about(tiny_llama, tmp_path, monkeypatch):

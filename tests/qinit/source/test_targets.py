@@ -185,14 +185,14 @@ def plan_with(directory, config):
         facts.require_start()
 
 
-@examples(60)
+@examples(20)
 @given(st.integers(0, 10**4), json_values)
 def test_fuzz_a_configuration_with_a_value_replaced_is_read_or_refused(changing, path, value):
     directory, config = changing
     plan_with(directory, with_value(config, path, value))
 
 
-@examples(60)
+@examples(20)
 @given(st.data())
 def test_fuzz_a_configuration_with_another_number_is_read_or_refused(changing, data):
     directory, config = changing

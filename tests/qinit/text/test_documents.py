@@ -86,7 +86,7 @@ def test_a_file_too_large_to_be_read_whole(reader, text, monkeypatch):
     assert "an excerpt is enough" in refusal(text, reader)
 
 
-@examples(150)
+@examples(50)
 @given(
     st.sampled_from(["a.txt", "a.jsonl"]),
     st.binary(max_size=40)

@@ -85,6 +85,11 @@ def test_one_scale_with_other_ranks_is_fine_and_so_is_rslora(run):
         ("vllm", {"quant_method": "gptq", "bits": 4, "group_size": 64}, "without zero points alone (sym: true)"),
         ("vllm", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "loads no bitsandbytes bases"),
         ("mlx", {"quant_method": "gptq", "bits": 4, "group_size": 64}, "loads no gptq bases"),
+        (
+            "transformers",
+            {"quant_method": "auto-round", "bits": 2, "group_size": 64, "sym": True},
+            "loads the base without its adapter: PEFT has no LoRA for",
+        ),
     ],
 )
 def test_what_a_server_does_not_load_of_a_base_is_said_with_what_to_do(run, server, config, words):

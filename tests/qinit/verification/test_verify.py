@@ -56,13 +56,13 @@ def test_flipped_bits_without_a_list_end_in_findings_or_in_nothing_but_never_in_
     rng, found_some = random.Random(kind), 0
     for name in [name for name in listed(run) if name.endswith((".json", ".safetensors"))]:
         sound = (run / name).read_bytes()
-        for place in [0, *(rng.randrange(min(len(sound), 3000)) for _ in range(8))]:
+        for place in [0, *(rng.randrange(min(len(sound), 3000)) for _ in range(4))]:
             damaged = bytearray(sound)
             damaged[place] ^= 1 << rng.randrange(8)
             (run / name).write_bytes(damaged)
             found_some += bool(problems(run, source))
         (run / name).write_bytes(sound)
-    assert found_some > 20
+    assert found_some > 10
     assert not problems(run, source)
 
 

@@ -116,9 +116,10 @@ class TestBudget:
             expected = BITS[2] + ratio * (BITS[3] - BITS[2])
             assert budget(plan, items(plan, None)) / weights == pytest.approx(expected)
 
-    @pytest.mark.parametrize("form", ["dense", "gptq"])
-    @pytest.mark.parametrize("allocation", ["sensitivity", "uniform", "random"])
-    @pytest.mark.parametrize("target", [3.1, 3.5, 7.0])
+    @pytest.mark.parametrize(
+        ("form", "allocation", "target"),
+        [("dense", "sensitivity", 3.1), ("gptq", "uniform", 3.5), ("dense", "random", 7.0), ("gptq", "random", 3.1)],
+    )
     def test_target_bits_are_those_of_the_plan(self, strong_llama, form, allocation, target):
         plan = small_plan(strong_llama, target_bits=target, format=form, allocation=allocation)
         assert plan.pending is (allocation == "sensitivity")
@@ -249,9 +250,8 @@ class TestOneBudget:
         packed = options(small_plan(strong_llama, target_size="1MB", format="gptq", group_size=64))
         assert {option.group_size for option in packed["model.layers.0.mlp.up_proj"]} == {32, 64}  # 64 inputs
 
-    @pytest.mark.parametrize("form", ["dense", "gptq"])
-    @pytest.mark.parametrize("size", ["150KB", "200KB"])
-    def test_base_and_adapter_take_no_more_than_the_size(self, strong_llama, tmp_path, form, size):
+    @pytest.mark.parametrize(("form", "size"), [("dense", "150KB"), ("gptq", "200KB")])
+    def test_the_files_of_base_and_adapter_take_no_more_than_the_size(self, strong_llama, tmp_path, form, size):
         if form == "gptq":
             gptq_only()
         asked = {"target_size": size, "rank": 8, "format": form, "group_size": 32}
@@ -259,11 +259,10 @@ class TestOneBudget:
         assert len({(row.bits, row.group_size, row.rank) for row in report.layers}) > 1
         assert_loads(strong_llama, tmp_path / "out", report, loaded=qinit.load if form == "gptq" else load)
         totals, room = report.totals, 1000 * int(size[:-2])
-        packed = (
-            totals["base_bytes"]
-            - totals["quantized_weights"] * (totals["bits_per_weight"] - totals["grid_bits_per_weight"]) / 8
-        )
-        assert 0.9 * room < packed + totals["adapter_bytes"] <= room + 1
+        files = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*.safetensors"))
+        if form == "dense":  # it counts as it would be packed
+            files -= totals["quantized_weights"] * (totals["bits_per_weight"] - totals["grid_bits_per_weight"]) / 8
+        assert 0.9 * room < files <= room + 1e-6
         assert totals["allocation"]["nats_per_megabyte"].keys() == {"bits", "group_size", "rank"}
         assert not [finding for finding in verify(tmp_path / "out") if isinstance(finding, Finding)]
 
@@ -305,8 +304,7 @@ def assert_loads(source, out, report, loaded=load):
 
 
 class TestRuns:
-    @pytest.mark.parametrize("calibration", [{}, FEW])
-    @pytest.mark.parametrize("form", ["dense", "gptq"])
+    @pytest.mark.parametrize(("form", "calibration"), [("gptq", {}), ("dense", FEW)])
     def test_all_low_and_all_high_are_eqft_to_the_byte(self, strong_llama, tmp_path, form, calibration):
         for ratio, bits in ((0, 2), (1, 3)):
             asked = {**SMALL, **calibration, "format": form}

@@ -51,7 +51,7 @@ def brute_force(items, bits, nbytes=None):
 
 
 class TestKnapsack:
-    @settings(deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(items_of, st.floats(0, 1), st.data())
     def test_it_is_the_best_of_all(self, items, share, data):
         low = sum(min(c.stored_bits for c in each.totals) for each in items)
@@ -70,7 +70,7 @@ class TestKnapsack:
         rows[3] = [*rows[3], (1000001.0, 0, 0.0)]
         assert knapsack([item(f"l{i}", *row) for i, row in enumerate(rows)], 1000005.0, 0)[3] == 3
 
-    @settings(deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(items_of, st.data())
     def test_with_two_budgets_too(self, items, data):
         fits = [data.draw(st.integers(0, len(each.totals) - 1)) for each in items]
@@ -83,7 +83,7 @@ class TestKnapsack:
         assert found[1] <= budgets[1]
         assert found[2] == pytest.approx(brute_force(items, *budgets), rel=1e-6, abs=1e-6)
 
-    @settings(deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(items_of, st.floats(0, 1), st.randoms(use_true_random=False))
     def test_the_order_of_the_items_changes_no_loss_and_a_second_run_nothing(self, items, share, rng):
         low = sum(min(c.stored_bits for c in each.totals) for each in items)

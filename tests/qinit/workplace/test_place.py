@@ -49,9 +49,41 @@ class TestPlace:
 
     def test_overwrite_replaces_the_whole_directory(self, tiny_llama, place):
         quantize(tiny_llama, place / "out")
-        (place / "out/extra").write_text("x")
+        (place / "out/report.png").write_text("what `qinit report` makes")
         quantize(tiny_llama, place / "out", overwrite=True, bits=3)
-        assert not (place / "out/extra").exists()
+        assert not (place / "out/report.png").exists()
+        assert json.loads((place / "out/qinit.json").read_text())["recipe"]["bits"] == 3
+        assert names(place) == ["out"]
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("checkpoint-10/notes.txt", "holds what qinit did not write and what would be lost: checkpoint-10/notes"),
+            ("eqft_init/.hidden", "would be lost: eqft_init/.hidden; move it elsewhere"),
+            ("eqft_init/adapter_model.safetensors", "was changed since qinit wrote it, so the adapter was trained"),
+            ("SHA256SUMS", "what in .* is not qinit's own cannot be told, so it is not replaced"),
+        ],
+    )
+    def test_overwrite_loses_nothing_that_a_person_put_there(self, tiny_llama, place, name, words):
+        quantize(tiny_llama, place / "out")
+        (place / "out" / name).parent.mkdir(exist_ok=True)
+        (place / "out" / name).write_text("x")
+        before = everything(place)
+        with pytest.raises(OutputError, match=words):
+            quantize(tiny_llama, place / "out", overwrite=True, bits=3)
+        assert everything(place) == before
+        assert (place / "out" / name).read_text() == "x"
+
+    def test_what_is_put_there_during_the_run_stays_and_the_run_is_kept(self, tiny_llama, place, monkeypatch):
+        quantize(tiny_llama, place / "out")
+        note, sync = place / "out/note", "qinit.workplace.place._sync_tree"
+        monkeypatch.setattr(sync, lambda _: note.write_text("x"))
+        with pytest.raises(OutputError, match="would be lost: note; move it elsewhere"):
+            quantize(tiny_llama, place / "out", overwrite=True, bits=3)
+        assert note.read_text() == "x"
+        monkeypatch.undo()
+        note.unlink()
+        quantize(tiny_llama, place / "out", overwrite=True, bits=3)
         assert json.loads((place / "out/qinit.json").read_text())["recipe"]["bits"] == 3
         assert names(place) == ["out"]
 

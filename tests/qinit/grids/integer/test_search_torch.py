@@ -1,9 +1,5 @@
 """The search that CUDA runs; on the CPU it is the kernel's reference, and held against it in test_search_cpu.py."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -58,27 +54,3 @@ def test_rows_in_chunks_are_the_rows_alone(monkeypatch):
     assert torch.equal(pieces.codes, quantized.codes)
     assert torch.equal(pieces.scales, quantized.scales)
     assert torch.equal(rest, residual)
-
-
-COMPILED = """
-import torch
-from torch._dynamo.utils import counters
-from qinit.grids.integer import search_torch
-
-torch.manual_seed(0)
-x = torch.randn(16, 4, 64)
-base, centre, none = torch.rand(16, 4) + 0.5, torch.ones(16, 4), torch.full((16, 4), -1.0)
-for step, arguments in (
-    (search_torch._consider, (x, base, centre, 3, (0, 3), none, base, centre)),
-    (search_torch._refine, (x, base, centre, 3)),
-):
-    expected, found = step(*arguments), torch.compile(step, dynamic=True, backend="aot_eager")(*arguments)
-    torch.testing.assert_close(found, expected)
-assert counters["stats"]["unique_graphs"] == 2, counters["stats"]
-"""
-
-
-def test_the_steps_that_a_gpu_compiles_are_one_graph_each_and_agree_with_eager_torch():
-    """Without the last step of torch's compiler, which makes C++ on a CPU and another code on a GPU."""
-    environment = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
-    subprocess.run([sys.executable, "-c", COMPILED], env=environment, check=True)

@@ -66,6 +66,8 @@ def test_weights_that_are_not_packed_are_counted_on_the_grid():
         ({"check": {**CHECK, "kl": 10**400}}, "check"),
         ({"check": {"kl": 0.5}}, "check"),
         ({"evaluations": [{"text": "x"}]}, "evaluations"),
+        ({"calibration": {"polish": {"steps": 3, "kept": True}}}, "calibration"),
+        ({"calibration": {"polish": ["odd"]}}, "calibration"),
         ({"evaluations": [{"text": "x", "perplexity": -1.0, "reference_perplexity": 2.0}]}, "evaluations"),
     ],
 )
@@ -83,3 +85,15 @@ def test_the_totals_in_words():
     assert words["allocation"] == "sensitivity: 2.900 bits per weight, +0.2000 nats (perplexity x 1.221) predicted"
     assert words["perplexity on held out"] == "15.000, +0.2231 nats (perplexity x 1.25)"
     assert words["perplexity on alone"] == "14.000"
+
+
+def test_every_polish_is_said_with_what_it_read_and_won():
+    polish = {"steps": 30, "text": "a", "tokens": 64, "held_out_before": 0.5, "held_out_after": 0.25, "kept": True}
+    words = summary(report(calibration={"text": "b", "polish": polish}))
+    assert words["calibrated on"] == "b"
+    assert words["polish"] == "30 steps on 64 tokens of a; held-out loss 0.5000 -> 0.2500"
+    last = {**polish, "kl": {"before": 0.75, "after": 0.5, "tokens": [8, 8]}, "earlier": [{**polish, "kept": False}]}
+    words = summary(report(calibration={"polish": last}))
+    assert words["polish 1"] == "30 steps on 64 tokens of a; nothing gained"
+    assert words["polish 2"].endswith("0.2500; KL from the original 0.7500 -> 0.5000 nats per token")
+    assert not {"calibrated on", "polish"} & words.keys()

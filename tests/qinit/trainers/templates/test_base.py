@@ -4,6 +4,7 @@ import ast
 import json
 import runpy
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from qinit.trainers.templates import WRITERS, Template
 from qinit.trainers.training import Training
 from qinit.trainers.write import config_for
 from tests.models import make_reader, words
+from tests.qinit.trainers.templates.option_names import option_names
 
 HUB = Training.on("trl-lib/Capybara")
 OTHERS = {"adalora_llama3.2_3b", "boft_llama3.2_3b", "oft_llama3.2_3b", "ia3_llama3.2_3b"}
@@ -49,7 +51,7 @@ def test_trl_s_own_parser_takes_the_flags(name):
     from trl.scripts.sft import make_parser
 
     template = Template.open(Path(name))
-    text = WRITERS["trl"].write(template, HUB).replace("--bf16 True", "--bf16 False")  # there is no GPU
+    text = WRITERS["trl"].write(template, HUB).replace('"$bf16"', "False")  # what the line above says without a GPU
     flags = shlex.split(text[text.index("trl sft") :].replace("\\\n", ""))[2:]
     script, training, model, _ = make_parser().parse_args_and_config(flags, fail_with_unknown_args=True)
     assert (script.dataset_name, model.model_name_or_path) == (HUB.name, template.base)
@@ -62,6 +64,20 @@ def test_trl_s_own_parser_takes_the_flags(name):
     )
     assert model.lora_target_modules == settings["target_modules"]
     assert (model.use_dora, model.load_in_4bit) == ("dora" in name, "qlora" in name)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("trainer", ["llama-factory", "axolotl"])
+def test_the_keys_are_options_of_the_trainer(trainer, bf16):
+    known, written = option_names(), set()
+    for name in sorted(set(template_names()) - NOT_TAKEN[trainer]):
+        for data in (HUB, replace(Training.on("train.jsonl"), bf16=bf16)):
+            values = yaml.safe_load(WRITERS[trainer].write(Template.open(Path(name)), data))
+            written |= values.keys()
+            assert {key for each in values.get("datasets", ()) for key in each} <= known["axolotl datasets"]
+        assert values["bf16"] == ({"llama-factory": True, "axolotl": "auto"}[trainer] if bf16 else False)
+    assert len(written) > 20
+    assert written <= known[trainer]
 
 
 @pytest.mark.parametrize(

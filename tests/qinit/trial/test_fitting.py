@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from qinit.errors import CheckpointError
-from qinit.merge.fitting import BASE_KEY
 from qinit.merge.plan import plan_merge
+from qinit.trial.fitting import BASE_KEY
 from tests.helpers import edit_json, edit_tensors, quantize
 from tests.models import make_checkpoint
 
@@ -63,7 +63,7 @@ def test_another_base_is_refused(finished, trained, tmp_path):
     source = json.loads((finished / "qinit.json").read_text())["source"]["model"]
     for base in (str(tmp_path / "other"), source):
         named(trained, base)
-        words = r"which is another model \(its weights have the sum \w+\.\.\., not \w+\.\.\.\); merge it onto"
+        words = r"which is another model \(its weights have the sum \w+\.\.\., not \w+\.\.\.\); give the run"
         with pytest.raises(CheckpointError, match=rf"{BASE_KEY} is '{base}', {words}"):
             plan_merge(finished, trained)
     moved = shutil.copytree(finished, tmp_path / "moved")

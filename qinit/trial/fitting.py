@@ -112,8 +112,8 @@ def _ends_with(path: str, end: str) -> bool:
 
 def _other(adapter: Path, named: str, base: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{adapter / CONFIG_NAME}: {BASE_KEY} is '{named}', {what}; merge it onto the base that it was trained on, or "
-        f"if that is {base}, say so there"
+        f"{adapter / CONFIG_NAME}: {BASE_KEY} is '{named}', {what}; give the run that it was trained on, or if "
+        f"that is {base}, say so there"
     )
 
 
