@@ -210,8 +210,10 @@ def _plain_name(name: str) -> bool:
 
 def count_nonfinite(tensor: torch.Tensor) -> int:
     """Return how many values are NaN or Inf."""
-    # The sum is finite unless a value is not (or values near the type's limit add up): one cheap pass.
-    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
+    # The sum is finite unless a value is not (or values near the type's limit add up): one cheap pass, in the tensor's
+    # own type, as a sum in another one copies it first.
+    own = torch.float32 if tensor.dtype.itemsize == 1 else None
+    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=own)):
         return 0
     return int((~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)).sum())
 
