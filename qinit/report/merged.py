@@ -15,7 +15,7 @@ from qinit.files.reading import read_regular
 from qinit.formats import FORMATS
 from qinit.report.calls import from_pretrained
 from qinit.report.card import CARD_NAME, inherited, is_hub_id
-from qinit.report.report import REPORT_BYTES, REPORT_NAME, Measure, Size, kind_of_report
+from qinit.report.report import REPORT_BYTES, REPORT_NAME, Measure, Size, first_wrong, kind_of_report
 
 TEMPLATE = """\
 ---
@@ -109,9 +109,7 @@ class MergeReport:
         except OSError as error:
             raise ReportError(f"{path}: cannot be read ({error.strerror}); pass what `qinit merge` wrote") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the whole"
-            raise ReportError(f"{path}: not the report of a merge ({where}: {first['msg']})") from None
+            raise ReportError(f"{path}: not the report of a merge ({first_wrong(error)})") from None
 
 
 def is_merge(directory: Path) -> bool:

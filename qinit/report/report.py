@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from qinit.errors import ReportError
 from qinit.files.reading import parse_json, read_regular
@@ -108,7 +108,7 @@ class Report:
     @classmethod
     def read(cls, directory: Path) -> Report:
         """Read the report in a run's directory; keys of a later qinit are passed over. Raises ReportError."""
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import TypeAdapter
 
         path, remedy = directory / REPORT_NAME, "pass the directory that `qinit eqft` wrote"
         try:
@@ -126,8 +126,7 @@ class Report:
             first = error.errors()[0]
             if first["type"] == "json_invalid":
                 raise ReportError(f"{path}: not JSON ({first['ctx']['error']}); run `qinit eqft` again") from None
-            where = ".".join(map(str, first["loc"])) or "the whole"
-            raise ReportError(f"{path}: not a report of qinit ({where}: {first['msg']}); {remedy}") from None
+            raise ReportError(f"{path}: not a report of qinit ({first_wrong(error)}); {remedy}") from None
         if not report.layers:
             raise ReportError(f"{path}: not a report of qinit (it has no layers); {remedy}")
         for key in ("bits_per_weight", "grid_bits_per_weight"):
@@ -135,6 +134,12 @@ class Report:
             if type(value) not in (int, float) or not 0 <= value <= 64:
                 raise ReportError(f"{path}: not a report of qinit (totals.{key} is {value!r}); {remedy}")
         return report
+
+
+def first_wrong(error: ValidationError) -> str:
+    """Say where a report is first not what it should be, and how."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
 
 
 def _another_kind(directory: Path) -> str | None:

@@ -37,11 +37,7 @@ class Before:
         """Read the report of a run and make sure of all its files. Raises ReportError for what is no finished run, for
         damage, and for an adapter that was trained since."""
         report = Report.read(directory)
-        require_base(
-            report,
-            directory,
-            "a run is needed, with the base that it wrote",
-        )
+        require_base(report, directory, "a run is needed, with the base that it wrote")
         before = cls(directory, report, read_manifest(directory))
         for name in (*ADAPTER, "config.json", REPORT_NAME):
             if name not in before.sums:

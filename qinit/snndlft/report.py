@@ -12,7 +12,7 @@ from pydantic import Field
 from qinit.errors import ReportError
 from qinit.files.reading import read_regular
 from qinit.machine import ran_on, versions
-from qinit.report.report import REPORT_BYTES, REPORT_NAME
+from qinit.report.report import REPORT_BYTES, REPORT_NAME, first_wrong
 from qinit.snndlft.course import Course, Moment
 from qinit.snndlft.energy import energy
 from qinit.snndlft.importance import MIX
@@ -70,9 +70,7 @@ class SnnReport:
         except OSError as error:
             raise ReportError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the whole"
-            raise ReportError(f"{path}: not the report of a training ({where}: {first['msg']}); {remedy}") from None
+            raise ReportError(f"{path}: not the report of a training ({first_wrong(error)}); {remedy}") from None
         if (lost := _incomplete(report)) is not None:
             raise ReportError(f"{path}: not the report of a training ({lost} is not there); {remedy}")
         return report
