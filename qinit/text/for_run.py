@@ -17,7 +17,10 @@ def text_for(
     plan: Plan, device: torch.device, token: str | None, processes: Processes = ALONE, portion: Portion = int
 ) -> Samples:
     """Read or write the text that the recipe asks for; without calibration a little of the model's own, to allocate
-    widths by, or random tokens where it writes none; a `portion` is written at once. Raises CalibrationError and HubError."""
+    widths by, or random tokens where it writes none; a `portion` is written at once.
+
+    Raises CalibrationError and HubError.
+    """
     recipe, checkpoint = plan.recipe, plan.checkpoint
     source, count, length = recipe.calibration, recipe.calibration_samples, recipe.calibration_length
     if not recipe.calibrated:

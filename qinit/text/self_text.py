@@ -48,7 +48,8 @@ def write_text(
     other: text goes on behind it.
     `memory` (bytes; MEMORY if left out) bounds the batch, and `portion` is of what goes at once; the text depends on
     them, and on nothing that a machine happens to have free. Each batch is seeded with its place, so that `processes`
-    can share them; each is given all of them. The random state of the caller stays as it is. Raises CalibrationError when the model cannot be loaded or run.
+    can share them; each is given all of them. The random state of the caller stays as it is.
+    Raises CalibrationError when the model cannot be loaded or run.
     """
     batches: dict[int, torch.Tensor] = {}
     most = -(-samples // LARGEST_BATCH[device.type])

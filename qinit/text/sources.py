@@ -49,7 +49,8 @@ def load_samples(
     `length` is cut to what the model takes. Causal models get windows of the text as one stream, others each document
     (a plain text's paragraphs) on its own, padded; of the text that qinit brings, as many passages of all lengths as
     make `samples` x `length` tokens. `text_field` (default "text") names the text in JSONL and data
-    sets, `token` opens private data sets, `device` runs the model for `self`, a `portion` at once. The same seed gives the same samples.
+    sets, `token` opens private data sets, `device` runs the model for `self`, a `portion` at once. The same seed gives
+    the same samples.
     Of several `processes` all write for `self`; what is read is read by the first, for all.
     Raises CalibrationError for a source that cannot be used, HubError for what the Hub answers.
     """
