@@ -11,8 +11,8 @@ nowhere else.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,12 @@ CPU = torch.device("cpu")
 EQFT = CALIBRATED["eqft"]
 
 
-def with_identity(statistics: Statistics) -> torch.Tensor:
-    """Return H + mean(diag H) I."""
+@contextmanager
+def with_identity(statistics: Statistics) -> Iterator[torch.Tensor]:
+    """Give H + mean(diag H) I."""
     hessian = statistics.hessian.clone()
     hessian.diagonal().add_(float(hessian.diagonal().mean()))
-    return hessian
+    yield hessian
 
 
 def diagonal(metric: OutputMetric) -> OutputMetric:

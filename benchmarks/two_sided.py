@@ -15,7 +15,7 @@ import torch
 
 from qinit.grids.base import Quantized
 from qinit.grids.integer.grid import IntegerGrid
-from qinit.linalg.hessian import damped_cholesky
+from qinit.linalg.hessian import Hessian, damped_cholesky
 from qinit.linalg.low_rank import OutputMetric
 
 CHUNK = 32  # rows
@@ -27,7 +27,7 @@ class TwoSided(IntegerGrid):
     metric: OutputMetric | None = None
 
     def round_gptq(
-        self, target: torch.Tensor, hessian: torch.Tensor, *, factor: torch.Tensor | None = None, **options: Any
+        self, target: torch.Tensor, hessian: Hessian, *, factor: torch.Tensor | None = None, **options: Any
     ) -> tuple[Quantized, torch.Tensor]:
         """As the integer grid, from the last chunk to the first, each with those before it in view."""
         if self.metric is None:

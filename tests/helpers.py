@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
 
     from qinit.plan.plan import Plan
     from qinit.text.samples import Samples
+
+
+def most_allocated(run: Callable[[], Any]) -> int:
+    """Return how many bytes of tensors were in memory at once while something ran, beside what was there before."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    recorded = profiler.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]"]
+    return max(accumulate(change for _, change in sorted(changes)))
 
 
 def gauss(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:

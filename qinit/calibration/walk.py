@@ -36,7 +36,7 @@ from qinit.plan.plan import LayerPlan, Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.stream.blocks import Blocks
 from qinit.stream.carried import Batch
-from qinit.stream.rows import Row
+from qinit.stream.rows import Row, clear, frozen
 from qinit.text.samples import Portion, Samples
 
 
@@ -114,7 +114,7 @@ class Walk:
             with section("reading"):
                 module = row.load(index)
             states.index = index
-            block = OpenBlock(self, module, copy.deepcopy(module) if self.sequential else None, states)
+            block = OpenBlock(self, module, self._copy(module, row.prefix(index)) if self.sequential else None, states)
             try:
                 if block.names:
                     yield block
@@ -133,6 +133,18 @@ class Walk:
         with closing(iter(self)) as blocks:
             for block in blocks:
                 yield from block.visit()
+
+    def _copy(self, module: nn.Module, prefix: str) -> nn.Module:
+        """Return a copy of a block that has the weights in common until one is repaired; not those of experts, which
+        are written into one by one."""
+        modules = [layer.target.module for layer in self.layers.values()]
+        parts = {module.parameter for module in modules if module.expert is not None}
+        shared = {
+            id(parameter): frozen(parameter.data)
+            for name, parameter in module.named_parameters()
+            if prefix + name not in parts
+        }
+        return copy.deepcopy(module, shared)
 
     def _names(self, row: Row, index: int) -> list[str]:
         return [name for name in self.layers if name.startswith(row.prefix(index))]
@@ -322,8 +334,20 @@ class OpenBlock:
                 self._add(meter, group, batch, x, self._gap(group, batch, x, start, end) if diverged else None)
             if group is self._last:
                 self._leave(group, batch, x, states.ahead.read(batch) if end is None else end)
+        if group is self._last:
+            self._give_back(group)
         meter.sum_up()
         return meter
+
+    def _give_back(self, last: Group) -> None:
+        """Free all weights but those of the `last` group and of layers that the text never reaches: the block does not
+        run again."""
+        layers = *last.layers, *self.groups.unreached
+        needed = {self._inner(layer.target.module.parameter) for layer in layers}
+        for module in (self.module, self.repaired):
+            assert module is not None
+            for name in [name for name, _ in module.named_parameters() if name not in needed]:
+                clear(module, name)
 
     def _gap(
         self, group: Group, batch: Batch, x: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None

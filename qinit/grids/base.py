@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qinit.errors import QinitError
+from qinit.linalg.hessian import Hessian
 
 DAMPING = 0.01  # of H's mean diagonal, as GPTQ's
 
@@ -64,7 +65,7 @@ class Grid(ABC):
     def round_gptq(
         self,
         target: torch.Tensor,
-        hessian: torch.Tensor,
+        hessian: Hessian,
         *,
         bits: int,
         group_size: int,
@@ -73,8 +74,8 @@ class Grid(ABC):
         act_order: bool = False,
         factor: torch.Tensor | None = None,
     ) -> tuple[Quantized, torch.Tensor]:
-        """Round `target` X [out, in] with error feedback under `hessian` H [in, in], so that tr(E H E') gets small.
-        Returns Q and the residual E = X - Q.
+        """Round `target` X [out, in] with error feedback under `hessian` H [in, in], so that tr(E H E') gets small; a
+        function that makes H spares a copy of it. Returns Q and the residual E = X - Q.
 
         H is damped by `damp` times its mean diagonal; `factor` [in, in] is the Cholesky factor of that, where it is at
         hand, and may be overwritten. With `act_order` the inputs are taken by falling H_kk.

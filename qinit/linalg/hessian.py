@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
 from qinit.errors import QinitError
-from qinit.linalg.chunks import row_chunks
 from qinit.linalg.low_rank import symmetric
 
 WORST_DAMPING = 10.0
 NARROWEST = 256  # columns of a symmetric matrix that are computed at once, at least
 MOST_CHUNKS = 8  # into which they are cut
+
+Hessian = torch.Tensor | Callable[[], torch.Tensor]  # or what makes it anew, where nobody else needs it
 
 
 def corrected(weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -34,12 +36,13 @@ def without(hessian: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """Return H - H A' (A H A')^-1 A H: the part of H that no choice of B in B A can make good.
 
     min over B of tr((E - B A) H (E - B A)') is tr(E P E') with this P (as in ProjQ), so codes that are rounded
-    under P leave to the adapter what it can repair. A [r, in] may have dependent rows.
+    under P leave to the adapter what it can repair. A [r, in] may have dependent rows. The columns of the result lie
+    side by side, as `damped_cholesky` takes them without a copy.
     """
     image = hessian @ A.T
     inner = symmetric((A @ image).double())
     inner.diagonal().add_(1e-6 * float(inner.diagonal().mean()) + 1e-30)
-    return torch.addmm(hessian, image, torch.linalg.solve(inner, image.T.double()).float(), alpha=-1)
+    return torch.addmm(hessian, torch.linalg.solve(inner, image.T.double()).float().T, image.T, alpha=-1).T
 
 
 def lower_blocks(size: int, device: torch.device) -> list[torch.Tensor]:
@@ -77,29 +80,36 @@ def _chunks(size: int) -> Iterator[slice]:
 def activation_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:
     """Return sqrt(tr(E H E')) for E = `matrix` [out, in] and H = `hessian` [in, in], in float64: with H = E[x x'], the
     root of the layer's expected squared output error."""
-    hessian, total = hessian.double(), 0.0
-    for rows in row_chunks(*matrix.shape, device=matrix.device):
-        part = matrix[rows].double()
-        total += float(((part @ hessian) * part).sum())
+    total, matrix = 0.0, matrix.double()
+    for columns in _chunks(len(hessian)):
+        total += float(((matrix @ hessian[:, columns].double()) * matrix[:, columns]).sum())
     return max(total, 0.0) ** 0.5
 
 
-def damped_cholesky(hessian: torch.Tensor, damp: float) -> torch.Tensor:
-    """Return the lower Cholesky factor of H + damp * mean(diag H) * I, with ten times the damping until it exists.
+def _by_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a copy whose columns lie side by side."""
+    return matrix.T.clone(memory_format=torch.contiguous_format).T
+
+
+def damped_cholesky(hessian: Hessian, damp: float) -> torch.Tensor:
+    """Return the lower Cholesky factor of H + damp * mean(diag H) * I, with ten times the damping until it exists. What
+    a function returns is overwritten, which spares a matrix [in, in]; it is called again for more damping.
 
     Raises QinitError when even WORST_DAMPING is not enough.
     """
-    mean = float(hessian.diagonal().mean())
-    if mean == 0:
-        return torch.eye(len(hessian), device=hessian.device)
+    make = hessian if callable(hessian) else partial(_by_columns, hessian)
     while damp <= WORST_DAMPING:
-        damped = hessian.clone()
+        damped = make()
+        mean = float(damped.diagonal().mean())
+        if mean == 0:
+            return torch.eye(len(damped), device=damped.device)
         damped.diagonal().add_(damp * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        failed = torch.empty((), dtype=torch.int32, device=damped.device)
+        factor, _ = torch.linalg.cholesky_ex(damped, out=(damped, failed))
         if not failed and torch.isfinite(factor.diagonal()).all():
             return factor
         damp = max(10 * damp, 1e-4)
     raise QinitError(
-        f"the Hessian of {len(hessian)} inputs stays indefinite at {WORST_DAMPING:g} times its mean diagonal; "
+        f"the Hessian of {len(damped)} inputs stays indefinite at {WORST_DAMPING:g} times its mean diagonal; "
         "its statistics are damaged, use other calibration text"
     )

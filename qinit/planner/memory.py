@@ -10,6 +10,7 @@ from qinit.machine import CPU
 from qinit.plan.limits import CHECK_WINDOW, GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.stream.carried import place_for
+from qinit.stream.stored import HALVES, LARGE
 from qinit.text.self_text import model_bytes
 from qinit.train.bases import NIBBLE
 from qinit.train.polish import MICRO_BYTES, polish_tokens
@@ -21,7 +22,9 @@ FACTOR_COPIES = 5  # of the polish: what is trained, its gradients, two moments,
 LOGITS_OF_POLISH = 6  # logits, log-probabilities, their gradients
 LOGITS_COPIES = 4  # of the pass back: logits, log-probabilities, probabilities, the gradient
 CHECK_COPIES = 2  # of a window's logits: themselves, and what becomes of them
-HESSIANS = 4  # H itself, without what the adapter repairs, its Cholesky factor and one temporary
+HESSIANS = 2  # H itself, and that without what the adapter repairs, which its Cholesky factor takes the place of
+MEANS = 1.2  # of H while it is measured: half of it twice, the shard that is read and those before it
+DRIFTS = 3  # of a layer: the same, and their sum
 
 
 def scratch_bytes(plan: Plan) -> int:
@@ -44,13 +47,12 @@ def working_bytes(plan: Plan, processes: int = 1) -> int:
     held = 4 * sum(layer.weights for layer in plan.quantized)
     squares = 4 * sum(layer.target.module.in_features**2 for layer in _linear(plan)) + _portion_bytes(plan)
     streamed = "fisher" not in plan.recipe.row.needs  # else a gradient and its square beside every weight
-    solving += _measuring_bytes(plan, processes) if streamed else source + 2 * held + squares
+    solving = _measuring_bytes(plan, processes) if streamed else solving + source + 2 * held + squares
     if plan.recipe.row.passes_back:  # the pass back has the head and some copies of its outputs
         head = max(plan.checkpoint.tensors.values(), key=lambda tensor: tensor.numel)
         tokens = min(GRADIENT_BATCH_TOKENS, _tokens(plan))
-        solving = max(
-            solving, 4 * head.numel + LOGITS_COPIES * min(GRADIENT_LOGITS_BYTES, 4 * tokens * max(head.shape))
-        )
+        logits = min(GRADIENT_LOGITS_BYTES, 4 * tokens * max(head.shape))
+        solving = max(solving, sum(_outside_bytes(plan)) + LOGITS_COPIES * logits)
     writing = 0
     if plan.recipe.calibration == "self":
         writing = model_bytes(plan.bytes_before, plan.device)
@@ -114,21 +116,38 @@ def _checking_bytes(plan: Plan) -> int:
     compared, and the logits of a window of both."""
     if not (plan.recipe.check and plan.facts.causal):
         return 0
-    outside = [t.numel for name, t in plan.checkpoint.tensors.items() if not re.search(r"\.\d+\.", name)]
+    outside = _outside_bytes(plan)
     logits = 4 * plan.facts.clip(CHECK_WINDOW) * (plan.facts.vocabulary or 1)
-    return 4 * (sum(outside) + max(outside, default=0)) + 2 * CHECK_COPIES * logits
+    return sum(outside) + max(outside, default=0) + 2 * CHECK_COPIES * logits
+
+
+def _outside_bytes(plan: Plan) -> list[int]:
+    """What the tensors outside of the blocks take: float32, or as they are stored where they are large."""
+    return [
+        tensor.numel * (2 if tensor.numel >= LARGE and tensor.dtype in HALVES else 4)
+        for name, tensor in plan.checkpoint.tensors.items()
+        if not re.search(r"\.\d+\.", name)
+    ]
 
 
 def _measuring_bytes(plan: Plan, processes: int) -> int:
-    streams = 2 if plan.recipe.calibration_mode == "sequential" else 1
-    blocks: dict[str, int] = {}
+    """The text under way, and the most that a layer takes while it is measured and solved, with its block: the widest
+    layers of a block are the last, and alone in memory by then where the block does not run again."""
+    sequential = plan.recipe.calibration_mode == "sequential"
+    blocks: dict[str, list[LayerPlan]] = {}
     for layer in plan.quantized:
-        block = block_of(layer.target.name)
-        blocks[block] = blocks.get(block, 0) + 4 * layer.weights
-    widest = max(layer.target.module.in_features for layer in plan.quantized)
-    hessians = HESSIANS * 4 * widest**2 + _portion_bytes(plan)
-    text = (carried_bytes(plan) + _shelf_bytes(plan)) // processes
-    return streams * max(blocks.values()) + text + hessians
+        blocks.setdefault(block_of(layer.target.name), []).append(layer)
+    most = 0
+    for layers in blocks.values():
+        held = (2 if sequential else 1) * 4 * sum(layer.weights for layer in layers)
+        widest = max(layer.target.module.in_features for layer in layers)
+        for layer in layers:
+            square, alone = 4 * layer.target.module.in_features**2, layer.target.module.in_features == widest
+            alone = alone and sequential and not plan.recipe.row.stages and layer.target.module.expert is None
+            measuring = MEANS * square + (DRIFTS * 4 * layer.weights if sequential else 0)
+            solving = HESSIANS * square + PEAK_BYTES_PER_WEIGHT * layer.weights
+            most = max(most, int(held + measuring), solving + (0 if alone else held))
+    return most + _portion_bytes(plan) + (carried_bytes(plan) + _shelf_bytes(plan)) // processes
 
 
 def _portion_bytes(plan: Plan) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from qinit.grids import Quantized
-from qinit.linalg.hessian import corrected, damped_cholesky, output_norm, without
+from qinit.linalg.hessian import Hessian, corrected, damped_cholesky, output_norm, without
 from qinit.linalg.low_rank import COLD_STEPS, Approximation, LowRank, output_subspace, random_basis
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
@@ -34,8 +37,15 @@ def alternate(
     remain sweep over codes and scales under it, which raises no error, and every round fits L again. Returns Q, L
     (fitted to Q as stored) and the error after each round relative to tr(T H T'), measured on TRACE_ROWS rows.
     """
+    with stable_hessian(statistics) as hessian:
+        return _alternate(weight, spec, statistics, hessian, seed)
+
+
+def _alternate(
+    weight: torch.Tensor, spec: LayerSpec, statistics: Statistics, hessian: torch.Tensor, seed: int
+) -> tuple[Quantized, Approximation, tuple[float, ...]]:
+    """Do it under the stable H."""
     method, grid = spec.method, spec.grid
-    hessian = stable_hessian(statistics)
     target, factor = weight, None
     if statistics.drift is not None:
         factor = damped_cholesky(hessian, DAMPING)
@@ -60,7 +70,9 @@ def alternate(
         if method.rounding == "nearest":
             quantized, residual = grid.quantize(rest, target, previous=quantized, **options)
         else:
-            seen = hessian if factors is None or not spec.rank else without(hessian, factors.A)
+            seen: Hessian = hessian
+            if factors is not None and spec.rank:
+                seen = partial(without, hessian, factors.A)
             if quantized is None or round_number < roundings:
                 quantized, residual = grid.round_gptq(
                     rest, seen, damp=DAMPING, act_order=method.act_order, factor=factor, **options
@@ -68,7 +80,7 @@ def alternate(
                 factor = None
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
-                grid.descend(quantized, residual, seen, method.passes)
+                grid.descend(quantized, residual, seen() if callable(seen) else seen, method.passes)
             if factors is not None:
                 residual.addmm_(factors.B, factors.A)
         if spec.storage not in (None, torch.float32):
@@ -86,11 +98,16 @@ def alternate(
     return quantized, approximation, tuple(trace)
 
 
-def stable_hessian(statistics: Statistics) -> torch.Tensor:
-    """Return H + s diag(H) + f I: the inputs' correlations shrunk to 1 / (1 + s), more if there are few tokens per
-    input. Relative to each input's own power, as real models have a few inputs that dwarf the mean."""
-    hessian = statistics.hessian.clone()
+@contextmanager
+def stable_hessian(statistics: Statistics) -> Iterator[torch.Tensor]:
+    """Give H + s diag(H) + f I: the inputs' correlations shrunk to 1 / (1 + s), more if there are few tokens per
+    input. Relative to each input's own power, as real models have a few inputs that dwarf the mean. It is H itself with
+    another diagonal meanwhile, as a second matrix [in, in] is much for a wide layer."""
+    hessian = statistics.hessian
     scarcity = max(1.0, TOKENS_PER_INPUT * len(hessian) / max(statistics.tokens + statistics.shared, 1))
     power = hessian.diagonal().clone()
-    hessian.diagonal().add_(power, alpha=SHRINKAGE * scarcity).add_(FLOOR * scarcity * float(power.mean()))
-    return hessian
+    try:
+        hessian.diagonal().add_(power, alpha=SHRINKAGE * scarcity).add_(FLOOR * scarcity * float(power.mean()))
+        yield hessian
+    finally:
+        hessian.diagonal().copy_(power)

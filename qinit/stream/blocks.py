@@ -16,6 +16,7 @@ from qinit.source.skeleton import build_model, without_cache
 from qinit.stream.calls import NotStreamable
 from qinit.stream.feeding import inputs_of
 from qinit.stream.rows import Ends, Row, frozen, put
+from qinit.stream.stored import can_be_held, computing_in_float32
 from qinit.stream.weights import ModelWeights
 
 
@@ -30,8 +31,9 @@ class Weights(Protocol):
         """Whether there is a parameter of that name, as the model has it."""
         ...
 
-    def read(self, name: str, device: torch.device) -> torch.Tensor | None:
-        """Return it in float32 on the device, in the module's own layout; None if there is none."""
+    def read(self, name: str, device: torch.device, *, stored: bool = False) -> torch.Tensor | None:
+        """Return it in float32 on the device, in the module's own layout; None if there is none. As it is `stored`, if
+        asked for and in 16 bits."""
         ...
 
     def announce(self, prefix: str) -> None:
@@ -112,10 +114,15 @@ class Blocks:
 
     @contextmanager
     def surroundings(
-        self, *, head: bool = False, others: Mapping[str, nn.Parameter] = MappingProxyType({})
+        self,
+        *,
+        head: bool = False,
+        others: Mapping[str, nn.Parameter] = MappingProxyType({}),
+        trained: bool = False,
     ) -> Iterator[dict[str, nn.Parameter]]:
         """Have what lies before the blocks (embeddings, positions) in memory, with the output head if asked for; it is
-        given back at the end. Gives it by name; what is equal in `others`, another model's, is not held twice."""
+        given back at the end. Gives it by name; what is equal in `others`, another model's, is not held twice. Large
+        matrices stay as they are stored, unless the model is to be `trained`."""
         loaded: dict[str, nn.Parameter] = {}
         empty = {name: self.model.get_parameter(name) for name in self.outside}
         try:
@@ -123,26 +130,36 @@ class Blocks:
                 if name in self.head and not head:
                     continue
                 if same_as not in loaded:
-                    value = self.read(same_as)
-                    value = self.read(name) if value is None else value
+                    stored = not trained and self._as_stored(same_as)
+                    value = self.read(same_as, stored=stored)
+                    value = self.read(name, stored=stored) if value is None else value
                     if value is None:  # never reached, or it ends the pass with an error
                         continue
                     other = others.get(same_as)
                     same = other is not None and other.shape == value.shape and torch.equal(other, value)
                     loaded[same_as] = other if other is not None and same else frozen(value)
                 put(self.model, name, loaded[same_as])
-            yield loaded
+            with computing_in_float32(self.model, self.device):
+                yield loaded
         finally:
             for name, parameter in empty.items():
                 put(self.model, name, parameter)
+
+    def _as_stored(self, parameter: str) -> bool:
+        """Whether all modules that have a parameter can compute with it as it is stored; not where it is measured."""
+        names = [name for name, same_as in self.outside.items() if same_as == parameter]
+        owners = [path for path, _, last in (name.rpartition(".") for name in names) if last == "weight"]
+        held = [path for path in owners if path not in self.weights.linear]
+        return len(held) == len(names) and all(can_be_held(self.model.get_submodule(path)) for path in held)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has a parameter of that name."""
         return self.weights.has(name)
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """Return a parameter in float32 on the device, None if the checkpoint has none of that name."""
-        return self.weights.read(name, self.device)
+    def read(self, name: str, *, stored: bool = False) -> torch.Tensor | None:
+        """Return a parameter in float32 on the device, None if the checkpoint has none of that name; as it is `stored`,
+        if asked for and in 16 bits."""
+        return self.weights.read(name, self.device, stored=stored)
 
     def announce(self, prefix: str) -> None:
         """Have the system fetch the parameters whose names begin so, as they will be read next."""

@@ -225,14 +225,19 @@ class Row:
 
     def unload(self, index: int) -> None:
         """Give a block's memory back."""
-        for name, parameter in list(self.blocks[index].named_parameters()):
-            put(self.blocks[index], name, frozen(torch.empty_like(parameter, device="meta")))
+        for name, _ in list(self.blocks[index].named_parameters()):
+            clear(self.blocks[index], name)
 
 
 def put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Set a parameter by its dotted name."""
     parent, _, last = name.rpartition(".")
     setattr(root.get_submodule(parent), last, parameter)
+
+
+def clear(root: nn.Module, name: str) -> None:
+    """Give the memory of a parameter back, by its dotted name."""
+    put(root, name, frozen(torch.empty_like(root.get_parameter(name), device="meta")))
 
 
 def frozen(value: torch.Tensor) -> nn.Parameter:

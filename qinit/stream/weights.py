@@ -12,6 +12,7 @@ from qinit.formats import Format, format_of
 from qinit.grids import Quantized
 from qinit.source.checkpoint import Checkpoint, read_finite
 from qinit.source.targets import Architecture, LinearModule, Target, stacked_targets
+from qinit.stream.stored import HALVES
 
 
 class ModelWeights:
@@ -47,14 +48,16 @@ class ModelWeights:
         found = self.names.find(name) is not None or self._packed(name) is not None
         return found or name in self.stacks or bool(self.names.made_of(name))
 
-    def read(self, name: str, device: torch.device) -> torch.Tensor | None:
-        """Return a parameter in float32 on the device, None if there is none. Raises CheckpointError for NaN, Inf."""
-        stored, module, packed = self.names.find(name), self.modules.get(name), self.packable.get(name)
+    def read(self, name: str, device: torch.device, *, stored: bool = False) -> torch.Tensor | None:
+        """Return a parameter in float32 on the device, None if there is none; as it is `stored`, if asked for and in 16
+        bits. Raises CheckpointError for NaN, Inf."""
+        found, module, packed = self.names.find(name), self.modules.get(name), self.packable.get(name)
         if packed is not None and self.format is not None and (parts := self._packed(name)) is not None:
             value = self.format.read(packed, parts, self.checkpoint.config, device)
             value = value.T.contiguous() if packed.transposed else value
-        elif stored is not None:
-            value = read_finite(stored, device).to(torch.float32)
+        elif found is not None:
+            value = read_finite(found, device)
+            value = value if stored and value.dtype in HALVES else value.to(torch.float32)
         elif name in self.stacks:
             value = self._stacked(self.stacks[name], device)
         elif (made := self.names.make(name, read_finite)) is not None:

@@ -72,7 +72,7 @@ def _put_together(
             row.load(index).to(dtype)
             _put_fixed(blocks.model, plan, row.prefix(index), weight_of)
             _repair(blocks.model, {name: starts[name] for name in starts if name.startswith(row.prefix(index))}, device)
-    with blocks.surroundings(head=True):
+    with blocks.surroundings(head=True, trained=True):
         for name in blocks.outside:
             parameter = blocks.model.get_parameter(name)
             parameter.data = parameter.data.to(dtype)

@@ -11,6 +11,7 @@ from qinit.grids.integer.candidates import NEARBY, REFINEMENTS, clip_ratios, zer
 from qinit.grids.integer.kernels import kernels_for
 from qinit.grids.integer.rounding import descend, round_gptq
 from qinit.linalg.chunks import grouped, row_chunks
+from qinit.linalg.hessian import Hessian
 
 
 class IntegerGrid(Grid):
@@ -49,7 +50,7 @@ class IntegerGrid(Grid):
     def bits_per_weight(self, bits: int, group_size: int) -> float:
         return bits + (16 + bits) / group_size
 
-    def round_gptq(self, target: torch.Tensor, hessian: torch.Tensor, **options: Any) -> tuple[Quantized, torch.Tensor]:
+    def round_gptq(self, target: torch.Tensor, hessian: Hessian, **options: Any) -> tuple[Quantized, torch.Tensor]:
         return round_gptq(target, hessian, symmetric=self.symmetric, **options)
 
     def descend(self, quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:

@@ -16,14 +16,14 @@ from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios, zero_points
 from qinit.grids.integer.kernels import kernels_for
 from qinit.grids.integer.rounding_torch import fit_weighted
 from qinit.linalg.chunks import row_chunks
-from qinit.linalg.hessian import damped_cholesky
+from qinit.linalg.hessian import Hessian, damped_cholesky
 
 BLOCK = 128  # columns, or one group if that is more
 
 
 def round_gptq(
     target: torch.Tensor,
-    hessian: torch.Tensor,
+    hessian: Hessian,
     *,
     bits: int,
     group_size: int,
@@ -33,7 +33,8 @@ def round_gptq(
     factor: torch.Tensor | None = None,
     symmetric: bool = False,
 ) -> tuple[Quantized, torch.Tensor]:
-    """Round `target` X [out, in] with error feedback under `hessian` [in, in]; return Q and the residual X - Q.
+    """Round `target` X [out, in] with error feedback under `hessian` [in, in], or what a function makes, which spares a
+    copy; return Q and the residual X - Q.
 
     GPTQ (arXiv:2210.17323) in the form of LDLQ (QuIP, arXiv:2307.13304, theorem 6: the same codes from one
     Cholesky factor and no inverse). With H = L D L', L unit lower triangular, the error is
@@ -48,9 +49,11 @@ def round_gptq(
     ratios, refinements = (clip_ratios(bits), REFINEMENTS) if search == "mse" else (torch.ones(1), 0)
     ratios, zero_range = ratios.to(target.device), zero_points(bits, symmetric)
     quantized = _empty(target, bits, group_size)
-    order = torch.argsort(hessian.diagonal(), stable=True) if act_order else None  # the last is taken first
+    order = None
     x, group_of = target.contiguous(), torch.arange(columns, device=target.device) // group_size
-    if order is not None:
+    if act_order:
+        hessian = hessian() if callable(hessian) else hessian
+        order = torch.argsort(hessian.diagonal(), stable=True)  # the last is taken first
         _find_scales(target, hessian.diagonal(), quantized, ratios, refinements, zero_range)
         ratios = ratios[:0]
         hessian, x, group_of = hessian[order][:, order], target[:, order].contiguous(), group_of[order]

@@ -28,7 +28,7 @@ def test_working_memory_grows_with_the_text_the_mode_and_the_widest_layer(tmp_pa
 def test_working_memory_counts_the_head_and_the_logits_of_the_pass_back(tmp_path):
     directory = make_checkpoint(tmp_path / "many-words", vocab_size=50_000)
     plan = plan_of(directory, calibration="random")
-    assert working_bytes(plan) == 4 * 50_000 * 64 + 4 * 4 * 1024 * 50_000
+    assert working_bytes(plan) == 4 * (2 * 50_000 + 1) * 64 + 4 * 4 * 1024 * 50_000
 
 
 def test_working_memory_counts_what_needs_the_whole_model(tiny_llama):

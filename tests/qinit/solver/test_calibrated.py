@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
-from tests.helpers import gauss
+from tests.helpers import gauss, most_allocated
 
 ROW = get_method("eqft", calibrated=True)
 
@@ -26,6 +27,11 @@ def measured(columns: int, tokens: int = 2000, seed: int = 0, **options) -> Stat
     x = x + 0.3 * torch.randn(tokens, columns, generator=generator)
     x *= 1 + 4 * (torch.rand(columns, generator=generator) > 0.9)
     return Statistics(x.T @ x / tokens, x.abs().mean(0), tokens, **options)
+
+
+def stable(statistics: Statistics) -> torch.Tensor:
+    with stable_hessian(statistics) as hessian:
+        return hessian.clone()
 
 
 def spec(bits=2, rank=8, group_size=64, iterations=ROW.iterations, storage=None, **changes) -> LayerSpec:
@@ -151,15 +157,16 @@ def test_the_trace_is_relative_to_the_target_under_the_stable_hessian():
     weight, statistics = gauss(48, 128, scale=0.02), measured(128, tokens=200)
     quantized, approximation, trace = alternate(weight, spec(), statistics, seed=0)
     rest = weight - as_loaded(quantized, spec()) - approximation.factors.B @ approximation.factors.A
-    hessian = stable_hessian(statistics)
-    assert trace[-1] == pytest.approx(output_norm(rest, hessian) / output_norm(weight, hessian), rel=1e-4)
+    with stable_hessian(statistics) as hessian:
+        expected = output_norm(rest, hessian) / output_norm(weight, hessian)
+    assert trace[-1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_low_rank_is_the_best_for_the_returned_quantization():
     weight, statistics = gauss(64, 128, scale=0.02), measured(128)
     solution = solve(weight, spec(), statistics=statistics)
     rest = (weight - as_loaded(solution.quantized, spec())).double()
-    hessian = stable_hessian(statistics).double()
+    hessian = stable(statistics).double()
     eigenvalues = torch.linalg.eigvalsh(rest @ hessian @ rest.T).flip(0)
     found = rest - solution.low_rank.B.double() @ solution.low_rank.A.double()
     left = float(((found @ hessian) * found).sum())
@@ -184,7 +191,7 @@ class TestDrift:
         return replace(self.clean, drift=self.shift @ self.clean.hessian)
 
     def test_the_target_is_the_least_squares_one(self):
-        H, D = stable_hessian(self.clean), self.drifting().drift
+        H, D = stable(self.clean), self.drifting().drift
         damped = H.double() + DAMPING * H.diagonal().double().mean() * torch.eye(96, dtype=torch.float64)
         expected = self.weight + D.double() @ torch.linalg.inv(damped)
         found = corrected(self.weight, D, damped_cholesky(H, DAMPING))
@@ -232,7 +239,7 @@ class TestScarceStatistics:
         power = statistics.hessian.diagonal().clone()
         for tokens in (10**6, TOKENS_PER_INPUT * 64, 32, 16, 1, 0):
             kept = statistics.hessian.clone()
-            added = stable_hessian(replace(statistics, tokens=tokens)) - statistics.hessian
+            added = stable(replace(statistics, tokens=tokens)) - statistics.hessian
             expected = (SHRINKAGE * power + FLOOR * power.mean()) * max(1, TOKENS_PER_INPUT * 64 / max(tokens, 1))
             torch.testing.assert_close(added, expected.diag(), rtol=1e-4, atol=1e-4)
             assert torch.equal(statistics.hessian, kept)
@@ -243,7 +250,7 @@ class TestScarceStatistics:
         scale[7] = 5.0
         larger = replace(statistics, hessian=statistics.hessian * scale * scale[:, None])
         rest = torch.arange(96) != 7
-        before, after = (stable_hessian(s)[rest][:, rest] for s in (statistics, larger))
+        before, after = (stable(s)[rest][:, rest] for s in (statistics, larger))
         torch.testing.assert_close(after.diagonal(), before.diagonal(), rtol=0.1, atol=0)
         assert torch.equal(after - after.diagonal().diag(), before - before.diagonal().diag())
 
@@ -306,3 +313,22 @@ def test_the_same_call_gives_the_same_bits_and_seeds_hardly_matter():
     assert torch.equal(statistics.hessian, hessian)
     others = [solve(weight, spec(), seed=seed, statistics=statistics).output_error for seed in range(4)]
     assert max(others) <= 1.05 * min(others)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_statistics_are_what_they_were_whatever_happens(fails, monkeypatch):
+    statistics = measured(96)
+    kept = statistics.hessian.clone()
+    if fails:
+        monkeypatch.setattr(IntegerGrid, "round_gptq", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        solve(gauss(48, 96, scale=0.02), spec(), statistics=statistics)
+    assert torch.equal(statistics.hessian, kept)
+
+
+@pytest.mark.parametrize("drift", [False, True])
+def test_beside_h_one_matrix_of_all_inputs_is_in_memory(drift):
+    columns, weight = 1024, gauss(16, 1024, scale=0.02)
+    statistics = measured(columns, drift=torch.zeros_like(weight) if drift else None)
+    peak = most_allocated(lambda: solve(weight, spec(rank=4), statistics=statistics))
+    assert 4 * columns**2 < peak < 1.3 * 4 * columns**2
