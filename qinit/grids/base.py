@@ -73,12 +73,14 @@ class Grid(ABC):
         damp: float = DAMPING,
         act_order: bool = False,
         factor: torch.Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[Quantized, torch.Tensor]:
         """Round `target` X [out, in] with error feedback under `hessian` H [in, in], so that tr(E H E') gets small; a
         function that makes H spares a copy of it. Returns Q and the residual E = X - Q.
 
         H is damped by `damp` times its mean diagonal; `factor` [in, in] is the Cholesky factor of that, where it is at
-        hand, and may be overwritten. With `act_order` the inputs are taken by falling H_kk.
+        hand, and may be overwritten; so may `target`, where E may take its place (`in_place`). With `act_order` the
+        inputs are taken by falling H_kk.
         Raises QinitError for a grid that rounds to nearest only.
         """
         raise self._nearest_only()

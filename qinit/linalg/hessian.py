@@ -13,6 +13,7 @@ from qinit.linalg.low_rank import symmetric
 WORST_DAMPING = 10.0
 NARROWEST = 256  # columns of a symmetric matrix that are computed at once, at least
 MOST_CHUNKS = 8  # into which they are cut
+ROWS = 1024  # of a matrix that are solved for at once
 
 Hessian = torch.Tensor | Callable[[], torch.Tensor]  # or what makes it anew, where nobody else needs it
 
@@ -22,9 +23,12 @@ def corrected(weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor) -
     `factor` of the H that is rounded under: the least-squares weight that also makes good what the layers in front
     have left of their own error (as GPTAQ's asymmetric calibration, arXiv:2504.02692, equation 6, here for the
     residual stream too), in so far as that H vouches for it."""
-    half = torch.linalg.solve_triangular(factor.T, drift, upper=True, left=False)
-    # The solver returns columns side by side; the kernels take rows.
-    return torch.linalg.solve_triangular(factor, half, upper=False, left=False).contiguous().add_(weight)
+    target = weight.clone()
+    for first in range(0, len(target), ROWS):
+        rows = slice(first, first + ROWS)
+        half = torch.linalg.solve_triangular(factor.T, drift[rows], upper=True, left=False)
+        target[rows] += torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+    return target
 
 
 def output_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -51,7 +51,8 @@ def _alternate(
         factor = damped_cholesky(hessian, DAMPING)
         target = corrected(weight, statistics.drift, factor)
     basis = random_basis(weight.shape[1], spec.rank, seed, weight.device)
-    options: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "search": method.search}
+    asked: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "search": method.search}
+    options = {**asked, "damp": DAMPING, "act_order": method.act_order}
     quantized: Quantized | None = None
     approximation: Approximation | None = None
     roundings = max(2, spec.iterations - 1)
@@ -68,16 +69,16 @@ def _alternate(
         factors = approximation.factors if approximation is not None else None
         rest = target if factors is None else torch.addmm(target, factors.B, factors.A, alpha=-1)
         if method.rounding == "nearest":
-            quantized, residual = grid.quantize(rest, target, previous=quantized, **options)
+            quantized, residual = grid.quantize(rest, target, previous=quantized, **asked)
         else:
             seen: Hessian = hessian
             if factors is not None and spec.rank:
                 seen = partial(without, hessian, factors.A)
             if quantized is None or round_number < roundings:
-                quantized, residual = grid.round_gptq(
-                    rest, seen, damp=DAMPING, act_order=method.act_order, factor=factor, **options
-                )
-                factor = None
+                quantized = None  # the one before is not needed
+                options |= {"factor": factor, "in_place": rest is not target}
+                quantized, residual = grid.round_gptq(rest, seen, **options)
+                options["factor"] = factor = None
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
                 grid.descend(quantized, residual, seen() if callable(seen) else seen, method.passes)
@@ -93,6 +94,7 @@ def _alternate(
             approximation = output_subspace(residual, hessian, spec.rank, basis, steps, statistics.output_metric)
         left = torch.addmm(residual[traced], approximation.factors.B[traced], approximation.factors.A, alpha=-1)
         trace.append(output_norm(left, hessian) / whole if whole else 0.0)
+        del rest, residual  # before the next are made
     assert quantized is not None
     assert approximation is not None
     return quantized, approximation, tuple(trace)

@@ -138,6 +138,7 @@ class Blocks:
                     other = others.get(same_as)
                     same = other is not None and other.shape == value.shape and torch.equal(other, value)
                     loaded[same_as] = other if other is not None and same else frozen(value)
+                    del value  # where it is not held twice
                 put(self.model, name, loaded[same_as])
             with computing_in_float32(self.model, self.device):
                 yield loaded

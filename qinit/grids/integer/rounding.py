@@ -31,6 +31,7 @@ def round_gptq(
     damp: float = DAMPING,
     act_order: bool = False,
     factor: torch.Tensor | None = None,
+    in_place: bool = False,
     symmetric: bool = False,
 ) -> tuple[Quantized, torch.Tensor]:
     """Round `target` X [out, in] with error feedback under `hessian` [in, in], or what a function makes, which spares a
@@ -42,7 +43,7 @@ def round_gptq(
     A group's scale is found when the group is reached, for what the feedback has made of it, weighted by D. With
     `act_order` columns are taken by falling H_kk, and scales are found beforehand, weighted by the diagonal of H.
     With `symmetric`, zero points are the two about the middle. `factor` [in, in] is `damped_cholesky` of the same,
-    where it is at hand: overwritten, or not used with `act_order`.
+    where it is at hand: overwritten, or not used with `act_order`. `in_place`, the residual takes the target's place.
     Raises QinitError if no damping makes H positive definite.
     """
     columns = target.shape[1]
@@ -60,7 +61,7 @@ def round_gptq(
     feedback = damped_cholesky(hessian, damp) if factor is None or order is not None else factor
     conditional = feedback.diagonal().square()
     feedback.div_(feedback.diagonal().clone())
-    residual = torch.empty_like(x)
+    residual = x if in_place else torch.empty_like(x)  # a column of x is not read again once it is rounded
     step = kernels_for(target.device).feed_back_block
     for part in reversed(column_blocks(columns, group_size)):
         moved = x[:, part].clone(memory_format=torch.contiguous_format)  # a view of it all would be x itself
