@@ -14,8 +14,8 @@ def trainer_config(
         Path,
         typer.Argument(
             metavar="RUN|TEMPLATE",
-            help="A run's directory, or an adapter's alone, which holds qinit.json; an adapter configuration that "
-            "names its base, as a JSON file; or the name of one that comes with qinit, as lora_llama2_7b_rank8.",
+            help="A run's directory, or an adapter's alone; an adapter configuration that names its base, as a JSON "
+            "file; or the name of one that comes with qinit, as lora_llama2_7b_rank8.",
         ),
     ],
     trainer: Annotated[

@@ -116,7 +116,10 @@ class Report:
         except FileNotFoundError:
             what = "no such file" if directory.is_dir() else "no such directory"
             if (directory / "adapter_config.json").is_file():
-                remedy = "an adapter lies here: give the run that it was trained on, and this directory with --adapter"
+                remedy = (
+                    "an adapter lies here: give the run that it was trained on, and this directory with --adapter; one "
+                    "of no run is uploaded by `hf upload REPO DIR`"
+                )
             raise ReportError(f"{path if directory.is_dir() else directory}: {what}; {remedy}") from None
         except OSError as error:
             raise ReportError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qinit.errors import OutputError, RecipeError, did_you_mean
 from qinit.files.reading import JSON_BYTES, parse_json, printable, read_regular
+from qinit.report.report import REPORT_NAME
+from qinit.source.checkpoint import ADAPTER_CONFIG
 from qinit.trainers import TRAINERS, TrainableRun, Trainer
 from qinit.trainers.templates import WRITERS, Template
 from qinit.trainers.training import RATE, Training, compared_rate
@@ -42,8 +44,8 @@ def trainer_named(name: str) -> Trainer:
 
 def config_for(target: Path, name: str, dataset: str, compared: Path | None = None, *, bf16: bool = True) -> Written:
     """Return the script or the configuration with which a trainer goes on from a run, or starts from a template: an
-    adapter configuration, or one that comes with qinit by its name. The learning rate is the one that a comparison's
-    file, if given, has for the method and the width. Without `bf16` it is for a CPU.
+    adapter configuration, one that comes with qinit by its name, or an adapter that PEFT has started. The learning rate
+    is the one that a comparison's file, if given, has for the method and the width. Without `bf16` it is for a CPU.
 
     Raises RecipeError for a trainer or a template that there is not and for what does not fit together, ReportError
     and CheckpointError for a directory that is no finished run.
@@ -51,7 +53,8 @@ def config_for(target: Path, name: str, dataset: str, compared: Path | None = No
     trainer = trainer_named(name)
     if printable(str(target)) != str(target):
         raise RecipeError(f"{printable(str(target))}: a path that cannot be printed cannot be written; rename it")
-    if target.is_dir() or (target.suffix != ".json" and len(target.parts) > 1):
+    alone = (target / ADAPTER_CONFIG).is_file() and not (target / REPORT_NAME).exists()
+    if not alone and (target.is_dir() or (target.suffix != ".json" and len(target.parts) > 1)):
         run = TrainableRun.open(target)
         if problem := trainer.cannot_take(run):
             raise RecipeError(f"--trainer {name}: {problem}")

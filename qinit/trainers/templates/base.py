@@ -12,6 +12,7 @@ from typing import Any
 from qinit.errors import RecipeError
 from qinit.files.reading import printable
 from qinit.recipe_files import NF4, STARTS, as_pattern, find_recipe, read_adapter_config
+from qinit.source.checkpoint import ADAPTER_CONFIG
 from qinit.trainers.training import Training
 
 BASE = "base_model_name_or_path"
@@ -19,22 +20,25 @@ BASE = "base_model_name_or_path"
 
 @dataclass(frozen=True)
 class Template:
-    """An adapter configuration, by its name, and the base that it is for."""
+    """An adapter configuration, by its name, and the base that it is for. `adapter`: the directory of one that is
+    there already, to go on from; None: it is to be started."""
 
     name: str
     settings: dict[str, Any]
     base: str
+    adapter: Path | None = None
 
     @classmethod
     def open(cls, file: Path) -> Template:
-        """Read an adapter configuration, or one that comes with qinit by its name. Raises RecipeError, also for one
-        that names no base, or does not say what it adapts."""
-        found = find_recipe(file)
+        """Read an adapter configuration, one that comes with qinit by its name, or an adapter in its directory. Raises
+        RecipeError, also for one that names no base, or does not say what it adapts."""
+        adapter = file.resolve() if file.is_dir() else None
+        found = find_recipe(file) if adapter is None else file / ADAPTER_CONFIG
         settings = read_adapter_config(found)
         base = settings.get(BASE)
         if not isinstance(base, str) or not base or printable(base) != base:
             raise RecipeError(f"{file}: names no base to train on, under {BASE}; add it")
-        return cls(printable(found.stem), settings, base)
+        return cls(printable(found.stem if adapter is None else adapter.name), settings, base, adapter)
 
     @property
     def is_lora(self) -> bool:
@@ -109,7 +113,9 @@ class TemplateWriter(ABC):
 
 
 def only_lora(template: Template, name: str) -> str | None:
-    """Return why a trainer that makes LoRA alone does not take a template, or None."""
+    """Return why a trainer that makes LoRA alone, from a configuration, does not take a template, or None."""
+    if template.adapter is not None:
+        return f"starts an adapter, and does not go on from {template.name}; --trainer peft does"
     if template.is_lora:
         return None
     return f"makes LoRA alone, and {template.name} is {template.settings['peft_type']}; --trainer peft takes it"

@@ -18,7 +18,7 @@ TEMPLATE = """\
 
 import torch
 from datasets import load_dataset
-from peft import {config}, get_peft_model
+from peft import {imported}
 from transformers import ({names}
 )
 
@@ -37,12 +37,7 @@ base = AutoModelForCausalLM.from_pretrained(
 )
 base.config.use_cache = False
 torch.manual_seed(42)
-model = get_peft_model(
-    base,
-    {config}(
-{settings}
-    ),
-)
+{model}
 model.print_trainable_parameters()
 {before}
 trainer = Trainer(
@@ -78,6 +73,13 @@ class Budget(TrainerCallback):
         model.base_model.update_and_allocate(state.global_step)
 
 '''
+STARTED = """\
+model = get_peft_model(
+    base,
+    {config}(
+{settings}
+    ),
+)"""
 NAMES = ("AutoModelForCausalLM", "AutoTokenizer", "DataCollatorForLanguageModeling", "Trainer", "TrainingArguments")
 
 
@@ -108,14 +110,20 @@ class PeftTemplate(TemplateWriter):
             *(["TrainerCallback"] if adalora else []),
             *(["BitsAndBytesConfig"] if template.is_nf4 else []),
         ]
+        config = "LoraConfig" if family is None else FAMILIES[family].config
+        settings = "\n".join(f"        {key}={_python(value)}," for key, value in values.items())
+        imported, model = f"{config}, get_peft_model", STARTED.format(config=config, settings=settings)
+        if template.adapter is not None:
+            place = json.dumps(str(template.adapter), ensure_ascii=False)
+            imported, model = "PeftModel", f"model = PeftModel.from_pretrained(base, {place}, is_trainable=True)"
         return TEMPLATE.format(
             **self.head(template),
-            config="LoraConfig" if family is None else FAMILIES[family].config,
+            imported=imported,
+            model=model,
             names="".join(f"\n    {name}," for name in sorted(names)),
             base=json.dumps(template.base, ensure_ascii=False),
             rows=training.rows,
             quantized=_quantized(template),
-            settings="\n".join(f"        {key}={_python(value)}," for key, value in values.items()),
             before=ADALORA if adalora else "",
             callbacks="\n    callbacks=[Budget()]," if adalora else "",
             output=json.dumps(self.output(template), ensure_ascii=False),

@@ -8,13 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from qinit.errors import RecipeError
 from qinit.recipe_files import template_names
 from qinit.trainers.templates import WRITERS, Template
 from qinit.trainers.training import Training
 from qinit.trainers.write import config_for
+from tests.helpers import gauss
 from tests.models import make_reader, words
 from tests.qinit.trainers.templates.option_names import option_names
 
@@ -97,6 +102,32 @@ def test_the_script_for_peft_trains(settings, tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "mine-transformers/adapter_config.json").read_text())
     assert saved["peft_type"] == settings["peft_type"]
     assert (tmp_path / "mine-transformers/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["ia3", "lora"])
+def test_an_adapter_that_peft_has_started_is_gone_on_with(kind, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="pip install 'qinit[datasets]'")
+    base, start = make_reader(tmp_path / "base"), tmp_path / "start"
+    config = IA3Config(task_type="CAUSAL_LM") if kind == "ia3" else LoraConfig(task_type="CAUSAL_LM", r=2)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += gauss(*parameter.shape, scale=0.5)
+    model.save_pretrained(start)
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"text": words(*range(5, 14))}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    written = config_for(start, "peft", str(data))
+    assert written.file == "start-transformers.py"
+    text = written.text.replace("learning_rate=1e-4", "learning_rate=0.0").replace("bfloat16", "float32")
+    (tmp_path / written.file).write_text(text.replace("gradient_accumulation_steps=16", "use_cpu=True"))
+    runpy.run_path(str(tmp_path / written.file), run_name="__main__")
+    before, after = (load_file(d / "adapter_model.safetensors") for d in (start, tmp_path / "start-transformers"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for trainer in sorted(WRITERS.keys() - {"transformers"}):
+        with pytest.raises(RecipeError, match="does not go on from start; --trainer peft does"):
+            config_for(start, trainer, "a/b")
 
 
 @pytest.mark.parametrize(
