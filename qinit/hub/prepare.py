@@ -23,7 +23,7 @@ from qinit.report.card import TRAINED_DIRECTORY, hub_card, snippet_of
 from qinit.report.exported import download_lines, hub_export_card
 from qinit.report.merged import MergeReport, is_merge, merged_snippet, on_hub
 from qinit.report.pictures.files import PICTURES
-from qinit.report.published import Published, hub_id_of
+from qinit.report.published import Published, hub_id_of, public_card, public_report
 from qinit.report.report import REPORT_NAME, Report, is_training
 from qinit.source.checkpoint import read_json, weight_files
 
@@ -152,9 +152,14 @@ def prepare(directory: Path, repo_id: str, adapter: Path | None = None, base: st
         theirs = (
             hub_export_card(card, repo_id) if exported else hub_card(card, report, repo_id, trained=adapter is not None)
         )
+        theirs = public_card(theirs, report)
         rewritten[CARD_NAME] = theirs.encode()
         changes += _changed_lines(CARD_NAME, card, theirs)
-    return _completed(prepared, found, rewritten, changes, there)
+    public = public_report(report)
+    if public.to_json() != report.to_json():
+        rewritten[REPORT_NAME] = public.to_json().encode()
+        changes += _changed_lines(REPORT_NAME, report.to_json(), public.to_json())
+    return _completed(replace(prepared, report=public), found, rewritten, changes, there)
 
 
 def _prepare_alone(directory: Path, repo_id: str, report: Report, adapter: Path | None, base: str | None) -> Prepared:

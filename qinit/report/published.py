@@ -1,4 +1,4 @@
-"""An adapter alone as it stands on the Hub: its card and its report, without places on this machine."""
+"""What stands on the Hub: cards and reports without places on this machine."""
 
 from __future__ import annotations
 
@@ -45,27 +45,51 @@ class Published:
         """Take the places out of a report: of the base stays its id on the Hub, of others their last name."""
         place = own.totals["base"]["name"]
         names = {each: base or Path(each).name for each in (place, str(own.recipe["base"]))}
-        found = own.to_dict()
-        command = shlex.join(_without(word, names) for word in shlex.split(own.command))
-        found |= {key: _without(found[key], names) for key in ("model", "recipe", "source", "totals", "notes")}
-        return cls(Report(**{**found, "command": command, "layers": own.layers, "export": None}), own, base)
+        return cls(_public(own, names), own, base)
 
     def card(self, text: str, repo_id: str, *, trained: bool) -> str:
         """Return the card as it stands on the Hub: it loads from `repo_id`; what a person wrote into it is kept."""
         lines = "\n".join(adapter_snippet(self.report, repo_id, trained=trained))
         text = text.replace("\n".join(adapter_snippet(self.own, ".")), lines)
-        text = text.replace(lead(self.own), lead(self.report)).replace(self.own.command, self.report.command)
-        own, there = (yaml.safe_dump(each.recipe, sort_keys=False) for each in (self.own, self.report))
-        text = text.replace(own, there)
-        told = {str(self.own.recipe[key]): str(value) for key, value in self.report.recipe.items()}
-        told |= {self.own.totals["base"]["name"]: self.report.totals["base"]["name"], self.own.model: self.report.model}
-        for place in sorted((each for each in told if each.startswith("/")), key=len, reverse=True):
-            text = text.replace(place, told[place])
+        text = _retold(text.replace(lead(self.own), lead(self.report)), self.own, self.report)
         if trained:
             text = BEFORE.sub(r", trained from the start \1.", text)
             text = with_section(text, "## Trained\n", TRAINED.split("\n"))
         base = {"base_model": self.base, "base_model_relation": "adapter"} if self.base is not None else {}
         return with_base(text, lambda _: base)
+
+
+def public_report(own: Report) -> Report:
+    """Return the report of a run or an export as it is published: a model that lies on this machine by its id on the
+    Hub where it comes from there, all else by its last name."""
+    return _public(
+        own, {place: hub_id_of(place) or Path(place).name for place in (own.model, str(own.recipe["model"]))}
+    )
+
+
+def public_card(text: str, own: Report) -> str:
+    """Return its card, in which the report is told as it is published."""
+    return _retold(text, own, public_report(own))
+
+
+def _public(own: Report, names: dict[str, str]) -> Report:
+    found = own.to_dict()
+    command = shlex.join(_without(word, names) for word in shlex.split(own.command))
+    found |= {key: _without(found[key], names) for key in ("model", "recipe", "source", "totals", "notes")}
+    return Report(**{**found, "command": command, "layers": own.layers, "export": _without(own.export, names)})
+
+
+def _retold(text: str, own: Report, public: Report) -> str:
+    """Return a card with the public report's words in the place of those of its own."""
+    text = text.replace(own.command, public.command)
+    recipes = [yaml.safe_dump(each.recipe, sort_keys=False) for each in (own, public)]
+    text = text.replace(recipes[0], recipes[1])
+    told = {str(own.recipe[key]): str(value) for key, value in public.recipe.items()} | {own.model: public.model}
+    if "base" in own.totals:
+        told |= {own.totals["base"]["name"]: public.totals["base"]["name"]}
+    for place in sorted((each for each in told if each.startswith("/")), key=len, reverse=True):
+        text = text.replace(place, told[place])
+    return text
 
 
 def _without(value: Any, names: dict[str, str]) -> Any:

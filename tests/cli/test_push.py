@@ -71,7 +71,7 @@ class TestPush:
         assert (code, err) == (0, "")
         assert {line.split()[0] for line in out.splitlines() if line.startswith("  ")} == before.keys()
         anew = {line.split()[0] for line in out.splitlines() if line.endswith("made anew")}
-        assert anew == {"README.md", "SHA256SUMS", "eqft_init/adapter_config.json"}
+        assert anew == {"README.md", "SHA256SUMS", "eqft_init/adapter_config.json", "qinit.json"}
         base = json.loads(before["eqft_init/adapter_config.json"])["base_model_name_or_path"]
         assert f"eqft_init/adapter_config.json, base_model_name_or_path: {base} -> me/tiny" in out.splitlines()
         assert any(line.startswith("README.md, line 2: base_model: ") for line in out.splitlines())

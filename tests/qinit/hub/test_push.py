@@ -8,13 +8,14 @@ from qinit.errors import CheckpointError, HubError, QinitError, ReportError
 from qinit.files.manifest import MANIFEST_NAME, bytes_sum, read_manifest
 from qinit.hub.prepare import prepare
 from qinit.hub.push import open_target, push, require_ready
+from qinit.report.report import REPORT_NAME, Report
 from tests.helpers import contents, quantize
 from tests.hub_stand_in import READER, WRITER, Repository
 from tests.models import make_checkpoint
 
 REPO = "me/tiny"
 CONFIG, CARD = "eqft_init/adapter_config.json", "README.md"
-ANEW = {CONFIG, CARD, MANIFEST_NAME}
+ANEW = {CONFIG, CARD, MANIFEST_NAME, REPORT_NAME}
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def put_lines(hub):
 
 
 class TestWhatIsPushed:
-    def test_all_but_three_files_are_the_runs_own_and_the_run_stays_as_it_was(self, hub, run):
+    def test_all_but_four_files_are_the_runs_own_and_the_run_stays_as_it_was(self, hub, run):
         before = contents(run)
         pushed = send(run)
         assert contents(run) == before
@@ -99,8 +100,21 @@ class TestWhatIsPushed:
         assert (first.file, first.field, first.after) == (CONFIG, "base_model_name_or_path", REPO)
         assert lines[0].before.startswith("base_model: ")  # a directory, which is none on the Hub
         assert lines[0].after == ""
-        assert all(change.file == CARD for change in lines)
-        assert 'from_pretrained("me/tiny", ' in lines[1].after
+        assert {change.file for change in lines} == {CARD, REPORT_NAME}
+        assert any('from_pretrained("me/tiny", ' in line.after for line in lines)
+
+    def test_no_place_on_this_machine_is_pushed(self, hub, run):
+        model = Report.read(run).recipe["model"]
+        assert Path(model).is_absolute()
+        send(run)
+        there = hub.files(REPO)
+        for name in (CARD, REPORT_NAME, CONFIG):
+            assert str(Path(model).parent) not in there[name].decode()
+        pushed = json.loads(there[REPORT_NAME])
+        assert pushed["recipe"]["model"] == pushed["model"] == Path(model).name
+        assert f"`{Path(model).name}` quantized to" in there[CARD].decode()
+        ours = json.loads((run / REPORT_NAME).read_text())
+        assert {key for key in ours if ours[key] != pushed[key]} <= {"model", "recipe", "source", "command", "notes"}
 
     def test_where_links_cannot_be_made_files_are_copied(self, hub, run, monkeypatch):
         def refuse(*_, **__):
