@@ -60,7 +60,7 @@ def diagonal(metric: OutputMetric) -> OutputMetric:
 def a_share(share: float) -> dict[str, Any]:
     """Replaces `corrected` by one that makes good a share of the drift only."""
     whole = calibrated.corrected
-    return {"corrected": lambda weight, drift, factor: torch.lerp(weight, whole(weight, drift, factor), share)}
+    return {"corrected": lambda weight, drift, factor, _: torch.lerp(weight, whole(weight, drift, factor), share)}
 
 
 # name: row, rounds, mode, what is replaced in the solver, text

@@ -173,7 +173,7 @@ class Meter:
         if self.hessian is None or not bool(self.hessian.any()):
             return None
         drift = self._drift(layer.target.name, total)
-        return Statistics(self.hessian, total.magnitude, total.tokens, drift, mean=total.mean)
+        return Statistics(self.hessian, total.magnitude, total.tokens, drift, mean=total.mean, own=True)
 
     def _drift(self, name: str, total: _Means) -> torch.Tensor | None:
         if self.originals is None:

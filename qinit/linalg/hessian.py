@@ -18,16 +18,19 @@ ROWS = 1024  # of a matrix that are solved for at once
 Hessian = torch.Tensor | Callable[[], torch.Tensor]  # or what makes it anew, where nobody else needs it
 
 
-def corrected(weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def corrected(
+    weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return T = W + D (C C')^-1, D = E[d x'] [out, in] the `drift` at the layer's output, C [in, in] the Cholesky
     `factor` of the H that is rounded under: the least-squares weight that also makes good what the layers in front
     have left of their own error (as GPTAQ's asymmetric calibration, arXiv:2504.02692, equation 6, here for the
-    residual stream too), in so far as that H vouches for it."""
-    target = weight.clone()
+    residual stream too), in so far as that H vouches for it. T is put into `out`, which may be the drift."""
+    target = torch.empty_like(weight) if out is None else out
     for first in range(0, len(target), ROWS):
         rows = slice(first, first + ROWS)
         half = torch.linalg.solve_triangular(factor.T, drift[rows], upper=True, left=False)
-        target[rows] += torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+        half = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+        torch.add(half, weight[rows], out=target[rows])
     return target
 
 

@@ -12,6 +12,7 @@ import torch
 from qinit.grids import Quantized
 from qinit.linalg.hessian import Hessian, corrected, damped_cholesky, output_norm, without
 from qinit.linalg.low_rank import COLD_STEPS, Approximation, LowRank, output_subspace, random_basis
+from qinit.machine import CPU
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
 
@@ -49,7 +50,8 @@ def _alternate(
     target, factor = weight, None
     if statistics.drift is not None:
         factor = damped_cholesky(hessian, DAMPING)
-        target = corrected(weight, statistics.drift, factor)
+        room = statistics.drift if statistics.own and weight.device == CPU else None
+        target = corrected(weight, statistics.drift, factor, room)
     basis = random_basis(weight.shape[1], spec.rank, seed, weight.device)
     asked: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "search": method.search}
     options = {**asked, "damp": DAMPING, "act_order": method.act_order}

@@ -20,6 +20,8 @@ class Statistics:
     drift [out, in]: E[d x'], with d the difference at the layer's output between the original model and the
     repaired one if this layer kept its weight: what is still to be made good. None: nothing upstream has changed.
     fisher [out, in]: mean squared gradient of the loss, where the method asks for it.
+    own: the drift is for one solve alone, which may put something else in its place; on a CPU, as on another device a
+    solve that has no room is tried again.
     output_metric: the metric of errors at the layer's output, where the method asks for it. None: all count alike.
     """
 
@@ -31,3 +33,4 @@ class Statistics:
     output_metric: OutputMetric | None = None
     shared: int = 0
     mean: torch.Tensor | None = None
+    own: bool = False

@@ -213,6 +213,14 @@ class TestDrift:
             outputs[statistics.drift is None] = output_norm(self.weight + self.shift - found, H)
         assert outputs[False] < 0.55 * outputs[True]
 
+    def test_one_that_is_for_this_solve_alone_gives_its_memory(self):
+        kept, given = self.drifting(), self.drifting()
+        before = kept.drift.clone()
+        solutions = [solve(self.weight, spec(), statistics=s) for s in (kept, replace(given, own=True))]
+        assert all(torch.equal(a, b) for a, b in zip(*map(all_parts, solutions), strict=True))
+        assert torch.equal(kept.drift, before)
+        assert not torch.equal(given.drift, before)
+
     def test_the_weight_is_left_alone(self):
         kept = self.weight.clone()
         solve(self.weight, spec(), statistics=self.drifting())
