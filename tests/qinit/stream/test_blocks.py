@@ -3,6 +3,7 @@ import torch
 
 from qinit.calibration.walk import Walk
 from qinit.errors import CheckpointError
+from qinit.stream import stored
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
 from tests.helpers import calibrated_plan, edit_config, edit_tensors, padded, quantize, random_samples
@@ -44,6 +45,35 @@ def test_block_by_block_the_hidden_states_are_those_of_the_whole_model(family, d
                 found, wanted = found[samples.mask], wanted[samples.mask]
             assert_close(found, wanted, 1e-4)
     assert on_meta(blocks.model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", STREAMABLE)
+def test_large_embeddings_and_heads_stay_as_they_are_stored_and_change_nothing(family, tied, tmp_path, monkeypatch):
+    plan = calibrated_plan(make_checkpoint(tmp_path / family, family, "bfloat16", tie_word_embeddings=tied))
+    samples, found = random_samples(3), []
+    for large in (1, 10**9):
+        monkeypatch.setattr(stored, "LARGE", large)
+        blocks = Blocks.of(plan, CPU)
+        row = blocks.rows[0]
+        with torch.no_grad(), blocks.surroundings(head=True) as held:
+            start = row.start(samples.tokens, None)
+            try:
+                logits = blocks.after(samples.tokens, None, [start.hidden]).logits
+            except NotStreamable:  # an encoder-decoder, which needs its decoder's states too
+                logits = None
+            found.append((start.hidden, logits, {each.dtype for each in held.values()}))
+        row.unload(0)  # T5's is run for what it gives the others
+        assert on_meta(blocks.model)
+    (hidden, logits, dtypes), (wanted, expected, others) = found
+    assert others == {torch.float32}
+    assert dtypes <= {torch.float32, torch.bfloat16}
+    assert torch.equal(hidden, wanted)
+    assert (logits is None) == (expected is None)
+    if logits is not None:
+        assert_close(logits, expected, 1e-5)
+    if family in ("llama", "mixtral", "opt", "gpt2"):
+        assert torch.bfloat16 in dtypes
 
 
 def test_blocks_that_give_a_list_are_run_on_from_too(tmp_path):
