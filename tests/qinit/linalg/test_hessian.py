@@ -86,6 +86,22 @@ class TestDamping:
         factor = damped_cholesky(torch.diag(diagonal), 0.01)
         torch.testing.assert_close(factor.square(), torch.diag(diagonal + needed), rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("eigenvalue", [1.0, -0.5])
+    def test_what_a_function_makes_is_overwritten_and_a_matrix_is_kept(self, eigenvalue):
+        hessian = correlated(24)
+        hessian[3, 3] = eigenvalue * float(hessian.diagonal().mean())
+        kept, made = hessian.clone(), []
+
+        def make():
+            made.append(hessian.T.clone().T)  # its columns side by side
+            return made[-1]
+
+        factor = damped_cholesky(make, 0.01)
+        assert factor.data_ptr() == made[-1].data_ptr()
+        assert len(made) == (1 if eigenvalue > 0 else 3)  # at .01, .1, 1
+        assert torch.equal(factor, damped_cholesky(hessian, 0.01))
+        assert torch.equal(hessian, kept)
+
     def test_no_damping_is_an_honest_start(self):
         factor = damped_cholesky(torch.diag(torch.tensor([1.0, 2.0, 0.0])), 0.0)
         torch.testing.assert_close(factor.square().diagonal(), torch.tensor([1.0, 2.0, 0.0]) + 1e-4)
