@@ -143,7 +143,7 @@ def _compared(options: dict[str, Any], processes: Processes) -> bool:
         carry_out(schedule, lambda event: None, processes=processes)
         return False
     # Files by their names alone: the result is for others.
-    command = typed([Path(word).name if "/" in word and Path(word).exists() else word for word in sys.argv[1:]])
+    command = typed([_named(word) for word in sys.argv[1:]])
     write_result(comparison.out, result(comparison, schedule.found, command))
     try:
         with board.progress(schedule) as tell:
@@ -244,6 +244,12 @@ def _texts(
         raise CompareError("--train-text: there is nothing to train; give --finetune STEPS")
     found = tokenized(checkpoint, [*texts, *learning])
     return found[:count], Tokens.joined(found[count:]) if learning else None
+
+
+def _named(word: str) -> str:
+    """Return a word of the command as tables repeat it: of a place on this machine the last name."""
+    path = Path(word)
+    return path.name if "/" in word and (path.is_absolute() or path.exists()) else word
 
 
 def _training_split(source: str) -> str:
