@@ -78,7 +78,9 @@ def test_nf4_is_what_bitsandbytes_dequantizes(nested, tmp_path):
     packed, state = functional.quantize_4bit(WEIGHT.bfloat16(), quant_type="nf4", compress_statistics=nested)
     parts = {"weight": packed} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
     parts = {name.replace("weight.weight.", "weight."): value for name, value in parts.items()}
-    expected = functional.dequantize_4bit(packed, state).float()
+    # As one row: with AVX-512, 0.50.2 takes a wrong scale where a block of 64 goes on in the next row.
+    state.shape = torch.Size((1, WEIGHT.numel()))
+    expected = functional.dequantize_4bit(packed, state).float().view_as(WEIGHT)
     assert torch.equal(read("bitsandbytes", parts, tmp_path), expected)
 
 
