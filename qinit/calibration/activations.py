@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from qinit.calibration.experts import listening, parameters_of
 from qinit.errors import CalibrationError
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.stream.calls import Call, Stop
+from qinit.stream.rows import frozen
 from qinit.text.samples import Samples
 
 # Of the widest activation of one batch. What is larger than the 32 MB that glibc keeps is given back and asked for anew
@@ -74,6 +76,15 @@ def put_weight(root: nn.Module, inner: str, layer: LayerPlan, weight: torch.Tens
         return
     linear: Any = root.get_submodule(inner)
     linear.weight.data = oriented(weight, layer)
+
+
+def repairable(module: nn.Module, prefix: str, layers: Iterable[LayerPlan]) -> nn.Module:
+    """Return a copy of a block, whose names begin with `prefix`, that has the weights in common until `put_weight` puts
+    another in the place of one; not those of experts, which are written into one by one."""
+    parts = {layer.target.module.parameter for layer in layers if layer.target.module.expert is not None}
+    named = module.named_parameters()
+    shared = {id(parameter): frozen(parameter.data) for name, parameter in named if prefix + name not in parts}
+    return copy.deepcopy(module, shared)
 
 
 def oriented(weight: torch.Tensor, layer: LayerPlan) -> torch.Tensor:

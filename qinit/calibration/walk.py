@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
@@ -17,6 +16,7 @@ from qinit.calibration.activations import (
     caught,
     caught_at,
     put_weight,
+    repairable,
     require_finite_input,
     rows_of,
     unpadded,
@@ -36,7 +36,7 @@ from qinit.plan.plan import LayerPlan, Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.stream.blocks import Blocks
 from qinit.stream.carried import Batch
-from qinit.stream.rows import Row, clear, frozen
+from qinit.stream.rows import Row, clear
 from qinit.text.samples import Portion, Samples
 
 
@@ -114,7 +114,9 @@ class Walk:
             with section("reading"):
                 module = row.load(index)
             states.index = index
-            block = OpenBlock(self, module, self._copy(module, row.prefix(index)) if self.sequential else None, states)
+            layers = self.layers.values()
+            repaired = repairable(module, row.prefix(index), layers) if self.sequential else None
+            block = OpenBlock(self, module, repaired, states)
             try:
                 if block.names:
                     yield block
@@ -133,18 +135,6 @@ class Walk:
         with closing(iter(self)) as blocks:
             for block in blocks:
                 yield from block.visit()
-
-    def _copy(self, module: nn.Module, prefix: str) -> nn.Module:
-        """Return a copy of a block that has the weights in common until one is repaired; not those of experts, which
-        are written into one by one."""
-        modules = [layer.target.module for layer in self.layers.values()]
-        parts = {module.parameter for module in modules if module.expert is not None}
-        shared = {
-            id(parameter): frozen(parameter.data)
-            for name, parameter in module.named_parameters()
-            if prefix + name not in parts
-        }
-        return copy.deepcopy(module, shared)
 
     def _names(self, row: Row, index: int) -> list[str]:
         return [name for name in self.layers if name.startswith(row.prefix(index))]
@@ -346,8 +336,7 @@ class OpenBlock:
         needed = {self._inner(layer.target.module.parameter) for layer in layers}
         for module in (self.module, self.repaired):
             assert module is not None
-            for name in [name for name, _ in module.named_parameters() if name not in needed]:
-                clear(module, name)
+            clear(module, needed)
 
     def _gap(
         self, group: Group, batch: Batch, x: torch.Tensor, start: torch.Tensor | None, end: torch.Tensor | None
@@ -395,7 +384,7 @@ class OpenBlock:
                 assert walk.weight_of is not None
                 self.repair(layer, walk.weight_of(layer))
         for layer in left:
-            measured = _nothing if meter is None else partial(meter.statistics, layer)
+            measured = (lambda: None) if meter is None else partial(meter.statistics, layer)
             repair = self.repair if walk.sequential else None
             yield Seen(layer, self._weight(layer), measured, repair, last=layer is left[-1])
 
@@ -408,7 +397,3 @@ class OpenBlock:
 
     def _inner(self, name: str) -> str:
         return name.removeprefix(self.prefix)
-
-
-def _nothing() -> None:
-    """What a layer has seen that the text never reached."""

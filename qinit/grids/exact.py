@@ -23,8 +23,6 @@ class ExactGrid(Grid):
         search: str,
         previous: Quantized | None = None,
     ) -> tuple[Quantized, torch.Tensor]:
-        if target is weight:  # for good: neither is changed after it, and nothing is left of it
-            return Quantized(bits, group_size, target, target.new_empty(len(target), 0)), _nothing_of(target)
         return Quantized(bits, group_size, target.clone(), target.new_empty(len(target), 0)), weight - target
 
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
@@ -51,8 +49,3 @@ class GivenGrid(ExactGrid):
         previous: Quantized | None = None,
     ) -> tuple[Quantized, torch.Tensor]:
         return Quantized(bits, group_size, self.given, weight.new_empty(len(weight), 0)), weight - self.given
-
-
-def _nothing_of(matrix: torch.Tensor) -> torch.Tensor:
-    """Return zeros of its shape that take no memory."""
-    return matrix.new_zeros(()).expand_as(matrix)

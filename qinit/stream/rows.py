@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -225,8 +225,7 @@ class Row:
 
     def unload(self, index: int) -> None:
         """Give a block's memory back."""
-        for name, _ in list(self.blocks[index].named_parameters()):
-            clear(self.blocks[index], name)
+        clear(self.blocks[index])
 
 
 def put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -235,9 +234,11 @@ def put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(root.get_submodule(parent), last, parameter)
 
 
-def clear(root: nn.Module, name: str) -> None:
-    """Give the memory of a parameter back, by its dotted name."""
-    put(root, name, frozen(torch.empty_like(root.get_parameter(name), device="meta")))
+def clear(root: nn.Module, needed: Collection[str] = ()) -> None:
+    """Give the memory of all parameters back but that of those `needed`, by their dotted names."""
+    for name, parameter in list(root.named_parameters()):
+        if name not in needed:
+            put(root, name, frozen(torch.empty_like(parameter, device="meta")))
 
 
 def frozen(value: torch.Tensor) -> nn.Parameter:

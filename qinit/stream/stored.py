@@ -29,12 +29,13 @@ def computing_in_float32(model: nn.Module, device: torch.device) -> Iterator[Non
     """Have the modules of `model` whose large weights are in 16 bits compute as in float32; a model that asks for its
     own type, or its place, learns float32 and the `device`."""
     held = [module for module in model.modules() if can_be_held(module) and _in_halves(module)]
-    owners = [module for module in model.modules() if isinstance(getattr(type(module), "dtype", None), property)]
+    asked = (module for module in model.modules() if isinstance(getattr(type(module), "dtype", None), property))
+    owners = list(asked) if held else []
     try:
         for module in held:
             forward: Any = _looked_up if isinstance(module, nn.Embedding) else _multiplied
             module.forward = partial(forward, module)  # type: ignore[method-assign]
-        for owner in owners if held else ():
+        for owner in owners:
             owner.register_parameter(ANCHOR, nn.Parameter(torch.empty(0, device=device), requires_grad=False))
         yield
     finally:

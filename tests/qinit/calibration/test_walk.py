@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qinit.calibration import walk as module
+from qinit.calibration.activations import repairable
 from qinit.calibration.walk import OpenBlock, Seen, Walk
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
@@ -246,7 +247,7 @@ class TestMemory:
         (row,) = walked.rows
         original, states = row.load(0), SimpleNamespace(row=row, index=0, first=0)
         walked.directory = tmp_path
-        block = OpenBlock(walked, original, walked._copy(original, row.prefix(0)), states)
+        block = OpenBlock(walked, original, repairable(original, row.prefix(0), walked.layers.values()), states)
         kept = {name: parameter.clone() for name, parameter in original.named_parameters()}
         repaired = [layer for name, layer in walked.layers.items() if name in block.names][:2]
         for layer in repaired:
