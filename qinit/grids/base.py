@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from qinit.errors import QinitError
-from qinit.linalg.hessian import Hessian
+from qinit.linalg.hessian import ALL, Hessian
 
 DAMPING = 0.01  # of H's mean diagonal, as GPTQ's
 
@@ -26,6 +27,15 @@ class Quantized:
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
+
+    def rows(self, part: slice) -> Quantized:
+        """Return these rows of it, in the same memory."""
+        zeros = None if self.zeros is None else self.zeros[part]
+        return replace(self, codes=self.codes[part], scales=self.scales[part], zeros=zeros)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.codes, self.scales, *([] if self.zeros is None else [self.zeros])]
 
 
 class Grid(ABC):
@@ -74,19 +84,29 @@ class Grid(ABC):
         act_order: bool = False,
         factor: torch.Tensor | None = None,
         in_place: bool = False,
+        shards: Sequence[slice] = (ALL,),
     ) -> tuple[Quantized, torch.Tensor]:
         """Round `target` X [out, in] with error feedback under `hessian` H [in, in], so that tr(E H E') gets small; a
         function that makes H spares a copy of it. Returns Q and the residual E = X - Q.
 
         H is damped by `damp` times its mean diagonal; `factor` [in, in] is the Cholesky factor of that, where it is at
         hand, and may be overwritten; so may `target`, where E may take its place (`in_place`). With `act_order` the
-        inputs are taken by falling H_kk.
+        inputs are taken by falling H_kk. Of the rows only these `shards` are rounded, one after the other; what Q and
+        E have in others means nothing.
         Raises QinitError for a grid that rounds to nearest only.
         """
         raise self._nearest_only()
 
-    def descend(self, quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:
-        """Lower tr(E H E') by coordinate descent on codes and scales, in place; `residual` is E = X - Q [out, in].
+    def descend(
+        self,
+        quantized: Quantized,
+        residual: torch.Tensor,
+        hessian: torch.Tensor,
+        passes: int = 1,
+        shards: Sequence[slice] = (ALL,),
+    ) -> None:
+        """Lower tr(E H E') by coordinate descent on codes and scales, in place; `residual` is E = X - Q [out, in]. Of
+        the rows only these `shards` are looked at.
         Raises QinitError for a grid that rounds to nearest only."""
         raise self._nearest_only()
 

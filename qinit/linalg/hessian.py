@@ -14,24 +14,36 @@ WORST_DAMPING = 10.0
 NARROWEST = 256  # columns of a symmetric matrix that are computed at once, at least
 MOST_CHUNKS = 8  # into which they are cut
 ROWS = 1024  # of a matrix that are solved for at once
+ALL = slice(None)
 
 Hessian = torch.Tensor | Callable[[], torch.Tensor]  # or what makes it anew, where nobody else needs it
 
 
 def corrected(
-    weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor, out: torch.Tensor | None = None
+    weight: torch.Tensor,
+    drift: torch.Tensor,
+    factor: torch.Tensor,
+    out: torch.Tensor | None = None,
+    shards: Sequence[slice] = (ALL,),
 ) -> torch.Tensor:
     """Return T = W + D (C C')^-1, D = E[d x'] [out, in] the `drift` at the layer's output, C [in, in] the Cholesky
     `factor` of the H that is rounded under: the least-squares weight that also makes good what the layers in front
     have left of their own error (as GPTAQ's asymmetric calibration, arXiv:2504.02692, equation 6, here for the
-    residual stream too), in so far as that H vouches for it. T is put into `out`, which may be the drift."""
+    residual stream too), in so far as that H vouches for it. T is put into `out`, which may be the drift; of its rows
+    only these `shards` are made."""
     target = torch.empty_like(weight) if out is None else out
-    for first in range(0, len(target), ROWS):
-        rows = slice(first, first + ROWS)
+    for rows in (part for shard in shards for part in _pieces(shard, len(target))):
         half = torch.linalg.solve_triangular(factor.T, drift[rows], upper=True, left=False)
         half = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
         torch.add(half, weight[rows], out=target[rows])
     return target
+
+
+def _pieces(shard: slice, count: int) -> Iterator[slice]:
+    """Cut rows, of so many, into pieces of ROWS."""
+    start, stop, _ = shard.indices(count)
+    for first in range(start, stop, ROWS):
+        yield slice(first, min(first + ROWS, stop))
 
 
 def output_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -88,6 +88,15 @@ class Processes:
             for tensor in tensors:
                 dist.broadcast(tensor, last, group=self._group(tensor))
 
+    def spread(self, tensors: Sequence[torch.Tensor], owners: Sequence[int], what: str) -> None:
+        """Give each tensor, in place, what it is in the process that owns it."""
+        if not self.several:
+            return
+        self._meet(what)
+        with _connected(self):
+            for tensor, owner in zip(tensors, owners, strict=True):
+                dist.broadcast(tensor, owner, group=self._group(tensor))
+
     def meet(self, what: str) -> None:
         """Wait until all processes are here. Raises the error of one that has failed."""
         if self.several:

@@ -17,7 +17,7 @@ from qinit.errors import CalibrationError, ProcessesError
 from qinit.events import Done, Event, Noted
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import LayerPlan, few_tokens
-from qinit.processes.group import ALONE
+from qinit.processes.group import ALONE, Processes
 from qinit.runner.dealt import Solved, solve_together
 from qinit.runner.given import read_given
 from qinit.runner.job import Job
@@ -145,8 +145,10 @@ def _solve_whole(job: Job, model: WholeModel, metrics: dict[str, OutputMetric]) 
     job.store.rows.update(job.processes.from_first(lambda: job.store.rows, "what is finished"))
 
 
-def _solved(job: Job, metrics: dict[str, OutputMetric], seen: dict[str, Seen], layer: LayerPlan) -> Solved:
-    """Solve a layer by what it has seen."""
+def _solved(
+    job: Job, metrics: dict[str, OutputMetric], seen: dict[str, Seen], layer: LayerPlan, processes: Processes
+) -> Solved:
+    """Solve a layer by what it has seen; several processes share its rows."""
     one = seen[layer.target.name]
     statistics = one.statistics
     if statistics is not None:
@@ -154,7 +156,8 @@ def _solved(job: Job, metrics: dict[str, OutputMetric], seen: dict[str, Seen], l
 
     def solve(device: torch.device) -> Solved:
         weight = one.weight.to(device)
-        return solve_layer(job.plan, layer, weight, moved(statistics, device), read_given(job.store, layer, weight))
+        given = read_given(job.store, layer, weight)
+        return solve_layer(job.plan, layer, weight, moved(statistics, device), given, processes=processes)
 
     return on_device_or_host(job, layer.target.name, solve)
 

@@ -8,8 +8,10 @@ from itertools import zip_longest
 import torch
 
 from qinit.events import Done, Event, Working
+from qinit.machine import CPU
 from qinit.plan.plan import LayerPlan
 from qinit.processes.deal import deal, rounds
+from qinit.processes.group import ALONE, Processes
 from qinit.report.report import LayerRow
 from qinit.runner.given import read_given
 from qinit.runner.job import Job
@@ -23,17 +25,20 @@ Solved = tuple[dict[str, torch.Tensor], LayerRow]
 
 
 def solve_together(
-    job: Job, layers: Sequence[LayerPlan], solve: Callable[[LayerPlan], Solved]
+    job: Job, layers: Sequence[LayerPlan], solve: Callable[[LayerPlan, Processes], Solved]
 ) -> Generator[Event, None, list[Solved]]:
-    """Solve layers that do not depend on each other, each by one process; all are given all that comes of it, in the
-    layers' order."""
+    """Solve layers that do not depend on each other, each by one process, or one by all where there is no other for
+    these to do; all are given all that comes of it, in the layers' order. `solve` is told who does it."""
+    if len(layers) == 1 and job.plan.recipe.row.solver == "calibrated" and job.device == CPU:
+        yield Working(layers[0].target.tensor.name, layers[0].target.nbytes)
+        return [solve(layers[0], job.processes)]
     sizes = [layer.weights for layer in layers]
     owners = deal(sizes, job.processes.count)
     own: dict[int, Solved] = {}
     for number, (layer, owner) in enumerate(zip(layers, owners, strict=True)):
         if owner == job.processes.rank:
             yield Working(layer.target.tensor.name, layer.target.nbytes)
-            own[number] = solve(layer)
+            own[number] = solve(layer, ALONE)
     shares = job.processes.gather(own, "solved layers")
     return [shares[owner][number] for number, owner in enumerate(owners)]
 

@@ -10,6 +10,7 @@ import torch
 from qinit.clock import counted
 from qinit.formats import FORMATS
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.processes.group import ALONE, Processes
 from qinit.report.report import LayerRow
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
@@ -35,11 +36,13 @@ def solve_layer(
     statistics: Statistics | None,
     given: torch.Tensor | None = None,
     gradient: Gradient | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, torch.Tensor], LayerRow]:
     """Solve a layer from its weight W [out, in], float32, and what it has seen (None: nothing); return its tensors, of
     base and adapter by name, on the CPU, and its row. Without a weight the layer is kept, and only gets an adapter.
     With `given`, Q [out, in] of a base that is there, or of a layer that is kept, no tensors of a base are made. The
-    `gradient` is that of the weight, for a method that needs it.
+    `gradient` is that of the weight, for a method that needs it. Several `processes` call it all for the same layer,
+    and share its rows.
 
     It depends on its arguments alone and changes nothing, so it can be carried out by another process.
     Raises CheckpointError for a weight that cannot be decomposed.
@@ -51,7 +54,7 @@ def solve_layer(
     if weight is not None:
         without_data = recipe.calibrated and statistics is None and gradient is None
         spec = plan.data_free_spec(layer) if without_data else plan.layer_spec(layer)
-        spec = replace(spec, given=given, gradient=gradient)
+        spec = replace(spec, given=given, gradient=gradient, processes=processes)
         try:
             solution = solve(weight, spec, seed, statistics)
         except torch.linalg.LinAlgError as error:

@@ -13,6 +13,7 @@ from qinit.grids import Quantized
 from qinit.linalg.hessian import Hessian, corrected, damped_cholesky, output_norm, without
 from qinit.linalg.low_rank import COLD_STEPS, Approximation, LowRank, output_subspace, random_basis
 from qinit.machine import CPU
+from qinit.processes.rows import Rows
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
 
@@ -37,6 +38,7 @@ def alternate(
     `Method.low_rank_first` says so): L is fitted to T, and the rest rounded under that part of H, once. The rounds that
     remain sweep over codes and scales under it, which raises no error, and every round fits L again. Returns Q, L
     (fitted to Q as stored) and the error after each round relative to tr(T H T'), measured on TRACE_ROWS rows.
+    Where the specification has several processes, all of them call it with the same, and each rounds some of the rows.
     """
     with stable_hessian(statistics) as hessian:
         return _alternate(weight, spec, statistics, hessian, seed)
@@ -47,11 +49,13 @@ def _alternate(
 ) -> tuple[Quantized, Approximation, tuple[float, ...]]:
     """Do it under the stable H."""
     method, grid = spec.method, spec.grid
+    rows = Rows(len(weight), weight.device, spec.processes)
     target, factor = weight, None
     if statistics.drift is not None:
         factor = damped_cholesky(hessian, DAMPING)
         room = statistics.drift if statistics.own and weight.device == CPU else None
-        target = corrected(weight, statistics.drift, factor, room)
+        target = corrected(weight, statistics.drift, factor, room, rows.own)
+        rows.complete(target)
     basis = random_basis(weight.shape[1], spec.rank, seed, weight.device)
     asked: dict[str, Any] = {"bits": spec.bits, "group_size": spec.group_size, "search": method.search}
     options = {**asked, "damp": DAMPING, "act_order": method.act_order}
@@ -79,11 +83,12 @@ def _alternate(
             if quantized is None or round_number < roundings:
                 quantized = None  # the one before is not needed
                 options |= {"factor": factor, "in_place": rest is not target}
-                quantized, residual = grid.round_gptq(rest, seen, **options)
+                quantized, residual = grid.round_gptq(rest, seen, shards=rows.own, **options)
                 options["factor"] = factor = None
             else:
                 residual = rest.sub_(grid.dequantize(quantized))
-                grid.descend(quantized, residual, seen() if callable(seen) else seen, method.passes)
+                grid.descend(quantized, residual, seen() if callable(seen) else seen, method.passes, rows.own)
+            rows.complete(residual, *quantized.tensors)
             if factors is not None:
                 residual.addmm_(factors.B, factors.A)
         if spec.storage not in (None, torch.float32):

@@ -9,6 +9,7 @@ import torch
 
 from qinit.grids import GRIDS, GivenGrid, Grid, Quantized
 from qinit.linalg.low_rank import LowRank
+from qinit.processes.group import ALONE, Processes
 from qinit.solver.methods import Method
 
 
@@ -27,7 +28,8 @@ class LayerSpec:
     """What to do with one matrix. `storage` is the dtype that Q will be rounded to when it is stored
     unpacked (None: stored as codes, nothing is lost). `given` is Q itself [out, in], float32, where a base that exists
     has it. Of starts alone: `scale` is s of Q + s B A, `niter` how many power iterations take the place of a full
-    decomposition, `gradient` that of the weight."""
+    decomposition, `gradient` that of the weight. `processes`: those that solve this one matrix together, if its method
+    can be carried out row by row."""
 
     method: Method
     bits: int
@@ -39,6 +41,7 @@ class LayerSpec:
     scale: float = 1.0
     niter: int | None = None
     gradient: Gradient | None = None
+    processes: Processes = ALONE
 
     @property
     def grid(self) -> Grid:

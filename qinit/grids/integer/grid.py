@@ -53,8 +53,8 @@ class IntegerGrid(Grid):
     def round_gptq(self, target: torch.Tensor, hessian: Hessian, **options: Any) -> tuple[Quantized, torch.Tensor]:
         return round_gptq(target, hessian, symmetric=self.symmetric, **options)
 
-    def descend(self, quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:
-        descend(quantized, residual, hessian, passes)
+    def descend(self, quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, *options: Any) -> None:
+        descend(quantized, residual, hessian, *options)
 
 
 class SymmetricGrid(IntegerGrid):

@@ -6,6 +6,7 @@ independent; columns go block by block, so that all but the work inside a block 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios, zero_points
 from qinit.grids.integer.kernels import kernels_for
 from qinit.grids.integer.rounding_torch import fit_weighted
 from qinit.linalg.chunks import row_chunks
-from qinit.linalg.hessian import Hessian, damped_cholesky
+from qinit.linalg.hessian import ALL, Hessian, damped_cholesky
 
 BLOCK = 128  # columns, or one group if that is more
 
@@ -33,6 +34,7 @@ def round_gptq(
     factor: torch.Tensor | None = None,
     in_place: bool = False,
     symmetric: bool = False,
+    shards: Sequence[slice] = (ALL,),
 ) -> tuple[Quantized, torch.Tensor]:
     """Round `target` X [out, in] with error feedback under `hessian` [in, in], or what a function makes, which spares a
     copy; return Q and the residual X - Q.
@@ -44,6 +46,7 @@ def round_gptq(
     `act_order` columns are taken by falling H_kk, and scales are found beforehand, weighted by the diagonal of H.
     With `symmetric`, zero points are the two about the middle. `factor` [in, in] is `damped_cholesky` of the same,
     where it is at hand: overwritten, or not used with `act_order`. `in_place`, the residual takes the target's place.
+    Of the rows only these `shards` are rounded, one after the other.
     Raises QinitError if no damping makes H positive definite.
     """
     columns = target.shape[1]
@@ -64,12 +67,13 @@ def round_gptq(
     residual = x if in_place else torch.empty_like(x)  # a column of x is not read again once it is rounded
     step = kernels_for(target.device).feed_back_block
     for part in reversed(column_blocks(columns, group_size)):
-        moved = x[:, part].clone(memory_format=torch.contiguous_format)  # a view of it all would be x itself
-        if part.stop < columns:
-            moved = torch.addmm(moved, residual[:, part.stop :], feedback[part.stop :, part])
         block = Block(part, 2**bits - 1, group_size, ratios, refinements, zero_range)
         weights, own = conditional[part] / conditional[part].mean(), feedback[part, part].contiguous()
-        step(block, quantized, x, moved, residual, own, weights, group_of[part])
+        for rows in shards:
+            moved = x[rows, part].clone(memory_format=torch.contiguous_format)  # a view of it all would be x itself
+            if part.stop < columns:
+                moved = torch.addmm(moved, residual[rows, part.stop :], feedback[part.stop :, part])
+            step(block, quantized.rows(rows), x[rows], moved, residual[rows], own, weights, group_of[part])
     if order is not None:
         back = torch.argsort(order)
         quantized = replace(quantized, codes=quantized.codes[:, back].contiguous())
@@ -77,17 +81,24 @@ def round_gptq(
     return quantized, residual
 
 
-def descend(quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:
+def descend(
+    quantized: Quantized,
+    residual: torch.Tensor,
+    hessian: torch.Tensor,
+    passes: int = 1,
+    shards: Sequence[slice] = (ALL,),
+) -> None:
     """One sweep of coordinate descent on tr(E H E'), in place; `residual` is E = X - Q [out, in].
 
     Block by block, with so many `passes` over each: every code goes to its best value, all others held; after a group's
-    codes, its scale does. Neither step raises the error.
+    codes, its scale does. Neither step raises the error. Of the rows only these `shards` are looked at.
     """
     step = kernels_for(residual.device).descend_block
     for part in column_blocks(residual.shape[1], quantized.group_size):
-        gradient = residual @ hessian[:, part]
-        block = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0)
-        step(block, quantized, gradient, residual, hessian[part, part].contiguous(), passes)
+        block, own = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0), hessian[part, part]
+        for rows in shards:
+            gradient = residual[rows] @ hessian[:, part]
+            step(block, quantized.rows(rows), gradient, residual[rows], own.contiguous(), passes)
 
 
 def column_blocks(columns: int, group_size: int) -> list[slice]:

@@ -10,22 +10,31 @@ def all_calls(processes):
     tensor = torch.full((3,), 10.0 * processes.rank if processes.rank else 1.0)
     own = processes.rank + 1.0
     processes.chain([tensor], lambda place: tensor.add_(own), "a chain")
+    spread = torch.full((2, 2), processes.rank)
+    processes.spread(list(spread), [0, processes.count - 1], "rows")
     return (
         processes.gather(processes.rank, "ranks"),
         processes.to_first(processes.rank, "to the first"),
         processes.from_first(lambda: ("from", processes.rank), "from the first"),
         tensor.tolist(),
+        spread.tolist(),
     )
 
 
 def test_each_is_told_the_same():
     first, *others = together(3, all_calls)
-    assert first == ([0, 1, 2], [0, 1, 2], ("from", 0), [6.0] * 3)  # 1, and 2 and 3 of those behind it
-    assert others == [([0, 1, 2], [], ("from", 0), [6.0] * 3)] * 2
+    assert first == (
+        [0, 1, 2],
+        [0, 1, 2],
+        ("from", 0),
+        [6.0] * 3,
+        [[0, 0], [2, 2]],
+    )  # 1, and 2 and 3 of those behind it
+    assert others == [([0, 1, 2], [], ("from", 0), [6.0] * 3, [[0, 0], [2, 2]])] * 2
 
 
 def test_one_alone_tells_itself():
-    assert all_calls(ALONE) == ([0], [0], ("from", 0), [1.0] * 3)
+    assert all_calls(ALONE) == ([0], [0], ("from", 0), [1.0] * 3, [[0, 0], [0, 0]])
 
 
 def test_an_error_of_one_is_that_of_all_with_its_notes():

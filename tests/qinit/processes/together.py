@@ -1,11 +1,13 @@
-"""A function carried out by several processes that talk to each other, forked from this one."""
+"""A function carried out by several processes that talk to each other, forked from this one, or by threads."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 
@@ -42,3 +44,24 @@ def _child(rank: int, count: int, port: int, do: Callable[[Any], Any], queue: An
         queue.put((rank, error))
         queue.close()
         queue.join_thread()
+
+
+class Threads:
+    """Stands for the Processes of threads, where what they do cannot be forked: they share rows, nothing else."""
+
+    def __init__(self, rank: int, count: int, met: threading.Barrier, given: dict[int, Any]) -> None:
+        self.rank, self.count, self.several, self._met, self._given = rank, count, True, met, given
+
+    def spread(self, tensors: Sequence[Any], owners: Sequence[int], what: str) -> None:
+        self._given[self.rank] = tensors
+        self._met.wait(60)
+        for place, (tensor, owner) in enumerate(zip(tensors, owners, strict=True)):
+            tensor.copy_(self._given[owner][place])
+        self._met.wait(60)
+
+
+def in_threads(count: int, do: Callable[[Any], Any]) -> list[Any]:
+    """Call `do` with the Threads of `count` threads; return what each returned."""
+    met, given = threading.Barrier(count), {}
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda rank: do(Threads(rank, count, met, given)), range(count)))

@@ -8,6 +8,8 @@ import torch
 from qinit.errors import QinitError
 from qinit.grids import IntegerGrid
 from qinit.linalg.hessian import corrected, damped_cholesky, output_norm
+from qinit.processes.group import ALONE
+from qinit.processes.rows import LEAST_ROWS
 from qinit.solver.calibrated import DAMPING, FLOOR, SHRINKAGE, TOKENS_PER_INPUT, alternate, stable_hessian
 from qinit.solver.methods import METHODS, get_method
 from qinit.solver.residual import as_loaded
@@ -15,6 +17,7 @@ from qinit.solver.solve import solve
 from qinit.solver.spec import LayerSpec
 from qinit.solver.statistics import Statistics
 from tests.helpers import gauss, most_allocated
+from tests.qinit.processes.together import in_threads
 
 ROW = get_method("eqft", calibrated=True)
 
@@ -332,6 +335,28 @@ def test_the_statistics_are_what_they_were_whatever_happens(fails, monkeypatch):
     with pytest.raises(ZeroDivisionError) if fails else nullcontext():
         solve(gauss(48, 96, scale=0.02), spec(), statistics=statistics)
     assert torch.equal(statistics.hessian, kept)
+
+
+@pytest.mark.parametrize(
+    ("start", "rounds", "storage"), [("quantize", 4, None), ("low-rank", 3, None), ("either", 3, torch.bfloat16)]
+)
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_rows_of_a_layer_are_shared(start, rounds, storage, count):
+    weight = gauss(2 * LEAST_ROWS + 40, 96)
+    seen = measured(96)
+    drift = 0.1 * gauss(len(weight), 96, seed=1) @ seen.hessian
+    asked = spec(start=start, iterations=rounds, storage=storage)
+
+    def do(processes):
+        statistics = replace(seen, hessian=seen.hessian.clone(), drift=drift)
+        quantized, approximation, trace = alternate(weight, replace(asked, processes=processes), statistics, seed=0)
+        parts = *quantized.tensors, approximation.factors.B, approximation.factors.A
+        return parts, trace
+
+    alone = do(ALONE)
+    for parts, trace in in_threads(count, do):
+        assert trace == alone[1]
+        assert all(map(torch.equal, parts, alone[0]))
 
 
 @pytest.mark.parametrize("drift", [False, True])
