@@ -114,12 +114,12 @@ def output_subspace(
     away from tr(G E H E').
     """
     for _ in range(steps):
-        outputs = torch.linalg.qr(residual @ (hessian @ basis)).Q
+        outputs = torch.linalg.qr(_times(residual, _times(hessian, basis))).Q
         if metric is not None:
             inner = torch.linalg.cholesky(symmetric(outputs.T @ metric.times(outputs)))
             outputs = torch.linalg.solve_triangular(inner, outputs.T, upper=False).T
-        basis = residual.T @ (outputs if metric is None else metric.times(outputs))
-    values, vectors = torch.linalg.eigh(symmetric(basis.T @ (hessian @ basis)))
+        basis = _times(residual.T, outputs if metric is None else metric.times(outputs))
+    values, vectors = torch.linalg.eigh(symmetric(basis.T @ _times(hessian, basis)))
     vectors = vectors.flip(1)
     left, small = torch.linalg.qr(outputs @ vectors[:, :rank])  # their columns are not orthogonal but under G
     rows, S, Vh = torch.linalg.svd(small @ (basis @ vectors[:, :rank]).T, full_matrices=False)
