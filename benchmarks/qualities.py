@@ -6,13 +6,15 @@ and what it took.
 
 Every run stays in `--runs`, so that what was broken off goes on, and what is finished is measured only. Methods have
 their own defaults; those that need a text take what `--calibration auto` gives. All are loaded with stock transformers
-+ peft, on the same text, at one rank. `--measure-only` measures what is in `--runs` already and makes nothing.
++ peft, on the same text, at one rank. `--measure-only` measures what is in `--runs` already and makes nothing. In
+`--json` rows stay that an earlier call has measured and this one has not.
 benchmarks/smollm2.py makes the model.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="other methods, e.g. loftq,qpissa")
     parser.add_argument("--runs", type=Path, default=Path("build/qualities"), help="where they stay")
     parser.add_argument("--measure-only", action="store_true", help="leave out those that are not there yet")
-    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, default=None, help="also write the rows to this file, or into it")
     options = parser.parse_args()
 
     tokens = load_tokens(options.model, options.text.read_text(encoding="utf-8"))
@@ -69,7 +71,16 @@ def main() -> None:
             )
             print(f"{bits} bits, {method}, {extra}: KL {found.kl:.3f}, {start.seconds:.0f} s", flush=True)
     result = {"model": options.model.name, "rank": options.rank, "tokens": len(tokens), "full_precision": reference}
+    if options.json is not None and options.json.is_file():
+        rows = joined(json.loads(options.json.read_text(encoding="utf-8"))["rows"], rows)
     conclude("qualities", {**result, "rows": rows}, options.json, seeds=[0])
+
+
+def joined(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of both, one for each width and method, the new one where both have it."""
+    methods = [("eqft", quality) for quality in QUALITIES] + [(name, None) for name in METHODS]
+    rows = {(row["bits"], row["method"], row["quality"]): row for row in (*old, *new)}
+    return [rows[key] for key in sorted(rows, key=lambda key: (key[0], methods.index(key[1:])))]
 
 
 def text_for(method: str) -> dict[str, Any]:
