@@ -7,7 +7,7 @@ and what it took.
 Every run stays in `--runs`, so that what was broken off goes on, and what is finished is measured only. Methods have
 their own defaults; those that need a text take what `--calibration auto` gives. All are loaded with stock transformers
 + peft, on the same text, at one rank. `--measure-only` measures what is in `--runs` already and makes nothing. In
-`--json` rows stay that an earlier call has measured and this one has not.
+`--json` rows stay that an earlier call on as many tokens has measured and this one has not.
 benchmarks/smollm2.py makes the model.
 """
 
@@ -72,7 +72,9 @@ def main() -> None:
             print(f"{bits} bits, {method}, {extra}: KL {found.kl:.3f}, {start.seconds:.0f} s", flush=True)
     result = {"model": options.model.name, "rank": options.rank, "tokens": len(tokens), "full_precision": reference}
     if options.json is not None and options.json.is_file():
-        rows = joined(json.loads(options.json.read_text(encoding="utf-8"))["rows"], rows)
+        before = json.loads(options.json.read_text(encoding="utf-8"))
+        if all(before[key] == result[key] for key in ("model", "rank", "tokens")):
+            rows = joined(before["rows"], rows)
     conclude("qualities", {**result, "rows": rows}, options.json, seeds=[0])
 
 

@@ -7,7 +7,7 @@ chunks: between chunks the feedback is exact, within one the rows are rounded on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from qinit.grids.base import Quantized
 from qinit.grids.integer.grid import IntegerGrid
+from qinit.linalg.chunks import ALL
 from qinit.linalg.hessian import Hessian, damped_cholesky
 from qinit.linalg.low_rank import OutputMetric
 
@@ -27,11 +28,17 @@ class TwoSided(IntegerGrid):
     metric: OutputMetric | None = None
 
     def round_gptq(
-        self, target: torch.Tensor, hessian: Hessian, *, factor: torch.Tensor | None = None, **options: Any
+        self,
+        target: torch.Tensor,
+        hessian: Hessian,
+        *,
+        factor: torch.Tensor | None = None,
+        shards: Sequence[slice] = (ALL,),
+        **options: Any,
     ) -> tuple[Quantized, torch.Tensor]:
-        """As the integer grid, from the last chunk to the first, each with those before it in view."""
+        """As the integer grid, from the last chunk to the first, each with those before it in view: all rows."""
         if self.metric is None:
-            return super().round_gptq(target, hessian, factor=factor, **options)
+            return super().round_gptq(target, hessian, factor=factor, shards=shards, **options)
         if factor is None:
             factor = damped_cholesky(hessian, options["damp"])
         left = target.new_zeros(len(self.metric.leading), target.shape[1])  # R E of the rows that are done
@@ -45,19 +52,25 @@ class TwoSided(IntegerGrid):
         parts = {name: torch.cat([getattr(q, name) for q in reversed(done)]) for name in ("codes", "scales", "zeros")}
         return replace(done[0], **parts), torch.cat(residuals[::-1])
 
-    def descend(self, quantized: Quantized, residual: torch.Tensor, hessian: torch.Tensor, passes: int = 1) -> None:
-        """As the integer grid, each chunk with all others in view."""
+    def descend(
+        self,
+        quantized: Quantized,
+        residual: torch.Tensor,
+        hessian: torch.Tensor,
+        passes: int = 1,
+        shards: Sequence[slice] = (ALL,),
+    ) -> None:
+        """As the integer grid, each chunk with all others in view: all rows."""
         if self.metric is None:
-            super().descend(quantized, residual, hessian, passes)
+            super().descend(quantized, residual, hessian, passes, shards)
             return
         left = self.metric.leading @ residual
         for rows in reversed(_chunks(len(residual))):
             leading = self.metric.leading[:, rows].T
             others = left - leading.T @ residual[rows]
             shift = _answer(self.metric, rows, torch.eye(len(left))) @ others
-            parts = {name: getattr(quantized, name)[rows] for name in ("codes", "scales", "zeros")}
             moved = residual[rows] + shift
-            super().descend(replace(quantized, **parts), moved, hessian, passes)
+            super().descend(quantized.rows(rows), moved, hessian, passes)
             residual[rows] = moved - shift
             left = others + leading.T @ residual[rows]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from qinit.errors import QinitError
-from qinit.linalg.hessian import ALL, Hessian
+from qinit.linalg.chunks import ALL
+from qinit.linalg.hessian import Hessian
 
 DAMPING = 0.01  # of H's mean diagonal, as GPTQ's
 

@@ -8,6 +8,8 @@ import torch
 
 from qinit.machine import CPU
 
+ALL = slice(None)
+
 # Temporaries of this many floats stay in a core's cache; on a GPU they keep all of it at work.
 ROW_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 
 from qinit.errors import QinitError
+from qinit.linalg.chunks import ALL
 from qinit.linalg.low_rank import symmetric
 
 WORST_DAMPING = 10.0
 NARROWEST = 256  # columns of a symmetric matrix that are computed at once, at least
 MOST_CHUNKS = 8  # into which they are cut
 ROWS = 1024  # of a matrix that are solved for at once
-ALL = slice(None)
 
 Hessian = torch.Tensor | Callable[[], torch.Tensor]  # or what makes it anew, where nobody else needs it
 
@@ -32,18 +32,13 @@ def corrected(
     residual stream too), in so far as that H vouches for it. T is put into `out`, which may be the drift; of its rows
     only these `shards` are made."""
     target = torch.empty_like(weight) if out is None else out
-    for rows in (part for shard in shards for part in _pieces(shard, len(target))):
-        half = torch.linalg.solve_triangular(factor.T, drift[rows], upper=True, left=False)
-        half = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
-        torch.add(half, weight[rows], out=target[rows])
+    for shard in shards:
+        parts = (matrix[shard].split(ROWS) for matrix in (weight, drift, target))
+        for own, missing, result in zip(*parts, strict=True):
+            half = torch.linalg.solve_triangular(factor.T, missing, upper=True, left=False)
+            half = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+            torch.add(half, own, out=result)
     return target
-
-
-def _pieces(shard: slice, count: int) -> Iterator[slice]:
-    """Cut rows, of so many, into pieces of ROWS."""
-    start, stop, _ = shard.indices(count)
-    for first in range(start, stop, ROWS):
-        yield slice(first, min(first + ROWS, stop))
 
 
 def output_norm(matrix: torch.Tensor, hessian: torch.Tensor) -> float:

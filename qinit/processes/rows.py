@@ -15,7 +15,7 @@ LEAST_ROWS = 256  # of a shard: products of fewer are slow
 class Rows:
     """The rows of matrices [count, ...], cut into shards: the same for any number of processes, so that what is made of
     a shard is the same to the last bit, whoever makes it. `own` are those of this process. A GPU takes all rows at
-    once, and so does one process alone what cannot be cut.
+    once. Where there is one shard every process makes it, as it would have to wait for it otherwise.
     """
 
     def __init__(self, count: int, device: torch.device, processes: Processes = ALONE) -> None:

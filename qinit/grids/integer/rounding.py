@@ -16,8 +16,8 @@ from qinit.grids.integer.block import Block
 from qinit.grids.integer.candidates import REFINEMENTS, clip_ratios, zero_points
 from qinit.grids.integer.kernels import kernels_for
 from qinit.grids.integer.rounding_torch import fit_weighted
-from qinit.linalg.chunks import row_chunks
-from qinit.linalg.hessian import ALL, Hessian, damped_cholesky
+from qinit.linalg.chunks import ALL, row_chunks
+from qinit.linalg.hessian import Hessian, damped_cholesky
 
 BLOCK = 128  # columns, or one group if that is more
 
@@ -95,10 +95,11 @@ def descend(
     """
     step = kernels_for(residual.device).descend_block
     for part in column_blocks(residual.shape[1], quantized.group_size):
-        block, own = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0), hessian[part, part]
+        block = Block(part, 2**quantized.bits - 1, quantized.group_size, torch.empty(0), 0)
+        own = hessian[part, part].contiguous()
         for rows in shards:
             gradient = residual[rows] @ hessian[:, part]
-            step(block, quantized.rows(rows), gradient, residual[rows], own.contiguous(), passes)
+            step(block, quantized.rows(rows), gradient, residual[rows], own, passes)
 
 
 def column_blocks(columns: int, group_size: int) -> list[slice]:

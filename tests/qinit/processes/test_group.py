@@ -23,14 +23,9 @@ def all_calls(processes):
 
 def test_each_is_told_the_same():
     first, *others = together(3, all_calls)
-    assert first == (
-        [0, 1, 2],
-        [0, 1, 2],
-        ("from", 0),
-        [6.0] * 3,
-        [[0, 0], [2, 2]],
-    )  # 1, and 2 and 3 of those behind it
-    assert others == [([0, 1, 2], [], ("from", 0), [6.0] * 3, [[0, 0], [2, 2]])] * 2
+    chained, spread = [6.0] * 3, [[0, 0], [2, 2]]  # 1, and 2 and 3 of those behind it
+    assert first == ([0, 1, 2], [0, 1, 2], ("from", 0), chained, spread)
+    assert others == [([0, 1, 2], [], ("from", 0), chained, spread)] * 2
 
 
 def test_one_alone_tells_itself():
