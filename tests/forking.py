@@ -7,6 +7,7 @@ processes carry out together, as torchrun starts them, or a function.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -17,7 +18,9 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+LONGEST = 300.0  # seconds, of what takes a few: a process that takes longer waits for something that will not come
 
 
 class Forks:
@@ -35,7 +38,10 @@ class Forks:
 
     def _ask(self, do: Callable[..., Any], *arguments: Any) -> Any:
         _send(self._pipe, (do, arguments))
-        return self._pipe.recv()
+        result = self._pipe.recv()
+        if isinstance(result, TimeoutError):
+            raise result
+        return result
 
     def warm_up(self, *arguments: Any) -> None:
         """Run `qinit ARGUMENTS` in the process that forks, so that no other has to load what that takes."""
@@ -79,7 +85,10 @@ def _serve(pipe: Connection) -> None:
             do, arguments = pipe.recv()
         except EOFError:
             return
-        _send(pipe, do(*arguments))
+        try:
+            _send(pipe, do(*arguments))
+        except TimeoutError as error:
+            _send(pipe, error)
 
 
 def _send(pipe: Connection, value: Any) -> None:
@@ -106,9 +115,20 @@ def _called(do: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         _send(theirs, do(*arguments))
         os._exit(0)
     theirs.close()
+    if not ours.poll(LONGEST):
+        _end({child: os.devnull})
     result = ours.recv()
     os.waitpid(child, 0)
     return result
+
+
+def _end(children: dict[int, str]) -> NoReturn:
+    """End processes that hang, by the log in which each says where it was."""
+    for child in children:
+        os.kill(child, signal.SIGABRT)
+        os.waitpid(child, 0)
+    stacks = "\n".join(Path(log).read_text(errors="replace")[-3000:] for log in children.values())
+    raise TimeoutError(f"no end after {LONGEST:.0f} seconds:\n{stacks}")
 
 
 def _child(log: str, arguments: list[str], environment: dict[str, str]) -> int:
@@ -122,6 +142,7 @@ def _child(log: str, arguments: list[str], environment: dict[str, str]) -> int:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        faulthandler.enable(2)
         torch.set_num_threads(int(environment.get("THREADS", 1)))  # makes the pool anew before any thread needs it
         code = run_command(arguments)
         sys.stdout.flush()
@@ -145,7 +166,10 @@ def _together(
         line = [argument.replace("{rank}", str(rank)) for argument in arguments]
         children[_child(f"{log}{rank}", line, words)] = rank
     codes = [0] * count
+    started = time.perf_counter()
     while children:
+        if time.perf_counter() - started > LONGEST:
+            _end({child: f"{log}{rank}" for child, rank in children.items()})
         ended, status = os.waitpid(-1, os.WNOHANG)
         if ended:
             codes[children.pop(ended)] = os.waitstatus_to_exitcode(status)
@@ -169,4 +193,6 @@ def _timed(log: str, arguments: list[str], kill_after: float | None, directory: 
         if kill_after is not None and passed >= kill_after:
             os.kill(child, signal.SIGKILL)
             kill_after = None
+        if passed >= LONGEST:
+            _end({child: log})
         time.sleep(0.002)

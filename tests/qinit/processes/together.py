@@ -18,12 +18,16 @@ def together(count: int, do: Callable[[Any], Any]) -> list[Any]:
         port = found.getsockname()[1]
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    started = [context.Process(target=_child, args=(rank, count, port, do, queue)) for rank in range(count)]
+    arguments = [(rank, count, port, do, queue) for rank in range(count)]
+    started = [context.Process(target=_child, args=each, daemon=True) for each in arguments]
     for process in started:
         process.start()
     results = dict(queue.get(timeout=60) for _ in started)
     for process in started:
-        process.join()
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError("a process has given its result and does not end")
     return [results[rank] for rank in range(count)]
 
 
