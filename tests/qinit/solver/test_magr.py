@@ -4,9 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qinit.linalg.hessian import activation_norm
-from qinit.solver.magr import reduce_magnitude
+from qinit.solver.magr import _prox_limit, reduce_magnitude
 from tests.layers import COLUMNS, GROUP, ROWS, statistics, weights
 
 
@@ -38,3 +40,20 @@ def test_magr_lowers_its_objective_step_by_step(shape):
 def test_magr_leaves_weights_alone_that_no_input_reaches():
     weight = weights()
     assert torch.equal(reduce_magnitude(weight, torch.zeros(COLUMNS, COLUMNS), GROUP), weight)
+
+
+SIZES = st.floats(0, 10, width=32)
+ROWS_ALIKE = st.integers(1, 8).flatmap(lambda size: st.lists(st.lists(SIZES, min_size=size, max_size=size), min_size=1))
+
+
+@given(ROWS_ALIKE, st.sampled_from([1e-4, 0.1, 3.0]))
+def test_what_is_above_the_limit_adds_up_to_the_strength(rows, strength):
+    magnitudes = torch.tensor(rows)
+    limit = _prox_limit(magnitudes, strength)
+    above = (magnitudes - limit[:, None]).clamp(min=0).sum(-1)
+    wanted = torch.where(limit > 0, torch.tensor(strength), magnitudes.sum(-1))
+    assert torch.allclose(above, wanted, rtol=1e-3, atol=1e-5)
+    assert (above <= strength * (1 + 1e-3) + 1e-5).all()
+    sums = magnitudes.double().sort(dim=-1, descending=True).values.cumsum(-1)  # the largest of these is the limit too
+    best = ((sums - strength) / torch.arange(1, magnitudes.shape[1] + 1)).amax(-1).clamp(min=0)
+    assert torch.allclose(limit.double(), best, rtol=1e-5, atol=1e-6)
