@@ -79,6 +79,7 @@ def _serve(pipe: Connection) -> None:
     operations.timed = lambda action, device: 1.0  # what is said of the time takes more than these runs
     operations.MOST_SECONDS = 0.0
     os.fsync = lambda descriptor: None  # as in the tests' own process: a killed process loses nothing
+    faulthandler.enable(2)  # whatever that is in a child: where one hangs, `_end` has it say so
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has put others here
     while True:
@@ -143,7 +144,6 @@ def _child(log: str, arguments: list[str], environment: dict[str, str]) -> int:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        faulthandler.enable(2)
         torch.set_num_threads(int(environment.get("THREADS", 1)))  # makes the pool anew before any thread needs it
         code = run_command(arguments)
         sys.stdout.flush()

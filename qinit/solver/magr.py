@@ -37,7 +37,7 @@ def _prox_limit(magnitudes: torch.Tensor, strength: float) -> torch.Tensor:
 
     `magnitudes` [..., group]; 0 where they add up to less. By Moreau it is x less its projection on an l1 ball, and t
     is found as there (Michelot 1986, J. Optim. Theory Appl. 50): from below, by what those above it add up to, until
-    all of them stay above. It begins just below the largest, so that three steps do; a sort takes ten times as long.
+    all of them stay above. It begins just below the largest, so that some three steps do; a sort takes longer.
     """
     largest = magnitudes.amax(-1, keepdim=True)
     below = magnitudes - largest  # and t too: small differences of large sums would be rounded away
