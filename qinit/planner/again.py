@@ -43,8 +43,8 @@ def polish_recipe(
     device: str | None = None,
     check: bool = True,
 ) -> Recipe:
-    """Return the recipe of a polish of `steps` steps of a run: on the run's own text, or text that qinit brings where
-    it has none, unless another is given. All else is the run's. Raises RecipeError."""
+    """Return the recipe of a polish of `steps` steps of a run: on text of the source that the run's calibration has, or
+    that qinit brings where it has none, unless another is given. All else is the run's. Raises RecipeError."""
     if steps < 1:
         raise RecipeError(f"steps: expected at least 1, found {steps}")
     if calibration in ("none", "auto"):

@@ -13,10 +13,8 @@ from qinit.plan.plan import Plan
 from qinit.planner.nominal import calibrating_seconds, solving_seconds
 from qinit.solver.methods import CALIBRATED
 from qinit.stream.whole import read_tokens
-from qinit.text.bundled import calibration_documents
 from qinit.text.self_text import model_bytes
-from qinit.text.sources import BUNDLED, RANDOM
-from qinit.text.tokens import load_tokenizer, require_readable
+from qinit.text.sources import BUNDLED, RANDOM, why_unreadable
 from qinit.words import duration, parse_time
 
 LEAST_TOKENS = 8 * 512  # fewer say too little of what the layers see
@@ -136,15 +134,8 @@ def _other_source(plan: Plan) -> tuple[str | None, str]:
     facts, checkpoint = plan.facts, plan.checkpoint
     if facts.vocabulary is None or not _reads_tokens(plan):
         return None, "the model does not run on tokens alone"
-    try:
-        tokenizer = load_tokenizer(checkpoint.directory, plan.recipe.trust_remote_code)
-    except CalibrationError:
-        return RANDOM, "there is no tokenizer that could read text"
-    try:
-        require_readable(tokenizer, calibration_documents()[0], facts)
-    except CalibrationError:
-        return RANDOM, "the tokenizer is that of another model: it makes ids that the model does not have"
-    return BUNDLED, ""
+    unreadable = why_unreadable(checkpoint.directory, facts, plan.recipe.trust_remote_code)
+    return RANDOM if unreadable else BUNDLED, unreadable
 
 
 def _reads_tokens(plan: Plan) -> bool:

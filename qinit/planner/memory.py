@@ -12,6 +12,7 @@ from qinit.plan.plan import LayerPlan, Plan
 from qinit.stream.carried import place_for
 from qinit.stream.stored import HALVES, LARGE
 from qinit.text.self_text import model_bytes
+from qinit.text.sources import SELF
 from qinit.train.bases import NIBBLE
 from qinit.train.polish import MICRO_BYTES, polish_tokens
 from qinit.train.teacher import TOP
@@ -54,7 +55,7 @@ def working_bytes(plan: Plan, processes: int = 1) -> int:
         logits = min(GRADIENT_LOGITS_BYTES, 4 * tokens * max(head.shape))
         solving = max(solving, sum(_outside_bytes(plan)) + LOGITS_COPIES * logits)
     writing = 0
-    if plan.recipe.calibration == "self":
+    if plan.recipe.calibration == SELF:
         writing = model_bytes(plan.bytes_before, plan.device)
     return max(writing, solving, (polishing_bytes(plan) if plan.recipe.polish else 0), checking)
 
@@ -64,8 +65,14 @@ def polish_disk_bytes(plan: Plan) -> int:
     if not plan.recipe.polish:
         return 0
     width = min(layer.target.module.in_features for layer in plan.quantized)
-    tokens = polish_tokens(plan.recipe.polish_steps, _tokens(plan))
+    tokens = polish_tokens(plan.recipe.polish_steps, seen_before_polish(plan))
     return tokens * (2 * width + 6 * TOP) + 4 * _trained_bytes(plan)
+
+
+def seen_before_polish(plan: Plan) -> int:
+    """Of the text of a polish, how many tokens calibration has seen: none where it reads the model's own, as a polish
+    then reads the text that qinit brings."""
+    return 0 if plan.recipe.calibration == SELF else _tokens(plan)
 
 
 def carried_bytes(plan: Plan) -> int:

@@ -73,12 +73,10 @@ def run_seconds(plan: Plan) -> float:
 
 
 def polishing_seconds(plan: Plan, steps: int) -> float:
-    """Return what so many steps of polish take, with the source's pass over their text, and the writing of it."""
+    """Return what so many steps of polish take, with the source's pass over their text."""
     tokens = steps * BATCH_TOKENS
     parameters = active_parameters(plan)
     reading = 2.0 * parameters * tokens / EPOCHS
-    if plan.recipe.calibration == AUTO_SOURCE:
-        reading += WRITING * parameters * tokens / EPOCHS
     return (reading + polish_flops(parameters, BATCH_TOKENS, steps)) / SPEED[_kind(plan)]
 
 

@@ -21,7 +21,7 @@ from qinit.plan.limits import (
     GRADIENT_SAMPLES,
 )
 from qinit.plan.plan import Plan
-from qinit.planner.memory import block_of
+from qinit.planner.memory import block_of, seen_before_polish
 from qinit.planner.nominal import check_tokens, share
 from qinit.planner.operations import Shape
 from qinit.source.targets import LinearModule
@@ -76,7 +76,7 @@ def work_of(plan: Plan, device: torch.device, processes: int = 1) -> list[Work]:
             found += model.writing("allocating", GRADIENT_SAMPLES, plan.facts.clip(GRADIENT_LENGTH), device)
         found += model.there_and_back("allocating", again=1 if recipe.calibrated else 0, errors=len(recipe.widths))
     if recipe.polish:
-        found += model.polish(device)
+        found += model.polish()
     if recipe.check and plan.facts.causal:
         tokens, window = check_tokens(plan), plan.facts.clip(CHECK_WINDOW)
         found += model.forward("checking", tokens, window, times=2)
@@ -259,13 +259,11 @@ class Model:
             if errors:
                 yield Work(part, "product", (rows, module.in_features, module.out_features), errors * count)
 
-    def polish(self, device: torch.device) -> Iterator[Work]:
+    def polish(self) -> Iterator[Work]:
         """Yield the teacher's pass over its text, the steps, and the evaluations between them."""
         part, steps, length = "polishing", self.plan.recipe.polish_steps, self.length
-        tokens = polish_tokens(steps, self.tokens)
+        tokens = polish_tokens(steps, seen_before_polish(self.plan))
         rows = max(1, BATCH_TOKENS // length) * length
-        if self.plan.recipe.calibration == AUTO_SOURCE and tokens > self.tokens:
-            yield from self.writing(part, -(-int(tokens - self.tokens) // length), length, device)
         yield from self.forward(part, tokens, rows)
         yield from self.head(part, tokens, rows)
         yield from self.products(part, steps * rows, rows, 4)  # forward, once more, and back to inputs and to scales

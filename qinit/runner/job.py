@@ -18,8 +18,9 @@ from qinit.plan.plan import LayerPlan, Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.runner.room import in_portions
 from qinit.solver.spec import Gradient
-from qinit.text.for_run import more_text, text_for
+from qinit.text.for_run import polish_source, polish_text, text_for
 from qinit.text.samples import Portion, Samples
+from qinit.train.polish import polish_tokens
 from qinit.workplace.follower import Follower
 from qinit.workplace.journal import Journal
 from qinit.workplace.kept import POLISH_SAMPLES, load_samples, save_samples
@@ -73,17 +74,19 @@ class Job:
                 save_samples(self.place, self.journal, self._samples, written=recipe.calibration == "self")
         return self._samples
 
-    def polish_samples(self, tokens: int) -> Generator[Event, None, Samples]:
-        """Return the text of the polish: that of the calibration, and more where it has fewer than `tokens`."""
+    def polish_samples(self) -> Generator[Event, None, tuple[Samples, Samples | None]]:
+        """Return the text of the polish, and what calibration has seen of the same source, None where it saw none."""
+        source = polish_source(self.plan)
+        seen = (yield from self.samples()) if source == self.plan.recipe.calibration else None
         kept = partial(load_samples, self.place, self.journal, POLISH_SAMPLES)
         found = self.processes.from_first(kept, "a kept text")
         if found is None:
-            samples = yield from self.samples()
+            tokens = polish_tokens(self.plan.recipe.polish_steps, seen.count if seen else 0)
             with section("text"):
-                found = yield from self._text(partial(more_text, self.plan, samples, tokens))
+                found = yield from self._text(partial(polish_text, self.plan, source, seen, tokens))
             if self.processes.first:
                 save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
-        return found
+        return found, seen
 
     def _text(self, read: Callable[..., Samples]) -> Generator[Event, None, Samples]:
         """Read a text or let the model write it, which may need more of the device than all that follows."""

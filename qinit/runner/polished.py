@@ -19,7 +19,7 @@ from qinit.runner.layer import read_weight
 from qinit.runner.room import in_portions
 from qinit.solver.residual import relative_errors
 from qinit.text.samples import Portion, Samples
-from qinit.train.polish import Trained, polish, polish_tokens
+from qinit.train.polish import Trained, polish
 from qinit.train.student import Start, student_of
 from qinit.train.teacher import Lessons, teach
 from qinit.workplace.kept import apply_polish, save_polish
@@ -49,8 +49,7 @@ def _polish(job: Job) -> Generator[Event, None, None]:
     plan, store = job.plan, job.store
     adapted = (layer for layer in plan.quantized if layer.target.module.expert is None and layer.rank)
     layers = {layer.target.name: layer for layer in adapted}
-    seen = yield from job.samples()
-    samples = yield from job.polish_samples(polish_tokens(plan.recipe.polish_steps, seen.count))
+    samples, seen = yield from job.polish_samples()
     lessons = yield from _lessons(job, samples)
     starts = {
         name: job.processes.from_first(partial(_start, store, layer), "a layer's start")
@@ -64,7 +63,7 @@ def _polish(job: Job) -> Generator[Event, None, None]:
             steps=plan.recipe.polish_steps,
             seed=plan.recipe.seed,
             state=job.place.partial / "polishing.safetensors",
-            unseen=_unseen(samples, seen),
+            unseen=_unseen(samples, seen) if seen else (),
             processes=job.processes,
         )
     if result.note:

@@ -10,7 +10,7 @@ from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.text.samples import Portion, Samples
 from qinit.text.self_text import model_bytes
-from qinit.text.sources import SELF, kind_of, load_samples
+from qinit.text.sources import BUNDLED, SELF, load_samples, why_unreadable
 
 
 def text_for(
@@ -44,25 +44,36 @@ def text_for(
     )
 
 
-def more_text(
+def polish_source(plan: Plan) -> str:
+    """Return where the text of a polish comes from. Calibration has fitted all layers to the model's own text already,
+    so it is the text that qinit brings then, if the model's tokenizer reads it; else what calibration reads."""
+    recipe, checkpoint = plan.recipe, plan.checkpoint
+    if recipe.calibration != SELF:
+        return recipe.calibration
+    return SELF if why_unreadable(checkpoint.directory, plan.facts, recipe.trust_remote_code) else BUNDLED
+
+
+def polish_text(
     plan: Plan,
-    samples: Samples,
+    source: str,
+    seen: Samples | None,
     tokens: int,
     device: torch.device,
     token: str | None,
     processes: Processes = ALONE,
     portion: Portion = int,
 ) -> Samples:
-    """Return the calibration text with so much more of it that it has `tokens`, as far as there is more: windows of a
-    file or a data set, random tokens, or what the model writes. Raises CalibrationError and HubError."""
+    """Return text for a polish, `tokens` of it or as many as there are. Of the source of the calibration that is what
+    it has `seen`, with more of it: windows of a file or a data set, random tokens, or what the model writes; of
+    another, `seen` is None. Raises CalibrationError and HubError."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
-    count, length = samples.tokens.shape
-    missing = -(-tokens // length) - count
-    if missing <= 0 or not plan.facts.causal:
-        return samples
-    own = kind_of(recipe.calibration) == SELF
+    count, length = (0, recipe.calibration_length) if seen is None else seen.tokens.shape
+    missing = -(-tokens // plan.facts.clip(length)) - count
+    if seen is not None and (missing <= 0 or not plan.facts.causal):
+        return seen
+    own = source == SELF
     found = load_samples(
-        recipe.calibration,
+        source,
         checkpoint.directory,
         checkpoint.config,
         samples=missing if own else count + missing,
@@ -75,6 +86,6 @@ def more_text(
         processes=processes,
         portion=portion,
     )
-    if own:
-        return Samples(torch.cat([samples.tokens, found.tokens]), None, f"{samples.origin}; and {found.origin}")
-    return found if len(found.tokens) > count else samples
+    if seen is not None and own:
+        return Samples(torch.cat([seen.tokens, found.tokens]), None, f"{seen.origin}; and {found.origin}")
+    return found if len(found.tokens) > count else seen or found

@@ -18,7 +18,7 @@ from qinit.text.hub_documents import HUB_SOURCE, parse_hub, read_hub, require_da
 from qinit.text.passages import passages
 from qinit.text.samples import Portion, Samples
 from qinit.text.self_text import write_text
-from qinit.text.tokens import characters_for, draw_documents, draw_windows, load_tokenizer
+from qinit.text.tokens import characters_for, draw_documents, draw_windows, load_tokenizer, require_readable
 
 RANDOM, SELF, BUNDLED = "random", "self", "text"
 SOURCES = (
@@ -140,6 +140,19 @@ def check_source(
             require_datasets(source)
         if not tokenized:
             load_tokenizer(directory, trust_remote_code)
+
+
+def why_unreadable(directory: Path, facts: Facts, trust_remote_code: bool) -> str:
+    """Say why the model in `directory` cannot read the text that qinit brings; nothing where it can."""
+    try:
+        tokenizer = load_tokenizer(directory, trust_remote_code)
+    except CalibrationError:
+        return "there is no tokenizer that could read text"
+    try:
+        require_readable(tokenizer, calibration_documents()[0], facts)
+    except CalibrationError:
+        return "the tokenizer is that of another model: it makes ids that the model does not have"
+    return ""
 
 
 def kind_of(source: str) -> Literal["random", "self", "text", "file", "hub"]:

@@ -4,6 +4,7 @@ import torch
 from qinit.planner import auto as choice
 from qinit.planner.auto import Choice, _counts, choose
 from qinit.planner.nominal import calibrating_seconds, solving_seconds
+from qinit.text import sources
 from qinit.text.self_text import model_bytes
 from tests.helpers import edit_json, plan_of
 from tests.models import add_tokenizer, make_bert, make_checkpoint, make_float32
@@ -144,14 +145,13 @@ def test_numbers_of_samples_come_down_in_steps_of_a_third_or_less_to_the_least()
 
 
 def test_a_plan_loads_the_tokenizer_once(reader, monkeypatch):
-    loaded, real = [], choice.load_tokenizer
+    loaded, real = [], sources.load_tokenizer
 
     def counted(*arguments):
         loaded.append(arguments)
         return real(*arguments)
 
     monkeypatch.setattr("qinit.planner.make.choose", choose)
-    for module in ("planner.auto", "text.sources"):
-        monkeypatch.setattr(f"qinit.{module}.load_tokenizer", counted)
+    monkeypatch.setattr(sources, "load_tokenizer", counted)
     plan = plan_of(reader, calibration="auto", calibration_budget=NOTHING)
     assert (plan.recipe.calibration, len(loaded)) == ("text", 1)

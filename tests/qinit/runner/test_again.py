@@ -69,6 +69,15 @@ class TestWhatComesOfIt:
                 loaded = dense_weight(modules[row.name].base_layer) + delta(modules[row.name])
                 assert relative(loaded, weights[row.name]) == pytest.approx(row.error, rel=2e-3)
 
+    def test_after_own_text_it_reads_what_qinit_brings_and_writes_no_more(self, strong_reader, tmp_path, monkeypatch):
+        own = {"calibration": "self", "calibration_samples": 4, "calibration_length": 32}
+        first = quantize(strong_reader, tmp_path / "out", **own, polish=3).totals["calibration"]
+        assert first["text"] == "4 texts of 32 tokens that the model wrote itself, seed 0"
+        monkeypatch.setattr("qinit.text.sources.write_text", None)
+        *_, last = polish_run(tmp_path / "out", steps=3, check=False)
+        for found in (first["polish"], last.report.totals["calibration"]["polish"]):
+            assert found["text"] == "128 windows of 32 tokens from the text that qinit brings, seed 0"
+
     def test_the_report_says_what_was_done_and_when(self, ready):
         run = ready("polished before")
         old = Report.read(run)

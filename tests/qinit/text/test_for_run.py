@@ -3,7 +3,7 @@ import torch
 
 from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES
 from qinit.text import for_run as module
-from qinit.text.for_run import more_text, text_for
+from qinit.text.for_run import polish_source, polish_text, text_for
 from tests.helpers import plan_of
 from tests.models import make_bert, words
 
@@ -42,13 +42,27 @@ def test_a_model_that_writes_no_text_reads_random_tokens(tmp_path):
     assert found.tokens.shape == (GRADIENT_SAMPLES, 32)  # as many positions as it has
 
 
-class TestMoreText:
-    def more(self, source, tokens, **options):
-        plan = plan_of(source, **{"calibration_samples": 4, "calibration_length": 8, **options})
-        samples = text_for(plan, CPU, None)
-        return samples, more_text(plan, samples, tokens, CPU, None)
+class TestPolish:
+    def more(self, model, tokens, **options):
+        plan = plan_of(model, **{"calibration_samples": 4, "calibration_length": 8, **options})
+        samples, source = text_for(plan, CPU, None), polish_source(plan)
+        seen = samples if source == plan.recipe.calibration else None
+        return samples, polish_text(plan, source, seen, tokens, CPU, None)
 
-    def test_own_text_goes_on_with_what_is_not_written_yet(self, llama):
+    def test_after_own_text_it_is_text_that_qinit_brings(self, reader):
+        _, more = self.more(reader, 50, calibration="self", seed=3)
+        assert more.tokens.shape == (7, 8)
+        assert more.origin == "7 windows of 8 tokens from the text that qinit brings, seed 3"
+
+    def test_no_more_is_asked_than_the_model_has_positions(self, reader):
+        _, more = self.more(reader, 200, calibration="self", calibration_length=1000)
+        assert more.tokens.shape == (2, 128)
+
+    @pytest.mark.parametrize("calibration", ["text", "random"])
+    def test_else_it_is_the_source_of_the_calibration(self, reader, calibration):
+        assert polish_source(plan_of(reader, calibration=calibration)) == calibration
+
+    def test_without_a_tokenizer_own_text_goes_on_with_what_is_not_written_yet(self, llama):
         samples, more = self.more(llama, 50, calibration="self", seed=3)
         assert more.tokens.shape == (7, 8)
         assert torch.equal(more.tokens[:4], samples.tokens)

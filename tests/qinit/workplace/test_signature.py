@@ -44,8 +44,9 @@ def test_a_run_that_is_polished_further_is_part_of_it(tiny_llama):
     assert differences(one, none)[0].endswith(", now not given")
 
 
-def test_the_text_that_qinit_brings_is_part_of_it(tiny_reader, monkeypatch):
-    plan = make_plan(make_recipe(calibration="text"), tiny_reader, "name")
+@pytest.mark.parametrize("options", [{"calibration": "text"}, {"calibration": "self", "polish": 5}])
+def test_the_text_that_qinit_brings_is_part_of_it(tiny_reader, monkeypatch, options):
+    plan = make_plan(make_recipe(**options), tiny_reader, "name")
     one = signature(plan, CPU)
     monkeypatch.setattr("qinit.workplace.signature.calibration_documents", lambda: ["another"])
     assert differences(one, signature(plan, CPU)) == ["the text that qinit brings changed"]
