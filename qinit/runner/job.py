@@ -76,14 +76,14 @@ class Job:
 
     def polish_samples(self) -> Generator[Event, None, tuple[Samples, Samples | None]]:
         """Return the text of the polish, and what calibration has seen of the same source, None where it saw none."""
-        source = polish_source(self.plan)
-        seen = (yield from self.samples()) if source == self.plan.recipe.calibration else None
+        same = polish_source(self.plan) == self.plan.recipe.calibration
+        seen = (yield from self.samples()) if same else None
         kept = partial(load_samples, self.place, self.journal, POLISH_SAMPLES)
         found = self.processes.from_first(kept, "a kept text")
         if found is None:
             tokens = polish_tokens(self.plan.recipe.polish_steps, seen.count if seen else 0)
             with section("text"):
-                found = yield from self._text(partial(polish_text, self.plan, source, seen, tokens))
+                found = yield from self._text(partial(polish_text, self.plan, seen, tokens))
             if self.processes.first:
                 save_samples(self.place, self.journal, found, written=False, kind=POLISH_SAMPLES)
         return found, seen

@@ -45,8 +45,8 @@ def text_for(
 
 
 def polish_source(plan: Plan) -> str:
-    """Return where the text of a polish comes from. Calibration has fitted all layers to the model's own text already,
-    so it is the text that qinit brings then, if the model's tokenizer reads it; else what calibration reads."""
+    """Return where the text of a polish comes from: where calibration reads the model's own, to which all layers are
+    fitted then, the text that qinit brings, if the model's tokenizer reads it; else the source of the calibration."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
     if recipe.calibration != SELF:
         return recipe.calibration
@@ -55,7 +55,6 @@ def polish_source(plan: Plan) -> str:
 
 def polish_text(
     plan: Plan,
-    source: str,
     seen: Samples | None,
     tokens: int,
     device: torch.device,
@@ -63,12 +62,13 @@ def polish_text(
     processes: Processes = ALONE,
     portion: Portion = int,
 ) -> Samples:
-    """Return text for a polish, `tokens` of it or as many as there are. Of the source of the calibration that is what
-    it has `seen`, with more of it: windows of a file or a data set, random tokens, or what the model writes; of
-    another, `seen` is None. Raises CalibrationError and HubError."""
+    """Return text for a polish, `tokens` of it or as many as there are: what calibration has `seen`, with more of the
+    same source (windows of a file or a data set, random tokens, or what the model writes), or where that is None of the
+    text that qinit brings. Raises CalibrationError and HubError."""
     recipe, checkpoint = plan.recipe, plan.checkpoint
-    count, length = (0, recipe.calibration_length) if seen is None else seen.tokens.shape
-    missing = -(-tokens // plan.facts.clip(length)) - count
+    source = BUNDLED if seen is None else recipe.calibration
+    count, length = (0, plan.facts.clip(recipe.calibration_length)) if seen is None else seen.tokens.shape
+    missing = -(-tokens // length) - count
     if seen is not None and (missing <= 0 or not plan.facts.causal):
         return seen
     own = source == SELF
@@ -86,6 +86,8 @@ def polish_text(
         processes=processes,
         portion=portion,
     )
-    if seen is not None and own:
+    if seen is None:
+        return found
+    if own:
         return Samples(torch.cat([seen.tokens, found.tokens]), None, f"{seen.origin}; and {found.origin}")
-    return found if len(found.tokens) > count else seen or found
+    return found if len(found.tokens) > count else seen

@@ -45,9 +45,9 @@ def test_a_model_that_writes_no_text_reads_random_tokens(tmp_path):
 class TestPolish:
     def more(self, model, tokens, **options):
         plan = plan_of(model, **{"calibration_samples": 4, "calibration_length": 8, **options})
-        samples, source = text_for(plan, CPU, None), polish_source(plan)
-        seen = samples if source == plan.recipe.calibration else None
-        return samples, polish_text(plan, source, seen, tokens, CPU, None)
+        samples = text_for(plan, CPU, None)
+        seen = samples if polish_source(plan) == plan.recipe.calibration else None
+        return samples, polish_text(plan, seen, tokens, CPU, None)
 
     def test_after_own_text_it_is_text_that_qinit_brings(self, reader):
         _, more = self.more(reader, 50, calibration="self", seed=3)
