@@ -72,7 +72,8 @@ def polish_disk_bytes(plan: Plan) -> int:
 def seen_before_polish(plan: Plan) -> int:
     """Of the text of a polish, how many tokens calibration has seen: none where it reads the model's own, as a polish
     then reads the text that qinit brings."""
-    return 0 if plan.recipe.calibration == SELF else _tokens(plan)
+    length = plan.facts.clip(plan.recipe.calibration_length)
+    return 0 if plan.recipe.calibration == SELF else plan.recipe.calibration_samples * length
 
 
 def carried_bytes(plan: Plan) -> int:
