@@ -22,6 +22,12 @@ from qinit.words import parse_size, parse_time
 MOST_TOKENS = 2**28
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
+SELF, BUNDLED, RANDOM = (
+    "self",
+    "text",
+    "random",
+)  # calibration on what the model writes, what qinit brings, tokens drawn
+
 BUDGETS = ("ratio", "target_bits", "target_size")  # a recipe that has one is of mixed widths
 
 # What a quality sets, where nothing else is given; what `polish` becomes is the planner's to say.
@@ -276,7 +282,7 @@ class Recipe(BaseModel):
         tokens = self.calibration_samples * self.calibration_length
         if tokens > MOST_TOKENS:
             raise ValueError(f"calibration_samples: {tokens} tokens in all, at most {MOST_TOKENS} are held in memory")
-        if self.text_field and self.calibration in ("auto", "self", "text", "random"):
+        if self.text_field and self.calibration in ("auto", SELF, BUNDLED, RANDOM):
             raise ValueError(f"text_field: there is no field to name in calibration {self.calibration}")
 
     @property

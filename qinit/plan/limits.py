@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-AUTO_SOURCE = "self"
 CHECK_WINDOW = 512  # tokens of a window that a run is measured on at its end, or what the model takes if that is less
 LARGEST_SHARE = 0.5  # of the free memory that a model may take for writing its text
 GRADIENT_SAMPLES, GRADIENT_LENGTH = 16, 256  # of the text are taken forward and back

@@ -16,7 +16,7 @@ from qinit.grids import GRIDS
 from qinit.machine import Card, pick_device
 from qinit.plan.allocation import Allocation, Option
 from qinit.plan.shares import EXPERTS, Share, shares_of
-from qinit.recipe import Recipe
+from qinit.recipe import BUNDLED, SELF, Recipe
 from qinit.solver.methods import CALIBRATED, STARTS, UNREACHED, Method, on_base, plain
 from qinit.solver.spec import LayerSpec
 from qinit.source.checkpoint import Checkpoint
@@ -85,6 +85,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     calibration_reason: str = ""  # why `auto` became what it is
     polish_reason: str = ""  # why there are so many steps of polish, where that was open
+    polish_brought: bool = False  # whether a polish after the model's own text reads the text that qinit brings
     allocation: Allocation | None = None  # of mixed widths; None too while they are still to be measured
     left: tuple[Left, ...] = ()
     whole: tuple[Whole, ...] = ()
@@ -111,6 +112,12 @@ class Plan:
     @cached_property
     def quantized(self) -> tuple[LayerPlan, ...]:
         return tuple(layer for layer in self.layers if layer.kept is None)
+
+    @property
+    def polish_source(self) -> str:
+        """Where the text of a polish comes from: from where that of the calibration does, but after the model's own, to
+        which all layers are fitted then, it may be the text that qinit brings."""
+        return BUNDLED if self.polish_brought and self.recipe.calibration == SELF else self.recipe.calibration
 
     @property
     def polishable(self) -> bool:

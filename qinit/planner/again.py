@@ -12,11 +12,11 @@ from qinit.formats import FORMATS
 from qinit.plan.allocation import Allocation
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.settled import with_whole
-from qinit.recipe import Recipe, make_recipe
+from qinit.recipe import BUNDLED, Recipe, make_recipe
 from qinit.report.report import REPORT_NAME, LayerRow, Report
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import Target, expert_targets, read_architecture, resolve_targets
-from qinit.text.sources import BUNDLED, check_source
+from qinit.text.sources import check_source
 
 STEPS = 100
 TEXT_OPTIONS = ("calibration", "calibration_samples", "calibration_length", "text_field", "seed")

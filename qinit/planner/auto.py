@@ -8,13 +8,14 @@ import torch
 
 from qinit.errors import CalibrationError
 from qinit.machine import free_memory
-from qinit.plan.limits import AUTO_SOURCE, LARGEST_SHARE
+from qinit.plan.limits import LARGEST_SHARE
 from qinit.plan.plan import Plan
 from qinit.planner.nominal import calibrating_seconds, solving_seconds
+from qinit.recipe import BUNDLED, RANDOM, SELF
 from qinit.solver.methods import CALIBRATED
 from qinit.stream.whole import read_tokens
 from qinit.text.self_text import model_bytes
-from qinit.text.sources import BUNDLED, RANDOM, why_unreadable
+from qinit.text.sources import why_unreadable
 from qinit.words import duration, parse_time
 
 LEAST_TOKENS = 8 * 512  # fewer say too little of what the layers see
@@ -23,7 +24,7 @@ LEAST_TOKENS = 8 * 512  # fewer say too little of what the layers see
 WORTH_MORE = 8
 SAVED_BY_MANY_BITS = 4  # from that width on a start without calibration is not broken
 WORDS = {
-    AUTO_SOURCE: "text that the model writes itself",
+    SELF: "text that the model writes itself",
     BUNDLED: "text that qinit brings",
     RANDOM: "random tokens",
 }
@@ -47,17 +48,17 @@ def choose(plan: Plan, device: torch.device) -> Choice:
         return Choice("none", f"method {plan.recipe.method} takes none")
     costs = _Costs(plan)
     unable = _cannot_write(plan, device)
-    own = None if unable else costs.most(AUTO_SOURCE)
+    own = None if unable else costs.most(SELF)
     if own == costs.counts[0]:
-        return costs.choice(AUTO_SOURCE, own)
+        return costs.choice(SELF, own)
     other, without_text = _other_source(plan)
     if other is None and unable:
         return Choice("none", without_text)
     most = costs.most(other) if other else None
     if own and (other != BUNDLED or not most or most < WORTH_MORE * own):
-        return costs.choice(AUTO_SOURCE, own)
-    notes = (unable or costs.too_long(AUTO_SOURCE, costs.counts[0]), without_text)
-    source, least = other or AUTO_SOURCE, costs.counts[-1]
+        return costs.choice(SELF, own)
+    notes = (unable or costs.too_long(SELF, costs.counts[0]), without_text)
+    source, least = other or SELF, costs.counts[-1]
     if most is None and min(plan.recipe.widths) >= SAVED_BY_MANY_BITS and not needed:
         return Choice("none", _joined(*notes, costs.too_long(source, least), f"give --calibration {source} to have it"))
     return costs.choice(source, most or least, *notes)

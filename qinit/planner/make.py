@@ -15,7 +15,7 @@ from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.auto import choose
 from qinit.planner.given import given_layers, given_remarks, open_given, open_source, require_rank
 from qinit.planner.left import left_alone
-from qinit.planner.polish import choose_polish
+from qinit.planner.polish import brings_text, choose_polish
 from qinit.planner.settled import require_packed, settled
 from qinit.recipe import Recipe
 from qinit.solver.methods import STARTS
@@ -108,13 +108,13 @@ def _with_calibration(plan: Plan) -> Plan:
 
 
 def _with_polish(plan: Plan) -> Plan:
-    """Decide how many steps of polish there are, where that is open."""
+    """Decide how many steps of polish there are, where that is open, and on which text."""
     if plan.recipe.polish and not plan.polishable:
         raise RecipeError("polish: trains linear layers, and only experts are chosen; choose others too")
-    if plan.recipe.polish is not None:
-        return plan
-    steps, reason = choose_polish(plan, plan.device)
-    return replace(plan, recipe=plan.recipe.model_copy(update={"polish": steps}), polish_reason=reason)
+    if plan.recipe.polish is None:
+        steps, reason = choose_polish(plan, plan.device)
+        plan = replace(plan, recipe=plan.recipe.model_copy(update={"polish": steps}), polish_reason=reason)
+    return replace(plan, polish_brought=bool(plan.recipe.polish) and brings_text(plan))
 
 
 def _adapted(targets: Sequence[Target], architecture: Architecture) -> set[str]:

@@ -9,10 +9,10 @@ from qinit.formats import FORMATS
 from qinit.machine import CPU
 from qinit.plan.limits import CHECK_WINDOW, GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.recipe import SELF
 from qinit.stream.carried import place_for
 from qinit.stream.stored import HALVES, LARGE
 from qinit.text.self_text import model_bytes
-from qinit.text.sources import SELF
 from qinit.train.bases import NIBBLE
 from qinit.train.polish import MICRO_BYTES, polish_tokens
 from qinit.train.teacher import TOP
@@ -70,10 +70,9 @@ def polish_disk_bytes(plan: Plan) -> int:
 
 
 def seen_before_polish(plan: Plan) -> int:
-    """Of the text of a polish, how many tokens calibration has seen: none where it reads the model's own, as a polish
-    then reads the text that qinit brings."""
+    """Of the text of a polish, how many tokens calibration has seen: none where that reads another one."""
     length = plan.facts.clip(plan.recipe.calibration_length)
-    return 0 if plan.recipe.calibration == SELF else plan.recipe.calibration_samples * length
+    return plan.recipe.calibration_samples * length if plan.polish_source == plan.recipe.calibration else 0
 
 
 def carried_bytes(plan: Plan) -> int:

@@ -7,8 +7,9 @@ this machine is just now, so that a busy one writes the same bytes as an idle on
 
 from __future__ import annotations
 
-from qinit.plan.limits import AUTO_SOURCE, GRADIENT_LENGTH, GRADIENT_PASSES, GRADIENT_SAMPLES
+from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_PASSES, GRADIENT_SAMPLES
 from qinit.plan.plan import Plan
+from qinit.recipe import SELF
 from qinit.source.targets import LinearModule
 from qinit.text.self_text import LARGEST_BATCH
 from qinit.train.polish import BATCH_TOKENS, EPOCHS, polish_flops
@@ -35,7 +36,7 @@ def calibrating_seconds(plan: Plan, source: str, samples: int) -> float:
     squares = sum(layer.target.module.in_features**2 * share(plan, layer.target.module) for layer in plan.quantized)
     operations = (2 * WALK_PASSES[recipe.calibration_mode] * weights + 2 * squares) * samples * length
     operations += 2 * GRADIENT_PASSES * parameters * min(samples * length, GRADIENT_SAMPLES * GRADIENT_LENGTH)
-    if source != AUTO_SOURCE:
+    if source != SELF:
         return operations / speed
     parts = len({layer.target.name.rsplit(".", 1)[0] for layer in plan.quantized})
     steps = length * -(-samples // LARGEST_BATCH[_kind(plan)])

@@ -9,6 +9,8 @@ from qinit.plan.limits import LARGEST_SHARE
 from qinit.plan.plan import Plan
 from qinit.planner.memory import polishing_bytes
 from qinit.planner.nominal import polishing_seconds
+from qinit.recipe import SELF
+from qinit.text.sources import why_unreadable
 from qinit.words import duration
 
 MOST_STEPS = {"fast": 0, "balanced": 200, "best": 400}
@@ -37,3 +39,12 @@ def choose_polish(plan: Plan, device: torch.device) -> tuple[int, str]:
         seconds = polishing_seconds(plan, FEWEST_STEPS)
         return 0, f"none, {FEWEST_STEPS} steps would take about {duration(seconds)} at nominal speed" if asked else ""
     return steps, f"{steps} steps, about {duration(polishing_seconds(plan, steps))} at nominal speed"
+
+
+def brings_text(plan: Plan) -> bool:
+    """Whether after the model's own text a polish reads the text that qinit brings: where the tokenizer can. A plan
+    whose calibration `auto` chose may yet become one on own text, as it was when an unfinished run was started."""
+    recipe = plan.recipe
+    if recipe.calibration != SELF and not plan.calibration_reason:
+        return False
+    return not why_unreadable(plan.checkpoint.directory, plan.facts, recipe.trust_remote_code)

@@ -13,7 +13,6 @@ import torch
 from qinit.calibration.activations import BATCH_BYTES
 from qinit.calibration.output_metric import DIRECTIONS
 from qinit.plan.limits import (
-    AUTO_SOURCE,
     CHECK_WINDOW,
     GRADIENT_BATCH_TOKENS,
     GRADIENT_LENGTH,
@@ -24,6 +23,7 @@ from qinit.plan.plan import Plan
 from qinit.planner.memory import block_of, seen_before_polish
 from qinit.planner.nominal import check_tokens, share
 from qinit.planner.operations import Shape
+from qinit.recipe import SELF
 from qinit.source.targets import LinearModule
 from qinit.text.self_text import batch_size, model_bytes
 from qinit.train.polish import (
@@ -65,7 +65,7 @@ def work_of(plan: Plan, device: torch.device, processes: int = 1) -> list[Work]:
     recipe, model = plan.recipe, Model(plan)
     found: list[Work] = []
     if recipe.calibrated:
-        if recipe.calibration == AUTO_SOURCE:
+        if recipe.calibration == SELF:
             found += model.writing("text", -(-recipe.calibration_samples // processes), model.length, device)
         if recipe.row.walks:
             found += model.walk(device)
@@ -76,7 +76,7 @@ def work_of(plan: Plan, device: torch.device, processes: int = 1) -> list[Work]:
             found += model.writing("allocating", GRADIENT_SAMPLES, plan.facts.clip(GRADIENT_LENGTH), device)
         found += model.there_and_back("allocating", again=1 if recipe.calibrated else 0, errors=len(recipe.widths))
     if recipe.polish:
-        found += model.polish()
+        found += model.polish(device)
     if recipe.check and plan.facts.causal:
         tokens, window = check_tokens(plan), plan.facts.clip(CHECK_WINDOW)
         found += model.forward("checking", tokens, window, times=2)
@@ -259,10 +259,14 @@ class Model:
             if errors:
                 yield Work(part, "product", (rows, module.in_features, module.out_features), errors * count)
 
-    def polish(self) -> Iterator[Work]:
-        """Yield the teacher's pass over its text, the steps, and the evaluations between them."""
+    def polish(self, device: torch.device) -> Iterator[Work]:
+        """Yield its text, where the model writes it, the teacher's pass over that, the steps, and the evaluations
+        between them."""
         part, steps, length = "polishing", self.plan.recipe.polish_steps, self.length
-        tokens = polish_tokens(steps, seen_before_polish(self.plan))
+        seen = seen_before_polish(self.plan)
+        tokens = polish_tokens(steps, seen)
+        if self.plan.polish_source == SELF and tokens > seen:
+            yield from self.writing(part, -(-(tokens - seen) // length), length, device)
         rows = max(1, BATCH_TOKENS // length) * length
         yield from self.forward(part, tokens, rows)
         yield from self.head(part, tokens, rows)

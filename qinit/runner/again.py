@@ -19,6 +19,7 @@ from qinit.hub.download import local_directory
 from qinit.machine import pick_device
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.planner.again import another_model, plan_again, polish_recipe, recipe_of
+from qinit.planner.polish import brings_text
 from qinit.recipe import Recipe
 from qinit.report.card import polish_words
 from qinit.report.report import REPORT_NAME, LayerRow, Report
@@ -75,11 +76,13 @@ def plan_polish(
     pick_device(recipe.device)  # before anything is fetched
     try:
         source = _source(before, model, revision, token)
-        return PolishPlan(before, made_by, plan_again(before.report, recipe, directory, source))
+        plan = plan_again(before.report, recipe, directory, source)
     except (CheckpointError, HubError) as error:
         if model is None and "--model" not in str(error):
             error.add_note(f"{directory} was made from it: say where it is now with --model")
         raise
+    brought = options.get("calibration") is None and brings_text(plan)  # who names a source gets that
+    return PolishPlan(before, made_by, replace(plan, polish_brought=brought))
 
 
 def polish_run(

@@ -19,12 +19,12 @@ from qinit.events import Checking, Event
 from qinit.plan.limits import CHECK_WINDOW
 from qinit.plan.plan import Plan
 from qinit.planner.nominal import check_tokens
-from qinit.recipe import Recipe
+from qinit.recipe import RANDOM, Recipe
 from qinit.runner.job import Job
 from qinit.solver.methods import CALIBRATED
 from qinit.stream.calls import NotStreamable
 from qinit.text.bundled import check_documents
-from qinit.text.sources import RANDOM, load_samples
+from qinit.text.sources import load_samples
 
 TEXT = "text that qinit brings, none of it for calibration"
 BROKEN = 1.0  # nats of KL per token: beyond it little of what the original predicts is left
@@ -132,7 +132,7 @@ def _remedies(recipe: Recipe) -> list[str]:
     found = []
     if recipe.method not in CALIBRATED and not recipe.calibrated:
         found.append("take method eqft and calibrate (--calibration text)")
-    elif recipe.calibration in ("none", "random"):
+    elif recipe.calibration in ("none", RANDOM):
         found.append("calibrate (--calibration self or text)")
     else:
         found.append("calibrate on more text (--calibration-samples, --calibration-budget)")

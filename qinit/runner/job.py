@@ -16,9 +16,10 @@ from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import LayerPlan, Plan
 from qinit.processes.group import ALONE, Processes
+from qinit.recipe import SELF
 from qinit.runner.room import in_portions
 from qinit.solver.spec import Gradient
-from qinit.text.for_run import polish_source, polish_text, text_for
+from qinit.text.for_run import polish_text, text_for
 from qinit.text.samples import Portion, Samples
 from qinit.train.polish import polish_tokens
 from qinit.workplace.follower import Follower
@@ -67,16 +68,16 @@ class Job:
             self._samples = self.processes.from_first(lambda: load_samples(self.place, self.journal), "a kept text")
         if self._samples is None:
             recipe = self.plan.recipe
-            yield Sampling(recipe.calibration if recipe.calibrated else "self")
+            yield Sampling(recipe.calibration if recipe.calibrated else SELF)
             with section("text"):
                 self._samples = yield from self._text(partial(text_for, self.plan))
             if self.processes.first:
-                save_samples(self.place, self.journal, self._samples, written=recipe.calibration == "self")
+                save_samples(self.place, self.journal, self._samples, written=recipe.calibration == SELF)
         return self._samples
 
     def polish_samples(self) -> Generator[Event, None, tuple[Samples, Samples | None]]:
         """Return the text of the polish, and what calibration has seen of the same source, None where it saw none."""
-        same = polish_source(self.plan) == self.plan.recipe.calibration
+        same = self.plan.polish_source == self.plan.recipe.calibration
         seen = (yield from self.samples()) if same else None
         kept = partial(load_samples, self.place, self.journal, POLISH_SAMPLES)
         found = self.processes.from_first(kept, "a kept text")

@@ -45,7 +45,7 @@ def require_same(own: dict[str, Any], processes: Processes) -> None:
 
 def lead(plan: Plan, place: Workplace, processes: Processes) -> None:
     """Tell the other processes what was chosen. Raises OutputError where one does not see where the run works."""
-    processes.from_first(lambda: ({key: getattr(plan, key) for key in _REASONS}, _chosen(plan)), "the plan")
+    processes.from_first(lambda: ({key: getattr(plan, key) for key in _DECIDED}, _chosen(plan)), "the plan")
     require_seen(place.scratch, place.out, processes)
 
 
@@ -65,13 +65,13 @@ def require_seen(directory: Path, out: Path, processes: Processes) -> None:
 
 def followed(plan: Plan, out: Path, processes: Processes) -> tuple[Plan, Workplace]:
     """Return the plan as the first process has it, and where the run works; nothing is written there."""
-    reasons, chosen = processes.from_first(_nothing, "the plan")
+    decided, chosen = processes.from_first(_nothing, "the plan")
     place = Workplace(out, partial_of(out))
     require_seen(place.scratch, out, processes)
-    return replace(plan, recipe=plan.recipe.model_copy(update=chosen), **reasons), place
+    return replace(plan, recipe=plan.recipe.model_copy(update=chosen), **decided), place
 
 
-_REASONS = ("calibration_reason", "polish_reason")
+_DECIDED = ("calibration_reason", "polish_reason", "polish_brought")
 
 
 def _chosen(plan: Plan) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from qinit.machine import free_memory
 from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES, LARGEST_SHARE
 from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
+from qinit.recipe import RANDOM, SELF
 from qinit.text.samples import Portion, Samples
 from qinit.text.self_text import model_bytes
-from qinit.text.sources import BUNDLED, SELF, load_samples, why_unreadable
+from qinit.text.sources import load_samples
 
 
 def text_for(
@@ -26,7 +27,7 @@ def text_for(
     if not recipe.calibrated:
         facts, needed = plan.facts, model_bytes(plan.bytes_before, device)
         writes = facts.writes and needed <= LARGEST_SHARE * free_memory(device)
-        source = processes.from_first(lambda: "self" if writes else "random", "where text comes from")
+        source = processes.from_first(lambda: SELF if writes else RANDOM, "where text comes from")
         count, length = GRADIENT_SAMPLES, GRADIENT_LENGTH
     return load_samples(
         source,
@@ -44,15 +45,6 @@ def text_for(
     )
 
 
-def polish_source(plan: Plan) -> str:
-    """Return where the text of a polish comes from: where calibration reads the model's own, to which all layers are
-    fitted then, the text that qinit brings, if the model's tokenizer reads it; else the source of the calibration."""
-    recipe, checkpoint = plan.recipe, plan.checkpoint
-    if recipe.calibration != SELF:
-        return recipe.calibration
-    return SELF if why_unreadable(checkpoint.directory, plan.facts, recipe.trust_remote_code) else BUNDLED
-
-
 def polish_text(
     plan: Plan,
     seen: Samples | None,
@@ -63,10 +55,9 @@ def polish_text(
     portion: Portion = int,
 ) -> Samples:
     """Return text for a polish, `tokens` of it or as many as there are: what calibration has `seen`, with more of the
-    same source (windows of a file or a data set, random tokens, or what the model writes), or where that is None of the
-    text that qinit brings. Raises CalibrationError and HubError."""
-    recipe, checkpoint = plan.recipe, plan.checkpoint
-    source = BUNDLED if seen is None else recipe.calibration
+    same source (windows of a file or a data set, random tokens, or what the model writes), or where that is None of
+    another one. Raises CalibrationError and HubError."""
+    recipe, checkpoint, source = plan.recipe, plan.checkpoint, plan.polish_source
     count, length = (0, plan.facts.clip(recipe.calibration_length)) if seen is None else seen.tokens.shape
     missing = -(-tokens // length) - count
     if seen is not None and (missing <= 0 or not plan.facts.causal):

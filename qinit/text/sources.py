@@ -11,6 +11,7 @@ import torch
 
 from qinit.errors import CalibrationError
 from qinit.processes.group import ALONE, Processes
+from qinit.recipe import BUNDLED, RANDOM, SELF
 from qinit.source.vocabulary import Facts
 from qinit.text.bundled import calibration_documents
 from qinit.text.documents import is_jsonl, read_file, read_text
@@ -20,7 +21,6 @@ from qinit.text.samples import Portion, Samples
 from qinit.text.self_text import write_text
 from qinit.text.tokens import characters_for, draw_documents, draw_windows, load_tokenizer, require_readable
 
-RANDOM, SELF, BUNDLED = "random", "self", "text"
 SOURCES = (
     "SOURCE may be a text file, a JSONL file (.jsonl or .json, one object per line), `self` (text that the model "
     "writes), `text` (text that qinit brings), `random` (random tokens), or the id of a data set on the Hub "

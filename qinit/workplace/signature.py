@@ -12,9 +12,9 @@ import torch
 
 from qinit.machine import versions
 from qinit.plan.plan import Plan
+from qinit.recipe import BUNDLED
 from qinit.source.checkpoint import Checkpoint
 from qinit.text.bundled import calibration_documents
-from qinit.text.sources import BUNDLED, SELF
 
 NO_MATTER = ("python", "peft")  # versions that change no byte of the weights
 UNSIGNED = {"check"}  # options that change no byte of the weights
@@ -57,7 +57,7 @@ def _signature(plan: Plan, device: torch.device, state: Callable[[Path], str]) -
     if plan.given is not None:
         found |= _checkpoint("the base", plan.given.checkpoint, state)
     text = Path(plan.recipe.calibration)
-    if plan.recipe.calibration == BUNDLED or (plan.recipe.polish and plan.recipe.calibration == SELF):
+    if BUNDLED in (plan.recipe.calibration, plan.polish_source):
         found[BROUGHT] = _digest(calibration_documents())
     elif plan.recipe.calibrated and text.is_file():
         with text.open("rb") as handle:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,3 +74,23 @@ def test_a_plan_has_the_steps_and_the_reason(llama, monkeypatch):
     assert plan_of(llama, calibration="random", quality="best", polish=7).recipe.polish == 7
     assert plan_of(llama, calibration="random").recipe.polish == 0
     assert plan_of(llama, calibration="random", polish="auto").recipe.polish == 0
+
+
+class TestText:
+    def test_after_own_text_it_is_what_qinit_brings(self, reader):
+        plan = plan_of(reader, calibration="self", polish=1)
+        assert (plan.recipe.calibration, plan.polish_source) == ("self", "text")
+        assert plan_of(reader, calibration="self").polish_source == "self"  # there is no polish
+
+    def test_without_a_tokenizer_it_is_own_text(self, llama):
+        assert plan_of(llama, calibration="self", polish=1).polish_source == "self"
+
+    @pytest.mark.parametrize("calibration", ["text", "random"])
+    def test_else_it_is_the_source_of_the_calibration(self, reader, calibration):
+        assert plan_of(reader, calibration=calibration, polish=1).polish_source == calibration
+
+    def test_it_follows_what_auto_became_when_an_unfinished_run_was_started(self, reader):
+        plan = plan_of(reader, calibration="auto", polish=1)
+        for source, expected in (("self", "text"), ("random", "random")):
+            then = replace(plan, recipe=plan.recipe.model_copy(update={"calibration": source}))
+            assert then.polish_source == expected

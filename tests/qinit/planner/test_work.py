@@ -11,7 +11,7 @@ from qinit.planner.work import Model, work_of
 from qinit.text.self_text import LARGEST_BATCH
 from qinit.train.polish import BATCH_TOKENS, EPOCHS
 from tests.helpers import plan_of
-from tests.models import make_checkpoint
+from tests.models import make_checkpoint, make_reader
 
 CPU = torch.device("cpu")
 TEXT = {"calibration": "random", "calibration_samples": 64, "calibration_length": 64, "format": "dense"}
@@ -145,6 +145,13 @@ class TestPolish:
         few, many = (sums(plan(polish=steps))["polishing"] for steps in (10, 1000))
         assert 50 < many / few < 200
         assert sums(plan())["polishing"] == 0
+
+    def test_what_the_model_writes_for_it_counts(self, tmp_path):
+        short = {**TEXT, "calibration": "self", "calibration_samples": 8, "polish": 10}
+        reads, writes = (make(tmp_path / make.__name__) for make in (make_reader, make_checkpoint))
+        brought, own = (plan_of(model, **short) for model in (reads, writes))
+        assert (brought.polish_source, own.polish_source) == ("text", "self")
+        assert sums(brought, "draw")["polishing"] == 0 < sums(own, "draw")["polishing"]
 
 
 class TestOtherParts:

@@ -78,6 +78,12 @@ class TestWhatComesOfIt:
         for found in (first["polish"], last.report.totals["calibration"]["polish"]):
             assert found["text"] == "128 windows of 32 tokens from the text that qinit brings, seed 0"
 
+    def test_who_asks_for_own_text_gets_it(self, strong_reader, place):
+        own = {"calibration": "self", "calibration_samples": 4, "calibration_length": 32}
+        quantize(strong_reader, place / "out", **own)
+        found = polished(place / "out", calibration="self").report.totals["calibration"]["polish"]["text"]
+        assert found.startswith("32 texts of 32 tokens that the model wrote itself, seed 0; and ")
+
     def test_the_report_says_what_was_done_and_when(self, ready):
         run = ready("polished before")
         old = Report.read(run)

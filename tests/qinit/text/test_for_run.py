@@ -3,7 +3,7 @@ import torch
 
 from qinit.plan.limits import GRADIENT_LENGTH, GRADIENT_SAMPLES
 from qinit.text import for_run as module
-from qinit.text.for_run import polish_source, polish_text, text_for
+from qinit.text.for_run import polish_text, text_for
 from tests.helpers import plan_of
 from tests.models import make_bert, words
 
@@ -44,9 +44,9 @@ def test_a_model_that_writes_no_text_reads_random_tokens(tmp_path):
 
 class TestPolish:
     def more(self, model, tokens, **options):
-        plan = plan_of(model, **{"calibration_samples": 4, "calibration_length": 8, **options})
+        plan = plan_of(model, **{"calibration_samples": 4, "calibration_length": 8, "polish": 1, **options})
         samples = text_for(plan, CPU, None)
-        seen = samples if polish_source(plan) == plan.recipe.calibration else None
+        seen = samples if plan.polish_source == plan.recipe.calibration else None
         return samples, polish_text(plan, seen, tokens, CPU, None)
 
     def test_after_own_text_it_is_text_that_qinit_brings(self, reader):
@@ -57,10 +57,6 @@ class TestPolish:
     def test_no_more_is_asked_than_the_model_has_positions(self, reader):
         _, more = self.more(reader, 200, calibration="self", calibration_length=1000)
         assert more.tokens.shape == (2, 128)
-
-    @pytest.mark.parametrize("calibration", ["text", "random"])
-    def test_else_it_is_the_source_of_the_calibration(self, reader, calibration):
-        assert polish_source(plan_of(reader, calibration=calibration)) == calibration
 
     def test_without_a_tokenizer_own_text_goes_on_with_what_is_not_written_yet(self, llama):
         samples, more = self.more(llama, 50, calibration="self", seed=3)
