@@ -22,11 +22,8 @@ from qinit.words import parse_size, parse_time
 MOST_TOKENS = 2**28
 LARGEST = 2**24  # rank, samples, tokens of one, steps: more is a slip, and all of it would be asked of the memory
 
-SELF, BUNDLED, RANDOM = (
-    "self",
-    "text",
-    "random",
-)  # calibration on what the model writes, what qinit brings, tokens drawn
+# Calibration on what the model writes, on what qinit brings, on tokens that are drawn.
+NAMED_TEXTS = SELF, BUNDLED, RANDOM = "self", "text", "random"
 
 BUDGETS = ("ratio", "target_bits", "target_size")  # a recipe that has one is of mixed widths
 
@@ -282,7 +279,7 @@ class Recipe(BaseModel):
         tokens = self.calibration_samples * self.calibration_length
         if tokens > MOST_TOKENS:
             raise ValueError(f"calibration_samples: {tokens} tokens in all, at most {MOST_TOKENS} are held in memory")
-        if self.text_field and self.calibration in ("auto", SELF, BUNDLED, RANDOM):
+        if self.text_field and self.calibration in ("auto", *NAMED_TEXTS):
             raise ValueError(f"text_field: there is no field to name in calibration {self.calibration}")
 
     @property

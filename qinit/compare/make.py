@@ -18,7 +18,7 @@ from qinit.evaluate.text import length_for
 from qinit.grids import GRIDS
 from qinit.machine import pick_device
 from qinit.planner.make import make_plan
-from qinit.recipe import Recipe, make_recipe
+from qinit.recipe import NAMED_TEXTS, SELF, Recipe, make_recipe
 from qinit.solver.methods import CALIBRATED, METHODS, STARTS, get_method
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.vocabulary import Facts
@@ -224,11 +224,11 @@ def _recipe(method: str, bits: float, options: dict[str, Any], directory: Path) 
     elif not row.needs and name not in CALIBRATED:
         values["calibration"] = "none"
     elif row.needs and values.get("calibration", "auto") == "auto":
-        values["calibration"] = "self"
+        values["calibration"] = SELF
     dropped = set()
     if values.get("calibration") == "none":
         dropped = {"text_field", "rounding", "act_order", "polish"}
-    elif values.get("calibration", "auto") in ("auto", "self", "text", "random"):
+    elif values.get("calibration", "auto") in ("auto", *NAMED_TEXTS):
         dropped = {"text_field"}
     if not row.adjustable:
         dropped |= {"rounding", "act_order"}

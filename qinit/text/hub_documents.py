@@ -10,6 +10,7 @@ from typing import Any
 
 from qinit.errors import CalibrationError, HubError, did_you_mean
 from qinit.hub.errors import checked_token, without_token
+from qinit.recipe import NAMED_TEXTS
 from qinit.text.documents import not_blank, text_of
 
 DEFAULT_SPLIT = "train"
@@ -91,7 +92,7 @@ def _load_dataset(source: str) -> Any:
 def _hub_error(source: str, error: Exception, token: str | None) -> HubError:
     reason = without_token(str(error), token)
     kind = type(error).__name__
-    hint = did_you_mean(source, ("random", "self", "text"))
+    hint = did_you_mean(source, NAMED_TEXTS)
     if kind == "DatasetNotFoundError":
         return HubError(
             f"{source}: no such file here and no such data set on the Hub{hint} (a private or gated one needs HF_TOKEN)"
