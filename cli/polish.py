@@ -29,7 +29,7 @@ def _option(kind: Any, panel: str, text: str, *names: str, **more: Any) -> Any:
         "The text: a text or JSONL file, self (text that the model writes), text (text that qinit brings), random "
         "(random tokens), or the id of a data set on the Hub.",
         metavar="SOURCE",
-        show_default="the run's own; text after self or none",
+        show_default="the run's own; beside self, or where it has none, text",
     ),
     calibration_samples=_option(int | None, DATA_PANEL, "Pieces of text, at least.", show_default="the run's own"),
     calibration_length=_option(int | None, DATA_PANEL, "Tokens in each piece.", show_default="the run's own"),

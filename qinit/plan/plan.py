@@ -85,7 +85,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     calibration_reason: str = ""  # why `auto` became what it is
     polish_reason: str = ""  # why there are so many steps of polish, where that was open
-    polish_brought: bool = False  # whether a polish after the model's own text reads the text that qinit brings
+    polish_brought: bool = False  # whether a polish reads the text that qinit brings beside the model's own
     allocation: Allocation | None = None  # of mixed widths; None too while they are still to be measured
     left: tuple[Left, ...] = ()
     whole: tuple[Whole, ...] = ()
@@ -115,8 +115,8 @@ class Plan:
 
     @property
     def polish_source(self) -> str:
-        """Where the text of a polish comes from: from where that of the calibration does, but after the model's own, to
-        which all layers are fitted then, it may be the text that qinit brings."""
+        """Where the text of a polish that calibration has not seen comes from: from where that of the calibration does,
+        but beside the model's own, to which all layers are fitted then, it may be the text that qinit brings."""
         return BUNDLED if self.polish_brought and self.recipe.calibration == SELF else self.recipe.calibration
 
     @property

@@ -65,14 +65,22 @@ def polish_disk_bytes(plan: Plan) -> int:
     if not plan.recipe.polish:
         return 0
     width = min(layer.target.module.in_features for layer in plan.quantized)
-    tokens = polish_tokens(plan.recipe.polish_steps, seen_before_polish(plan))
+    tokens = tokens_of_polish(plan, seen_before_polish(plan))
     return tokens * (2 * width + 6 * TOP) + 4 * _trained_bytes(plan)
 
 
 def seen_before_polish(plan: Plan) -> int:
-    """Of the text of a polish, how many tokens calibration has seen: none where that reads another one."""
-    length = plan.facts.clip(plan.recipe.calibration_length)
-    return plan.recipe.calibration_samples * length if plan.polish_source == plan.recipe.calibration else 0
+    """Of the text of a polish, how many tokens calibration has seen."""
+    return plan.recipe.calibration_samples * plan.facts.clip(plan.recipe.calibration_length)
+
+
+def tokens_of_polish(plan: Plan, seen: int) -> int:
+    """Return how many tokens the text of a polish has of which calibration has `seen` some: of another source there are
+    as many beside these as if it had seen none."""
+    steps = plan.recipe.polish_steps
+    if plan.polish_source == plan.recipe.calibration:
+        return polish_tokens(steps, seen)
+    return seen + polish_tokens(steps, 0)
 
 
 def carried_bytes(plan: Plan) -> int:

@@ -127,8 +127,9 @@ def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
 
 
 def expected_polish(plan: Plan, device: torch.device) -> str:
-    """Say what a polish of a finished run will take on this machine: its steps and the check."""
-    machine, parts = Machine(device), ("polishing", "checking")
+    """Say what a polish of a finished run will take on this machine: the text that the model writes once more, the steps
+    and the check."""
+    machine, parts = Machine(device), ("text", "polishing", "checking")
     work = [each for each in work_of(plan, device) if each.part in parts]
     work.sort(key=lambda each: -each.count)
     for again in (False, True):

@@ -20,7 +20,7 @@ from qinit.plan.limits import (
     GRADIENT_SAMPLES,
 )
 from qinit.plan.plan import Plan
-from qinit.planner.memory import block_of, seen_before_polish
+from qinit.planner.memory import block_of, seen_before_polish, tokens_of_polish
 from qinit.planner.nominal import check_tokens, share
 from qinit.planner.operations import Shape
 from qinit.recipe import SELF
@@ -32,7 +32,6 @@ from qinit.train.polish import (
     HELD_OUT,
     HELD_OUT_TOKENS,
     MOST_EVALUATIONS,
-    polish_tokens,
 )
 from qinit.widths.knapsack import tied
 
@@ -264,7 +263,7 @@ class Model:
         between them."""
         part, steps, length = "polishing", self.plan.recipe.polish_steps, self.length
         seen = seen_before_polish(self.plan)
-        tokens = polish_tokens(steps, seen)
+        tokens = tokens_of_polish(self.plan, seen)
         if self.plan.polish_source == SELF and tokens > seen:
             yield from self.writing(part, -(-(tokens - seen) // length), length, device)
         rows = max(1, BATCH_TOKENS // length) * length

@@ -15,13 +15,13 @@ from qinit.clock import section
 from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.plan import LayerPlan, Plan
+from qinit.planner.memory import tokens_of_polish
 from qinit.processes.group import ALONE, Processes
 from qinit.recipe import SELF
 from qinit.runner.room import in_portions
 from qinit.solver.spec import Gradient
 from qinit.text.for_run import polish_text, text_for
 from qinit.text.samples import Portion, Samples
-from qinit.train.polish import polish_tokens
 from qinit.workplace.follower import Follower
 from qinit.workplace.journal import Journal
 from qinit.workplace.kept import POLISH_SAMPLES, load_samples, save_samples
@@ -75,14 +75,13 @@ class Job:
                 save_samples(self.place, self.journal, self._samples, written=recipe.calibration == SELF)
         return self._samples
 
-    def polish_samples(self) -> Generator[Event, None, tuple[Samples, Samples | None]]:
-        """Return the text of the polish, and what calibration has seen of the same source, None where it saw none."""
-        same = self.plan.polish_source == self.plan.recipe.calibration
-        seen = (yield from self.samples()) if same else None
+    def polish_samples(self) -> Generator[Event, None, tuple[Samples, Samples]]:
+        """Return the text of the polish, and what calibration has seen of it."""
+        seen = yield from self.samples()
         kept = partial(load_samples, self.place, self.journal, POLISH_SAMPLES)
         found = self.processes.from_first(kept, "a kept text")
         if found is None:
-            tokens = polish_tokens(self.plan.recipe.polish_steps, seen.count if seen else 0)
+            tokens = tokens_of_polish(self.plan, seen.count)
             with section("text"):
                 found = yield from self._text(partial(polish_text, self.plan, seen, tokens))
             if self.processes.first:

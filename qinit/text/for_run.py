@@ -47,7 +47,7 @@ def text_for(
 
 def polish_text(
     plan: Plan,
-    seen: Samples | None,
+    seen: Samples,
     tokens: int,
     device: torch.device,
     token: str | None,
@@ -55,21 +55,21 @@ def polish_text(
     portion: Portion = int,
 ) -> Samples:
     """Return text for a polish, `tokens` of it or as many as there are: what calibration has `seen`, with more of the
-    same source (windows of a file or a data set, random tokens, or what the model writes), or where that is None of
-    another one. Raises CalibrationError and HubError."""
+    same source (windows of a file or a data set, random tokens, or what the model writes) or of the text that qinit
+    brings. Raises CalibrationError and HubError."""
     recipe, checkpoint, source = plan.recipe, plan.checkpoint, plan.polish_source
-    count, length = (0, plan.facts.clip(recipe.calibration_length)) if seen is None else seen.tokens.shape
+    count, length = seen.tokens.shape
     missing = -(-tokens // length) - count
-    if seen is not None and (missing <= 0 or not plan.facts.causal):
+    if missing <= 0 or not plan.facts.causal:
         return seen
-    own = source == SELF
+    own = recipe.calibration == SELF
     found = load_samples(
         source,
         checkpoint.directory,
         checkpoint.config,
         samples=missing if own else count + missing,
         length=length,
-        seed=recipe.seed + own,  # what is written already is not written again
+        seed=recipe.seed + (source == SELF),  # what is written already is not written again
         text_field=recipe.text_field,
         token=token,
         device=device,
@@ -77,8 +77,6 @@ def polish_text(
         processes=processes,
         portion=portion,
     )
-    if seen is None:
-        return found
     if own:
         return Samples(torch.cat([seen.tokens, found.tokens]), None, f"{seen.origin}; and {found.origin}")
     return found if len(found.tokens) > count else seen

@@ -1,6 +1,14 @@
-from qinit.planner.memory import carried_bytes, polish_disk_bytes, polishing_bytes, scratch_bytes, working_bytes
+from qinit.planner.memory import (
+    carried_bytes,
+    polish_disk_bytes,
+    polishing_bytes,
+    scratch_bytes,
+    seen_before_polish,
+    tokens_of_polish,
+    working_bytes,
+)
 from tests.helpers import plan_of
-from tests.models import make_checkpoint
+from tests.models import make_checkpoint, make_reader
 
 
 def test_working_memory_depends_on_the_largest_layer_only(tmp_path):
@@ -65,6 +73,13 @@ def test_a_polish_keeps_the_sources_outputs_on_disk(tiny_llama):
     assert polish_disk_bytes(plan_of(tiny_llama, **few)) == 0
     one, two = (polish_disk_bytes(plan_of(tiny_llama, **few, polish=steps)) for steps in (100, 200))
     assert two - one == 50 * 1024 * (2 * 64 + 6 * 64)
+
+
+def test_what_calibration_saw_counts_beside_text_of_another_source(tmp_path):
+    options = {"calibration": "self", "calibration_samples": 8, "calibration_length": 16, "polish": 100}
+    own, both = (plan_of(make(tmp_path / make.__name__), **options) for make in (make_checkpoint, make_reader))
+    assert tokens_of_polish(own, seen_before_polish(own)) == 50 * 1024
+    assert tokens_of_polish(both, seen_before_polish(both)) == 50 * 1024 + 8 * 16
 
 
 def test_hidden_states_are_on_disk_where_memory_does_not_hold_them(llama, monkeypatch):

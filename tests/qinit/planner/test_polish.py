@@ -77,7 +77,7 @@ def test_a_plan_has_the_steps_and_the_reason(llama, monkeypatch):
 
 
 class TestText:
-    def test_after_own_text_it_is_what_qinit_brings(self, reader):
+    def test_own_text_goes_on_with_what_qinit_brings(self, reader):
         plan = plan_of(reader, calibration="self", polish=1)
         assert (plan.recipe.calibration, plan.polish_source) == ("self", "text")
         assert plan_of(reader, calibration="self").polish_source == "self"  # there is no polish

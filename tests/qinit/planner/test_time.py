@@ -138,3 +138,5 @@ class TestWords:
         assert "to polish" in found
         assert "to solve" in whole
         assert "to solve" not in found
+        assert "to write the text" not in found
+        assert "to write the text" in expected_polish(plan(calibration="self", polish=50), CPU)

@@ -46,17 +46,20 @@ class TestPolish:
     def more(self, model, tokens, **options):
         plan = plan_of(model, **{"calibration_samples": 4, "calibration_length": 8, "polish": 1, **options})
         samples = text_for(plan, CPU, None)
-        seen = samples if plan.polish_source == plan.recipe.calibration else None
-        return samples, polish_text(plan, seen, tokens, CPU, None)
+        return samples, polish_text(plan, samples, tokens, CPU, None)
 
-    def test_after_own_text_it_is_text_that_qinit_brings(self, reader):
-        _, more = self.more(reader, 50, calibration="self", seed=3)
+    def test_own_text_goes_on_with_text_that_qinit_brings(self, reader):
+        samples, more = self.more(reader, 50, calibration="self", seed=3)
         assert more.tokens.shape == (7, 8)
-        assert more.origin == "7 windows of 8 tokens from the text that qinit brings, seed 3"
+        assert torch.equal(more.tokens[:4], samples.tokens)
+        rest = {"calibration": "text", "calibration_samples": 3, "calibration_length": 8, "seed": 3}
+        brought = text_for(plan_of(reader, **rest), CPU, None)
+        assert torch.equal(more.tokens[4:], brought.tokens)
+        assert more.origin == f"{samples.origin}; and {brought.origin}"
 
     def test_no_more_is_asked_than_the_model_has_positions(self, reader):
-        _, more = self.more(reader, 200, calibration="self", calibration_length=1000)
-        assert more.tokens.shape == (2, 128)
+        _, more = self.more(reader, 700, calibration="self", calibration_length=1000)
+        assert more.tokens.shape == (6, 128)
 
     def test_without_a_tokenizer_own_text_goes_on_with_what_is_not_written_yet(self, llama):
         samples, more = self.more(llama, 50, calibration="self", seed=3)
