@@ -14,7 +14,7 @@ from qinit.evaluate.job import Evaluated, choose_way, evaluate
 from qinit.evaluate.subject import Subject, find_subject
 from qinit.evaluate.windows import Windows, cut_windows
 from qinit.formats import FORMATS
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.run import run

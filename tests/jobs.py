@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.report.report import LayerRow
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight, solve_layer

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from qinit.formats import FORMATS
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.runner.run import run
 from tests.helpers import plan_of
 

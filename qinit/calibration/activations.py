@@ -13,7 +13,8 @@ from torch import nn
 
 from qinit.calibration.experts import listening, parameters_of
 from qinit.errors import CalibrationError
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.stream.calls import Call, Stop
 from qinit.stream.rows import frozen
 from qinit.text.samples import Samples

@@ -21,7 +21,8 @@ from qinit.events import Measuring
 from qinit.files.tensors import slice_name
 from qinit.machine import fast_products
 from qinit.plan.limits import GRADIENT_BATCH_TOKENS, GRADIENT_LENGTH, GRADIENT_LOGITS_BYTES, GRADIENT_SAMPLES
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.source.products import Product, Products, one_by_one
 from qinit.stream.blocks import Blocks

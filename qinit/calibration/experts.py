@@ -11,7 +11,7 @@ from torch import nn
 
 from qinit.calibration.meter import Meter
 from qinit.files.tensors import slice_name
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.processes.group import ALONE, Processes
 from qinit.solver.statistics import Statistics
 from qinit.source.products import Product, Products, one_by_one

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qinit.calibration.experts import portions
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import nn
 from qinit.calibration.activations import caught
 from qinit.calibration.groups import Groups
 from qinit.calibration.residual_stream import writes_to
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.processes.group import Processes
 from qinit.stream.calls import Call
 

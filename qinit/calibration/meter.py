@@ -10,7 +10,7 @@ import torch
 from qinit.calibration.shards import SPARE
 from qinit.clock import counted
 from qinit.linalg.hessian import add_second_moment, lower_blocks, squared
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.processes.group import ALONE, Processes
 from qinit.solver.statistics import Statistics
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.solver.statistics import Statistics
 
 

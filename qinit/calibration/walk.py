@@ -32,7 +32,8 @@ from qinit.calibration.shards import share_of
 from qinit.calibration.states import Ends, States, in_front_of
 from qinit.clock import counted, section
 from qinit.events import Measuring, Passing
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.stream.blocks import Blocks
 from qinit.stream.carried import Batch

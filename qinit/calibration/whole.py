@@ -15,7 +15,8 @@ from qinit.calibration.meter import Meter
 from qinit.calibration.seen import Seen
 from qinit.clock import section
 from qinit.events import Measuring
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.solver.statistics import Statistics
 from qinit.stream.whole import load_whole, read_tokens
 from qinit.text.samples import Portion, Samples

@@ -10,7 +10,8 @@ from qinit.errors import CheckpointError, RecipeError, ReportError
 from qinit.files.tensors import TensorSpec
 from qinit.formats import FORMATS
 from qinit.plan.allocation import Allocation
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.planner.settled import with_whole
 from qinit.recipe import BUNDLED, Recipe, make_recipe
 from qinit.report.report import REPORT_NAME, LayerRow, Report

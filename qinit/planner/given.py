@@ -11,7 +11,8 @@ from qinit.errors import CheckpointError, RecipeError, TargetError
 from qinit.files.tensors import StoredTensor, TensorSpec
 from qinit.formats import FORMATS, READERS, Reader, format_of, method_of
 from qinit.formats.unpacked import unpacked
-from qinit.plan.plan import Given, LayerPlan, Plan
+from qinit.plan.parts import Given, LayerPlan
+from qinit.plan.plan import Plan
 from qinit.recipe import Recipe
 from qinit.solver.methods import STARTS
 from qinit.source.checkpoint import Checkpoint

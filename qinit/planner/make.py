@@ -11,7 +11,8 @@ from qinit.errors import RecipeError, TargetError
 from qinit.files.tensors import TensorSpec
 from qinit.formats import FORMATS, DenseFormat
 from qinit.machine import Card
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.planner.auto import choose
 from qinit.planner.given import given_layers, given_remarks, open_given, open_source, require_rank
 from qinit.planner.left import left_alone

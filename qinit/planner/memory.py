@@ -8,7 +8,8 @@ from qinit.calibration.experts import PORTION_BYTES
 from qinit.formats import FORMATS
 from qinit.machine import CPU
 from qinit.plan.limits import CHECK_WINDOW, GRADIENT_BATCH_TOKENS, GRADIENT_LOGITS_BYTES
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.recipe import SELF
 from qinit.stream.carried import place_for
 from qinit.stream.stored import HALVES, LARGE

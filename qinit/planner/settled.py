@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from qinit.errors import CheckpointError, TargetError
 from qinit.formats import FORMATS
-from qinit.plan.plan import Left, Plan, Whole
+from qinit.plan.parts import Left, Whole
+from qinit.plan.plan import Plan
 from qinit.report.finish import base_config
 from qinit.source.targets import LinearModule
 from qinit.stock.settle import settle, whole_parameters

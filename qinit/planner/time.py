@@ -127,7 +127,7 @@ def expected(plan: Plan, device: torch.device) -> tuple[str, ...]:
 
 
 def expected_polish(plan: Plan, device: torch.device) -> str:
-    """Say what a polish of a finished run will take on this machine: the text that the model writes once more, the steps
+    """Say what a polish of a finished run will take on this machine: text that the model writes once more, its steps,
     and the check."""
     machine, parts = Machine(device), ("text", "polishing", "checking")
     work = [each for each in work_of(plan, device) if each.part in parts]

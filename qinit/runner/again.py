@@ -17,7 +17,8 @@ from qinit.files.manifest import MANIFEST_NAME, file_sum
 from qinit.files.tensors import StoredTensor
 from qinit.hub.download import local_directory
 from qinit.machine import pick_device
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.planner.again import another_model, plan_again, polish_recipe, recipe_of
 from qinit.planner.polish import brings_text
 from qinit.recipe import Recipe

@@ -16,7 +16,8 @@ from qinit.calibration.whole import WholeModel
 from qinit.errors import CalibrationError, ProcessesError
 from qinit.events import Done, Event, Noted
 from qinit.linalg.low_rank import OutputMetric
-from qinit.plan.plan import LayerPlan, few_tokens
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import few_tokens
 from qinit.processes.group import ALONE, Processes
 from qinit.runner.dealt import Solved, solve_together
 from qinit.runner.given import read_given

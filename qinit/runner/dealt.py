@@ -9,7 +9,7 @@ import torch
 
 from qinit.events import Done, Event, Working
 from qinit.machine import CPU
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.processes.deal import deal, rounds
 from qinit.processes.group import ALONE, Processes
 from qinit.report.report import LayerRow

@@ -9,7 +9,8 @@ from qinit.files.tensors import CHUNK_BYTES, StoredTensor
 from qinit.formats import format_of
 from qinit.formats.reader import Reader
 from qinit.linalg.chunks import row_chunks
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.planner.given import no_base_of
 from qinit.source.checkpoint import Checkpoint
 from qinit.stream.weights import ModelWeights

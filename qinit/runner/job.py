@@ -14,7 +14,8 @@ from qinit.calibration.output_metric import output_metrics
 from qinit.clock import section
 from qinit.events import Event, Noted, Sampling
 from qinit.linalg.low_rank import OutputMetric
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.planner.memory import tokens_of_polish
 from qinit.processes.group import ALONE, Processes
 from qinit.recipe import SELF

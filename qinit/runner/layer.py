@@ -9,7 +9,8 @@ import torch
 
 from qinit.clock import counted
 from qinit.formats import FORMATS
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.report.report import LayerRow
 from qinit.solver.residual import as_loaded

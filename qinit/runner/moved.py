@@ -21,7 +21,8 @@ from qinit.files.scaled import ScaledTensor
 from qinit.files.tensors import StoredTensor
 from qinit.formats import format_of
 from qinit.linalg.chunks import row_chunks
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.runner.given import SAME, apart, base_weights, require_same_rest
 from qinit.runner.layer import read_weight
 from qinit.stock.feeds import Feed, feeds

@@ -13,7 +13,7 @@ from qinit.errors import CheckpointError, OutputError
 from qinit.events import Event
 from qinit.formats import FORMATS
 from qinit.linalg.low_rank import LowRank
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
 from qinit.runner.room import in_portions

@@ -17,7 +17,8 @@ from qinit.clock import section
 from qinit.events import Done, Event, Finished, Working
 from qinit.files.tensors import StoredTensor
 from qinit.machine import pick_device
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.report.finish import complete, copy_companions, make_report, write_configurations
 from qinit.report.report import Report

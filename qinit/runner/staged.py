@@ -10,7 +10,8 @@ import torch
 from qinit.calibration.walk import OpenBlock
 from qinit.formats import FORMATS
 from qinit.linalg.low_rank import LowRank
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.report.report import LayerRow
 from qinit.solver.residual import residual_norm
 from qinit.stages import STAGES, Repaired

@@ -10,7 +10,7 @@ import torch
 
 from qinit.calibration.walk import OpenBlock
 from qinit.linalg.low_rank import LowRank
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from qinit.calibration.activations import put_weight
 from qinit.grids import Quantized
 from qinit.linalg.low_rank import LowRank
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
 from qinit.stream.whole import load_whole

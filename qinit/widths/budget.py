@@ -13,7 +13,8 @@ from qinit.files.writer import headers_bytes
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
 from qinit.plan.allocation import Allocation, Nats, Option, Sensitivity
-from qinit.plan.plan import LayerPlan, Plan, with_option
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan, with_option
 from qinit.widths.knapsack import Choice, Item, front, in_order, knapsack, picked, tied
 from qinit.widths.prices import prices
 from qinit.widths.validity import check_sensitivity

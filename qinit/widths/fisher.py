@@ -28,7 +28,8 @@ from qinit.errors import CalibrationError
 from qinit.events import Measuring
 from qinit.linalg.low_rank import OutputMetric
 from qinit.plan.allocation import Option, Sensitivity
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.processes.group import ALONE, Processes
 from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve

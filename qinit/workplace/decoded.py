@@ -11,7 +11,8 @@ from qinit.clock import counted
 from qinit.formats import FORMATS
 from qinit.linalg.low_rank import LowRank
 from qinit.machine import CPU
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.stream.weights import ModelWeights
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.report.report import LayerRow
 from qinit.workplace.decoded import Decoder
 from qinit.workplace.journal import Journal, Record

@@ -20,7 +20,8 @@ from qinit.formats import FORMATS
 from qinit.grids import Quantized
 from qinit.linalg.low_rank import LowRank
 from qinit.machine import CPU
-from qinit.plan.plan import LayerPlan, Plan
+from qinit.plan.parts import LayerPlan
+from qinit.plan.plan import Plan
 from qinit.report.report import LayerRow
 from qinit.workplace.decoded import Decoder
 from qinit.workplace.journal import Journal, Record

@@ -5,7 +5,7 @@ import torch
 
 from qinit.calibration.groups import Group, Groups
 from qinit.files.tensors import StoredTensor
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.source.targets import Expert, LinearModule, Target
 
 X, Y = torch.zeros(2), torch.ones(2)

@@ -4,7 +4,7 @@ import torch
 from qinit.calibration.meter import Gap, Meter, Original
 from qinit.calibration.shards import SPARE
 from qinit.files.tensors import StoredTensor
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.source.targets import LinearModule, Target
 from tests.helpers import gauss
 

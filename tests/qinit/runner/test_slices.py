@@ -11,7 +11,7 @@ from qinit.events import Finished, Resumed, Working
 from qinit.files.tensors import slice_name
 from qinit.formats import FORMATS
 from qinit.grids import GRIDS
-from qinit.plan.plan import LayerPlan
+from qinit.plan.parts import LayerPlan
 from qinit.planner.make import make_plan
 from qinit.recipe import make_recipe
 from qinit.runner.again import polish_run
