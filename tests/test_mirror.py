@@ -40,6 +40,7 @@ ELSEWHERE = {
     "qinit/grids/integer/search_triton.py": "one process runs it and the file of test_rounding_triton.py beside it",
     "qinit/grids/integer/triton_steps.py": "runs inside of the kernels of the two files beside it, which are tested",
     "qinit/plan/limits.py": "data alone",
+    "qinit/plan/parts.py": "data alone",
     **{
         f"qinit/servers/{name}.py": "data alone; tests/qinit/verification/test_serving.py holds directories against it"
         for name in ("base", "llama_cpp", "mlx", "transformers", "vllm")
