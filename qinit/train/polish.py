@@ -48,7 +48,7 @@ HELD_OUT = 8  # 1 in so many samples,
 HELD_OUT_TOKENS = 4096  # at most so many tokens
 EVALUATE_EVERY = 10
 MOST_EVALUATIONS = 40
-PATIENCE = 5  # evaluations
+PATIENCE = 0.5  # of the steps without a better iterate: losses rise at high rates and fall where these come down
 NOISE = 1e-6  # a smaller gain may be float32's rounding
 LEAST = 1e-6  # probability: less is not told apart from nothing
 
@@ -160,7 +160,7 @@ def polish(
     yield Progress(course.step, course.after, course.after)
     plan = Training(steps=steps, length=length, batch=min(batch_size, len(learned)))
     for chosen in islice(batches(len(learned), plan, seed), course.step, None):
-        if course.stale >= PATIENCE or not math.isfinite(course.before):
+        if course.stale * every >= PATIENCE * steps or not math.isfinite(course.before):
             break
         loss = text.learn([learned[row] for row in chosen])
         norm = nn.utils.clip_grad_norm_(course.parameters, MAX_GRADIENT)

@@ -261,13 +261,12 @@ class TestModels:
 
 
 class TestEnd:
-    def test_it_stops_when_nothing_improves_any_more(self, start, monkeypatch):
-        monkeypatch.setattr("qinit.train.polish.EVALUATE_EVERY", 1)
-        monkeypatch.setattr("qinit.train.polish.MOST_EVALUATIONS", 1000)
-        events, result = polished(*start, learning_rate=30.0, steps=1000)
+    def test_it_stops_when_half_of_the_steps_have_improved_nothing(self, start, monkeypatch):
+        monkeypatch.setattr("qinit.train.polish.EVALUATE_EVERY", 2)
+        events, result = polished(*start, learning_rate=30.0, steps=20)
         assert not result.kept
         assert result.layers == {}
-        assert result.steps == events[-1].step == qinit.train.polish.PATIENCE
+        assert result.steps == events[-1].step == 10
 
     def test_a_loss_that_is_no_number_ends_it_and_the_best_is_kept(self, start, monkeypatch):
         monkeypatch.setattr("qinit.train.polish.EVALUATE_EVERY", 2)
