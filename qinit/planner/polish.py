@@ -42,7 +42,7 @@ def choose_polish(plan: Plan, device: torch.device) -> tuple[int, str]:
 
 
 def brings_text(plan: Plan) -> bool:
-    """Whether after the model's own text a polish reads the text that qinit brings: where the tokenizer can. A plan
+    """Whether a polish reads the text that qinit brings beside the model's own: where the tokenizer can. A plan
     whose calibration `auto` chose may yet become one on own text, as it was when an unfinished run was started."""
     recipe = plan.recipe
     if recipe.calibration != SELF and not plan.calibration_reason:
