@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from qinit.errors import CheckpointError, OutputError
-from qinit.events import Event
+from qinit.events import Event, Progress
 from qinit.formats import FORMATS
 from qinit.linalg.low_rank import LowRank
 from qinit.plan.parts import LayerPlan
@@ -19,7 +20,7 @@ from qinit.runner.layer import read_weight
 from qinit.runner.room import in_portions
 from qinit.solver.residual import relative_errors
 from qinit.text.samples import Portion, Samples
-from qinit.train.polish import Trained, polish
+from qinit.train.polish import Polished, Trained, polish
 from qinit.train.student import Start, student_of
 from qinit.train.teacher import Lessons, teach
 from qinit.workplace.kept import apply_polish, save_polish
@@ -56,16 +57,17 @@ def _polish(job: Job) -> Generator[Event, None, None]:
         for name, layer in layers.items()
     }
     with student_of(plan, starts, job.device, job.weight) as student:
-        result = yield from polish(
+        training = polish(
             student,
             lessons,
             samples,
             steps=plan.recipe.polish_steps,
             seed=plan.recipe.seed,
             state=job.place.partial / "polishing.safetensors",
-            unseen=_unseen(samples, seen) if seen else (),
+            unseen=_unseen(samples, seen),
             processes=job.processes,
         )
+        result = yield from _timed(job, training)
     if result.note:
         yield job.note(result.note)
     if not job.processes.first:
@@ -84,6 +86,19 @@ def _polish(job: Job) -> Generator[Event, None, None]:
         "held_out_after": result.after,
     }
     save_polish(store, {**words, "kept": result.kept}, errors, tensors)
+
+
+def _timed(job: Job, training: Generator[Progress, None, Polished]) -> Generator[Event, None, Polished]:
+    """Let the journal know how long it has taken, whenever the training has kept how far it is."""
+    with closing(training):
+        while True:
+            try:
+                event = next(training)
+            except StopIteration as stop:
+                return stop.value
+            if event.held_out is not None and job.processes.first:
+                job.journal.append({"kind": "polishing", "step": event.step}, sync=False)
+            yield event
 
 
 def _lessons(job: Job, samples: Samples) -> Generator[Event, None, Lessons]:

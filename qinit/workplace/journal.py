@@ -29,6 +29,7 @@ SHAPES: dict[str, dict[str, type]] = {
     "merged": {"name": str, "sums": list},
     "polish samples": {"origin": str, "written": bool, "sums": list},
     "lessons": {},
+    "polishing": {"step": int},
     "ended": {"run": str},
     "polish": {"result": dict, "errors": dict, "sums": dict},
 }

@@ -21,6 +21,7 @@ from qinit.source.targets import read_architecture
 from qinit.stream.weights import ModelWeights
 from qinit.train.course import Course
 from qinit.train.polish import polish
+from qinit.workplace.journal import read_journal
 from qinit.workplace.place import partial_of
 from tests.broken_off import RUNS, Crash, finish, result_in, start, undisturbed
 from tests.helpers import names, quantize, weights_of
@@ -100,6 +101,13 @@ class TestBrokenOff:
         events = case.end()
         assert steps(events) == list(range(again, 6))
         assert not any(isinstance(event, Reading | Sampling | Passing) for event in events)  # the text is read once
+
+    def test_the_time_until_then_counts(self, case):
+        case.begin(lambda event: isinstance(event, Progress) and event.step == 3)
+        records = read_journal(partial_of(case.place / "out") / "journal")
+        assert [record["step"] for record in records if record["kind"] == "polishing"] == [0, 2]
+        assert records[-1]["kind"] == "polishing"  # a journal's time goes on from its last record
+        case.end()
 
     def test_while_the_source_reads_the_text_too(self, case):
         case.begin(lambda event: isinstance(event, Reading) and event.done == 1)
