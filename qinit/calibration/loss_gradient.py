@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from qinit.calibration.backward import OverflowedError, Part, Probe, backward, require_number
+from qinit.calibration.backward import backward
+from qinit.calibration.probe import OverflowedError, Part, Probe, require_number
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
 from qinit.linalg.low_rank import leading, random_basis

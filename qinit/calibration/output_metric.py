@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from qinit.calibration.backward import OverflowedError, Part, Probe, backward
+from qinit.calibration.backward import backward
+from qinit.calibration.probe import OverflowedError, Part, Probe
 from qinit.calibration.shards import SPARE
 from qinit.events import Measuring
 from qinit.linalg.low_rank import OutputMetric

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from qinit.calibration.activations import require_finite_input, unpadded
-from qinit.calibration.backward import OverflowedError, Part, Probe, Run, backward, require_number
+from qinit.calibration.backward import backward
 from qinit.calibration.experts import ExpertMeters, listening, portions
 from qinit.calibration.meter import Meter
+from qinit.calibration.probe import OverflowedError, Part, Probe, Run, require_number
 from qinit.errors import CalibrationError
 from qinit.events import Measuring
 from qinit.linalg.low_rank import OutputMetric

@@ -1,12 +1,11 @@
 """Gradients at the layers' outputs, block by block, against one pass back of the whole model as transformers has it."""
 
-from math import inf, nan
-
 import pytest
 import torch
 
 from qinit.calibration import backward as module
-from qinit.calibration.backward import OverflowedError, Probe, backward, drawn, require_number
+from qinit.calibration.backward import backward
+from qinit.calibration.probe import Probe, drawn
 from qinit.events import Measuring
 from qinit.stream.calls import NotStreamable
 from qinit.stream.feeding import inputs_of
@@ -79,30 +78,6 @@ def test_layers_are_prepared_before_the_pass_back_reaches_them_the_last_block_fi
     assert [list(event.layers) for event in events[1:]] == blocks
 
 
-def test_only_the_beginning_of_a_long_text_is_taken(llama, monkeypatch):
-    monkeypatch.setattr(module, "GRADIENT_SAMPLES", 3)
-    monkeypatch.setattr(module, "GRADIENT_LENGTH", 8)
-    probe = Sums(calibrated_plan(llama), padded(random_samples(7), [12, 5, 9, 12, 2, 7, 8]))
-    assert probe.samples.tokens.shape == (3, 8)
-    assert probe.samples.mask.sum(1).tolist() == [8, 5, 8]
-
-
-@pytest.mark.parametrize(("limit", "sizes"), [(1024, [7]), (24, [2, 2, 2, 1]), (1, [1] * 7)])
-def test_batches_hold_so_many_tokens(llama, monkeypatch, limit, sizes):
-    monkeypatch.setattr(module, "GRADIENT_BATCH_TOKENS", limit)
-    probe = Sums(calibrated_plan(llama), random_samples(7, 12))
-    assert [batch.stop - batch.start for batch in probe.batches] == sizes
-
-
-def test_a_large_vocabulary_makes_batches_small(llama, monkeypatch):
-    monkeypatch.setattr(module, "GRADIENT_LOGITS_BYTES", 4 * 256 * 12 * 3)
-    assert [batch.stop - batch.start for batch in Sums(calibrated_plan(llama), random_samples(7, 12)).batches] == [
-        3,
-        3,
-        1,
-    ]
-
-
 def test_a_model_that_does_not_run_in_blocks_starts_anew_as_a_whole(llama, monkeypatch):
     plan, samples, made = calibrated_plan(llama), random_samples(4), []
 
@@ -124,21 +99,3 @@ def test_a_model_that_does_not_run_in_blocks_starts_anew_as_a_whole(llama, monke
     assert probe.gradients.keys() == streamed.gradients.keys()
     for name, gradient in probe.gradients.items():
         assert_close(gradient, streamed.gradients[name], 1e-3)
-
-
-@pytest.mark.parametrize("value", [nan, inf, torch.tensor(nan)])
-def test_what_is_no_number_is_an_overflow(value):
-    with pytest.raises(OverflowedError, match="the model's output"):
-        require_number(value, "the model's output")
-
-
-def test_a_token_that_cannot_be_is_none():
-    require_number(-inf, "")
-    require_number(torch.tensor(-3e38), "")
-
-
-def test_labels_are_drawn_as_often_as_they_are_likely():
-    likely = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0])
-    labels = drawn(likely.log().expand(20000, -1), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(labels.bincount(minlength=6) / 20000, likely, rtol=0, atol=0.015)
-    assert not set(labels.unique().tolist()) & {0, 3, 5}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qinit.calibration import loss_gradient
-from qinit.calibration.backward import OverflowedError
 from qinit.calibration.loss_gradient import loss_gradients
+from qinit.calibration.probe import OverflowedError
 from qinit.errors import CalibrationError
 from qinit.stream.feeding import inputs_of
 from tests.helpers import calibrated_plan, exhausted, padded, random_samples

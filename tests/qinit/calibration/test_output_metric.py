@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qinit.calibration import backward
-from qinit.calibration.backward import drawn
+from qinit.calibration import backward, probe
 from qinit.calibration.output_metric import DIRECTIONS, FLOOR, SHRINKAGE, output_metrics
+from qinit.calibration.probe import drawn
 from qinit.events import Measuring
 from qinit.stream.calls import NotStreamable
 from qinit.text.samples import Samples
@@ -67,7 +67,7 @@ def test_it_is_the_second_moment_of_the_gradients(family, tmp_path):
 def test_directions_are_kept_over_batches(tmp_path, monkeypatch):
     plan, samples = calibrated_plan(make_float32(tmp_path / "llama", "llama")), random_samples(8)
     at_once = measured(plan, samples)
-    monkeypatch.setattr(backward, "GRADIENT_BATCH_TOKENS", 24)
+    monkeypatch.setattr(probe, "GRADIENT_BATCH_TOKENS", 24)
     for name, metric in measured(plan, samples).items():
         # Other labels are drawn, so alike in the large only.
         one, other = whole(at_once[name]), whole(metric)

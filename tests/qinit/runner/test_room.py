@@ -111,7 +111,7 @@ def test_so_does_a_model_that_is_taken_whole(strong_llama, tmp_path, monkeypatch
 
 
 def test_a_pass_back_that_has_no_room_and_nothing_left_to_try(strong_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("qinit.calibration.backward.Probe.loss", full_the_first(99, None))
+    monkeypatch.setattr("qinit.calibration.probe.Probe.loss", full_the_first(99, None))
     message = "^the pass back: the memory of cpu is used up by a batch of 1; give the run more memory, or shorter texts"
     with pytest.raises(FullError, match=message):
         quantize(strong_llama, tmp_path / "out", **TEXT, iter=None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qinit.calibration import backward
+from qinit.calibration import backward, probe
 from qinit.calibration.output_metric import output_metrics
 from qinit.errors import CalibrationError, CheckpointError
 from qinit.events import Measuring
@@ -181,8 +181,8 @@ class TestBlockByBlock:
         close(measured(plan("llama"), first)[0], measured(plan("llama"), other)[0])
 
     def test_only_the_first_tokens_count(self, plan, monkeypatch):
-        monkeypatch.setattr(backward, "GRADIENT_SAMPLES", 3)
-        monkeypatch.setattr(backward, "GRADIENT_LENGTH", 8)
+        monkeypatch.setattr(probe, "GRADIENT_SAMPLES", 3)
+        monkeypatch.setattr(probe, "GRADIENT_LENGTH", 8)
         samples = random_samples(7, 12)
         found, _ = measured(plan("llama"), samples)
         cut = replace(samples, tokens=samples.tokens[:3, :8].clone())
