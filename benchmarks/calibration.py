@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import conclude, finish, load_tokens
+from common import conclude, load_tokens
 from transformers import AutoModelForCausalLM
 from two_sided import TwoSided
 
@@ -37,6 +37,7 @@ from qinit.solver.spec import LayerSpec, seed_of
 from qinit.solver.statistics import Statistics
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.demo import demo_directory, held_out_text
+from qinit.steps import finish
 from qinit.text.samples import Samples
 from qinit.text.sources import load_samples
 

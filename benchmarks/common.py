@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Generator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -49,15 +48,6 @@ class Start:
     report: Report
     figures: Figures
     seconds: float
-
-
-def finish(events: Generator[Any, None, Any]) -> Any:
-    """Run a generator to its end and return its result."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
 
 
 def load_tokens(model: Path, text: str) -> torch.Tensor:

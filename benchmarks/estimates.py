@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import conclude, finish
+from common import conclude
 
 from qinit.clock import Clock
 from qinit.machine import pick_device
@@ -32,6 +32,7 @@ from qinit.planner.time import Estimate, estimate
 from qinit.recipe import make_recipe
 from qinit.runner.run import run
 from qinit.source.demo import demo_directory
+from qinit.steps import finish
 
 SMALL = {"calibration_samples": 32, "calibration_length": 256}
 FEW = {"calibration_samples": 16, "calibration_length": 128}

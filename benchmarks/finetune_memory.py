@@ -76,10 +76,10 @@ def source_of(case: Case, place: Path, given: Path | None) -> Path:
 def make_run(case: Case, place: Path, given: Path | None) -> Path:
     """Quantize the model of a case, where that has not been done."""
     import torch
-    from common import finish
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from qinit.runner.run import run
+    from qinit.steps import finish
 
     out = place / case.name
     if out.exists():

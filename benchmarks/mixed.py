@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import conclude, finish, load_tokens, measure_start
+from common import conclude, load_tokens, measure_start
 from transformers import AutoModelForCausalLM
 
 from qinit.calibration.output_metric import output_metrics
@@ -38,6 +38,7 @@ from qinit.solver.residual import as_loaded
 from qinit.solver.solve import solve
 from qinit.solver.spec import seed_of
 from qinit.source.demo import demo_directory, held_out_text
+from qinit.steps import finish
 from qinit.text.for_run import text_for
 from qinit.widths.budget import allotted, budget, items, options, planned
 from qinit.widths.fisher import measure

@@ -12,6 +12,7 @@ import torch
 
 from qinit.errors import QinitError
 from qinit.evaluate.windows import Windows, cut_windows
+from qinit.steps import finish
 
 CHUNK_VALUES = 1 << 24  # logits that are turned into probabilities at once: 64 MB each of a few temporaries
 
@@ -85,12 +86,7 @@ def figures_of(
     windows = cut_windows(tokens, window)
     other = None if reference is None else logits_of(reference, windows)
     with evaluating(model):
-        steps = measure(windows, batch_size, logits_of(model, windows), other)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return end.value
+        return finish(measure(windows, batch_size, logits_of(model, windows), other))
 
 
 def logits_of(model: Any, windows: Windows) -> Logits:

@@ -28,6 +28,7 @@ from qinit.evaluate.subject import Subject
 from qinit.evaluate.tasks import run_tasks
 from qinit.evaluate.windows import Windows
 from qinit.machine import free_memory, used_up
+from qinit.steps import told
 from qinit.stream.calls import NotStreamable
 from qinit.text.tokens import load_tokenizer
 
@@ -251,8 +252,4 @@ def _measured(
     windows: Windows, way: Way, logits: Logits, reference: Logits | None = None
 ) -> Generator[Event, None, Figures]:
     steps = measure(windows, way.batch_size, logits, reference)
-    while True:
-        try:
-            yield Read(next(steps), len(windows))
-        except StopIteration as end:
-            return end.value
+    return (yield from told(steps, lambda done: Read(done, len(windows))))

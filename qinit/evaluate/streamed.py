@@ -16,6 +16,7 @@ from qinit.evaluate.windows import Windows
 from qinit.formats import format_of
 from qinit.source.checkpoint import Checkpoint
 from qinit.source.targets import read_architecture
+from qinit.steps import told
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
 from qinit.stream.carried import Batch, Carried
@@ -55,11 +56,7 @@ class Streamed:
         """Carry the hidden states of all windows through all blocks; `file` holds them where memory is short, as one of
         `streams` such stores."""
         steps = read_through(self.blocks, self.windows.tokens, self.batches, file, streams)
-        while self.ends is None:
-            try:
-                yield Block(self.name, next(steps), self.count)
-            except StopIteration as end:
-                self.ends = end.value
+        self.ends = yield from told(steps, lambda done: Block(self.name, done, self.count))
 
     def logits(self) -> Logits:
         """Return what gives the logits once all has been read; the head must be in memory (`blocks.surroundings`)."""

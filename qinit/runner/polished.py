@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,9 @@ from qinit.runner.job import Job
 from qinit.runner.layer import read_weight
 from qinit.runner.room import in_portions
 from qinit.solver.residual import relative_errors
+from qinit.steps import told
 from qinit.text.samples import Portion, Samples
-from qinit.train.polish import Polished, Trained, polish
+from qinit.train.polish import Trained, polish
 from qinit.train.student import Start, student_of
 from qinit.train.teacher import Lessons, teach
 from qinit.workplace.kept import apply_polish, save_polish
@@ -67,7 +67,7 @@ def _polish(job: Job) -> Generator[Event, None, None]:
             unseen=_unseen(samples, seen),
             processes=job.processes,
         )
-        result = yield from _timed(job, training)
+        result = yield from told(training, partial(_timed, job))
     if result.note:
         yield job.note(result.note)
     if not job.processes.first:
@@ -88,17 +88,11 @@ def _polish(job: Job) -> Generator[Event, None, None]:
     save_polish(store, {**words, "kept": result.kept}, errors, tensors)
 
 
-def _timed(job: Job, training: Generator[Progress, None, Polished]) -> Generator[Event, None, Polished]:
+def _timed(job: Job, event: Progress) -> Progress:
     """Let the journal know how long it has taken, whenever the training has kept how far it is."""
-    with closing(training):
-        while True:
-            try:
-                event = next(training)
-            except StopIteration as stop:
-                return stop.value
-            if event.held_out is not None and job.processes.first:
-                job.journal.append({"kind": "polishing", "step": event.step}, sync=False)
-            yield event
+    if event.held_out is not None and job.processes.first:
+        job.journal.append({"kind": "polishing", "step": event.step}, sync=False)
+    return event
 
 
 def _lessons(job: Job, samples: Samples) -> Generator[Event, None, Lessons]:

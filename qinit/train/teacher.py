@@ -18,6 +18,7 @@ from qinit.events import Reading
 from qinit.files.tensors import StoredTensor, TensorSpec, read_header
 from qinit.files.writer import SafetensorsWriter
 from qinit.plan.plan import Plan
+from qinit.steps import told
 from qinit.stream.blocks import Blocks
 from qinit.stream.calls import NotStreamable
 from qinit.stream.carried import Batch, batches_of
@@ -96,13 +97,8 @@ def _streamed(
     blocks.require_whole()
     count = sum(map(len, blocks.rows))
     with TemporaryDirectory(dir=scratch, prefix="teacher-states-") as place:
-        ends = None
         steps = read_through(blocks, samples.tokens, batches, Path(place) / "states")
-        while ends is None:
-            try:
-                yield Reading(next(steps), count)
-            except StopIteration as end:
-                ends = end.value
+        ends = yield from told(steps, lambda done: Reading(done, count))
         keep = _Keeper(directory, samples)
         with blocks.surroundings(head=True), torch.no_grad():
             for batch in batches:
